@@ -1,4 +1,4 @@
-"""Imports go down only: experiments -> configs, training, decoding -> models, data -> ops -> pallas_kernels."""
+"""Imports go down only, in the order that ALLOWED states."""
 
 import ast
 import pathlib
