@@ -1,0 +1,229 @@
+"""The console command `tilescan`: one subcommand per thing a newcomer wants to do first."""
+
+import argparse
+import difflib
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import rich.console
+import rich.table
+
+_DESCRIPTION = """\
+Reproduce the tables of papers on long-sequence models, and use their parts.
+
+  tilescan list                                   which papers there are, what was measured
+  tilescan run flash_attention --scale=smoke      the real code on tiny sizes, in seconds
+  tilescan run flash_attention --scale=cpu        the table, on a laptop, in minutes
+  tilescan run flash_attention --scale=accelerator   the paper's own sizes, on a GPU or a TPU
+"""
+
+_RUN = """\
+Measure a paper's cells and print its tables, published and measured columns side by side.
+Each finished cell is kept in the workdir, so the same command goes on after an interruption.
+
+  tilescan run flash_attention                                      scale cpu
+  tilescan run flash_attention --scale=smoke --only=runtime         some cells only
+  tilescan run flash_attention --config.runtime.repeats=9           any value of the config
+  tilescan run flash_attention --publish                            also rebuild RESULTS.md
+
+The values that can be set are in configs/PAPER.py. `python -m experiments.run
+--config=configs/PAPER.py:SCALE` is the same thing for people who live in absl.
+"""
+
+_REPORT = """\
+Rebuild RESULTS.md, results/index.html and every table and figure from the kept records.
+
+  tilescan report                                    of what lies in results/
+  tilescan report --from=runs/flash_attention/cpu    first copy this run to results/
+"""
+
+_DATA = """\
+The text there is: what it holds, its licence, how large it is; fetch it to the cache.
+
+  tilescan data                     list the sources
+  tilescan data fetch shakespeare   download it once, checked against its checksum
+  tilescan data show shakespeare    documents, sizes, and the beginning of the first one
+"""
+
+_GENERATE = """\
+Continue a text with a language model: a folder with safetensors, or a GGUF file.
+
+  tilescan generate --checkpoint=SmolLM2-135M-Instruct.gguf --prompt="The capital of France is"
+  tilescan generate --checkpoint=gpt2/ --prompt="Once" --temperature=0.8 --top-p=0.95 --seed=1
+"""
+
+_TRAIN = """\
+Train a language model: data, step and loop are deterministic from the seed; a run that was
+stopped goes on in its workdir to the same numbers.
+
+  tilescan train --workdir=runs/first                          the default config
+  tilescan train --workdir=runs/first --config.train.steps=200 any value of it
+"""
+
+_PLAN = """\
+Compile the very training step ahead of time, for this machine or for TPUs that nobody has at
+hand, and print bytes per device and operations. Nothing runs, and no parameter is allocated.
+
+  tilescan plan --config.model.d_model=768
+  tilescan plan --topology=v5e:2x4 --config.mesh.fsdp=8      needs the package libtpu
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors name the nearest known option and end with a command that helps."""
+
+    def error(self, message: str):
+        hint = ""
+        for word in message.replace("'", " ").replace(",", " ").split():
+            known = [*self._option_string_actions, *self._subcommands()]
+            match = difflib.get_close_matches(word.split("=")[0], known, n=1)
+            if match and word.split("=")[0] not in known:
+                hint = f"\ndid you mean {match[0]!r}?"
+                break
+        self.exit(2, f"{self.prog}: error: {message}{hint}\nsee: {self.prog} --help\n")
+
+    def _subcommands(self) -> list[str]:
+        actions = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        return [name for action in actions for name in action.choices]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status (2 for a wrong command line)."""
+    parser = _build_parser()
+    options, rest = parser.parse_known_args(argv)
+    wrong = [word for word in rest if not (options.overridable and word.startswith("--config."))]
+    if wrong:
+        options.parser.error(f"unrecognized argument: {' '.join(wrong)}")
+    options.overrides = rest
+    try:
+        return options.command(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"tilescan: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tilescan",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name, command, about, description, overridable=False):
+        sub = commands.add_parser(
+            name,
+            help=about,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(command=command, parser=sub, overridable=overridable)
+        return sub
+
+    add("list", _list, "the papers, their scales and what was measured", "List the papers.")
+
+    sub = add("run", _run, "measure a paper and print its tables", _RUN, overridable=True)
+    sub.add_argument("paper", help="its name, see `tilescan list`")
+    sub.add_argument("--scale", default="cpu", help="smoke, cpu or accelerator [cpu]")
+    sub.add_argument("--workdir", help="folder of the records [runs/PAPER/SCALE]")
+    sub.add_argument("--only", default="", help="measure the cells whose id contains this")
+    sub.add_argument("--publish", action="store_true", help="copy the records to results/")
+
+    sub = add("report", _report, "rebuild RESULTS.md and results/index.html", _REPORT)
+    sub.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"))
+    sub.add_argument("--from", dest="source", type=pathlib.Path, help="publish this workdir first")
+
+    sub = add("plan", _plan, "compile a training step without running it", _PLAN, overridable=True)
+    sub.add_argument("--topology", help="TPU generation and shape, e.g. v5e:2x4 [this machine]")
+
+    sub = add("data", _data, "list, fetch and show the sources of text", _DATA)
+    sub.add_argument("action", nargs="?", default="list", choices=("list", "fetch", "show"))
+    sub.add_argument("source", nargs="?", help="its name, see `tilescan data`")
+
+    sub = add("generate", _generate, "continue a text with a language model", _GENERATE)
+    sub.add_argument(
+        "--checkpoint", required=True, help="a folder with safetensors, or a GGUF file"
+    )
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest [0]")
+    sub.add_argument("--top-k", type=int)
+    sub.add_argument("--top-p", type=float)
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = add("train", _train, "train a language model", _TRAIN, overridable=True)
+    sub.add_argument("--workdir", required=True, help="folder of checkpoints and metrics")
+    return parser
+
+
+def _list(options) -> int:
+    from experiments import papers
+
+    table = rich.table.Table(title="Papers", title_justify="left")
+    for heading in ("name", "paper", "cells: smoke / cpu / accelerator", "measured"):
+        table.add_column(heading)
+    for name in papers.NAMES:
+        paper = papers.load(name)
+        counts = [len(paper.cells(papers.load_config(name, scale))) for scale in papers.SCALES]
+        measured = [
+            scale
+            for scale in papers.SCALES
+            if (pathlib.Path("results") / name / scale / "tables.md").exists()
+        ]
+        cells = " / ".join(map(str, counts))
+        table.add_row(name, paper.title, cells, ", ".join(measured) or "not yet")
+    rich.console.Console().print(table)
+    print("Measure one: tilescan run NAME --scale=smoke")
+    return 0
+
+
+def _run(options) -> int:
+    from experiments import papers, run
+
+    config = papers.load_config(options.paper, options.scale, options.overrides)
+    return run.measure(config, options.workdir, options.only, options.publish)
+
+
+def _report(options) -> int:
+    from experiments import report
+
+    return report.rebuild_command(options.results, options.source)
+
+
+def _plan(options) -> int:
+    from experiments import commands
+
+    return commands.plan(options.overrides, options.topology)
+
+
+def _data(options) -> int:
+    from experiments import commands
+
+    if options.action == "list":
+        return commands.list_data()
+    if not options.source:
+        options.parser.error(f"data {options.action} needs the name of a source")
+    return (commands.fetch_data if options.action == "fetch" else commands.show_data)(
+        options.source
+    )
+
+
+def _generate(options) -> int:
+    from experiments import commands
+
+    return commands.generate(options)
+
+
+def _train(options) -> int:
+    from experiments import commands
+
+    return commands.train(options.overrides, options.workdir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Figures as SVG text: the same bytes for the same numbers, readable on light and dark pages."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# Mid-tones with enough contrast on white and on near-black, told apart by colour-blind readers too.
+COLOURS = ("#1f83d6", "#e0722e", "#2a9d70", "#c05ab0", "#b08a00", "#7a7f87")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+_INK = "#808790"  # axes and text: about 4:1 on white and 5:1 on black
+
+_STYLE = {
+    "svg.hashsalt": "tilescan",  # ids inside the file, otherwise random
+    "svg.fonttype": "path",  # looks the same where the font is missing
+    "font.size": 10,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _INK,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "text.color": _INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+}
+
+# name -> (x values, y values, dashed); None as y leaves a gap.
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+def line_chart(
+    panels: Mapping[str, Lines],
+    *,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    dashed: Sequence[str] = (),
+    errors: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> str:
+    """SVG with one panel per entry, sharing colours, the y axis and one legend below.
+
+    Args:
+      panels: {title: {line: (x, y)}}; a line of the same name has the same colour everywhere.
+      x_label: text of the x axes.
+      y_label: text of the left y axis.
+      log_x: base-2 logarithmic x axis with the x values as ticks (lengths are powers of two).
+      log_y: logarithmic y axis.
+      dashed: names of lines to draw dashed, e.g. what is published rather than measured.
+      errors: {title: {line: half-widths}} for error bars.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    with plt.rc_context(_STYLE):
+        width = 3.4 * len(panels) + 1.2
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(width, 3.5), squeeze=False, sharey=True
+        )
+        for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+            for name, (x, y) in lines.items():
+                index = names.index(name)
+                axis.errorbar(
+                    x,
+                    y,
+                    yerr=(errors or {}).get(title, {}).get(name),
+                    color=COLOURS[index % len(COLOURS)],
+                    marker=MARKERS[index % len(MARKERS)],
+                    linestyle="--" if name in dashed else "-",
+                    label=name,
+                    capsize=2,
+                )
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel(x_label)
+            if log_x:
+                ticks = sorted({value for x, _ in lines.values() for value in x})
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(ticks, [_short(tick) for tick in ticks])
+                axis.minorticks_off()
+            if log_y:
+                axis.set_yscale("log")
+        axes[0][0].set_ylabel(y_label)
+        handles = {}
+        for axis in axes[0]:
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        figure.legend(
+            handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 4)
+        )
+        return _to_svg(figure)
+
+
+def _short(value: float) -> str:
+    """16384 as 16k: tick labels must not touch."""
+    return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
+
+
+def _to_svg(figure) -> str:
+    figure.set_layout_engine("constrained")
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

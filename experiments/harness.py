@@ -1,0 +1,224 @@
+"""Runs a paper's cells one after another, keeps what finishes, and goes on where it stopped.
+
+A paper is a list of *cells* (independent measurements: one variant, one seed) and pure functions
+that make tables, claims and figures of the cells' records. Each finished cell is one JSON file
+under `workdir`/cells, written atomically: a run that is interrupted, by Ctrl-C or a power cut, goes
+on with the first cell that has no file. A cell whose settings changed is measured again.
+"""
+
+import dataclasses
+import pathlib
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import rich.console
+import rich.progress
+
+from experiments import records as records_lib
+from experiments.claims import Claim
+from experiments.records import Record, Records
+from experiments.tables import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One independent measurement.
+
+    Attributes:
+      id: unique in its paper, and a file's name: letters, digits and "._-=".
+      measure: `measure(settings, seed, folder) -> numbers`; `folder` is the cell's own scratch
+        space, kept when the cell fails or is interrupted, so that training can resume in it.
+      settings: all that the result depends on, as plain values; they decide whether a finished
+        record still holds.
+      seed: random seed.
+      seconds: rough duration, for the estimate of the time left.
+    """
+
+    id: str
+    measure: Callable[[Mapping[str, Any], int, pathlib.Path], Mapping[str, Any]]
+    settings: Mapping[str, Any]
+    seed: int = 0
+    seconds: float = 1.0
+
+    def __post_init__(self):
+        if not self.id or not all(c.isalnum() or c in "._-=" for c in self.id):
+            raise ValueError(f"id={self.id!r} is not a file name of letters, digits and '._-='")
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """A paper: how to measure its cells and how to read their records.
+
+    Attributes:
+      name: its module's and its config's name.
+      title: the paper's title, with its source.
+      summary: two sentences for a reader of the results.
+      cells: the measurements that a config asks for.
+      tables, claims, figures: pure functions of the records; figures gives {name: SVG text}.
+    """
+
+    name: str
+    title: str
+    summary: str
+    cells: Callable[[ml_collections.ConfigDict], Sequence[Cell]]
+    tables: Callable[[Records], Sequence[Table]]
+    claims: Callable[[Records], Sequence[Claim]]
+    figures: Callable[[Records], Mapping[str, str]] = lambda records: {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Ids of the cells of a run: measured now, kept from before, failed (with the reason)."""
+
+    done: tuple[str, ...]
+    kept: tuple[str, ...]
+    failed: Mapping[str, str]
+
+
+def run(
+    paper: Paper,
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    only: str = "",
+    console: rich.console.Console | None = None,
+) -> Outcome:
+    """Measures the cells of `paper` that have no valid record in `workdir` yet.
+
+    Args:
+      paper: what to measure.
+      config: the paper's config; kept beside the records as config.json.
+      workdir: folder of the records; made if absent.
+      only: measure just the cells whose id contains this.
+      console: where progress goes; the terminal by default.
+
+    Returns:
+      What happened to each cell. A failing cell does not stop the others: its traceback is kept
+      under `workdir`/errors and its reason is in the outcome.
+
+    Raises:
+      ValueError: two cells share an id, nothing matches `only`, or `workdir` holds another paper.
+      OSError: `workdir` cannot be written.
+    """
+    console = console or rich.console.Console()
+    workdir = pathlib.Path(workdir)
+    cells = list(paper.cells(config))
+    _check_unique(paper, cells)
+    chosen = [cell for cell in cells if only in cell.id]
+    if not chosen:
+        raise ValueError(f"only={only!r} is in no cell's id; they are {[c.id for c in cells]}")
+    _prepare(workdir, paper, config)
+    digests = {c.id: records_lib.digest(paper.name, c.id, c.settings, c.seed) for c in cells}
+    finished = _retire_stale(workdir, digests)
+    kept = [cell for cell in chosen if cell.id in finished]
+    pending = [cell for cell in chosen if cell.id not in finished]
+    if kept:
+        console.print(f"{len(kept)} of {len(chosen)} cells are finished already and are kept.")
+
+    done, failed = [], {}
+    with _progress(console) as progress:
+        total = sum(cell.seconds for cell in pending)
+        bar = progress.add_task(paper.name, total=total, cell="")
+        for cell in pending:
+            progress.update(bar, cell=cell.id)
+            try:
+                record = _measure(paper, cell, digests[cell.id], workdir)
+            except Exception as error:  # one bad cell must not cost the others
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                failed[cell.id] = reason
+                _keep_error(workdir, cell.id, traceback.format_exc())
+                console.print(f"[red]failed[/red] {cell.id}: {reason}", highlight=False)
+            else:
+                # Outside the try: a disk that is full stops the run instead of failing each cell.
+                records_lib.write_atomically(_cell_path(workdir, cell.id), record.to_json())
+                (workdir / "errors" / f"{cell.id}.txt").unlink(missing_ok=True)
+                done.append(cell.id)
+                console.print(f"{cell.id}: {record.seconds:.1f} s", highlight=False)
+            progress.advance(bar, cell.seconds)
+    return Outcome(tuple(done), tuple(cell.id for cell in kept), failed)
+
+
+def _measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Record:
+    folder = workdir / "scratch" / f"{cell.id}-{digest}"
+    start = time.perf_counter()
+    result = records_lib.plain(cell.measure(cell.settings, cell.seed, folder))
+    if not records_lib.is_finite(result):
+        raise FloatingPointError(f"a measured number is not finite: {result}")
+    return Record(
+        paper=paper.name,
+        cell=cell.id,
+        digest=digest,
+        settings=records_lib.plain(cell.settings),
+        seed=cell.seed,
+        result=result,
+        seconds=round(time.perf_counter() - start, 3),
+        environment={**records_lib.environment(), "finished": records_lib.now()},
+    )
+
+
+def _check_unique(paper: Paper, cells: Sequence[Cell]) -> None:
+    ids = [cell.id for cell in cells]
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    if twice:
+        raise ValueError(f"paper {paper.name!r} has several cells with the id {', '.join(twice)}")
+
+
+def _prepare(workdir: pathlib.Path, paper: Paper, config: ml_collections.ConfigDict) -> None:
+    """Makes the folder and its config.json, or says why it cannot be."""
+    text = records_lib.dumps({"paper": paper.name, "config": records_lib.plain(config.to_dict())})
+    try:
+        (workdir / "cells").mkdir(parents=True, exist_ok=True)
+        previous = workdir / "config.json"
+        if previous.exists():
+            other = records_lib.json.loads(previous.read_text(encoding="utf-8")).get("paper")
+            if other != paper.name:
+                raise ValueError(
+                    f"workdir={str(workdir)!r} holds records of {other!r}, not of {paper.name!r}; "
+                    f"give another folder"
+                )
+        records_lib.write_atomically(previous, text)
+    except OSError as error:
+        raise OSError(
+            f"workdir={str(workdir)!r} cannot be written ({error.strerror}); "
+            f"give a folder that you may write, e.g. --workdir=runs/{paper.name}"
+        ) from error
+
+
+def _retire_stale(workdir: pathlib.Path, digests: Mapping[str, str]) -> set[str]:
+    """Moves records of other settings to stale/; returns the ids of those that still hold."""
+    valid = set()
+    for path in sorted((workdir / "cells").glob("*.json")):
+        try:
+            record = Record.from_json(path.read_text(encoding="utf-8"))
+            holds = digests.get(record.cell) == record.digest
+        except ValueError:
+            holds = False
+        if holds:
+            valid.add(record.cell)
+        else:
+            (workdir / "stale").mkdir(exist_ok=True)
+            path.replace(workdir / "stale" / path.name)
+    return valid
+
+
+def _keep_error(workdir: pathlib.Path, cell_id: str, text: str) -> None:
+    records_lib.write_atomically(workdir / "errors" / f"{cell_id}.txt", text)
+
+
+def _cell_path(workdir: pathlib.Path, cell_id: str) -> pathlib.Path:
+    return workdir / "cells" / f"{cell_id}.json"
+
+
+def _progress(console: rich.console.Console) -> rich.progress.Progress:
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[cell]}"),
+        console=console,
+        transient=True,
+    )

@@ -1,0 +1,51 @@
+"""Measures a paper: python -m experiments.run --config=configs/flash_attention.py:cpu.
+
+Cells that are finished in --workdir are kept, so the same command goes on after an interruption.
+Any value of the config is overridden by its path, e.g. --config.runtime.repeats=3.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import harness, papers, report
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/PAPER.py:SCALE")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records [runs/PAPER/SCALE].")
+_ONLY = flags.DEFINE_string("only", "", "Measure only the cells whose id contains this.")
+_PUBLISH = flags.DEFINE_bool("publish", False, "Copy the records to results/, rebuild RESULTS.md.")
+
+
+def measure(config, workdir=None, only="", publish=False) -> int:
+    """Runs the paper of `config`, prints its tables; the exit status is 1 if a cell failed."""
+    workdir = pathlib.Path(workdir or f"runs/{config.paper}/{config.scale}")
+    paper = papers.load(config.paper)
+    try:
+        outcome = harness.run(paper, config, workdir, only=only)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Finished cells are in {workdir}; the same command goes on there.")
+        return 130
+    report.write(paper, workdir)
+    report.show(paper, workdir)
+    for cell, reason in outcome.failed.items():
+        print(f"FAILED {cell}: {reason}\n  {workdir / 'errors' / cell}.txt", file=sys.stderr)
+    if publish:
+        report.publish(paper, workdir, pathlib.Path("results"))
+    return 1 if outcome.failed else 0
+
+
+def main(argv) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; options begin with --")
+    if _CONFIG.value is None:
+        raise app.UsageError("--config is missing, e.g. --config=configs/flash_attention.py:cpu")
+    try:
+        return measure(_CONFIG.value, _WORKDIR.value, _ONLY.value, _PUBLISH.value)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

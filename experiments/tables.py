@@ -1,0 +1,162 @@
+"""Tables with published and measured columns side by side, as Markdown, JSON and terminal text."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import rich.table
+
+LABEL, PUBLISHED, MEASURED, STATIC = "label", "published", "measured", "static"
+KINDS = (LABEL, PUBLISHED, MEASURED, STATIC)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over seeds (std is None for one seed)."""
+
+    mean: float
+    std: float | None
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+      title: heading, without the unit.
+      kind: LABEL names the row; PUBLISHED stands in the paper; MEASURED comes from the records of
+        this run, computed from measurements included; STATIC was computed without running, by a
+        compiler or a formula.
+      unit: written after the heading in brackets.
+      digits: significant digits of its numbers.
+    """
+
+    title: str
+    kind: str = LABEL
+    unit: str = ""
+    digits: int = 3
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} of column {self.title!r} is not one of {KINDS}")
+
+    @property
+    def heading(self) -> str:
+        """Title with unit and, except for labels, the kind."""
+        unit = f" ({self.unit})" if self.unit else ""
+        return f"{self.title}{unit}" + ("" if self.kind == LABEL else f", {self.kind}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A named table; a cell is a string, a number, a `Spread`, or None for "not measured"."""
+
+    name: str
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+
+    def __post_init__(self):
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"table {self.name!r}: the row {list(row)} has {len(row)} cells, "
+                    f"and there are {len(self.columns)} columns"
+                )
+
+    def texts(self) -> list[list[str]]:
+        """Every cell as text."""
+        return [
+            [format_value(v, c.digits) for v, c in zip(row, self.columns, strict=True)]
+            for row in self.rows
+        ]
+
+    def to_json(self) -> dict:
+        """The table as plain values, numbers in full precision."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "note": self.note,
+            "columns": [dataclasses.asdict(column) for column in self.columns],
+            "rows": [[_json_value(value) for value in row] for row in self.rows],
+        }
+
+    def to_markdown(self) -> str:
+        """A GitHub table under its title, with the note below."""
+        align = ["---" if column.kind == LABEL else "---:" for column in self.columns]
+        lines = [[column.heading for column in self.columns], align, *self.texts()]
+        body = "\n".join("| " + " | ".join(_escape(v) for v in line) + " |" for line in lines)
+        note = f"\n{self.note}\n" if self.note else ""
+        return f"### {self.title}\n\n{body}\n{note}"
+
+    def to_rich(self) -> rich.table.Table:
+        """The table for a terminal: published columns dim, measured ones bold."""
+        style = {PUBLISHED: "cyan", MEASURED: "bold", STATIC: "magenta"}
+        table = rich.table.Table(title=self.title, caption=self.note, title_justify="left")
+        for column in self.columns:
+            justify = "left" if column.kind == LABEL else "right"
+            table.add_column(column.heading, justify=justify, style=style.get(column.kind))
+        for row in self.texts():
+            table.add_row(*row)
+        return table
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Mean ± sample standard deviation of the values, None when there are none."""
+    values = [float(value) for value in values]
+    if not values:
+        return None
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), std, len(values))
+
+
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    """numerator / denominator, None when one of them is missing or the denominator is 0."""
+    if not isinstance(numerator, int | float) or not isinstance(denominator, int | float):
+        return None
+    return numerator / denominator if denominator else None
+
+
+def format_value(value: Any, digits: int = 3) -> str:
+    """A table cell as text: `digits` significant digits, thousands apart, "–" for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, Spread):
+        mean = format_value(value.mean, digits)
+        if value.std is None:
+            return mean
+        places = len(mean.partition(".")[2]) if "e" not in mean else None
+        std = f"{value.std:.1e}" if places is None else f"{value.std:,.{places}f}"
+        return f"{mean} ± {std}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return _format_float(value, digits)
+    return str(value)
+
+
+def _format_float(value: float, digits: int) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if size < -4 or size >= 12:
+        return f"{value:.{digits - 1}e}"
+    rounded = round(value, max(digits - 1 - size, 0))  # 99.96 becomes 100: count again
+    size = math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{max(digits - 1 - size, 0)}f}"
+
+
+def _json_value(value: Any) -> Any:
+    return dataclasses.asdict(value) if isinstance(value, Spread) else value
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

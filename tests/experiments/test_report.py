@@ -1,0 +1,125 @@
+"""What is shown is made of the records alone, in the same bytes every time."""
+
+import json
+import pathlib
+import types
+import xml.etree.ElementTree
+
+import ml_collections
+import pytest
+
+from experiments import claims, figures, harness, papers, report, tables
+from experiments.tables import Column, Table
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def toy_tables(records):
+    rows = [[r.settings["x"], 1.0, r.result["value"]] for r in records]
+    columns = [Column("x"), Column("y", tables.PUBLISHED), Column("y", tables.MEASURED)]
+    return [Table("values", "Values <of x>", columns, rows)]
+
+
+def toy_claims(records):
+    value = max((r.result["value"] for r in records), default=None)
+    holds = None if value is None else value > 1
+    return [claims.judge("grows", "y grows", "y > 1", holds, f"largest y {value}")]
+
+
+def toy_figures(records):
+    x = [r.settings["x"] for r in records]
+    y = [r.result["value"] for r in records]
+    lines = {"y": (x, y)}
+    return {"values": figures.line_chart({"panel": lines}, x_label="x", y_label="y")}
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A paper named toy that `papers` knows."""
+
+    def cells(config):
+        measure = lambda settings, seed, folder: {"value": settings["x"] ** 2}
+        return [harness.Cell(f"x{x}", measure, {"x": x}) for x in (1, 2)]
+
+    paper = harness.Paper(
+        "toy", "Toy & paper", "About toys.", cells, toy_tables, toy_claims, toy_figures
+    )
+    monkeypatch.setattr(papers, "NAMES", ("toy",))
+    module = types.SimpleNamespace(PAPER=paper)
+    monkeypatch.setitem(__import__("sys").modules, "experiments.toy", module)
+    return paper
+
+
+def test_publish_writes_tables_figures_and_pages(toy, tmp_path, capsys):
+    config = ml_collections.ConfigDict({"paper": "toy", "scale": "cpu"})
+    workdir, root = tmp_path / "run", tmp_path / "results"
+    harness.run(toy, config, workdir)
+    assert report.main(["--from", str(workdir), "--results", str(root)]) == 0
+
+    folder = root / "toy" / "cpu"
+    written = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert written == {
+        "config.json", "cells/x1.json", "cells/x2.json",
+        "tables.json", "tables.md", "figures/values.svg",
+    }  # fmt: skip
+    assert json.loads((folder / "tables.json").read_text())["claims"][0]["status"] == "shown"
+    markdown = (tmp_path / "RESULTS.md").read_text()
+    assert "| 2 | 1.00 | 4 |" in markdown and "results/toy/cpu/figures/values.svg" in markdown
+    page = (root / "index.html").read_text()
+    assert "Values &lt;of x&gt;" in page and 'src="toy/cpu/figures/values.svg"' in page
+    assert "http" not in page and "<script" not in page
+    xml.etree.ElementTree.fromstring(page.split("\n", 1)[1])  # every tag is closed
+
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert report.main(["--results", str(root)]) == 0
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_show_prints_tables_and_claims(toy, tmp_path, capsys):
+    harness.run(toy, ml_collections.ConfigDict({"paper": "toy", "scale": "cpu"}), tmp_path)
+    report.write(toy, tmp_path)
+    report.show(toy, tmp_path)
+    out = capsys.readouterr().out
+    assert "Values" in out and "published" in out and "largest y 4" in out
+
+
+def test_folder_without_results_is_an_error_that_names_it(toy, tmp_path, capsys):
+    assert report.main(["--from", str(tmp_path), "--results", str(tmp_path / "r")]) == 1
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_claims_can_go_three_ways():
+    def status(holds, needs=""):
+        return claims.judge("n", "s", "c", holds, "e", needs).status
+
+    assert status(True) == "shown" and status(False) == "not shown"
+    assert status(None) == "not shown" and status(None, "accelerator") == "needs scale accelerator"
+    assert status(True, "accelerator") == "shown"
+
+
+def test_figure_is_deterministic_svg_with_every_line():
+    panels = {
+        "a": {"one": ([128, 2048], [1.0, None]), "two": ([128, 2048], [2.0, 8.0])},
+        "b": {"one": ([128], [3.0])},
+    }
+    options = dict(x_label="length", y_label="ms", log_x=True, log_y=True, dashed=("two",))
+    first = figures.line_chart(panels, **options)
+    assert first == figures.line_chart(panels, **options)
+    assert xml.etree.ElementTree.fromstring(first).tag.endswith("svg")
+    assert "stroke-dasharray" in first
+    assert all(colour in first for colour in figures.COLOURS[:2])
+
+
+def test_committed_results_are_exactly_what_the_committed_records_give():
+    made = report.rebuild(ROOT / "results")
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path, text in made.items()
+        # A figure's bytes hang on Matplotlib's version as well: it must be there.
+        if not path.exists() or (path.suffix != ".svg" and path.read_text("utf-8") != text)
+    ]
+    assert not wrong, f"run `python -m experiments.report`: {wrong}"
+    folders = [results for results in report.gather(ROOT / "results")]
+    for results in folders:
+        on_disk = {p.stem for p in (ROOT / "results" / results.folder / "figures").glob("*.svg")}
+        assert on_disk == set(results.figures)

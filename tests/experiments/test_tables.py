@@ -1,0 +1,87 @@
+"""Numbers become text the same way everywhere, and nothing is lost in JSON."""
+
+import json
+
+import pytest
+
+from experiments import tables
+from experiments.tables import Column, Spread, Table
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (3, "3"),
+        (123456, "123,456"),
+        (1234.5678, "1,235"),
+        (12.345, "12.3"),
+        (0.012345, "0.0123"),
+        (9.999, "10.0"),
+        (99.96, "100"),
+        (-0.5, "-0.500"),
+        (1.5e-7, "1.50e-07"),
+        (2.5e13, "2.50e+13"),
+        (True, "yes"),
+        ("out of memory", "out of memory"),
+        (Spread(3.14159, 0.01234, 3), "3.14 ± 0.01"),
+        (Spread(3.14159, None, 1), "3.14"),
+        (Spread(123456.0, 78.9, 2), "123,456 ± 79"),
+        (Spread(1.5e-7, 2e-8, 2), "1.50e-07 ± 2.0e-08"),
+    ],
+)
+def test_format_value(value, text):
+    assert tables.format_value(value) == text
+
+
+def test_spread_is_the_sample_standard_deviation():
+    assert tables.spread([1, 2, 3, 4]) == Spread(2.5, pytest.approx(1.2909944), 4)
+    assert tables.spread([7]) == Spread(7.0, None, 1)
+    assert tables.spread([]) is None
+
+
+def test_ratio_of_missing_values_is_missing():
+    assert tables.ratio(3, 2) == 1.5
+    assert tables.ratio(None, 2) is None and tables.ratio(1, 0) is None
+    assert tables.ratio("out of memory", 2) is None
+
+
+def make_table():
+    columns = [
+        Column("length"),
+        Column("time", tables.PUBLISHED, "ms"),
+        Column("time", tables.MEASURED, "ms"),
+    ]
+    rows = [["1|024", 0.95, Spread(12.0, 0.5, 3)], ["2048", None, "out of memory"]]
+    return Table("t", "Title", columns, rows, note="A note.")
+
+
+def test_markdown_puts_published_and_measured_side_by_side():
+    assert make_table().to_markdown() == (
+        "### Title\n\n"
+        "| length | time (ms), published | time (ms), measured |\n"
+        "| --- | ---: | ---: |\n"
+        "| 1\\|024 | 0.950 | 12.0 ± 0.5 |\n"
+        "| 2048 | – | out of memory |\n"
+        "\nA note.\n"
+    )
+
+
+def test_json_keeps_full_precision():
+    data = json.loads(json.dumps(make_table().to_json()))
+    assert data["rows"][0] == ["1|024", 0.95, {"mean": 12.0, "std": 0.5, "count": 3}]
+    assert data["columns"][1]["kind"] == "published"
+
+
+def test_rich_table_has_the_same_cells():
+    table = make_table().to_rich()
+    assert [c.header for c in table.columns] == [c.heading for c in make_table().columns]
+    assert list(table.columns[2].cells) == ["12.0 ± 0.5", "out of memory"]
+
+
+def test_row_of_wrong_length_and_unknown_kind_are_refused():
+    with pytest.raises(ValueError, match="2 cells, and there are 1 columns"):
+        Table("t", "T", [Column("a")], [[1, 2]])
+    with pytest.raises(ValueError, match="kind='guessed'"):
+        Column("a", "guessed")
