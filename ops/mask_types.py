@@ -374,7 +374,8 @@ class Composed(Mask):
         found = [s for s in (m.segments() for m in self.masks) if s is not None]
         if any(s != found[0] for s in found[1:]):
             raise ValueError(
-                "a mask can hold one Segments only; combine the ids into one array instead"
+                "a mask can hold one Segments only: write (a | b) & Segments(ids), or combine the "
+                "ids into one array"
             )
         return found[0] if found else None
 
