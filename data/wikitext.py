@@ -1,0 +1,73 @@
+"""MediaWiki markup to plain text: prose, headings and list items stay, the apparatus goes."""
+
+from __future__ import annotations
+
+import html
+import re
+
+_COMMENT = re.compile(r"<!--.*?-->", re.S)
+_SELF_CLOSED_REF = re.compile(r"<ref\b[^<>]*/>", re.I)
+# Elements whose content is no prose.
+_DROPPED = re.compile(
+    r"<(ref|math|gallery|timeline|imagemap|score|syntaxhighlight|source|nowiki|code|chem|hiero)\b"
+    r"[^<>]*>.*?</\1\s*>",
+    re.S | re.I,
+)
+_BREAK = re.compile(r"<br\s*/?>", re.I)
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
+_TEMPLATE = re.compile(r"\{\{(?:[^{}]|\{(?!\{)|\}(?!\}))*\}\}")
+_TABLE = re.compile(r"^[:*#; ]*\{\|(?:(?!^[:*#; ]*\{\|).)*?^\s*\|\}", re.S | re.M)
+_MEDIA_LINK = re.compile(r"\[\[\s*(?:File|Image|Category)\s*:(?:[^\[\]]|\[[^\[\]]*\])*\]\]", re.I)
+_LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
+_EXTERNAL = re.compile(r"\[(?:https?:|ftp:|mailto:|//)[^\s\]]*\s*([^\]]*)\]")
+_HEADING = re.compile(r"^(={2,6})\s*(.*?)\s*\1\s*$", re.M)
+_QUOTES = re.compile(r"'{2,5}")
+_LIST = re.compile(r"^[*#:;]+\s*", re.M)
+_MAGIC = re.compile(r"__[A-Z]+__")
+_EMPTY_BRACKETS = re.compile(r"\(\s*[,;]*\s*\)")
+_SPACES = re.compile(r"[ \t\xa0]+")
+_BLANK_LINES = re.compile(r"\n{3,}")
+# What follows is lists of links in every article.
+_TAIL = re.compile(
+    r"^==\s*(?:References|Notes|Footnotes|External links|Further reading|See also|Bibliography)"
+    r"\s*==\s*$",
+    re.M | re.I,
+)
+
+
+def _remove_nested(pattern: re.Pattern, text: str, replacement: str = "") -> str:
+    """Remove innermost matches until none is left."""
+    count = 1
+    while count:
+        text, count = pattern.subn(replacement, text)
+    return text
+
+
+def strip_wikitext(text: str) -> str:
+    """Plain text of an article's wikitext (str -> str).
+
+    References, templates, tables, media, formulas and the closing sections of links are removed;
+    link texts, headings (as lines of their own) and list items are kept.
+    """
+    text = _COMMENT.sub("", text)
+    text = _SELF_CLOSED_REF.sub("", text)
+    text = _remove_nested(_DROPPED, text)
+    text = _remove_nested(_TEMPLATE, text)
+    text = _remove_nested(_TABLE, text)
+    text = _remove_nested(_MEDIA_LINK, text)
+    text = _remove_nested(_LINK, text, r"\1")
+    text = _EXTERNAL.sub(r"\1", text)
+    tail = _TAIL.search(text)
+    if tail:
+        text = text[: tail.start()]
+    text = _BREAK.sub("\n", text)
+    text = _TAG.sub("", text)
+    text = _HEADING.sub(r"\n\2\n", text)
+    text = _QUOTES.sub("", text)
+    text = _LIST.sub("", text)
+    text = _MAGIC.sub("", text)
+    text = html.unescape(text)
+    text = _EMPTY_BRACKETS.sub("", text)
+    text = _SPACES.sub(" ", text)
+    text = "\n".join(line.strip() for line in text.splitlines())
+    return _BLANK_LINES.sub("\n\n", text).strip() + "\n"
