@@ -1,5 +1,8 @@
 """Masks against their elementwise definition: tiles, bounds, kernels, pytrees, errors."""
 
+import dataclasses
+import itertools
+import operator
 import time
 
 import hypothesis.strategies as st
@@ -10,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from jax.experimental import pallas as pl
 
+from ops.mask_bands import Band
 from ops.masks import (
     EMPTY,
     FULL,
@@ -37,8 +41,21 @@ from ops.masks import (
 
 # --- strategies -------------------------------------------------------------------------------
 
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Banded(Mask):
+    """Any band, also those that few compositions of masks reach."""
+
+    inner: Band
+
+    def band(self):
+        return self.inner
+
+
 bound = st.none() | st.integers(0, 12)
 bands = st.one_of(
+    st.builds(Banded, st.builds(Band, bound, bound, st.integers(0, 15), bound)),
     st.just(Full()),
     st.just(Causal()),
     st.builds(SlidingWindow, bound, bound),
@@ -258,6 +275,31 @@ def test_key_and_query_bounds(problem):
         positions = offset + np.arange(T)
         live = seen[:, low : high + 1].any(axis=1)
         np.testing.assert_array_equal(live, (first <= positions) & (positions <= last))
+
+
+def test_band_of_compositions():
+    """Of all compositions of three masks: where there is a band, it is the same mask."""
+    leaves = [
+        Causal(),
+        SlidingWindow(2),
+        SlidingWindow(1, 3),
+        SlidingWindow(None, 1),
+        SlidingWindow(3, None),
+        Prefix(3),
+        Prefix(6),
+    ]
+    operators = (operator.and_, operator.or_)
+    i, j = np.arange(-2, 12)[:, None], np.arange(10)[None, :]
+    with_band = 0
+    for a, b, c, f, g in itertools.product(leaves, leaves, leaves, operators, operators):
+        mask = g(f(a, b), c)
+        band = mask.band()
+        if band is not None:
+            with_band += 1
+            np.testing.assert_array_equal(
+                Banded(band)(i, j), g(f(a(i, j), b(i, j)), c(i, j)), err_msg=repr(mask)
+            )
+    assert with_band > 700  # of 1372: losing bands would make compositions slow, not wrong
 
 
 @pytest.mark.parametrize(
