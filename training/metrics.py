@@ -1,0 +1,166 @@
+"""Where a run's numbers go: metrics.jsonl, timing.jsonl, TensorBoard and the terminal.
+
+metrics.jsonl holds only what the seed determines, so that a resumed run's file is the same, byte
+for byte, as an uninterrupted one's; how long things took is in timing.jsonl.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+import tensorboardX
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def write_atomically(path, text: str) -> None:
+    """Replaces a file in one step: a reader, or a kill, sees old or new, never half."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_rows(path) -> list[dict]:
+    """Rows of a JSON-lines file; a last line that a kill cut short is left out."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line:
+                rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return rows
+
+
+class JsonLines:
+    """A JSON-lines file that goes on after `step`; later rows are cut, all of them if None."""
+
+    def __init__(self, path, step: int | None):
+        kept = [row for row in read_rows(path) if step is not None and row["step"] <= step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.rows = kept
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, row: dict) -> None:
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when the rows are on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Recorder:
+    """Writes rows to all places; only process 0 of several has one that does.
+
+    Args:
+        workdir: folder of metrics.jsonl, timing.jsonl and TensorBoard's files.
+        step: None for a fresh run; else the step restored, after which older rows are dropped.
+        total_steps: for the bar.
+    """
+
+    def __init__(
+        self, workdir, step: int | None, total_steps: int, *, tensorboard: bool, progress: bool
+    ):
+        workdir = pathlib.Path(workdir)
+        self.metrics = JsonLines(workdir / "metrics.jsonl", step)
+        self.timing = JsonLines(workdir / "timing.jsonl", step)
+        self._board = None
+        if tensorboard:
+            purge = None if step is None else step + 1
+            self._board = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=purge, write_to_disk=True
+            )
+        self._total, self._bar, self._lines = total_steps, None, False
+        if progress:
+            self._start_bar(step or 0)
+        self._tokens, self._since = 0.0, None
+
+    def _start_bar(self, step: int) -> None:
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            self._lines = True
+            return
+        self._bar = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self._total, completed=step, text="compiling")
+
+    def row(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Writes one row of metrics; `values` are plain floats."""
+        self.metrics.write({"step": step, "split": split, **values})
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
+        if split != "train":
+            self._say(step, f"{split} loss {values['loss']:.4f}")
+
+    def count(self, tokens: float) -> None:
+        """Counts the tokens of a finished step; the first one, which compiles, starts the clock."""
+        if self._since is None:
+            self._since = time.perf_counter()
+        else:
+            self._tokens += tokens
+
+    def speed(self, step: int, loss: float) -> None:
+        """Writes and shows tokens per second since the clock was last restarted."""
+        now = time.perf_counter()
+        if self._since is None or not self._tokens:
+            self._say(step, f"loss {loss:.4f}")
+            return
+        seconds = now - self._since
+        per_second = self._tokens / seconds
+        row = {"step": step, "seconds": seconds, "tokens_per_second": per_second}
+        self.timing.write(row)
+        if self._board:
+            self._board.add_scalar("timing/tokens_per_second", per_second, step)
+        self._say(step, f"loss {loss:.4f}  {per_second:,.0f} tokens/s")
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last row (an evaluation, a save) out of the speed."""
+        self._tokens = 0.0
+        if self._since is not None:
+            self._since = time.perf_counter()
+
+    def _say(self, step: int, text: str) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        elif self._lines:
+            print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
+
+    def sync(self) -> None:
+        """Returns when every row is on disk: to be called before a checkpoint of their step."""
+        self.metrics.sync()
+        self.timing.sync()
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+        if self._board:
+            self._board.close()
+        self.metrics.close()
+        self.timing.close()

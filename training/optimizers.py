@@ -1,0 +1,141 @@
+"""Optimizers: optax's update rules, five schedules, and groups of parameters by regular expression.
+
+One update of a parameter p with gradient g, at the t-th update (t = 0, 1, ...):
+
+    u = rule(clip(g))                                   # adam, sgd or lion, see RULES
+    p <- p - rate(t) * lr_multiplier * (u + weight_decay * p)
+
+The decay is decoupled (Loshchilov and Hutter 2019, eq. 12) for every rule. `lr_multiplier` and
+`weight_decay` come from the first group whose pattern is found in the parameter's path
+("decoder/block_0/attention/query/kernel").
+"""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from training.config import OptimizerConfig, ParamGroup
+
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
+
+RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+    "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
+    "adam": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
+    "lion": lambda c: optax.scale_by_lion(c.b1, c.b2),
+    "sgd": lambda c: optax.trace(c.b1) if c.b1 else optax.identity(),
+}
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Callable:
+    """Returns `rate(t)`, the learning rate of update t in [0, steps).
+
+    Every schedule is a peak times a linear warm-up times a shape. With w = warmup_steps, the
+    warm-up factor is min(1, (t + 1) / (w + 1)): never 0, and 1 from t = w on. With f =
+    final_fraction and x = (t - w) / (steps - w) clipped to [0, 1], the shapes are
+
+        constant       1
+        linear         1 - (1 - f) x
+        cosine         f + (1 - f) (1 + cos(pi x)) / 2            (Loshchilov and Hutter 2017,
+        without restarts) wsd            1, then linear from 1 to f over the last `decay_steps`  (Hu
+        et al. 2024, MiniCPM) inverse_sqrt   sqrt(max(w, 1) / max(t, w, 1))             (Vaswani et
+        al. 2017, section 5.3)
+    """
+    peak, w, f = config.learning_rate, config.warmup_steps, config.final_fraction
+    if w >= steps and config.schedule in ("linear", "cosine"):
+        raise ValueError(
+            f"optimizer.warmup_steps = {w} leaves nothing of train.steps = {steps} for the "
+            f"{config.schedule!r} schedule: warm up for fewer than {steps} steps"
+        )
+    decay = config.decay_steps
+    if config.schedule == "wsd" and w + decay > steps:
+        raise ValueError(
+            f"optimizer.warmup_steps = {w} and optimizer.decay_steps = {decay} together exceed "
+            f"train.steps = {steps}"
+        )
+
+    def rate(t):
+        t = jnp.asarray(t, jnp.float32)
+        x = jnp.clip((t - w) / max(steps - w, 1), 0.0, 1.0)
+        if config.schedule == "constant":
+            shape = 1.0
+        elif config.schedule == "linear":
+            shape = 1 - (1 - f) * x
+        elif config.schedule == "cosine":
+            shape = f + (1 - f) * 0.5 * (1 + jnp.cos(jnp.pi * x))
+        elif config.schedule == "wsd":
+            into_decay = jnp.clip((t - (steps - decay)) / max(decay, 1), 0.0, 1.0)
+            shape = 1 - (1 - f) * into_decay
+        else:
+            shape = jnp.sqrt(max(w, 1) / jnp.maximum(t, max(w, 1)))
+        return peak * jnp.minimum(1.0, (t + 1) / (w + 1)) * shape
+
+    return rate
+
+
+def path_name(path) -> str:
+    """Names a leaf of a tree: ('block', 'kernel') -> "block/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def group_of(name: str, config: OptimizerConfig) -> ParamGroup:
+    """Returns the first group whose pattern is in the parameter's name, defaults filled in."""
+    for group in config.groups:
+        if re.search(group.pattern, name):
+            decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+            return ParamGroup(group.pattern, group.lr_multiplier, decay)
+    return ParamGroup(".*", 1.0, config.weight_decay)
+
+
+def check_groups(config: OptimizerConfig, params) -> None:
+    """Raises ValueError for a group that no parameter falls into: a misspelt pattern, most likely.
+
+    Groups of the default configuration are exempt: not every model has norms or biases.
+    """
+    names = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    used = {group_of(name, config).pattern for name in names}
+    default = {group.pattern for group in OptimizerConfig().groups}
+    for group in config.groups:
+        if group.pattern not in used | default:
+            shadowed = any(re.search(group.pattern, name) for name in names)
+            why = "every parameter it matches is in an earlier group" if shadowed else (
+                f"it matches none of {len(names)} parameters, for example {names[0]!r} and "
+                f"{names[-1]!r}"
+            )  # fmt: skip
+            raise ValueError(
+                f"optimizer.groups: the pattern {group.pattern!r} has no effect: {why}"
+            )
+
+
+def _scale_by_group(config: OptimizerConfig, rate: Callable) -> optax.GradientTransformation:
+    """u -> -rate(t) * lr_multiplier * (u + weight_decay * p), each parameter's group's own."""
+
+    def update(updates, state, params):
+        step_size = rate(state.count)
+
+        def scale(path, u, p):
+            group = group_of(path_name(path), config)
+            return -step_size * group.lr_multiplier * (u + group.weight_decay * p)
+
+        new = jax.tree.map_with_path(scale, updates, params)
+        return new, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(
+        lambda params: optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32)), update
+    )
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int
+) -> tuple[optax.GradientTransformation, Callable]:
+    """Returns the optax transformation and its schedule `rate(t)`.
+
+    Because a group's constants are looked up by path when the update is traced, groups leave no
+    trace in the optimizer's
+    state: its structure, and so a checkpoint's, depends on `name` and `clip_norm` alone.
+    """
+    rate = make_schedule(config, steps)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, RULES[config.name](config), _scale_by_group(config, rate)), rate

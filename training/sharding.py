@@ -1,0 +1,153 @@
+"""The mesh, and where each array lives on it.
+
+Axes: `data` (copies of the model), `fsdp` (parameters cut along their embedding dimension, batch
+cut as well), `sequence` (time; not used yet) and `tensor` (heads, MLP width, vocabulary). Modules
+name the dimensions of their parameters; RULES is the one place that maps those names to mesh axes.
+The compiler inserts the communication.
+"""
+
+import contextlib
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from training.config import MeshConfig
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Logical name of a dimension -> mesh axis. A dimension that its axis does not divide stays whole.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "time": "sequence",
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_dim": None,
+    "layers": None,
+    "classes": None,
+    "norm": None,
+    "position": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """Returns a mesh over all devices with the configured sizes.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices; the message holds both
+            numbers.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes:
+        if len(devices) % fixed:
+            raise ValueError(
+                f"{asked}: {fixed} does not divide the {len(devices)} devices, so mesh.data=-1 has "
+                "no size"
+            )
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise ValueError(
+            f"{asked} multiply to {fixed}, but there are {len(devices)} devices "
+            f"({devices[0].device_kind}); "
+            "mesh.data=-1 takes what the other axes leave"
+        )
+    # Auto: the compiler propagates shardings; jax.make_mesh's own default makes them part of types.
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
+    """Raises ValueError unless every device gets the same number of rows of every microbatch."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (parts * microbatches):
+        raise ValueError(
+            f"data.batch_size = {batch_size} must be a multiple of {parts * microbatches}: "
+            "mesh.data "
+            f"{mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']} x train.microbatches "
+            f"{microbatches}"
+        )
+
+
+def _axes(axis) -> tuple[str, ...]:
+    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+
+
+def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Maps the logical names of an array's dimensions to mesh axes.
+
+    A mesh axis is used once per array, by the first dimension that asks for it, and only where it
+    divides the dimension: one key-value head on two tensor devices stays whole.
+
+    Raises:
+        ValueError: a name that RULES does not have.
+    """
+    entries, used = [], set()
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in RULES:
+            raise ValueError(
+                f"the logical axis {name!r} is not in training.sharding.RULES: {', '.join(RULES)}"
+            )
+        axes = _axes(RULES[name] if name else None)
+        parts = int(np.prod([mesh.shape[a] for a in axes]))
+        if axes and parts > 1 and size % parts == 0 and not used & set(axes):
+            entries.append(axes if len(axes) > 1 else axes[0])
+            used |= set(axes)
+        else:
+            entries.append(None)
+    return P(*entries)
+
+
+def param_shardings(params, mesh: Mesh):
+    """Shardings of a tree of (abstract) parameters, `nn.LogicallyPartitioned` boxes or bare.
+
+    Leaves without names are copied to every device. The result has the structure of the tree
+    without boxes.
+    """
+
+    def one(leaf):
+        if isinstance(leaf, nn.Partitioned):
+            return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh))
+        return NamedSharding(mesh, P())
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def optimizer_shardings(tx: optax.GradientTransformation, params, shardings, mesh: Mesh):
+    """Shardings of `tx`'s state: moments lie where their parameters lie, counters everywhere."""
+    state = jax.eval_shape(tx.init, params)
+    return optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        state,
+        shardings,
+        transform_non_params=lambda _: NamedSharding(mesh, P()),
+    )
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Sends this host's rows [B / hosts, ...] to its devices; returns the global [B, ...]."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
+        for name, value in batch.items()
+    }
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh):
+    """Makes the mesh and RULES known to what is traced inside: to modules and to shard_map."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(list(RULES.items())):
+        yield
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())

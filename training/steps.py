@@ -1,0 +1,167 @@
+"""What one update and one evaluation batch compute: pure functions of state and batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+Sums = dict[str, Any]  # sums over tokens: "loss", "nll", "correct", "weight"
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a checkpoint must hold to continue, but the data iterator."""
+
+    step: Int[Array, ""]  # updates done
+    params: Any
+    opt_state: Any
+    key: Array  # uint32 key data; update t uses fold_in(key, t)
+
+
+def init_state(model: nn.Module, tx, batch: dict, seed: int) -> TrainState:
+    """Initialises parameters from the seed; leaves are still boxed with their logical axis names.
+
+    Moments are float32 whatever the parameters are: a second moment with decay 0.999 does not move
+    in bfloat16.
+    """
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    params = model.init(init_key, **model_inputs(batch))["params"]
+    opt_state = tx.init(float32(nn.meta.unbox(params)))
+    return TrainState(jnp.zeros([], jnp.int32), params, opt_state, jax.random.key_data(run_key))
+
+
+def float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def model_inputs(batch: dict) -> dict:
+    """The part of a batch that models see."""
+    return {k: batch[k] for k in ("tokens", "positions", "segment_ids") if k in batch}
+
+
+def cross_entropy(
+    logits: Float[Array, "*B V"],
+    targets: Int[Array, "*B"],
+    weights: Float[Array, "*B"],
+    z_loss: float = 0.0,
+) -> Sums:
+    """Sums of weighted -log softmax(logits)[target], in float32 whatever the logits are.
+
+    With z_loss, "loss" has + z_loss * logsumexp(logits)^2 per token, which holds the normaliser
+    near 1 (PaLM, Chowdhery et al. 2022, section 5); "nll" is without it.
+    """
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nll = log_z - picked
+    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    weights = weights.astype(jnp.float32)
+    return {
+        "loss": jnp.sum(weights * (nll + z_loss * jnp.square(log_z))),
+        "nll": jnp.sum(weights * nll),
+        "correct": jnp.sum(weights * correct),
+        "weight": jnp.sum(weights),
+    }
+
+
+def make_loss(model: nn.Module, task: str, z_loss: float = 0.0) -> Callable:
+    """Returns `loss(params, batch, key) -> (summed loss, Sums)`.
+
+    language_model: batch has tokens, targets, weights [B,T]. classification: tokens [B,T], labels
+    [B] and, optionally, weights [B] (rows that count). `key` is for dropout; None evaluates.
+    """
+
+    def loss(params, batch, key=None):
+        rngs = {} if key is None else {"dropout": key}
+        out = model.apply({"params": params}, **model_inputs(batch), rngs=rngs)
+        logits = out[0] if isinstance(out, tuple) else out
+        if task == "classification":
+            targets = batch["labels"]
+            weights = batch.get("weights", jnp.ones(targets.shape, jnp.float32))
+        else:
+            targets, weights = batch["targets"], batch["weights"]
+        sums = cross_entropy(logits, targets, weights, z_loss)
+        return sums["loss"], sums
+
+    return loss
+
+
+def split_microbatches(batch: dict, parts: int) -> dict:
+    """[B, ...] -> [parts, B/parts, ...]; microbatch i is rows i, i + parts, ...: none moves."""
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch
+    )
+
+
+def summed_gradients(loss: Callable, params, batch: dict, key, microbatches: int):
+    """Gradient of the summed loss, and Sums, over microbatches one after another.
+
+    Sums, not means, are what adds up: microbatches with unequal weight give the full batch's
+    gradient too.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if microbatches == 1:
+        grads, sums = gradient(params, batch, key)
+        return float32(grads), sums
+
+    def add(total, part):
+        index, rows = part
+        grads, sums = gradient(params, rows, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, (float32(grads), sums)), None
+
+    parts = (jnp.arange(microbatches), split_microbatches(batch, microbatches))
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts[1]), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def per_token(sums: Sums) -> Float[Array, ""]:
+    """1 / weight, or 0 if nothing has weight."""
+    some = sums["weight"] > 0
+    return jnp.where(some, 1.0 / jnp.where(some, sums["weight"], 1.0), 0.0)
+
+
+def means(sums: Sums) -> dict[str, Float[Array, ""]]:
+    """Means over the tokens that count; all 0 if none does."""
+    scale = per_token(sums)
+    return {
+        "loss": sums["loss"] * scale,
+        "nll": sums["nll"] * scale,
+        "accuracy": sums["correct"] * scale,
+    }
+
+
+def make_train_step(loss: Callable, tx, rate: Callable, microbatches: int = 1) -> Callable:
+    """Returns `step(state, batch) -> (state, metrics)`, to be jitted with the caller's shardings.
+
+    metrics: loss, nll, accuracy (means over weighted tokens), weight (tokens that counted),
+    grad_norm before clipping, update_norm, param_norm, learning_rate.
+    """
+
+    def train_step(state: TrainState, batch: dict):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        grads, sums = summed_gradients(loss, state.params, batch, key, microbatches)
+        scale = per_token(sums)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, float32(state.params))
+        params = optax.apply_updates(state.params, updates)
+        metrics = means(sums) | {
+            "weight": sums["weight"],
+            "grad_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+            "param_norm": optax.global_norm(float32(params)),
+            "learning_rate": rate(state.step),
+        }
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(loss: Callable) -> Callable:
+    """Returns `step(params, batch) -> Sums`, to be added up over batches."""
+    return lambda params, batch: loss(params, batch)[1]
