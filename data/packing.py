@@ -1,8 +1,8 @@
 """From documents of tokens to rows of batches.
 
 A *layout* answers one question: which pieces of which documents stand in row r? Everything else
-(tokens, targets, weights, segment ids, positions) follows from the pieces. A layout is a pure function
-of (corpus, seed, row), so a pipeline's whole state is the number of the next step.
+(tokens, targets, weights, segment ids, positions) follows from the pieces. A layout is a pure
+function of (corpus, seed, row), so a pipeline's whole state is the number of the next step.
 
 - `PackedLayout`: an epoch's documents, shuffled, one after another, cut into rows of T. No token is
   lost and only the epoch's last row has padding. A document may go over a row's edge; the next row

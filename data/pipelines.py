@@ -3,13 +3,13 @@
     splits = split_documents(sources.load("shakespeare"))
     batches = lm_dataset(splits["train"], get_tokenizer("byte"), seq_len=512, batch_size=8, seed=0)
     iterator = iter(batches)
-    batch = next(iterator)                 # {"tokens", "targets", "weights", "segment_ids", "positions"}
-    state = iterator.get_state()           # JSON-able; set_state() goes on at the next batch, bit for bit
+    batch = next(iterator)          # tokens, targets, weights, segment_ids and positions, [B, T]
+    state = iterator.get_state()    # goes into JSON; set_state() goes on at the next batch
 
 `batch_size` is always the *global* batch. With several hosts each gets its rows of it
-(`shard_index`, `shard_count`): together the hosts see what one host alone would see, step by step. A
-state saved on N hosts is therefore right on M hosts. A state that belongs to another corpus, seed or
-batch shape is refused, for it would silently read other text.
+(`shard_index`, `shard_count`): together the hosts see what one host alone would see, step by step.
+A state saved on N hosts is therefore right on M hosts. A state that belongs to another corpus, seed
+or batch shape is refused, for it would silently read other text.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def split_documents(
 ) -> dict[str, list[Document]]:
     """Split into train, validation and test by whole documents.
 
-    A document's place depends on a hash of (seed, id), never on the order of the list; each part keeps
-    the list's order. Every part with a fraction above 0 gets a document while there are enough.
+    A document's place depends on the hashes of (seed, id), never on the order of the list; each
+    part keeps the list's order. Every part with a fraction above 0 gets a document while there are
+    enough.
 
     Args:
         documents: with distinct ids.
@@ -136,7 +137,8 @@ class BatchDataset(grain.IterDataset):
         # Batches are cut out of arrays in memory, far below a step's time: no reading threads, so
         # that the state is exact. For more, put .mp_prefetch() or a ThreadPrefetch behind.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        super().__init__(grain.MapDataset.source(_Steps(make, steps)).to_iter_dataset(options))
+        self._by_step = grain.MapDataset.source(_Steps(make, steps)).to_iter_dataset(options)
+        super().__init__(self._by_step)
         self.steps = steps
         self.fingerprint = dict(fingerprint)
         self._make = make
@@ -153,7 +155,7 @@ class BatchDataset(grain.IterDataset):
         return self.steps
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _BatchIterator(iter(self._parent), self.fingerprint)
+        return _BatchIterator(iter(self._by_step), self.fingerprint)
 
 
 class _BatchIterator(grain.DatasetIterator):
@@ -180,8 +182,8 @@ class _BatchIterator(grain.DatasetIterator):
         for key in mine.keys() | saved.keys():
             if saved.get(key) != mine.get(key):
                 raise ValueError(
-                    f"the saved data state is of another data set: {key} was {saved.get(key)!r} and "
-                    f"is {mine.get(key)!r}; resume with the data settings of the checkpoint"
+                    f"the saved data state is of another data set: {key} was {saved.get(key)!r} "
+                    f"and is {mine.get(key)!r}; resume with the data settings of the checkpoint"
                 )
         self._inner.set_state(state["position"])
 
@@ -232,17 +234,17 @@ def lm_dataset(
 ) -> BatchDataset:
     """Next-token batches of a corpus.
 
-    Every batch is a dict of [B / shard_count, T] arrays: tokens, targets (the next token of the same
-    document) int32; weights float32, 0 at a document's last token and on padding; segment_ids int32,
-    from 1, 0 on padding; positions int32. An end-of-document token follows each document.
+    Every batch is a dict of [B / shard_count, T] arrays: tokens, targets (the next token of the
+    same document) int32; weights float32, 0 at a document's last token and on padding; segment_ids
+    int32, from 1, 0 on padding; positions int32. An end-of-document token follows each document.
 
     Args:
-        packing: see `data.packing`. "packed": nothing lost, rows independent, positions restart with
-            each segment. "whole": documents stay whole where they fit. "contiguous": row b of the
-            next step goes on where row b stopped; positions and segment ids go on too, so a carried
-            state is to be reset exactly where positions are 0.
-        batch_size: B of all hosts together. An epoch's end is no batch's end: rows of the next epoch
-            fill the batch, and only the last batch of all has padded rows.
+        packing: see `data.packing`. "packed": nothing lost, rows independent, positions restart
+            with each segment. "whole": documents stay whole where they fit. "contiguous": row b of
+            the next step goes on where row b stopped; positions and segment ids go on too, so a
+            carried state is to be reset exactly where positions are 0.
+        batch_size: B of all hosts together. An epoch's end is no batch's end: rows of the next
+            epoch fill the batch, and only the last batch of all has padded rows.
         seed: of the order of documents and rows; another order each epoch.
         shuffle: False keeps the order of the documents.
         num_epochs: None repeats without end.
@@ -301,7 +303,7 @@ def evaluation_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> BatchDataset:
-    """One pass over a corpus in order; nothing is dropped, the last batch is padded with empty rows.
+    """One pass over a corpus in order; nothing is dropped, empty rows fill the last batch.
 
     Args:
         packing: as in `lm_dataset`, without shuffling.
@@ -368,8 +370,8 @@ def classification_dataset(
     weights float32 [B], 0 for the empty rows that fill the last batch.
 
     Args:
-        labels: class names in the order of their numbers; None takes the sorted names found. Give it
-            where train and test sets must agree.
+        labels: class names in the order of their numbers; None takes the sorted names found. Give
+            it where train and test sets must agree.
         batch_size, seed, shuffle, shard_index, shard_count, num_epochs: as in `lm_dataset`.
 
     Raises:

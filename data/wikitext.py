@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable
 
 _COMMENT = re.compile(r"<!--.*?-->", re.S)
 _SELF_CLOSED_REF = re.compile(r"<ref\b[^<>]*/>", re.I)
@@ -17,8 +18,8 @@ _BREAK = re.compile(r"<br\s*/?>", re.I)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _TEMPLATE = re.compile(r"\{\{(?:[^{}]|\{(?!\{)|\}(?!\}))*\}\}")
 _TABLE = re.compile(r"^[:*#; ]*\{\|(?:(?!^[:*#; ]*\{\|).)*?^\s*\|\}", re.S | re.M)
-_MEDIA_LINK = re.compile(r"\[\[\s*(?:File|Image|Category)\s*:(?:[^\[\]]|\[[^\[\]]*\])*\]\]", re.I)
-_LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
+_LINK = re.compile(r"\[\[((?:[^\[\]]|\[(?!\[)|\](?!\]))*)\]\]")
+_NO_PROSE = re.compile(r"\s*(?:File|Image|Category|[a-z]{2,3}(?:-[a-z]+)?)\s*:", re.I)
 _EXTERNAL = re.compile(r"\[(?:https?:|ftp:|mailto:|//)[^\s\]]*\s*([^\]]*)\]")
 _HEADING = re.compile(r"^(={2,6})\s*(.*?)\s*\1\s*$", re.M)
 _QUOTES = re.compile(r"'{2,5}")
@@ -35,8 +36,15 @@ _TAIL = re.compile(
 )
 
 
-def _remove_nested(pattern: re.Pattern, text: str, replacement: str = "") -> str:
-    """Remove innermost matches until none is left."""
+def _link_text(link: re.Match) -> str:
+    """What a reader sees of [[target|text]]; nothing of pictures and categories."""
+    return "" if _NO_PROSE.match(link[1]) else link[1].rpartition("|")[2]
+
+
+def _remove_nested(
+    pattern: re.Pattern, text: str, replacement: str | Callable[[re.Match], str] = ""
+) -> str:
+    """Replace innermost matches until none is left."""
     count = 1
     while count:
         text, count = pattern.subn(replacement, text)
@@ -54,9 +62,8 @@ def strip_wikitext(text: str) -> str:
     text = _remove_nested(_DROPPED, text)
     text = _remove_nested(_TEMPLATE, text)
     text = _remove_nested(_TABLE, text)
-    text = _remove_nested(_MEDIA_LINK, text)
-    text = _remove_nested(_LINK, text, r"\1")
     text = _EXTERNAL.sub(r"\1", text)
+    text = _remove_nested(_LINK, text, _link_text)  # captions of pictures hold links of their own
     tail = _TAIL.search(text)
     if tail:
         text = text[: tail.start()]
