@@ -1,0 +1,97 @@
+"""Measurements of attention that several papers share: time and memory against length.
+
+Letters: B batch, T time, H heads, D head dim.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import timing
+from ops import masks
+from ops.attention import attention
+
+FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
+DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
+VARIANTS = ("standard", "tiled", "windowed", "block_sparse")
+
+
+def variant(name: str, settings: Mapping[str, Any]) -> Callable:
+    """A function (q, k, v) -> o, all [B, T, H, D].
+
+    Args:
+      name: "standard" is `jax.nn.dot_product_attention`, which forms the T x T matrix; "tiled" is
+        ours; "windowed" and "block_sparse" (flat butterfly) are ours with these masks.
+      settings: "length", "causal"; "window" (keys seen by a query) and "block" where used.
+    """
+    causal = settings.get("causal", False)
+    if name == "standard":
+        return functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+    mask = _mask(name, settings)
+    return functools.partial(attention, mask=mask & masks.Causal() if causal else mask)
+
+
+def _mask(name: str, settings: Mapping[str, Any]) -> masks.Mask:
+    length = settings["length"]
+    if name == "tiled":
+        return masks.Full()
+    if name == "windowed":
+        half = settings["window"] // 2
+        return masks.SlidingWindow(half, half)
+    if name == "block_sparse":
+        layout = masks.butterfly(-(-length // settings["block"]))
+        return masks.BlockSparse(layout, settings["block"])
+    raise ValueError(f"variant={name!r} is unknown; it must be one of {', '.join(VARIANTS)}")
+
+
+def live_fraction(length: int, block: int) -> float:
+    """The share of the score matrix that the flat butterfly keeps: s in the paper's IO bound."""
+    return float(masks.butterfly(-(-length // block)).mean())
+
+
+def in_direction(attend: Callable, direction: str) -> Callable:
+    """`attend` as a function (q, k, v, do) -> o, or -> (o, dq, dk, dv)."""
+    if direction == FORWARD:
+        return lambda q, k, v, do: attend(q, k, v)
+
+    def forward_backward(q, k, v, do):
+        o, pull = jax.vjp(attend, q, k, v)
+        return o, *pull(do)
+
+    return forward_backward
+
+
+def runtime(settings: Mapping[str, Any], seed: int, folder) -> dict:
+    """Times the variants of one length in one direction, interleaved.
+
+    Settings: length, direction, batch, heads, head_dim, dtype, variants, repeats, and those of
+    `variant`. Returns what `timing.compare` returns, by variant.
+    """
+    shape = _shape(settings)
+    keys = jax.random.split(jax.random.key(seed), 4)
+    arguments = tuple(jax.random.normal(key, shape, settings["dtype"]) for key in keys)
+    functions = {
+        name: in_direction(variant(name, settings), settings["direction"])
+        for name in settings["variants"]
+    }
+    return timing.compare(functions, arguments, repeats=settings["repeats"])
+
+
+def memory(settings: Mapping[str, Any], seed: int, folder) -> dict:
+    """Bytes of temporaries of each variant at one length: compiled, not run.
+
+    Settings as for `runtime`. Returns {variant: {"temp_bytes", "compile_s"}}.
+    """
+    like = jax.ShapeDtypeStruct(_shape(settings), jnp.dtype(settings["dtype"]))
+    results = {}
+    for name in settings["variants"]:
+        function = in_direction(variant(name, settings), settings["direction"])
+        results[name] = timing.compile_function(function, like, like, like, like)[1]
+    return results
+
+
+def _shape(settings: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    return (settings["batch"], settings["length"], settings["heads"], settings["head_dim"])
