@@ -3,21 +3,18 @@ training goes on.
 
 A checkpoint is one folder named by its step; it appears under that name in one rename when all of
 it is on disk, so a kill at any moment leaves the earlier ones. Beside the arrays it holds `meta`:
-the configuration, the iterators' states, and for every array its shape, dtype and a fingerprint, so
+the configuration, the iterator's state, and for every array its shape, dtype and a fingerprint, so
 that damage is found when it is read and is named.
 """
 
 import errno
-import json
 import pathlib
 import shutil
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from training.optimizers import path_name
 
@@ -69,30 +66,6 @@ def describe(state) -> dict[str, list]:
     }
 
 
-def _iterator_states(iterator) -> list:
-    """Every process's iterator state, in order of process index; all processes must call it."""
-    state = iterator.get_state()
-    text = state.decode() if isinstance(state, bytes) else json.dumps(state)
-    if jax.process_count() == 1:
-        return [text]
-    raw = np.frombuffer(text.encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.int32(raw.size)).max())
-    # Spaces at the end of JSON mean nothing.
-    padded = np.pad(raw, (0, longest - raw.size), constant_values=ord(" "))
-    return [bytes(row).decode() for row in multihost_utils.process_allgather(padded)]
-
-
-def _set_iterator_state(iterator, states: list, path) -> None:
-    if len(states) != jax.process_count():
-        raise CheckpointError(
-            f"{path} holds the data iterators of {len(states)} processes, but this run has "
-            f"{jax.process_count()}: resume with {len(states)}"
-        )
-    text = states[jax.process_index()]
-    as_bytes = isinstance(iterator.get_state(), bytes)
-    iterator.set_state(text.encode() if as_bytes else json.loads(text))
-
-
 class Checkpoints:
     """The checkpoints of one run in one folder.
 
@@ -100,6 +73,9 @@ class Checkpoints:
         directory: made if absent; must be on a disk that all processes share.
         keep: how many of the newest stay.
         config: JSON-able; saved with each checkpoint and handed back by `config_at`.
+
+    A data iterator has get_state() and set_state(), JSON-able and the same on every process, as
+    those of data.pipelines are: the number of processes may change between save and restore.
     """
 
     def __init__(self, directory, keep: int = 2, config: dict | None = None):
@@ -132,7 +108,7 @@ class Checkpoints:
         """
         meta = {
             "arrays": describe(state),
-            "iterators": _iterator_states(iterator),
+            "iterator": iterator.get_state(),
             "config": self.config,
         }
         self.wait()
@@ -197,7 +173,7 @@ class Checkpoints:
         self._check_structure(step, meta["arrays"], abstract_state)
         state = self._read(step, lambda: self._read_state(step, meta["arrays"], abstract_state))
         if iterator is not None:
-            _set_iterator_state(iterator, meta["iterators"], self.path(step))
+            iterator.set_state(meta["iterator"])
         return state
 
     def _read_state(self, step: int, saved: dict, abstract_state):

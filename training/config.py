@@ -48,15 +48,17 @@ class DataConfig:
     tokenizer: str = "byte"  # name in data.tokenizers
     seq_len: int = 256  # tokens per row (T)
     batch_size: int = 16  # rows per update, over all devices and microbatches
-    packing: str = (
-        "packed"  # "packed": whole documents side by side; "contiguous": one after another
-    )
-    shuffle: bool = True  # the order of documents, from the seed
+    packing: str = "packed"  # packed, whole or contiguous: see data.packing
+    shuffle: bool = True  # another order of documents in each epoch, from the seed
     fractions: tuple[float, ...] = (0.9, 0.05, 0.05)  # of the documents: train, validation, test
+    split_seed: int = 0  # which documents are held out; apart from the seed, so that seeds compare
+    max_documents: int | None = None  # use only the first so many; None: all
+    eval_stride: int | None = None  # slide windows by so many tokens in evaluations; None: packed
 
     def __post_init__(self):
-        _one_of("data.packing", self.packing, ("packed", "contiguous"))
+        _one_of("data.packing", self.packing, ("packed", "whole", "contiguous"))
         _at_least("data", self, 1, "seq_len", "batch_size")
+        _at_least("data", self, 1, "max_documents", "eval_stride")
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one source of data.sources")
 

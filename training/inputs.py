@@ -1,10 +1,14 @@
 """From a configuration to batches and a model: here alone training knows data/ and models/."""
 
+import functools
+import itertools
 from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+from data import pipelines, sources, tokenizers
+from training.config import Settings
 
 
 def pad_rows(batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
@@ -24,20 +28,52 @@ def pad_rows(batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
 
 
 def eval_batches(dataset: Iterable, rows: int, limit: int) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of one evaluation, from the start: at most `limit`, or all if it is 0.
-
-    With several processes, those whose data end sooner go on with rows that count nothing until the
-    last is done: all must take part in every step.
-    """
-    iterator, count, last = iter(dataset), 0, None
-    while not limit or count < limit:
-        batch = next(iterator, None)
-        if jax.process_count() > 1:
-            if not multihost_utils.process_allgather(np.int32(batch is not None)).any():
-                return
-        elif batch is None:
-            return
-        if batch is None:
-            batch = {name: value[:0] for name, value in last.items()}
-        last, count = batch, count + 1
+    """The batches of one evaluation, from the start: at most `limit`, or all if it is 0."""
+    for batch in itertools.islice(dataset, limit or None):
         yield pad_rows(batch, rows)
+
+
+def make_datasets(c: Settings) -> dict[str, Iterable]:
+    """Loads, splits and batches the documents of `c.data`; each process gets its own rows.
+
+    "train" repeats without end in an order that the seed gives; "validation" and "test" pass once.
+    """
+    documents = [document for name in c.data.sources for document in sources.load(name)]
+    documents = documents[: c.data.max_documents]
+    parts = pipelines.split_documents(
+        documents, c.data.split_seed, c.data.fractions, balanced=c.task == "classification"
+    )
+    tokenizer = tokenizers.get_tokenizer(c.data.tokenizer)
+    common = dict(
+        seq_len=c.data.seq_len,
+        batch_size=c.data.batch_size,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
+    shuffled = dict(seed=c.seed, shuffle=c.data.shuffle)
+    if c.task == "classification":
+        make = functools.partial(
+            pipelines.classification_dataset,
+            tokenizer=tokenizer,
+            labels=labels(documents),
+            **common,
+        )
+        once = functools.partial(make, seed=0, shuffle=False, num_epochs=1)
+        train = make(parts["train"], **shuffled)
+    else:
+        packing = dict(packing=c.data.packing)
+        once = functools.partial(
+            pipelines.evaluation_batches,
+            tokenizer=tokenizer,
+            stride=c.data.eval_stride,
+            **packing,
+            **common,
+        )
+        train = pipelines.lm_dataset(parts["train"], tokenizer, **shuffled, **packing, **common)
+    held_out = {name: once(parts[name]) for name in ("validation", "test") if parts[name]}
+    return {"train": train, **held_out}
+
+
+def labels(documents) -> tuple[str, ...]:
+    """The classes of a corpus, in the order of their numbers."""
+    return tuple(sorted({document.label for document in documents}))

@@ -152,9 +152,9 @@ def make_train_step(loss: Callable, tx, rate: Callable, microbatches: int = 1) -
         params = optax.apply_updates(state.params, updates)
         metrics = means(sums) | {
             "weight": sums["weight"],
-            "grad_norm": optax.global_norm(grads),
-            "update_norm": optax.global_norm(updates),
-            "param_norm": optax.global_norm(float32(params)),
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(float32(params)),
             "learning_rate": rate(state.step),
         }
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics

@@ -1,0 +1,140 @@
+"""The loss against float64, microbatches against the whole batch, metrics against definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from tiny_training import Rows, TinyModel
+
+from training import steps
+from training.config import OptimizerConfig
+from training.optimizers import make_optimizer
+
+
+def batch(**fields):
+    return {k: jnp.asarray(v) for k, v in next(Rows()).items()} | fields
+
+
+def start(model=None, seed=0, **optimizer):
+    config = OptimizerConfig(warmup_steps=0, schedule="constant", **optimizer)
+    tx, rate = make_optimizer(config, 10)
+    model = model or TinyModel()
+    state = steps.init_state(model, tx, batch(), seed)
+    state = state.replace(params=nn.meta.unbox(state.params))
+    return state, steps.make_loss(model, "language_model"), tx, rate
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_cross_entropy_is_its_definition(z_loss):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 5, 7)) * 30
+    targets, weights = rng.integers(0, 7, (3, 5)), rng.random((3, 5))
+    got = steps.cross_entropy(
+        jnp.float32(logits), jnp.int32(targets), jnp.float32(weights), z_loss=z_loss
+    )
+    z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    nll = z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    assert float(got["nll"]) == pytest.approx((weights * nll).sum(), rel=1e-5)
+    assert float(got["loss"]) == pytest.approx((weights * (nll + z_loss * z**2)).sum(), rel=1e-5)
+    assert float(got["correct"]) == pytest.approx(
+        (weights * (logits.argmax(-1) == targets)).sum(), rel=1e-5
+    )
+    assert float(got["weight"]) == pytest.approx(weights.sum(), rel=1e-6)
+
+
+def test_loss_of_bfloat16_logits_is_computed_in_float32():
+    logits = jnp.linspace(-3, 3, 64, dtype=jnp.bfloat16).reshape(1, 64)
+    got = steps.cross_entropy(logits, jnp.array([5]), jnp.ones(1))
+    want = -jax.nn.log_softmax(np.asarray(logits, np.float32))[0, 5]
+    assert got["loss"].dtype == jnp.float32
+    assert float(got["loss"]) == pytest.approx(float(want), rel=1e-6)
+
+
+def test_targets_of_weight_zero_change_nothing():
+    state, loss, _, _ = start()
+    rows = batch()
+    other = rows | {"targets": jnp.where(rows["weights"] > 0, rows["targets"], 1)}
+    a, b = (jax.grad(loss, has_aux=True)(state.params, r, None) for r in (rows, other))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_microbatches_equal_the_full_batch(parts):
+    """Rows have different weights, so that a mean of means would be wrong."""
+    state, loss, tx, rate = start()
+    rows = batch()
+    rows["weights"] = rows["weights"] * jnp.arange(8.0)[:, None]
+    one, metrics_one = jax.jit(steps.make_train_step(loss, tx, rate))(state, rows)
+    many, metrics_many = jax.jit(steps.make_train_step(loss, tx, rate, parts))(state, rows)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7)
+    jax.tree.map(close, metrics_one, metrics_many)
+    jax.tree.map(close, one.params, many.params)
+    jax.tree.map(close, one.opt_state, many.opt_state)
+
+
+def test_metrics_are_what_they_say():
+    state, loss, tx, rate = start(clip_norm=1e-3)
+    new, metrics = jax.jit(steps.make_train_step(loss, tx, rate))(state, batch())
+    rows = batch()
+    grads, sums = jax.grad(loss, has_aux=True)(state.params, rows, None)
+    grads = jax.tree.map(lambda g: g / sums["weight"], grads)
+    moved = jax.tree.map(jnp.subtract, new.params, state.params)
+    assert float(metrics["loss"]) == pytest.approx(float(sums["loss"] / sums["weight"]), rel=1e-6)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
+    assert float(metrics["grad_norm"]) > 1e-3, "the norm is the one before clipping"
+    assert float(metrics["update_norm"]) == pytest.approx(float(optax.tree.norm(moved)), rel=1e-3)
+    assert float(metrics["learning_rate"]) == pytest.approx(3e-4)
+    assert int(new.step) == 1
+
+
+def test_nothing_to_predict_is_a_step_of_decay_alone():
+    state, loss, tx, rate = start()
+    _, metrics = jax.jit(steps.make_train_step(loss, tx, rate))(
+        state, batch(weights=jnp.zeros((8, 12)))
+    )
+    assert float(metrics["loss"]) == 0.0 and float(metrics["grad_norm"]) == 0.0
+
+
+def test_dropout_differs_from_step_to_step_and_not_from_run_to_run():
+    model = TinyModel(dropout=0.5)
+    state, loss, tx, rate = start(model)
+    step = jax.jit(steps.make_train_step(steps.make_loss(model, "language_model"), tx, rate))
+    first, again = (step(state, batch())[1]["loss"] for _ in range(2))
+    later = step(state.replace(step=state.step + 1), batch())[1]["loss"]
+    assert float(first) == float(again) != float(later)
+    evaluate = jax.jit(steps.make_eval_step(steps.make_loss(model, "language_model")))
+    without = jax.jit(steps.make_eval_step(loss))(state.params, batch())
+    assert float(evaluate(state.params, batch())["loss"]) == float(without["loss"])
+
+
+def test_moments_are_float32_for_bfloat16_parameters():
+    tx, rate = make_optimizer(OptimizerConfig(b2=0.999), 1000)
+    params = {"w": jnp.ones((4,), jnp.bfloat16)}
+    state = tx.init(steps.float32(params))
+    assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(state))
+
+
+class Mean(nn.Module):
+    """A classifier: the mean embedding of a row, projected to three classes."""
+
+    @nn.compact
+    def __call__(self, tokens, *, positions=None, segment_ids=None):
+        return nn.Dense(3)(nn.Embed(32, 8)(tokens).mean(1))
+
+
+def test_classification_learns_the_label_of_a_row():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 64)
+    tokens = rng.integers(0, 10, (64, 6)) + 10 * labels[:, None]
+    rows = {"tokens": jnp.int32(tokens), "labels": jnp.int32(labels)}
+    config = OptimizerConfig(learning_rate=0.05, warmup_steps=0, schedule="constant")
+    tx, rate = make_optimizer(config, 60)
+    state = steps.init_state(Mean(), tx, rows, 0)
+    step = jax.jit(steps.make_train_step(steps.make_loss(Mean(), "classification"), tx, rate))
+    for _ in range(60):
+        state, metrics = step(state, rows)
+    assert float(metrics["accuracy"]) == 1.0 and float(metrics["weight"]) == 64
+    ignored = rows | {"weights": jnp.float32(labels == 0)}
+    assert float(step(state, ignored)[1]["weight"]) == (labels == 0).sum()
