@@ -37,6 +37,10 @@ class SourceError(RuntimeError):
     """A source cannot be had; the message says why and gives the command that fetches it."""
 
 
+class ChecksumError(SourceError):
+    """A file does not have its source's checksum; the file was removed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One row of the registry.
@@ -75,7 +79,7 @@ class Source:
 def cache_dir() -> pathlib.Path:
     """Folder of downloads: $TILESCAN_CACHE, else the platform's cache folder."""
     if os.environ.get("TILESCAN_CACHE"):
-        return pathlib.Path(os.environ["TILESCAN_CACHE"]).expanduser()
+        return pathlib.Path(os.environ["TILESCAN_CACHE"]).expanduser().absolute()
     if sys.platform == "darwin":
         return pathlib.Path.home() / "Library" / "Caches" / "tilescan"
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -170,8 +174,8 @@ def _verify(source: Source, path: pathlib.Path) -> None:
         _verified[key] = digest_of(path)
     expected, actual = _expected_digest(source, path), _verified[key]
     if expected is not None and actual != expected:
-        path.unlink()
-        raise SourceError(
+        path.unlink(missing_ok=True)
+        raise ChecksumError(
             f"{source.name}: {path.name} has sha256 {actual}, expected {expected}; "
             f"the file ({_size_text(stat.st_size)} of {_size_text(source.size)}) was removed.\n"
             f"{_how(source)}"
@@ -229,9 +233,12 @@ def fetch_source(source: Source, offline: bool = False) -> pathlib.Path:
     if path is not None:
         if source.kind == "file":
             return path
-        with contextlib.suppress(SourceError) if not _off(offline) else contextlib.nullcontext():
+        try:
             _verify(source, path)
             return _with_member(source, path)
+        except ChecksumError:  # the cache was damaged: fetch it anew if that is allowed
+            if _off(offline):
+                raise
     if source.kind == "file":
         raise SourceError(
             f"{source.name} is in no package: give its file with TILESCAN_DATA_FILES="
@@ -409,8 +416,14 @@ def run_client(source: Source, command: list[str], staging: pathlib.Path) -> Non
 
 
 def _watch(source: Source, process: subprocess.Popen, staging: pathlib.Path) -> None:
+    """Wait for the client with a progress bar (one line where there is no terminal)."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(f"fetching {source.name} ({_size_text(source.size)})", file=sys.stderr, flush=True)
+        process.wait()
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"fetching {source.name}", total=source.size)
         while process.poll() is None:
             progress.update(task, completed=min(_bytes_under(staging), source.size))

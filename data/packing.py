@@ -269,7 +269,7 @@ class ContiguousLayout:
 
 
 def strided_pieces(lengths: np.ndarray, seq_len: int, stride: int) -> list[list[Piece]]:
-    """Overlapping windows for evaluation: every token is scored once.
+    """Overlapping windows for evaluation: every target is scored once.
 
     A window starts every `stride` tokens of a document; of each but the first only the targets that
     no earlier window scored count, so each has at least seq_len - stride tokens of context.
@@ -277,7 +277,7 @@ def strided_pieces(lengths: np.ndarray, seq_len: int, stride: int) -> list[list[
     rows = []
     for document, length in enumerate(lengths.tolist()):
         scored, begin = 0, 0
-        while scored < length:
+        while scored < length - 1:  # the last token has no target to score
             end = min(begin + seq_len, length)
             rows.append([Piece(document, begin, end - begin, 0, 1, context=scored - begin)])
             scored, begin = end, begin + stride

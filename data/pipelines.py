@@ -134,8 +134,7 @@ class BatchDataset(grain.IterDataset):
     def __init__(
         self, make: Callable[[int], Batch], steps: int | None, fingerprint: Mapping[str, Any]
     ):
-        # Batches are cut out of arrays in memory, far below a step's time: no reading threads, so
-        # that the state is exact. For more, put .mp_prefetch() or a ThreadPrefetch behind.
+        # Batches are cut out of arrays in memory, far below a step's time: no reading threads.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._by_step = grain.MapDataset.source(_Steps(make, steps)).to_iter_dataset(options)
         super().__init__(self._by_step)
@@ -148,11 +147,6 @@ class BatchDataset(grain.IterDataset):
         if step < 0 or (self.steps is not None and step >= self.steps):
             raise IndexError(f"step={step} is outside the data set's {self.steps} steps")
         return self._make(step)
-
-    def __len__(self) -> int:
-        if self.steps is None:
-            raise TypeError("a data set with num_epochs=None has no length")
-        return self.steps
 
     def __iter__(self) -> grain.DatasetIterator:
         return _BatchIterator(iter(self._by_step), self.fingerprint)
@@ -307,7 +301,7 @@ def evaluation_batches(
 
     Args:
         packing: as in `lm_dataset`, without shuffling.
-        stride: instead of packing, slide a window over each document and score every token once,
+        stride: instead of packing, slide a window over each document and score every target once,
             with at least seq_len - stride tokens of context (from a document's second window on).
 
     Raises:

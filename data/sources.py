@@ -20,6 +20,7 @@ import pathlib
 import sys
 import sysconfig
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -74,7 +75,7 @@ _ROWS = (
         _GENSIM_WHEEL,
         27_826_360,
         "CC BY-SA 3.0 (articles), LGPL-2.1 (package)",
-        "105 whole Wikipedia articles out of gensim's test data",
+        "106 whole Wikipedia articles out of gensim's test data",
         parsers.wikipedia,
         version="4.4.0",
         sha256="9033b18920b7774e68eafacdbd87252ffa29382ec465ddb88bd036e00fc86365",
@@ -135,7 +136,7 @@ _ROWS = (
         "huggingface",
         "stanfordnlp/imdb",
         "stanfordnlp--imdb",
-        84_125_825,
+        41_500_000,
         "no formal licence; research, cite Maas et al. 2011",
         "the same reviews from Hugging Face (needs huggingface_hub and pyarrow)",
         parsers.imdb,
@@ -255,16 +256,16 @@ def list_sources() -> list[dict[str, object]]:
 
 def main_list(console: Console | None = None) -> None:
     """Print the sources as a table."""
-    table = Table(title="Sources (downloaded on first use)")
-    for heading in ("name", "from", "download", "cached", "what", "licence"):
-        wide = heading in ("name", "download", "cached")
-        right = heading == "download"
-        table.add_column(heading, no_wrap=wide, justify="right" if right else "left")
+    table = Table(title="Sources (downloaded on first use)", box=box.SIMPLE)
+    table.add_column("name", no_wrap=True)
+    table.add_column("from", no_wrap=True)
+    table.add_column("download", justify="right", no_wrap=True)
+    table.add_column("cached", no_wrap=True)
+    table.add_column("what, licence")
     for row in list_sources():
         size = f"{row['size'] / 1e6:.1f} MB" if row["size"] else "-"
-        origin = row["kind"] if row["kind"] == "installed" else f"{row['kind']}: {row['package']}"
-        state = "yes" if row["cached"] else "no"
-        table.add_row(row["name"], origin, size, state, row["description"], row["licence"])
+        what = f"{row['description']} [dim]({row['licence']})[/dim]"
+        table.add_row(row["name"], row["kind"], size, "yes" if row["cached"] else "no", what)
     (console or Console()).print(table)
 
 
