@@ -1,0 +1,324 @@
+"""What must hold for every token mixer, whatever is inside it.
+
+A mixer maps x [B, T, E] to y [B, T, E] and carries a state from one stretch of a sequence to the
+next. `Mixer` wraps one for the checks; for a Linen module it is one line, `linen(name, module)`.
+A check takes a mixer and raises AssertionError. `INVARIANTS` lists them all; `test_mixers.py`
+applies them to the mixers of the project, and `test_suite.py` shows that each of them can fail.
+
+Letters: B batch, T time, E width.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BATCH = 2
+LENGTHS = (1, 2, 63, 100)
+SPLITS = ((1, 99), (50, 50), (63, 37), (99, 1), (1, 2, 97))  # stretches of 100 tokens
+DOCUMENTS = (17, 1, 43, 2, 32)  # packed into one row, with 5 tokens of padding behind
+F32_ERROR = 1e-5  # relative RMS of two ways to compute the same in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixer:
+    """A mixer as the checks see it.
+
+    Attributes:
+      name: shown in test ids.
+      apply: (params, x, *, state, positions, segment_ids) -> (y, state), computing in x's dtype;
+        state None: the whole sequence at once, and None comes back.
+      init_state: (batch, max_len, dtype) -> the state before the first token.
+      init: key -> params, float32.
+      width: E.
+      causal: whether y_t depends on the past alone; else the checks with states are left out.
+      reach: how many of the latest tokens y_t depends on, itself included; None: all.
+      bf16_error: bound of the relative RMS error of y in bfloat16 (2^-8 is one rounding); four
+        times as much is granted to gradients.
+    """
+
+    name: str
+    apply: Callable[..., tuple[jax.Array, Any]]
+    init_state: Callable[[int, int, Any], Any]
+    init: Callable[[jax.Array], Any]
+    width: int = 32
+    causal: bool = True
+    reach: int | None = None
+    bf16_error: float = 4 * 2**-8
+
+    def __repr__(self):
+        return self.name
+
+    @functools.cached_property
+    def params(self):
+        return self.init(jax.random.key(zlib.crc32(self.name.encode())))
+
+    @functools.cached_property
+    def run(self):
+        """`apply` under jit."""
+        return jax.jit(self._apply)
+
+    @functools.cached_property
+    def gradients(self):
+        """jit of the gradients of sum(y * weights) with respect to (params, x)."""
+
+        def loss(params, x, weights, segment_ids=None, positions=None):
+            y, _ = self._apply(params, x, segment_ids=segment_ids, positions=positions)
+            return jnp.sum(y.astype(jnp.float32) * weights)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+    def _apply(self, params, x, state=None, positions=None, segment_ids=None):
+        return self.apply(params, x, state=state, positions=positions, segment_ids=segment_ids)
+
+    def inputs(self, length: int, seed: int = 0) -> jax.Array:
+        """Normal x [B, length, E]; a shorter one is the beginning of a longer one."""
+        rng = np.random.default_rng(seed)
+        return jnp.asarray(rng.standard_normal((length, BATCH, self.width), np.float32)).swapaxes(
+            0, 1
+        )
+
+
+def linen(name: str, module, **settings) -> Mixer:
+    """A Linen mixer: `__call__(x, *, state, positions, segment_ids)`, `init_state`, `dtype`."""
+    width = settings.setdefault("width", Mixer.width)
+
+    def apply(params, x, **options):
+        return module.clone(dtype=x.dtype).apply(params, x, **options)
+
+    def init(key):
+        params = module.init(key, jnp.zeros((BATCH, 4, width)))
+        return jax.tree.map(jnp.asarray, unboxed(params))
+
+    def init_state(batch, max_len, dtype):
+        return module.clone(dtype=dtype).init_state(batch, max_len)
+
+    return Mixer(name, apply, init_state, init, **settings)
+
+
+def unboxed(params):
+    """Parameters without the boxes that carry their logical axis names."""
+    from flax.core import meta
+
+    return meta.unbox(params)
+
+
+# --- comparing --------------------------------------------------------------------------------
+
+
+def relative_error(actual, expected) -> float:
+    """Root mean square of the difference over that of `expected` (NaN if anything is NaN)."""
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    size = np.sqrt(np.mean(expected**2))
+    return float(np.sqrt(np.mean((actual - expected) ** 2)) / max(size, 1e-30))
+
+
+def assert_close(actual, expected, what: str, bound: float = F32_ERROR):
+    """Trees agree leaf by leaf; the message says where and by how much they don't."""
+    actual, expected = (jax.tree.leaves_with_path(x) for x in (actual, expected))
+    assert len(actual) == len(expected)
+    for (path, a), (_, e) in zip(actual, expected, strict=True):
+        assert a.shape == e.shape, f"{what}{jax.tree_util.keystr(path)}: {a.shape} for {e.shape}"
+        error = relative_error(a, e)
+        assert error <= bound, (
+            f"{what}{jax.tree_util.keystr(path)}: relative error {error:.2e} > {bound:.2e}"
+        )
+
+
+def assert_finite(tree, what: str):
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
+        assert bad == 0, f"{what}{jax.tree_util.keystr(path)}: {bad} of {leaf.size} not finite"
+
+
+# --- the invariants ---------------------------------------------------------------------------
+
+
+def run_stretches(mixer, params, x, stretches, segment_ids=None, positions=None):
+    """y of consecutive stretches, each from the state that the one before left."""
+    state = mixer.init_state(x.shape[0], x.shape[1], x.dtype)
+    ys, start = [], 0
+    for length in stretches:
+        cut = lambda a, s=np.s_[:, start : start + length]: None if a is None else a[s]
+        y, state = mixer.run(
+            params, cut(x), state=state, positions=cut(positions), segment_ids=cut(segment_ids)
+        )
+        ys.append(y)
+        start += length
+    return jnp.concatenate(ys, axis=1)
+
+
+def split_equals_whole(mixer: Mixer):
+    """Stretches with a carried state give the numbers of the whole sequence."""
+    x = mixer.inputs(sum(SPLITS[0]))
+    whole, none = mixer.run(mixer.params, x)
+    assert none is None, "without a state, a mixer must return None for it"
+    for stretches in SPLITS:
+        y = run_stretches(mixer, mixer.params, x, stretches)
+        assert_close(y, whole, f"split {stretches}: y")
+
+
+def split_gradient_equals_whole(mixer: Mixer):
+    """So do gradients through the carried state (truncated or chunked training)."""
+    x, weights = mixer.inputs(100), mixer.inputs(100, seed=1)
+
+    def loss(params, x):
+        return jnp.sum(run_stretches(mixer, params, x, (63, 37)) * weights)
+
+    actual = jax.grad(loss, argnums=(0, 1))(mixer.params, x)
+    assert_close(actual, mixer.gradients(mixer.params, x, weights), "split (63, 37): gradient")
+
+
+def step_equals_parallel(mixer: Mixer):
+    """Token by token, as in decoding, equals all at once; also behind a longer prompt."""
+    x = mixer.inputs(24)
+    whole, _ = mixer.run(mixer.params, x)
+    y = run_stretches(mixer, mixer.params, x, (1,) * 24)
+    assert_close(y, whole, "24 steps: y")
+    y = run_stretches(mixer, mixer.params, x, (17,) + (1,) * 7)
+    assert_close(y, whole, "a prompt of 17 tokens and 7 steps: y")
+
+
+def packed_row():
+    """segment_ids and positions [B, 100] of DOCUMENTS, in reverse in the second row."""
+    ids, positions = [], []
+    for lengths in (DOCUMENTS, DOCUMENTS[::-1]):
+        padding = 100 - sum(lengths)
+        ids.append(np.repeat([*range(1, 1 + len(lengths)), 0], [*lengths, padding]))
+        positions.append(np.concatenate([np.arange(n) for n in (*lengths, padding)]))
+    return np.stack(ids).astype(np.int32), np.stack(positions).astype(np.int32)
+
+
+def packed_equals_separate(mixer: Mixer):
+    """Documents packed into one row don't see each other: values and gradients."""
+    x, weights = mixer.inputs(100), mixer.inputs(100, seed=1)
+    ids, positions = packed_row()
+    packed, _ = mixer.run(mixer.params, x, segment_ids=ids, positions=positions)
+    _, dx = mixer.gradients(mixer.params, x, weights, ids, positions)
+    for row, document in np.ndindex(BATCH, len(DOCUMENTS)):
+        place = np.flatnonzero(ids[row] == document + 1)
+        alone, w = x[row : row + 1, place], weights[row : row + 1, place]
+        y, _ = mixer.run(mixer.params, alone)
+        what = f"document {document} of row {row} (tokens {place[0]} to {place[-1]})"
+        assert_close(packed[row : row + 1, place], y, f"{what}: y")
+        _, dx_alone = mixer.gradients(mixer.params, alone, w)
+        assert_close(dx[row : row + 1, place], dx_alone, f"{what}: gradient of x")
+
+
+def packed_split_equals_whole(mixer: Mixer):
+    """A packed row may be cut anywhere, within a document or between two."""
+    x = mixer.inputs(100)
+    ids, positions = packed_row()
+    whole, _ = mixer.run(mixer.params, x, segment_ids=ids, positions=positions)
+    real = np.asarray(ids > 0)[..., None]
+    for stretches in ((50, 50), (DOCUMENTS[0], 100 - DOCUMENTS[0])):
+        y = run_stretches(mixer, mixer.params, x, stretches, ids, positions)
+        assert_close(y * real, whole * real, f"packed row, split {stretches}: y")
+
+
+def causal_by_gradient(mixer: Mixer):
+    """The gradient of y_t is exactly zero past t, and nowhere zero up to t within the reach."""
+    x, weights = mixer.inputs(63), mixer.inputs(63, seed=1)
+    for t in (0, 31, 62):
+        _, dx = mixer.gradients(mixer.params, x, weights * (np.arange(63) == t)[None, :, None])
+        used = np.abs(np.asarray(dx)).max(axis=-1)
+        first = 0 if mixer.reach is None else max(0, t + 1 - mixer.reach)
+        assert np.all(used[:, t + 1 :] == 0), f"y at {t} depends on the future"
+        assert np.all(used[:, :first] == 0), f"y at {t} depends on tokens beyond the reach"
+        assert np.all(used[:, first : t + 1] > 0), f"y at {t} doesn't depend on all of its past"
+
+
+def deterministic(mixer: Mixer):
+    """A second run gives the same bits, a second compilation too."""
+    x, weights = mixer.inputs(63), mixer.inputs(63, seed=1)
+
+    def compiled():
+        def both(params, x):
+            y, pull = jax.vjp(lambda p, x: mixer.apply(p, x, **_NOTHING)[0], params, x)
+            return y, pull(weights)
+
+        return jax.jit(both).lower(mixer.params, x).compile()
+
+    first, second = compiled(), compiled()
+    expected = jax.tree.map(np.asarray, first(mixer.params, x))
+    for what, run in (("run", first), ("compilation", second)):
+        for a, e in zip(
+            jax.tree.leaves(run(mixer.params, x)), jax.tree.leaves(expected), strict=True
+        ):
+            assert np.array_equal(a, e), f"a second {what} gave other bits"
+
+
+_NOTHING = dict(state=None, positions=None, segment_ids=None)
+
+
+def bf16_close_to_float32(mixer: Mixer):
+    """bfloat16 errs by few roundings: y and gradients against float32 of the same numbers."""
+    rounded = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
+    params, x, weights = rounded((mixer.params, mixer.inputs(100), mixer.inputs(100, seed=1)))
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x, weights))
+    y, _ = mixer.run(params, x)
+    assert y.dtype == jnp.bfloat16, f"y is {y.dtype} for x in bfloat16"
+    assert_close(y, mixer.run(*wide[:2])[0], "bfloat16: y", mixer.bf16_error)
+    actual, expected = mixer.gradients(params, x, weights), mixer.gradients(*wide)
+    assert_close(actual, expected, "bfloat16: gradient", 4 * mixer.bf16_error)
+
+
+def finite_at_extremes(mixer: Mixer):
+    """Huge, tiny and constant inputs give finite values and gradients."""
+    x, weights = mixer.inputs(63), mixer.inputs(63, seed=1)
+    for what, extreme in (
+        ("1e4 * normal", 1e4 * x),
+        ("1e-30 * normal", 1e-30 * x),
+        ("zeros", 0 * x),
+        ("all 1e4", jnp.full_like(x, 1e4)),
+        ("one spike of 1e4", x.at[:, 31].mul(1e4)),
+    ):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            cast = extreme.astype(dtype)
+            what_in = f"{what} in {dtype.__name__}"
+            assert_finite(mixer.run(mixer.params, cast)[0], f"{what_in}: y")
+            assert_finite(mixer.gradients(mixer.params, cast, weights), f"{what_in}: gradient")
+
+
+def any_length(mixer: Mixer):
+    """Lengths that divide nothing: a causal mixer gives what it gives within a longer sequence."""
+    longest, all_weights = mixer.inputs(LENGTHS[-1]), mixer.inputs(LENGTHS[-1], seed=1)
+    whole, _ = mixer.run(mixer.params, longest)
+    for length in LENGTHS:
+        x, weights = longest[:, :length], all_weights[:, :length]
+        y, _ = mixer.run(mixer.params, x)
+        gradients = mixer.gradients(mixer.params, x, weights)
+        assert y.shape == x.shape and y.dtype == x.dtype
+        assert_finite((y, gradients), f"length {length}")
+        if mixer.causal:
+            assert_close(y, whole[:, :length], f"length {length}: y")
+            padded = all_weights * (np.arange(LENGTHS[-1]) < length)[None, :, None]
+            dparams, dx = mixer.gradients(mixer.params, longest, padded)
+            assert_close(gradients, (dparams, dx[:, :length]), f"length {length}: gradient")
+
+
+WITH_STATE = (
+    split_equals_whole,
+    split_gradient_equals_whole,
+    step_equals_parallel,
+    packed_split_equals_whole,
+    causal_by_gradient,
+)
+WITHOUT_STATE = (
+    packed_equals_separate,
+    deterministic,
+    bf16_close_to_float32,
+    finite_at_extremes,
+    any_length,
+)
+INVARIANTS = WITH_STATE + WITHOUT_STATE
+
+
+def cases(mixers):
+    """(mixer, invariant) for each mixer and each invariant that applies to it."""
+    return [(m, check) for m in mixers for check in (INVARIANTS if m.causal else WITHOUT_STATE)]
