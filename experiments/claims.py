@@ -13,7 +13,7 @@ class Claim:
       name: short name.
       statement: what the paper says, in one sentence.
       criterion: the predicate with its threshold, in words that match the code.
-      status: "shown", "not shown", or "needs scale ..." when these runs cannot decide.
+      status: "shown", "not shown", or "needs scale: ..." when these runs cannot decide.
       evidence: the measured numbers that decided.
     """
 
@@ -39,7 +39,7 @@ def judge(
         without it a missing measurement counts as not shown.
     """
     if holds is None:
-        status = f"needs scale {needs}" if needs else NOT_SHOWN
+        status = f"needs scale: {needs}" if needs else NOT_SHOWN
         evidence = evidence or "its measurements are missing"
     else:
         status = SHOWN if holds else NOT_SHOWN

@@ -321,7 +321,7 @@ def _at_scale() -> Claim:
         "time to 400k steps on OpenWebText, 8 GPUs",
         None,
         "not run",
-        needs="of 8 GPUs and OpenWebText",
+        needs="8 GPUs and OpenWebText",
     )
 
 

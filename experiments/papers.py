@@ -11,7 +11,7 @@ from ml_collections import config_flags
 import configs
 from experiments.harness import Paper
 
-NAMES = ("flash_attention",)
+NAMES = ("flash_attention", "flash_attention_2")
 SCALES = ("smoke", "cpu", "accelerator")
 
 

@@ -109,5 +109,5 @@ def test_every_config_gives_cells_with_distinct_ids(name, scale):
 @pytest.mark.parametrize("name", papers.NAMES)
 def test_configs_are_locked(name):
     config = papers.load_config(name, "smoke")
-    with pytest.raises(AttributeError, match="repeat"):
-        config.runtime.repeat = 3
+    with pytest.raises(AttributeError, match="papr"):
+        config.papr = "x"

@@ -93,7 +93,7 @@ def test_claims_can_go_three_ways():
         return claims.judge("n", "s", "c", holds, "e", needs).status
 
     assert status(True) == "shown" and status(False) == "not shown"
-    assert status(None) == "not shown" and status(None, "accelerator") == "needs scale accelerator"
+    assert status(None) == "not shown" and status(None, "accelerator") == "needs scale: accelerator"
     assert status(True, "accelerator") == "shown"
 
 

@@ -1,0 +1,109 @@
+"""FlashAttention-2: the measurements, and the published numbers beside which they are shown.
+
+Dao: FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning. ICLR 2024,
+arXiv 2307.08691.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import attention_cells, attention_counts, flash_attention_2_tables, timing
+from experiments.attention_cells import DIRECTIONS
+from experiments.harness import Cell, Paper
+from ops import masks
+
+VARIANTS = ("standard", "tiled")
+
+
+def cells(config) -> list[Cell]:
+    """All measurements of the config."""
+    return [*count_cells(config), *speed_cells(config)]
+
+
+def count_cells(config) -> list[Cell]:
+    """Operations of FlashAttention's and FlashAttention-2's loops, full and causal."""
+    c = config.counts
+    base = {"kind": "counts", **{k: c[k] for k in ("head_dim", "block_q", "block_k")}}
+    return [
+        Cell(
+            f"counts-{'causal' if causal else 'full'}-T{length}",
+            count_operations,
+            {**base, "length": length, "causal": causal},
+            seconds=2,
+        )
+        for causal in (False, True)
+        for length in c.lengths
+    ]
+
+
+def speed_cells(config) -> list[Cell]:
+    """Time of standard and tiled attention at a fixed number of tokens."""
+    s = config.speed
+    return [
+        Cell(
+            f"speed-d{head_dim}-T{length}",
+            speed,
+            {
+                "kind": "speed",
+                "length": length,
+                "head_dim": head_dim,
+                "heads": s.hidden // head_dim,
+                "batch": max(1, s.tokens // length),
+                "dtype": s.dtype,
+                "repeats": s.repeats,
+            },
+            seconds=12 + 40 * length / 4096,
+        )
+        for head_dim in s.head_dims
+        for length in s.lengths
+    ]
+
+
+def count_operations(settings: Mapping[str, Any], seed: int, folder) -> dict:
+    """Counts of both loops on one head of random numbers, by the paper's name."""
+    shape = (3, settings["length"], settings["head_dim"])
+    q, k, v = np.random.default_rng(seed).normal(size=shape)
+    mask = masks.Causal() if settings["causal"] else masks.Full()
+    blocks = settings["block_q"], settings["block_k"]
+    results = {}
+    for name, loop in (("fa1", attention_counts.flash_1), ("fa2", attention_counts.flash_2)):
+        count = loop(q, k, v, mask, *blocks)[2]
+        fields = vars(count) | {"other_ops": count.other_ops, "traffic": count.traffic}
+        results[name] = {name: int(value) for name, value in fields.items()}
+    return results
+
+
+def speed(settings: Mapping[str, Any], seed: int, folder) -> dict:
+    """Times standard and tiled attention, full and causal, forward and with backward, interleaved.
+
+    Settings: batch, length, heads, head_dim, dtype, repeats. Returns what `timing.compare` returns,
+    by "variant mask direction", e.g. "tiled causal forward".
+    """
+    functions = {
+        f"{name} {mask} {direction}": attention_cells.in_direction(
+            attention_cells.variant(name, {**settings, "causal": mask == "causal"}), direction
+        )
+        for name in VARIANTS
+        for mask in ("full", "causal")
+        for direction in DIRECTIONS
+    }
+    shape = tuple(settings[k] for k in ("batch", "length", "heads", "head_dim"))
+    keys = jax.random.split(jax.random.key(seed), 4)
+    arguments = tuple(jax.random.normal(key, shape, settings["dtype"]) for key in keys)
+    return timing.compare(functions, arguments, repeats=settings["repeats"])
+
+
+PAPER = Paper(
+    name="flash_attention_2",
+    title="FlashAttention-2: faster attention with better parallelism and work partitioning "
+    "(arXiv 2307.08691)",
+    summary="The same exact attention with queries in the outer loop: the output stays on chip, is "
+    "divided once, and tiles above the diagonal are skipped.",
+    cells=cells,
+    tables=flash_attention_2_tables.tables,
+    claims=flash_attention_2_tables.claims,
+    figures=flash_attention_2_tables.figures,
+)

@@ -1,0 +1,126 @@
+"""Published numbers stand where the paper has them, and every claim can go both ways."""
+
+import pytest
+
+from experiments import flash_attention, flash_attention_tables, papers, tables
+from experiments.flash_attention_tables import published_ms
+from experiments.records import Record, Records
+
+ENVIRONMENT = {"backend": "cpu"}
+SHAPE = {"batch": 1, "heads": 8, "head_dim": 64, "dtype": "float32", "window": 256, "block": 128}
+
+
+def record(kind, cell, result, seed=0, **settings):
+    settings = {"kind": kind, **settings}
+    return Record("flash_attention", cell, "", settings, seed, result, 1.0, ENVIRONMENT)
+
+
+def runtime(length, direction, **medians):
+    result = {name: {"median_ms": value} for name, value in medians.items()}
+    cell = f"runtime-{direction}-T{length}"
+    return record("runtime", cell, result, length=length, direction=direction, **SHAPE)
+
+
+def memory(length, direction, **sizes):
+    result = {name: {"temp_bytes": value} for name, value in sizes.items()}
+    cell = f"memory-{direction}-T{length}"
+    return record("memory", cell, result, length=length, direction=direction, **SHAPE)
+
+
+def claim(name, *made):
+    found = flash_attention.PAPER.claims(Records(list(made)))
+    return next(c for c in found if c.name == name)
+
+
+def test_published_times_are_the_papers():
+    assert published_ms("forward_backward", "standard", 1024) == 8.29
+    assert published_ms("forward_backward", "standard", 8192) == "out of memory"
+    assert published_ms("forward_backward", "standard", 16384) is None
+    assert published_ms("forward_backward", "tiled", 65536) == 9341.3
+    assert published_ms("forward_backward", "block_sparse", 4096) == 4.12
+    assert published_ms("forward", "tiled", 128) == 0.04
+    assert published_ms("forward", "standard", 128) is None
+    assert published_ms("forward", "tiled", 100) is None
+    for direction, rows in flash_attention_tables.PUBLISHED_MS.items():
+        for name, row in rows.items():
+            assert len(row) == (7 if name == "standard" else 10), (direction, name)
+
+
+@pytest.mark.parametrize(
+    ("tiled", "status"), [(10.0, "shown"), (14.0, "not shown"), (30.0, "not shown")]
+)
+def test_faster_is_decided_at_the_longest_length_that_both_ran(tiled, status):
+    made = [
+        runtime(512, "forward", standard=1.0, tiled=9.0),
+        runtime(4096, "forward", standard=20.0, tiled=tiled),
+        runtime(8192, "forward", tiled=1.0),
+    ]
+    found = claim("faster, forward", *made)
+    assert found.status == status and "4096" in found.evidence
+
+
+def test_standard_attention_that_runs_out_of_memory_decides_nothing():
+    made = runtime(4096, "forward", tiled=5.0)
+    made.result["standard"] = {"error": "out of memory"}
+    assert claim("faster, forward", made).evidence == "its measurements are missing"
+    table = next(t for t in flash_attention.PAPER.tables(Records([made])) if "forward" in t.name)
+    assert "out of memory" in table.to_markdown()
+
+
+@pytest.mark.parametrize(("sparse", "status"), [(10.0, "shown"), (40.0, "not shown")])
+def test_block_sparse_must_follow_the_live_fraction(sparse, status):
+    made = [
+        runtime(1024, "forward_backward", tiled=10.0, block_sparse=9.0),
+        runtime(4096, "forward_backward", tiled=100.0, block_sparse=sparse),
+    ]
+    assert claim("block-sparse", *made).status == status
+
+
+@pytest.mark.parametrize(("power", "status"), [(1, "shown"), (2, "not shown")])
+def test_linear_memory_is_a_slope(power, status):
+    made = [
+        memory(n, "forward", standard=n**2, tiled=100 * n**power, windowed=n, block_sparse=n)
+        for n in (512, 1024, 2048, 4096)
+    ]
+    found = claim("linear memory, forward", *made)
+    assert found.status == status and "standard 2.00" in found.evidence
+    table = next(
+        t for t in flash_attention.PAPER.tables(Records(made)) if t.name == "memory-forward"
+    )
+    assert table.rows[-1][1] == pytest.approx(2.0)
+    assert table.rows[-1][2] == pytest.approx(power)
+
+
+@pytest.mark.parametrize(("standard", "status"), [(600, "shown"), (300, "not shown")])
+def test_less_traffic_compares_with_the_published_ratio(standard, status):
+    result = {
+        "block_q": 64, "block_k": 64, "visits": 4, "forward": 50, "forward_backward": 100,
+        "standard_forward": 200, "standard_forward_backward": standard,
+    }  # fmt: skip
+    made = record("io", "io-M98304", result, length=1024, head_dim=64, on_chip=98304)
+    assert claim("less traffic", made).status == status
+
+
+def test_runtime_table_has_published_and_measured_columns_side_by_side():
+    made = Records([runtime(1024, "forward_backward", standard=20.0, tiled=10.0, block_sparse=5.0)])
+    table = next(t for t in flash_attention.PAPER.tables(made))
+    kinds = [column.kind for column in table.columns[1:5]]
+    assert kinds == [tables.PUBLISHED, tables.MEASURED, tables.PUBLISHED, tables.MEASURED]
+    row = dict(zip([c.heading for c in table.columns], table.rows[0], strict=True))
+    assert row["standard (ms), published"] == 8.29 and row["standard (ms), measured"] == 20.0
+    assert row["standard / tiled, published"] == pytest.approx(8.29 / 2.55)
+    assert row["standard / tiled, measured"] == 2.0
+
+
+def test_no_records_give_no_tables_and_no_figures_but_every_claim():
+    empty = Records([])
+    assert flash_attention.PAPER.tables(empty) == []
+    assert flash_attention.PAPER.figures(empty) == {}
+    statuses = {c.status for c in flash_attention.PAPER.claims(empty)}
+    assert statuses == {"not shown", "needs scale: 8 GPUs and OpenWebText"}
+
+
+def test_accelerator_scale_is_the_papers_grid():
+    config = papers.load_config("flash_attention", "accelerator")
+    assert config.runtime.lengths == tuple(2**k for k in range(7, 17))
+    assert (config.runtime.batch, config.runtime.heads, config.runtime.head_dim) == (16, 8, 64)

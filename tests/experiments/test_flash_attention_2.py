@@ -1,0 +1,76 @@
+"""FlashAttention-2's formulas and claims, both ways."""
+
+import pytest
+
+from experiments import flash_attention_2, flash_attention_2_tables
+from experiments.records import Record, Records
+
+SETTINGS = {"kind": "speed", "batch": 1, "length": 4096, "heads": 8, "head_dim": 64, "dtype": "f"}
+
+
+def speed(**medians):
+    base = {
+        f"{v} {m} {d}": 70.0
+        for v in ("standard", "tiled")
+        for m in ("full", "causal")
+        for d in ("forward", "forward_backward")
+    }
+    base |= {name.replace("__", " "): value for name, value in medians.items()}
+    result = {name: {"median_ms": value} for name, value in base.items()}
+    return Record("flash_attention_2", "speed", "", SETTINGS, 0, result, 1.0, {})
+
+
+def counts(**changes):
+    one = dict(visits=4, matmul_flops=9, exps=5, rescales=8, divisions=8, other_ops=21, traffic=3)
+    two = {**one, "rescales": 4, "divisions": 2, "other_ops": 11} | changes
+    settings = {"kind": "counts", "length": 2, "head_dim": 1, "causal": False,
+                "block_q": 1, "block_k": 1}  # fmt: skip
+    return Record("flash_attention_2", "c", "", settings, 0, {"fa1": one, "fa2": two}, 1.0, {})
+
+
+def claim(name, made):
+    return next(c for c in flash_attention_2.PAPER.claims(Records([made])) if c.name == name)
+
+
+def test_flops_are_the_papers_formula():
+    forward = flash_attention_2_tables.flops(SETTINGS, "forward", causal=False)
+    assert forward == 4 * 4096**2 * 64 * 8
+    assert flash_attention_2_tables.flops(SETTINGS, "backward", causal=False) == 2.5 * forward
+    assert flash_attention_2_tables.flops(SETTINGS, "forward_backward", causal=True) == (
+        3.5 * forward / 2
+    )
+
+
+def test_backward_is_the_difference():
+    made = speed(tiled__full__forward=20.0)
+    both, forward, backward = (
+        flash_attention_2_tables.milliseconds(made, "tiled", "full", d)
+        for d in ("forward_backward", "forward", "backward")
+    )
+    assert (both, forward, backward) == (70.0, 20.0, 50.0)
+
+
+@pytest.mark.parametrize(
+    ("causal", "status"), [(40.0, "shown"), (60.0, "not shown"), (30.0, "not shown")]
+)
+def test_causal_gain(causal, status):
+    assert claim("causal masks", speed(tiled__causal__forward=causal)).status == status
+
+
+@pytest.mark.parametrize(("tiled", "status"), [(20.0, "shown"), (30.0, "not shown")])
+def test_over_standard(tiled, status):
+    made = speed(tiled__causal__forward_backward=tiled)
+    assert claim("over standard attention", made).status == status
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, "shown"),
+        ({"divisions": 4}, "not shown"),
+        ({"rescales": 5}, "not shown"),
+        ({"visits": 3}, "not shown"),
+    ],
+)
+def test_fewer_operations(changes, status):
+    assert claim("fewer operations", counts(**changes)).status == status
