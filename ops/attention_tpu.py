@@ -1,0 +1,313 @@
+"""Attention on TPUs: translates `ops.attention`'s arguments to pallas_kernels.tpu.flash_attention.
+
+What is decided here: heads before time, padding to tiles, which tiles, how a mask becomes a walk
+over them, and what the kernels can't do. The walk goes by one of three ways:
+
+- masks whose live keys are one range (`mask.band()`): computed from the grid's indices;
+- with Segments: the same, with the ranges of live tiles in a table of two integers per tile row;
+- others (Lambda, BlockSparse, holes in general): lists of live tiles in scalar memory.
+
+Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ops import attention_xla, masks
+from pallas_kernels import tiles
+from pallas_kernels.tpu import flash_attention as kernels
+from pallas_kernels.tpu.block_sizes import tile_for
+
+# Scalar memory is 1 MiB on all generations at hand; the compiler keeps some of it.
+TABLE_LIMIT = 768 * 2**10
+# Distinct partial tiles are read from HBM like a bias would be.
+STACK_LIMIT = 256 * 2**20
+VMEM_LIMIT = 48 * 2**20
+DTYPES = (jnp.bfloat16, jnp.float32)
+
+
+def unsupported(q, k, v, bias, mask, q_offset):
+    """Why the kernels can't take these arguments, in words that say what would work; or None."""
+    if q.dtype not in DTYPES:
+        return f"q, k and v are {q.dtype}; bfloat16 and float32 have a kernel"
+    for name, size in (("D", q.shape[3]), ("P", v.shape[3])):
+        if not 16 <= size <= 256:
+            return f"head dim {name}={size}; 16 to 256 have a kernel"
+    try:
+        for kernel in ("forward", "dq", "dkv"):
+            _check_plan(kernel, q, k, v, mask, q_offset)
+    except _NoKernelError as error:
+        return str(error)
+    return None
+
+
+def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False):
+    """(o [B, T, H, P], lse [B, T, H] float32); arguments as in `ops.attention`."""
+    plan = _plan("forward", q, k, v, mask, q_offset)
+    o, lse = kernels.forward(
+        *plan.queries_first(q), *plan.keys_first(k, v),
+        plan.schedule, plan.tile, plan.scores(scale, logit_cap),
+        **plan.sides(bias), vmem_limit=VMEM_LIMIT, interpret=interpret,
+    )  # fmt: skip
+    T = q.shape[1]
+    return o[:, :, :T].swapaxes(1, 2), lse[:, :, 0, :T].swapaxes(1, 2)
+
+
+def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, interpret=False):
+    """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias).
+
+    dbias comes from the XLA implementation, which the compiler drops where dbias is not used.
+    """
+    delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
+    lse = jnp.where(jnp.isneginf(lse), kernels.NO_KEYS, lse * math.log2(math.e))
+    gradients = []
+    for name, kernel in (("dq", kernels.backward_dq), ("dkv", kernels.backward_dkv)):
+        plan = _plan(name, q, k, v, mask, q_offset)
+        (q_,), (k_, v_), (do_,) = (
+            plan.queries_first(q),
+            plan.keys_first(k, v),
+            plan.queries_first(do),
+        )
+        # Padded rows have all weights 0, as rows without keys have.
+        rows = [
+            plan.pad(x.swapaxes(1, 2)[:, :, None], 3, plan.queries, fill)
+            for x, fill in ((lse, kernels.NO_KEYS), (delta, 0.0))
+        ]
+        gradients += jax.tree.leaves(
+            kernel(
+                q_, k_, v_, do_, *rows, plan.schedule, plan.tile, plan.scores(scale, logit_cap),
+                **plan.sides(bias), vmem_limit=VMEM_LIMIT, interpret=interpret,
+            )
+        )  # fmt: skip
+    lengths = (q.shape[1], k.shape[1], k.shape[1])
+    dq, dk, dv = (
+        x[:, :, :length].swapaxes(1, 2) for x, length in zip(gradients, lengths, strict=True)
+    )
+    dbias = None
+    if bias is not None:
+        residuals = (q, k, v, bias, mask, q_offset, o, _natural(lse), do, dlse)
+        dbias = attention_xla.backward(*residuals, scale=scale, logit_cap=logit_cap)[3]
+    return dq, dk, dv, dbias
+
+
+def _natural(lse):
+    """The inverse of what `backward` does to the log-sum-exp."""
+    return jnp.where(lse == kernels.NO_KEYS, -jnp.inf, lse * math.log(2))
+
+
+class _NoKernelError(ValueError):
+    """A mask for which there is no walk; the text says what would work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How one kernel walks one problem."""
+
+    queries: tiles.Axis
+    keys: tiles.Axis
+    compute: int
+    mask: tiles.TileMask
+    schedule: tiles.Schedule
+    segments: tuple | None
+    stack: np.ndarray | None
+
+    @property
+    def tile(self):
+        return kernels.Tile(self.queries.block, self.keys.block, self.compute)
+
+    def scores(self, scale, logit_cap):
+        return kernels.Scores(scale, logit_cap, self.keys.length, self.mask)
+
+    def pad(self, x, axis, length, fill=0):
+        if length.padded == x.shape[axis]:
+            return x
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, length.padded - x.shape[axis])
+        return jnp.pad(x, widths, constant_values=fill)
+
+    def queries_first(self, *arrays):
+        return [self.pad(x.swapaxes(1, 2), 2, self.queries) for x in arrays]
+
+    def keys_first(self, *arrays):
+        return [self.pad(x.swapaxes(1, 2), 2, self.keys) for x in arrays]
+
+    def sides(self, bias):
+        """Optional inputs of the kernels, padded."""
+        if bias is not None:
+            for axis, length in ((2, self.queries), (3, self.keys)):
+                if bias.shape[axis] > 1:
+                    bias = self.pad(bias, axis, length)
+        segments = None
+        if self.segments is not None:
+            lengths = (self.queries, self.keys)
+            segments = tuple(
+                self.pad(jnp.asarray(ids, jnp.int32), 1, length)
+                for ids, length in zip(self.segments, lengths, strict=True)
+            )
+        stack = None if self.stack is None else jnp.asarray(self.stack)
+        return {"bias": bias, "segments": segments, "stack": stack}
+
+
+def _fit(length: int, block: int, least: int, divides: int | None = None) -> int:
+    """A block near `block` for an axis: few padded elements, a multiple of `least`."""
+    if divides is not None:
+        return max(b for b in range(least, min(block, divides) + 1, least) if divides % b == 0)
+    block = -(-length // max(-(-length // block), 1))
+    return -(-block // least) * least
+
+
+def _compute(block: int, wanted: int) -> int:
+    """The largest divisor of a block, in whole vectors, that is not above `wanted`."""
+    if block % kernels.LANES:
+        return block
+    sizes = range(kernels.LANES, block + 1, kernels.LANES)
+    return max(size for size in sizes if block % size == 0 and size <= max(wanted, kernels.LANES))
+
+
+def _axes(kernel, q, k, v, mask):
+    """The two axes of a kernel and its compute step."""
+    T, S = q.shape[1], k.shape[1]
+    tile = tile_for(kernel, T, S, max(q.shape[3], v.shape[3]), q.dtype.itemsize)
+    # Tiles that lie within the blocks of a layout need no masking; not worth it for small blocks.
+    blocks = [m.block for m in _leaves(mask) if isinstance(m, masks.BlockSparse)]
+    within = math.gcd(*blocks) if blocks else None
+    if within is not None and (within < 256 or within % kernels.LANES):
+        within = None
+    short = T <= kernels.LANES and kernel != "dkv" and within is None
+    queries = tiles.Axis(T, _fit(T, tile.queries, 16 if short else kernels.LANES, within))
+    keys = tiles.Axis(S, _fit(S, tile.keys, kernels.LANES, within))
+    return queries, keys, _compute((queries if kernel == "dkv" else keys).block, tile.compute)
+
+
+def _leaves(mask):
+    parts = getattr(mask, "masks", None)
+    return [mask] if parts is None else [leaf for part in parts for leaf in _leaves(part)]
+
+
+def _plan(kernel, q, k, v, mask, q_offset) -> _Plan:
+    queries, keys, compute = _axes(kernel, q, k, v, mask)
+    outer = "keys" if kernel == "dkv" else "queries"
+    T, S = queries.length, keys.length
+    static = isinstance(q_offset, (int, np.integer))
+    segments = masks.segments_of(mask)
+    ids = None if segments is None else segments.both(T, S)
+    sparse = any(isinstance(m, masks.BlockSparse) for m in _leaves(mask))
+    band = mask.band()
+
+    inside, stack, index = mask, None, None
+    if sparse:
+        inside = masks.within_live_tiles(mask, queries.block, keys.block, q_offset)
+        if inside is None:
+            inside, layout = _split(mask, static)
+            stack, index = _stack(layout, queries, keys, int(q_offset))
+    tile_mask = tiles.TileMask(
+        visible=None if inside is None else inside.visible, summary=mask.tile_summary
+    )
+    if band is not None:
+        width = None
+        if band.left is not None and band.right is not None and not band.prefix:
+            width = band.left + band.right + 1
+        tile_mask = dataclasses.replace(
+            tile_mask, key_bounds=band.key_bounds, query_bounds=band.query_bounds, width=width
+        )
+        schedule = tiles.interval_schedule(tile_mask, queries, keys, q_offset, outer=outer)
+        return _Plan(queries, keys, compute, tile_mask, schedule, ids, stack)
+    kinds = masks.tile_kinds(mask, T, S, queries.block, keys.block, q_offset)
+    if segments is not None and not sparse:
+        bounds = [
+            bound
+            for axis_ids, axis in zip(ids, (queries, keys), strict=True)
+            for bound in masks.segment_bounds(axis_ids, axis.block)
+        ]
+        schedule = tiles.interval_schedule(
+            dataclasses.replace(tile_mask, width=_width(mask)), queries, keys, q_offset,
+            outer=outer, segments=tuple(bounds), kinds=kinds,
+        )  # fmt: skip
+    else:
+        schedule = tiles.list_schedule(kinds, q_offset, outer=outer, stack_index=index)
+    return _Plan(queries, keys, compute, tile_mask, schedule, ids, stack)
+
+
+def _width(mask):
+    """Greatest span of live keys of a query in `band & segments`; None if unbounded or unknown."""
+    band = masks.split_segments(mask)[0].band()
+    if band is None or band.left is None or band.right is None or band.prefix:
+        return None
+    return band.left + band.right + 1
+
+
+def _split(mask, static):
+    """(what a kernel can evaluate or None, the static rest) of a mask with BlockSparse in it."""
+    if not static:
+        raise _NoKernelError(
+            "BlockSparse with a traced q_offset has no kernel; pass q_offset as an int, or use "
+            'implementation="xla"'
+        )
+    if masks.segments_of(mask) is None:
+        return None, mask
+    layout, segments = masks.split_segments(mask)
+    if segments is None:
+        raise _NoKernelError(
+            "BlockSparse with Segments under | has no kernel; combine them by &, choose a block "
+            'that is a multiple of 128 and at least 256, or use implementation="xla"'
+        )
+    return segments, layout
+
+
+@functools.lru_cache(maxsize=16)
+def _stack(mask, queries, keys, offset):
+    """Distinct partial tiles, int8 [n, block_q, block_k], and the place of each tile in them."""
+    T, S = queries.length, keys.length
+    kinds = masks.tile_kinds(mask, T, S, queries.block, keys.block, offset)[0]
+    index, places, distinct = np.zeros(kinds.shape, np.int32), {}, []
+    rows, columns = np.arange(queries.block)[:, None], np.arange(keys.block)[None, :]
+    for i, j in np.argwhere(kinds == masks.PARTIAL):
+        tile = mask(offset + i * queries.block + rows, j * keys.block + columns).astype(np.int8)
+        place = places.setdefault(tile.tobytes(), len(distinct))
+        if place == len(distinct):
+            distinct.append(tile)
+            if len(distinct) * tile.size > STACK_LIMIT:
+                raise _NoKernelError(
+                    f"the mask has over {len(distinct)} distinct partial tiles of {tile.shape}; "
+                    "make its block a multiple of 128 and at least 256, or use "
+                    'implementation="xla"'
+                )
+        index[i, j] = place
+    if not distinct:  # as when all tiles are full or empty: the kernel still wants an operand
+        distinct.append(np.ones((queries.block, keys.block), np.int8))
+    return np.stack(distinct), index
+
+
+def _check_plan(kernel, q, k, v, mask, q_offset):
+    """Raise _NoKernelError where `_plan` would, or where its tables would not fit."""
+    queries, keys, _ = _axes(kernel, q, k, v, mask)
+    rows, width = (keys.tiles, queries.tiles) if kernel == "dkv" else (queries.tiles, keys.tiles)
+    if mask.band() is not None:
+        return
+    sparse = any(isinstance(m, masks.BlockSparse) for m in _leaves(mask))
+    static = isinstance(q_offset, (int, np.integer))
+    segments = masks.segments_of(mask)
+    stacked = False
+    if sparse and masks.within_live_tiles(mask, queries.block, keys.block, q_offset) is None:
+        layout = _split(mask, static)[1]
+        _stack(layout, queries, keys, int(q_offset))
+        stacked = True
+    if segments is not None and not sparse:
+        words = q.shape[0] * (2 * rows + 2 * queries.tiles + 2 * keys.tiles)
+    else:
+        if segments is None and static:
+            T, S = queries.length, keys.length
+            live = masks.tile_kinds(mask, T, S, queries.block, keys.block, q_offset) != 0
+            width = int(live.sum(1 if kernel == "dkv" else 2).max())
+        words = (q.shape[0] if segments is not None else 1) * rows * (1 + width * (1 + stacked))
+    if 4 * words > TABLE_LIMIT:
+        raise _NoKernelError(
+            f"the mask's lists of live tiles take {4 * words} bytes of scalar memory, of which "
+            f"{TABLE_LIMIT} are free; shorten the sequences, lower the batch, or use "
+            'implementation="xla"'
+        )

@@ -1,0 +1,263 @@
+"""Which tiles of the score matrix a kernel visits, in which order, and which of them need masking.
+
+A kernel walks, for each *outer* tile (of queries in the forward pass, of keys in the dK/dV pass),
+over the live *inner* tiles. A `Schedule` finds the inner tile and its kind from scalars alone, so
+that index maps and predicates can use it:
+
+- `interval_schedule`: live tiles of a row are one range. The range is computed from the grid's
+  indices, with no table whatever the length, or, with segment ids, read from one table of ranges.
+- `list_schedule`: any other mask, from compact lists of live tiles in scalar memory.
+
+Either way the grid is as long as the longest row of live tiles where that is known ahead, and
+steps past a row's end do nothing: their index stays on the last live tile, so that not even a
+transfer is issued.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TileMask:
+    """What kernels need to know of a mask. Positions of queries include the offset.
+
+    visible(q, k, q_segments, k_segments) -> bool, elementwise with broadcasting; None where a
+        stack of partial tiles stands for it.
+    summary(q_lo, q_hi, k_lo, k_hi, q_segments, k_segments) -> (any, all visible), for inclusive
+        bounds and (least, greatest) segment ids, on scalars.
+    key_bounds(q_lo, q_hi, S) and query_bounds(k_lo, k_hi, q_first, q_last) -> (first, last) of the
+        live keys or queries; last < first without any. None without a closed form.
+    width: greatest distance from first to last live key of a query, plus 1; None if unbounded.
+    """
+
+    visible: Callable | None
+    summary: Callable | None = None
+    key_bounds: Callable | None = None
+    query_bounds: Callable | None = None
+    width: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis of the score matrix cut into tiles, the last of which may be ragged."""
+
+    length: int
+    block: int
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.length // self.block)
+
+    @property
+    def padded(self) -> int:
+        return self.tiles * self.block
+
+    def bounds(self, tile):
+        """Inclusive bounds of a tile's real elements."""
+        low = tile * self.block
+        high = low + (self.block - 1)
+        if self.length % self.block:
+            high = _module(high).minimum(high, self.length - 1)
+        return low, high
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The walk of a kernel over tiles.
+
+    steps: extent of the grid's innermost axis.
+    tables: arrays for scalar memory, by name.
+    lookup(batch, outer, step, tables) -> (inner tile, kind), the tile clamped to the live ones.
+    sub_kind(batch, q_lo, q_hi, k_lo, k_hi, tables) -> (any, all visible) of any part of a partial
+        tile in indices of the arrays, or None where only whole tiles are known.
+    kinds: the kinds that occur at all, so that a kernel can leave out branches which never run.
+    offset(tables): position of query 0.
+    stacked(batch, outer, step, tables) -> place in the stack of partial tiles, if there is one.
+    """
+
+    steps: int
+    tables: Mapping[str, jax.Array]
+    lookup: Callable
+    sub_kind: Callable | None
+    kinds: frozenset[int]
+    offset: Callable
+    stacked: Callable | None = None
+
+
+def _module(*values):
+    return jnp if any(isinstance(value, jax.Array) for value in values) else np
+
+
+def divide(x, y: int):
+    """max(x, 0) // y. In a kernel not by `//`, whose care for signs asks which TPU it is on."""
+    x = _module(x).maximum(x, 0)
+    return x // y if _module(x) is np else jax.lax.div(x, jnp.asarray(y, x.dtype))
+
+
+def _offset(offset) -> tuple[dict, Callable]:
+    """The offset's table (none if it is known) and how to read it."""
+    if isinstance(offset, (int, np.integer)):
+        return {}, lambda tables: int(offset)
+    return {"offset": jnp.asarray(offset, jnp.int32).reshape(1)}, lambda tables: tables["offset"][0]
+
+
+def interval_schedule(
+    mask: TileMask,
+    queries: Axis,
+    keys: Axis,
+    offset: int | jax.Array,
+    *,
+    outer: str,
+    segments: tuple | None = None,
+    kinds: jax.Array | None = None,
+) -> Schedule:
+    """Schedule of a mask whose live tiles are one range per outer tile.
+
+    Args:
+      outer: "queries" or "keys".
+      segments: with segment ids, (q_min, q_max, k_min, k_max) per tile, [B, nq] and [B, nk].
+      kinds: with segment ids, the kinds of all tiles, [B, nq, nk], from which each row's range is
+        taken; dead tiles inside of a range are skipped but fetched.
+    """
+    tables, position = _offset(offset)
+    along, across = (queries, keys) if outer == "queries" else (keys, queries)
+    if segments is not None:
+        live = (kinds if outer == "queries" else kinds.swapaxes(1, 2)) != EMPTY
+        first = jnp.argmax(live, axis=-1)
+        last = jnp.where(live.any(-1), across.tiles - 1 - jnp.argmax(live[..., ::-1], axis=-1), -1)
+        names = ("first", "last", "q_min", "q_max", "k_min", "k_max")
+        values = (first, last, *segments)
+        tables |= {n: jnp.asarray(x, jnp.int32).ravel() for n, x in zip(names, values, strict=True)}
+
+    def extent(batch, tile, shift, tables):
+        """First and last inner tile of an outer one; last < first without any."""
+        if segments is not None:
+            row = batch * along.tiles + tile
+            return tables["first"][row], tables["last"][row]
+        low, high = along.bounds(tile)
+        if outer == "queries":
+            first, last = mask.key_bounds(low + shift, high + shift, keys.length)
+        else:
+            first, last = mask.query_bounds(low, high, shift, shift + (queries.length - 1))
+            first, last = first - shift, last - shift
+        # An empty range, which may end anywhere below its beginning, stays empty.
+        return divide(first, across.block), divide(last + across.block, across.block) - 1
+
+    def sub_kind(batch, q_lo, q_hi, k_lo, k_hi, tables):
+        shift = position(tables)
+        q_ids = k_ids = None
+        if segments is not None:
+            q_row = batch * queries.tiles + divide(q_lo, queries.block)
+            k_row = batch * keys.tiles + divide(k_lo, keys.block)
+            q_ids = tables["q_min"][q_row], tables["q_max"][q_row]
+            k_ids = tables["k_min"][k_row], tables["k_max"][k_row]
+        q_end, k_end = (
+            (_module(high).minimum(high, axis.length - 1) if axis.length % axis.block else high)
+            for axis, high in ((queries, q_hi), (keys, k_hi))
+        )
+        seen, whole = mask.summary(q_lo + shift, q_end + shift, k_lo, k_end, q_ids, k_ids)
+        if keys.length % keys.block:
+            seen, whole = seen & (k_lo < keys.length), whole & (k_hi < keys.length)
+        return seen, whole
+
+    def kind(batch, tile, inner, tables):
+        q_tile, k_tile = (tile, inner) if outer == "queries" else (inner, tile)
+        q_lo, k_lo = q_tile * queries.block, k_tile * keys.block
+        ends = q_lo + (queries.block - 1), k_lo + (keys.block - 1)
+        return sub_kind(batch, q_lo, ends[0], k_lo, ends[1], tables)
+
+    def lookup(batch, tile, step, tables):
+        first, last = extent(batch, tile, position(tables), tables)
+        last = jnp.minimum(last, across.tiles - 1)
+        inner = jnp.maximum(first, 0) + step
+        live = inner <= last
+        inner = jnp.maximum(jnp.minimum(inner, last), 0)
+        seen, whole = kind(batch, tile, inner, tables)
+        return inner, jnp.where(live & seen, jnp.where(whole, FULL, PARTIAL), EMPTY)
+
+    steps, occurring = across.tiles, frozenset({EMPTY, PARTIAL, FULL})
+    if mask.width is not None:
+        steps = min(steps, (along.block + mask.width - 2) // across.block + 2)
+    if segments is None and not tables:
+        rows = np.arange(along.tiles)
+        first, last = (np.broadcast_to(x, rows.shape) for x in extent(0, rows, position({}), {}))
+        counts = np.minimum(last, across.tiles - 1) - np.maximum(first, 0) + 1
+        steps = max(int(counts.max()), 1)
+        if along.tiles * across.tiles <= 1 << 22:
+            seen, whole = kind(0, rows[:, None], np.arange(across.tiles)[None, :], {})
+            seen, whole = (np.broadcast_to(x, (along.tiles, across.tiles)) for x in (seen, whole))
+            found = ((FULL, np.any(seen & whole)), (PARTIAL, np.any(seen & ~whole)))
+            occurring = frozenset(kind for kind, present in found if present)
+            # Ranges are exact, hence dead steps stand only at the end of a short row.
+            occurring |= {EMPTY} if np.any(counts < steps) else frozenset()
+    return Schedule(steps, tables, lookup, sub_kind, occurring, position)
+
+
+def list_schedule(
+    kinds: np.ndarray | jax.Array,
+    offset: int | jax.Array,
+    *,
+    outer: str,
+    stack_index: np.ndarray | None = None,
+) -> Schedule:
+    """Schedule from the kinds of all tiles, int8 [M, nq, nk] with M = 1 or the batch size.
+
+    The tables: `counts`, live tiles per row, and `entries`, per live tile 4 * inner + kind. With
+    kinds known ahead (numpy) a row is as long as the longest row of live tiles, with traced ones
+    as long as the axis. stack_index [nq, nk], the place of a partial tile in a stack of distinct
+    ones, becomes a table `stack` parallel to `entries`.
+    """
+    if outer == "keys":
+        kinds = kinds.swapaxes(1, 2)
+    xp = _module(kinds)
+    batches, rows, width = kinds.shape
+    live = kinds != EMPTY
+    counts = live.sum(-1)
+    steps = max(int(counts.max()), 1) if xp is np else width
+    # A stable sort by "dead" puts the live tiles first, in ascending order.
+    order = xp.argsort(~live, axis=-1, stable=True)[..., :steps]
+    entries = order * 4 + xp.take_along_axis(kinds.astype(np.int32), order, axis=-1)
+    tables, position = _offset(offset)
+    named = {"counts": counts, "entries": entries}
+    if stack_index is not None:
+        index = stack_index if outer == "queries" else stack_index.T
+        named["stack"] = np.take_along_axis(index[None], order, axis=-1)
+    tables |= {name: jnp.asarray(x, jnp.int32).ravel() for name, x in named.items()}
+
+    def place(batch, tile, step, tables):
+        row = batch * rows + tile if batches > 1 else tile
+        count = tables["counts"][row]
+        return row * steps + jnp.maximum(jnp.minimum(step, count - 1), 0), step < count
+
+    def lookup(batch, tile, step, tables):
+        at, live = place(batch, tile, step, tables)
+        entry = tables["entries"][at]
+        return entry >> 2, jnp.where(live, entry & 3, EMPTY)
+
+    def stacked(batch, tile, step, tables):
+        return tables["stack"][place(batch, tile, step, tables)[0]]
+
+    occurring = frozenset({EMPTY, PARTIAL, FULL})
+    if xp is np:
+        occurring = frozenset(int(kind) for kind in np.unique(kinds[live]))
+        occurring |= {EMPTY} if np.any(counts < steps) else frozenset()
+    return Schedule(
+        steps,
+        tables,
+        lookup,
+        None,
+        occurring,
+        position,
+        None if stack_index is None else stacked,
+    )
+
+
+def table_bytes(schedule: Schedule) -> int:
+    """Scalar memory that a schedule's tables take."""
+    return sum(4 * table.size for table in schedule.tables.values())

@@ -1,0 +1,521 @@
+"""FlashAttention for TPU (Mosaic): a forward and two backward kernels, dK/dV and dQ.
+
+The structure is FlashAttention-2's (Dao 2023, arXiv 2307.08691): forward and dQ walk over tiles of
+keys for each tile of queries, dK/dV over tiles of queries for each tile of keys. The innermost
+axis of a TPU's grid runs in sequence on one core, so accumulators live in VMEM scratch from a
+walk's first step to its last. Which tiles are walked, and which of them need masking, is a
+`Schedule` (pallas_kernels/tiles.py).
+
+Conventions of all three kernels:
+- Heads come before time: q [B, H, T, D], k [B, G, S, D], v [B, G, S, P], T and S multiples of the
+  blocks. Query head h reads key-value head h // (H // G) through the index maps; nothing is
+  repeated, and dK/dV sum over a group inside of the kernel.
+- Scores are kept in units of log2, `exp2` being what the hardware has: log2(e) is folded into the
+  scale. The log-sum-exp is converted on the way in and out; outside it is natural.
+- Per-row statistics are vectors [rows, 128] with equal lanes in VMEM (`lse` in HBM is [B, H, 1, T]:
+  128 times less), except the sum of weights, whose lanes are added up only at a walk's end.
+- A masked score is MASKED; the running maximum starts at FLOOR, far above it. So a weight of a
+  masked score is exactly 0 even where all scores of a row are masked, with no test for that case.
+- In dK/dV scores are transposed, [keys, queries]: then statistics are rows, as they are stored,
+  and no product needs a transposed left side.
+
+Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tiles import EMPTY, FULL, PARTIAL, Schedule, TileMask, divide
+
+LANES = 128
+LOG2E = math.log2(math.e)
+MASKED = -2.0e38
+FLOOR = -1.0e38
+NO_KEYS = 1.0e38  # stands for the log-sum-exp of a row without keys: all its weights become 0
+
+_NT = (((1,), (1,)), ((), ()))  # x @ y.T
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Tile of one kernel: rows of queries, columns of keys, and the length of a compute step.
+
+    `compute` divides the inner axis (keys in forward and dQ, queries in dK/dV): the steps of a
+    tile are unrolled, so that the products of one overlap the exponentials of another.
+    """
+
+    queries: int
+    keys: int
+    compute: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How a product q k^T becomes a score: what is the same for all tiles of a call.
+
+    keys: real number of keys, of which the last tile may hold fewer than its length.
+    """
+
+    scale: float
+    logit_cap: float | None
+    keys: int
+    mask: TileMask
+
+
+def _lanes(x, width):
+    """Statistics [rows, 128] with equal lanes, widened or cut to [rows, width]."""
+    if width % LANES == 0:
+        return x if width == LANES else jnp.tile(x, (1, width // LANES))
+    return x[:, :width] if width < LANES else jnp.tile(x, (1, -(-width // LANES)))[:, :width]
+
+
+def _column(row, rows):
+    """A row [1, rows] as statistics [rows, 128] with equal lanes."""
+    return jnp.broadcast_to(row, (LANES, rows)).T
+
+
+def _dot(x, y, dimensions=(((1,), (0,)), ((), ()))):
+    # Float32 inputs ask for float32 products; bfloat16 ones are exact in one pass.
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(
+        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _score(product, bias, options):
+    """Scores in units of log2, and the tanh of a soft cap (else None) for its derivative."""
+    tanh = None
+    if options.logit_cap is None:
+        score = product * (options.scale * LOG2E)
+    else:
+        tanh = jnp.tanh(product * (options.scale / options.logit_cap))
+        score = tanh * (options.logit_cap * LOG2E)
+    if bias is not None:
+        score = score + bias.astype(jnp.float32) * LOG2E
+    return score, tanh
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """What the three kernels share: a grid step's tile, its kind, and its masking.
+
+    Queries are rows of a score tile in forward and dQ (`q_axis` 0), columns in dK/dV (1).
+    """
+
+    schedule: Schedule
+    tile: Tile
+    options: Scores
+    q_axis: int
+    padded: bool  # the last tile of keys holds padding
+
+    def run(self, refs, tables, batch, outer, step, compute):
+        """Call `compute(part, hide)` for each compute step of this grid step's tile.
+
+        All steps of a tile form one call of `compute` with a list of parts, for one straight run
+        of instructions; a partial tile whose parts can be judged leaves out the empty ones.
+        """
+        inner, kind = self.schedule.lookup(batch, outer, step, tables)
+        kinds = self.schedule.kinds
+        size = self.tile.keys if self.q_axis == 0 else self.tile.queries
+        parts = range(size // self.tile.compute)
+        q_tile, k_tile = (outer, inner) if self.q_axis == 0 else (inner, outer)
+        q_first, k_first = q_tile * self.tile.queries, k_tile * self.tile.keys
+
+        def full():
+            compute(parts, lambda part, score: score)
+
+        def hide(part, score):
+            return self._hide(refs, tables, q_first, k_first, part, score)
+
+        def partial():
+            if self.schedule.sub_kind is None or len(parts) == 1:
+                compute(parts, hide)
+                return
+            for part in parts:
+                bounds = self._bounds(q_first, k_first, part)
+                seen, _ = self.schedule.sub_kind(batch, *bounds, tables)
+                pl.when(seen)(functools.partial(compute, [part], hide))
+
+        for name, branch in ((FULL, full), (PARTIAL, partial)):
+            if kinds == {name}:
+                branch()
+            elif name in kinds:
+                pl.when(kind == name)(branch)
+
+    def _bounds(self, q_first, k_first, part):
+        q_last, k_last = q_first + self.tile.queries - 1, k_first + self.tile.keys - 1
+        start = part * self.tile.compute
+        if self.q_axis == 0:
+            k_first = k_first + start
+            return q_first, q_last, k_first, k_first + self.tile.compute - 1
+        q_first = q_first + start
+        return q_first, q_first + self.tile.compute - 1, k_first, k_last
+
+    def _hide(self, refs, tables, q_first, k_first, part, score):
+        """Score with what is hidden, and the padding, replaced by MASKED."""
+        start = part * self.tile.compute
+        within = pl.ds(start, self.tile.compute)
+        q_ids = k_ids = stack = None
+        if self.q_axis == 0:
+            k_first, q_part, k_part = k_first + start, slice(None), within
+        else:
+            q_first, q_part, k_part = q_first + start, within, slice(None)
+        if "q_segments" in refs:
+            q_ids, k_ids = refs["q_segments"][0, :, q_part], refs["k_segments"][0, :, k_part]
+            # One of the two must stand upright; a row of ids is turned by way of equal lanes.
+            if self.q_axis == 0:
+                q_ids = _column(q_ids, self.tile.queries)[:, :1]
+            else:
+                k_ids = _column(k_ids, self.tile.keys)[:, :1]
+        if "stack" in refs:
+            stack = refs["stack"][0, :, within]
+        q_index = q_first + self.schedule.offset(tables)
+        q_index = q_index + lax.broadcasted_iota(jnp.int32, score.shape, self.q_axis)
+        k_index = k_first + lax.broadcasted_iota(jnp.int32, score.shape, 1 - self.q_axis)
+        seen = []
+        if self.options.mask.visible is not None:
+            seen.append(self.options.mask.visible(q_index, k_index, q_ids, k_ids))
+        if stack is not None:
+            seen.append(stack.astype(jnp.int32) != 0)
+        if self.padded:
+            seen.append(k_index < self.options.keys)
+        return jnp.where(functools.reduce(jnp.logical_and, seen), score, MASKED)
+
+    def bias(self, refs, part):
+        """The bias of a compute step, [rows or 1, columns or 1], or None."""
+        if "bias" not in refs:
+            return None
+        ref = refs["bias"]
+        if ref.shape[3] == 1:
+            return ref[0, 0]
+        return ref[0, 0, :, pl.ds(part * self.tile.compute, self.tile.compute)]
+
+
+def _forward_kernel(refs, tables, walk):
+    m_ref, l_ref, acc_ref = refs["m"], refs["l"], refs["acc"]
+    batch, outer, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(step == 0)
+    def begin():
+        m_ref[...] = jnp.full_like(m_ref, FLOOR)
+        l_ref[...] = jnp.zeros_like(l_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def compute(parts, hide):
+        q = refs["q"][0, 0]
+        m, l, acc = m_ref[...], l_ref[...], acc_ref[...]
+        for part in parts:
+            columns = pl.ds(part * walk.tile.compute, walk.tile.compute)
+            score, _ = _score(
+                _dot(q, refs["k"][0, 0, columns], _NT), walk.bias(refs, part), walk.options
+            )
+            score = hide(part, score)
+            m_next = jnp.maximum(m, jnp.max(score, axis=1, keepdims=True))
+            p = jnp.exp2(score - _lanes(m_next, score.shape[1]))
+            alpha = jnp.exp2(m - m_next)
+            # Lane by lane: one sum across lanes, at the end of the walk, is enough.
+            sums = [p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)]
+            l = alpha * l + functools.reduce(jnp.add, sums)
+            v = refs["v"][0, 0, columns]
+            acc = acc * _lanes(alpha, acc.shape[1]) + _dot(p.astype(v.dtype), v)
+            m = m_next
+        m_ref[...], l_ref[...], acc_ref[...] = m, l, acc
+
+    walk.run(refs, tables, batch, outer, step, compute)
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def end():
+        l = jnp.sum(l_ref[...], axis=1, keepdims=True)
+        o = acc_ref[...] * jnp.where(l == 0, 0.0, 1.0 / l)
+        refs["o"][0, 0] = o.astype(refs["o"].dtype)
+        lse = jnp.where(l == 0, -jnp.inf, m_ref[...] * math.log(2) + jnp.log(l))
+        refs["lse"][0, 0] = lse.T[:1]
+
+
+def _dq_kernel(refs, tables, walk):
+    acc_ref, lse_ref, delta_ref = refs["acc"], refs["lse_column"], refs["delta_column"]
+    batch, outer, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(step == 0)
+    def begin():
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+        lse_ref[...] = _column(refs["lse"][0, 0], walk.tile.queries)
+        delta_ref[...] = _column(refs["delta"][0, 0], walk.tile.queries)
+
+    def compute(parts, hide):
+        q, do = refs["q"][0, 0], refs["do"][0, 0]
+        acc = acc_ref[...]
+        for part in parts:
+            columns = pl.ds(part * walk.tile.compute, walk.tile.compute)
+            k = refs["k"][0, 0, columns]
+            score, tanh = _score(_dot(q, k, _NT), walk.bias(refs, part), walk.options)
+            p = jnp.exp2(hide(part, score) - _lanes(lse_ref[...], score.shape[1]))
+            dp = _dot(do, refs["v"][0, 0, columns], _NT)
+            ds = p * (dp - _lanes(delta_ref[...], score.shape[1]))
+            if tanh is not None:
+                ds = ds * (1.0 - tanh * tanh)
+            acc = acc + _dot(ds.astype(k.dtype), k)
+        acc_ref[...] = acc
+
+    walk.run(refs, tables, batch, outer, step, compute)
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def end():
+        refs["dq"][0, 0] = (acc_ref[...] * walk.options.scale).astype(refs["dq"].dtype)
+
+
+def _dkv_kernel(refs, tables, walk):
+    dk_ref, dv_ref = refs["dk_acc"], refs["dv_acc"]
+    batch, outer, member, step = (pl.program_id(axis) for axis in (0, 2, 3, 4))
+
+    @pl.when((member == 0) & (step == 0))
+    def begin():
+        dk_ref[...] = jnp.zeros_like(dk_ref)
+        dv_ref[...] = jnp.zeros_like(dv_ref)
+
+    def compute(parts, hide):
+        k, v = refs["k"][0, 0], refs["v"][0, 0]
+        dk, dv = dk_ref[...], dv_ref[...]
+        for part in parts:
+            rows = pl.ds(part * walk.tile.compute, walk.tile.compute)
+            q, do = refs["q"][0, 0, rows], refs["do"][0, 0, rows]
+            score, tanh = _score(_dot(k, q, _NT), walk.bias(refs, part), walk.options)
+            p = jnp.exp2(hide(part, score) - refs["lse"][0, 0, :, rows])
+            dv = dv + _dot(p.astype(do.dtype), do)
+            ds = p * (_dot(v, do, _NT) - refs["delta"][0, 0, :, rows])
+            if tanh is not None:
+                ds = ds * (1.0 - tanh * tanh)
+            dk = dk + _dot(ds.astype(q.dtype), q)
+        dk_ref[...], dv_ref[...] = dk, dv
+
+    walk.run(refs, tables, batch, outer, step, compute)
+
+    @pl.when((member == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1))
+    def end():
+        refs["dk"][0, 0] = (dk_ref[...] * walk.options.scale).astype(refs["dk"].dtype)
+        refs["dv"][0, 0] = dv_ref[...].astype(refs["dv"].dtype)
+
+
+def _call(kernel, name, walk, grid, inputs, outputs, scratch, *, flops, vmem_limit, interpret):
+    """A `pallas_call` whose kernel and index maps find arrays and tables by name.
+
+    inputs: {name: (array, block, index map)}, outputs: {name: (shape and dtype, block, index map)},
+    with index maps (grid indices, tables) -> block indices. Returns the outputs in order.
+    """
+    tables = walk.schedule.tables
+
+    def spec(block, index_map):
+        count = len(grid)
+        return pl.BlockSpec(
+            block, lambda *ids: index_map(ids[:count], dict(zip(tables, ids[count:], strict=True)))
+        )
+
+    def body(*refs):
+        table_refs, refs = refs[: len(tables)], refs[len(tables) :]
+        names = (*inputs, *outputs, *scratch)
+        kernel(
+            dict(zip(names, refs, strict=True)), dict(zip(tables, table_refs, strict=True)), walk
+        )
+
+    size = lambda x: math.prod(x.shape) * x.dtype.itemsize
+    arrays = [array for array, *_ in inputs.values()]
+    shapes = [shape for shape, *_ in outputs.values()]
+    return pl.pallas_call(
+        body,
+        name=name,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(tables),
+            grid=grid,
+            in_specs=[spec(block, index) for _, block, index in inputs.values()],
+            out_specs=[spec(block, index) for _, block, index in outputs.values()],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+        ),
+        out_shape=shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3),
+            vmem_limit_bytes=vmem_limit,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=flops,
+            bytes_accessed=sum(map(size, arrays + shapes)),
+            transcendentals=math.prod(grid) * walk.tile.queries * walk.tile.keys,
+        ),
+        interpret=interpret,
+    )(*tables.values(), *arrays)
+
+
+def _bias_input(bias, tile, at):
+    """The bias [B or 1, H or 1, T or 1, S or 1] in tiles; `at` gives (b, h, i, j) of a grid step."""
+    block = (1, 1, *(1 if n == 1 else b for n, b in zip(bias.shape[2:], tile, strict=True)))
+
+    def index(ids, tables):
+        where = at(ids, tables)
+        return tuple(0 if n == 1 else i for n, i in zip(bias.shape, where, strict=True))
+
+    return bias, block, index
+
+
+def _side_inputs(walk, bias, segments, stack, at, outer_step):
+    """Inputs that only some calls have: bias, segment ids, stack of partial tiles."""
+    tile, inputs = (walk.tile.queries, walk.tile.keys), {}
+    if walk.q_axis == 1:
+        tile = tile[::-1]
+    if bias is not None:
+        if walk.q_axis == 0:
+            inputs["bias"] = _bias_input(bias, tile, at)
+        else:
+            turned = lambda ids, tables: tuple(at(ids, tables)[i] for i in (0, 1, 3, 2))
+            inputs["bias"] = _bias_input(bias.swapaxes(2, 3), tile, turned)
+    if segments is not None:
+        for name, ids, size, axis in zip(
+            ("q_segments", "k_segments"),
+            segments,
+            (walk.tile.queries, walk.tile.keys),
+            (2, 3),
+            strict=True,
+        ):
+            row = lambda ids, tables, axis=axis: (at(ids, tables)[0], 0, at(ids, tables)[axis])
+            inputs[name] = ids[:, None, :], (1, 1, size), row
+    if stack is not None:
+        stack = stack if walk.q_axis == 0 else stack.swapaxes(1, 2)
+        index = lambda ids, tables: (
+            walk.schedule.stacked(*outer_step(ids), tables), 0, 0,
+        )  # fmt: skip
+        inputs["stack"] = stack, (1, *tile), index
+    return inputs
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    schedule: Schedule,
+    tile: Tile,
+    scores: Scores,
+    *,
+    bias: jax.Array | None = None,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+    stack: jax.Array | None = None,
+    vmem_limit: int | None = None,
+    interpret=False,
+) -> tuple[jax.Array, jax.Array]:
+    """o [B, H, T, P] in q's dtype and the natural log-sum-exp [B, H, 1, T], float32.
+
+    Args:
+      q, k, v: [B, H, T, D], [B, G, S, D], [B, G, S, P]; T and S multiples of the tile.
+      schedule: walk over tiles of keys, made with the same tile.
+      bias: [B or 1, H or 1, T or 1, S or 1], padded like the scores.
+      segments: int32 ids of queries [B, T] and keys [B, S], for `scores.mask.visible`.
+      stack: distinct partial tiles, int8 [n, tile.queries, tile.keys].
+    """
+    (B, H, T, D), (G, S), P = q.shape, k.shape[1:3], v.shape[3]
+    walk = _Walk(schedule, tile, scores, 0, scores.keys < S)
+    group = H // G
+    key_tile = lambda ids, tables: schedule.lookup(ids[0], ids[2], ids[3], tables)[0]
+    q_map = lambda ids, tables: (ids[0], ids[1], ids[2], 0)
+    k_map = lambda ids, tables: (ids[0], divide(ids[1], group), key_tile(ids, tables), 0)
+    row_map = lambda ids, tables: (ids[0], ids[1], 0, ids[2])
+    at = lambda ids, tables: (*ids[:3], key_tile(ids, tables))
+    inputs = {
+        "q": (q, (1, 1, tile.queries, D), q_map),
+        "k": (k, (1, 1, tile.keys, D), k_map),
+        "v": (v, (1, 1, tile.keys, P), k_map),
+        **_side_inputs(walk, bias, segments, stack, at, lambda ids: (ids[0], ids[2], ids[3])),
+    }
+    outputs = {
+        "o": (jax.ShapeDtypeStruct((B, H, T, P), q.dtype), (1, 1, tile.queries, P), q_map),
+        "lse": (
+            jax.ShapeDtypeStruct((B, H, 1, T), jnp.float32), (1, 1, 1, tile.queries), row_map,
+        ),
+    }  # fmt: skip
+    statistics = (tile.queries, LANES)
+    scratch = {"m": statistics, "l": statistics, "acc": (tile.queries, P)}
+    grid = (B, H, T // tile.queries, schedule.steps)
+    return _call(
+        _forward_kernel, "flash_attention_forward", walk, grid, inputs, outputs, scratch,
+        flops=2 * math.prod(grid) * tile.queries * tile.keys * (D + P),
+        vmem_limit=vmem_limit, interpret=interpret,
+    )  # fmt: skip
+
+
+def backward_dq(
+    q, k, v, do, lse, delta, schedule, tile, scores, *,
+    bias=None, segments=None, stack=None, vmem_limit=None, interpret=False,
+):  # fmt: skip
+    """dq [B, H, T, D] in q's dtype.
+
+    Args as `forward`'s, and do [B, H, T, P]; lse, delta [B, H, 1, T] float32: the log-sum-exp in
+    units of log2 with NO_KEYS for rows without keys, and rowsum(o * do) - dlse.
+    """
+    (B, H, T, D), G, (S, P) = q.shape, k.shape[1], v.shape[2:]
+    walk = _Walk(schedule, tile, scores, 0, scores.keys < S)
+    group = H // G
+    key_tile = lambda ids, tables: schedule.lookup(ids[0], ids[2], ids[3], tables)[0]
+    q_map = lambda ids, tables: (ids[0], ids[1], ids[2], 0)
+    k_map = lambda ids, tables: (ids[0], divide(ids[1], group), key_tile(ids, tables), 0)
+    row_map = lambda ids, tables: (ids[0], ids[1], 0, ids[2])
+    at = lambda ids, tables: (*ids[:3], key_tile(ids, tables))
+    inputs = {
+        "q": (q, (1, 1, tile.queries, D), q_map),
+        "k": (k, (1, 1, tile.keys, D), k_map),
+        "v": (v, (1, 1, tile.keys, P), k_map),
+        "do": (do, (1, 1, tile.queries, P), q_map),
+        "lse": (lse, (1, 1, 1, tile.queries), row_map),
+        "delta": (delta, (1, 1, 1, tile.queries), row_map),
+        **_side_inputs(walk, bias, segments, stack, at, lambda ids: (ids[0], ids[2], ids[3])),
+    }
+    outputs = {"dq": (jax.ShapeDtypeStruct(q.shape, q.dtype), (1, 1, tile.queries, D), q_map)}
+    statistics = (tile.queries, LANES)
+    scratch = {"acc": (tile.queries, D), "lse_column": statistics, "delta_column": statistics}
+    grid = (B, H, T // tile.queries, schedule.steps)
+    return _call(
+        _dq_kernel, "flash_attention_dq", walk, grid, inputs, outputs, scratch,
+        flops=2 * math.prod(grid) * tile.queries * tile.keys * (2 * D + P),
+        vmem_limit=vmem_limit, interpret=interpret,
+    )[0]  # fmt: skip
+
+
+def backward_dkv(
+    q, k, v, do, lse, delta, schedule, tile, scores, *,
+    bias=None, segments=None, stack=None, vmem_limit=None, interpret=False,
+):  # fmt: skip
+    """dk [B, G, S, D] and dv [B, G, S, P] in the dtypes of k and v, summed over each group of heads.
+
+    Args as `backward_dq`'s; the schedule walks over tiles of queries for each tile of keys.
+    """
+    (B, H, T, D), (G, S), P = q.shape, k.shape[1:3], v.shape[3]
+    walk = _Walk(schedule, tile, scores, 1, scores.keys < S)
+    group = H // G
+    head = lambda ids: ids[1] * group + ids[3]
+    q_tile = lambda ids, tables: schedule.lookup(ids[0], ids[2], ids[4], tables)[0]
+    q_map = lambda ids, tables: (ids[0], head(ids), q_tile(ids, tables), 0)
+    k_map = lambda ids, tables: (ids[0], ids[1], ids[2], 0)
+    row_map = lambda ids, tables: (ids[0], head(ids), 0, q_tile(ids, tables))
+    at = lambda ids, tables: (ids[0], head(ids), q_tile(ids, tables), ids[2])
+    inputs = {
+        "q": (q, (1, 1, tile.queries, D), q_map),
+        "k": (k, (1, 1, tile.keys, D), k_map),
+        "v": (v, (1, 1, tile.keys, P), k_map),
+        "do": (do, (1, 1, tile.queries, P), q_map),
+        "lse": (lse, (1, 1, 1, tile.queries), row_map),
+        "delta": (delta, (1, 1, 1, tile.queries), row_map),
+        **_side_inputs(walk, bias, segments, stack, at, lambda ids: (ids[0], ids[2], ids[4])),
+    }
+    outputs = {
+        "dk": (jax.ShapeDtypeStruct(k.shape, k.dtype), (1, 1, tile.keys, D), k_map),
+        "dv": (jax.ShapeDtypeStruct(v.shape, v.dtype), (1, 1, tile.keys, P), k_map),
+    }
+    scratch = {"dk_acc": (tile.keys, D), "dv_acc": (tile.keys, P)}
+    grid = (B, G, S // tile.keys, group, schedule.steps)
+    return _call(
+        _dkv_kernel, "flash_attention_dkv", walk, grid, inputs, outputs, scratch,
+        flops=2 * math.prod(grid) * tile.queries * tile.keys * 2 * (D + P),
+        vmem_limit=vmem_limit, interpret=interpret,
+    )  # fmt: skip
