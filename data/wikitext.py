@@ -16,7 +16,7 @@ _DROPPED = re.compile(
 )
 _BREAK = re.compile(r"<br\s*/?>", re.I)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
-_TEMPLATE = re.compile(r"\{\{(?:[^{}]|\{(?!\{)|\}(?!\}))*\}\}")
+_TEMPLATE = re.compile(r"\{\{\{[^{}]*\}\}\}|\{\{(?:[^{}]|\{(?!\{)|\}(?!\}))*\}\}")
 _TABLE = re.compile(r"^[:*#; ]*\{\|(?:(?!^[:*#; ]*\{\|).)*?^\s*\|\}", re.S | re.M)
 _LINK = re.compile(r"\[\[((?:[^\[\]]|\[(?!\[)|\](?!\]))*)\]\]")
 _NO_PROSE = re.compile(r"\s*(?:File|Image|Category|[a-z]{2,3}(?:-[a-z]+)?)\s*:", re.I)
