@@ -20,8 +20,8 @@ import numpy as np
 
 BATCH = 2
 LENGTHS = (1, 2, 63, 100)
-SPLITS = ((1, 99), (50, 50), (63, 37), (99, 1), (1, 2, 97))  # stretches of 100 tokens
-DOCUMENTS = (17, 1, 43, 2, 32)  # packed into one row, with 5 tokens of padding behind
+SPLITS = ((1, 99), (50, 50), (99, 1))  # stretches of 100 tokens
+DOCUMENTS = (17, 1, 63, 2)  # packed into one row, with 17 tokens of padding behind
 F32_ERROR = 1e-5  # relative RMS of two ways to compute the same in float32
 
 
@@ -64,14 +64,22 @@ class Mixer:
         return jax.jit(self._apply)
 
     @functools.cached_property
-    def gradients(self):
-        """jit of the gradients of sum(y * weights) with respect to (params, x)."""
+    def differentiate(self):
+        """(params, x, weights[, segment_ids, positions]) -> y and sum(y * weights)'s gradients.
+
+        The gradients are (of params, of x). All checks share this one jit, so that a mixer is
+        compiled once per length.
+        """
 
         def loss(params, x, weights, segment_ids=None, positions=None):
             y, _ = self._apply(params, x, segment_ids=segment_ids, positions=positions)
-            return jnp.sum(y.astype(jnp.float32) * weights)
+            return jnp.sum(y.astype(jnp.float32) * weights.astype(jnp.float32)), y
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1)))
+        def y_and_gradients(*arguments):
+            (_, y), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(*arguments)
+            return y, gradients
+
+        return jax.jit(y_and_gradients)
 
     def _apply(self, params, x, state=None, positions=None, segment_ids=None):
         return self.apply(params, x, state=state, positions=positions, segment_ids=segment_ids)
@@ -155,7 +163,7 @@ def run_stretches(mixer, params, x, stretches, segment_ids=None, positions=None)
 
 def split_equals_whole(mixer: Mixer):
     """Stretches with a carried state give the numbers of the whole sequence."""
-    x = mixer.inputs(sum(SPLITS[0]))
+    x = mixer.inputs(100)
     whole, none = mixer.run(mixer.params, x)
     assert none is None, "without a state, a mixer must return None for it"
     for stretches in SPLITS:
@@ -167,11 +175,14 @@ def split_gradient_equals_whole(mixer: Mixer):
     """So do gradients through the carried state (truncated or chunked training)."""
     x, weights = mixer.inputs(100), mixer.inputs(100, seed=1)
 
-    def loss(params, x):
-        return jnp.sum(run_stretches(mixer, params, x, (63, 37)) * weights)
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(params, x):
+        return jnp.sum(run_stretches(mixer, params, x, (50, 50)) * weights)
 
-    actual = jax.grad(loss, argnums=(0, 1))(mixer.params, x)
-    assert_close(actual, mixer.gradients(mixer.params, x, weights), "split (63, 37): gradient")
+    actual = gradients(mixer.params, x)
+    _, expected = mixer.differentiate(mixer.params, x, weights)
+    assert_close(actual, expected, "split (50, 50): gradient")
 
 
 def step_equals_parallel(mixer: Mixer):
@@ -184,13 +195,16 @@ def step_equals_parallel(mixer: Mixer):
     assert_close(y, whole, "a prompt of 17 tokens and 7 steps: y")
 
 
+ORDERS = tuple(enumerate((DOCUMENTS, DOCUMENTS[::-1])))  # of the documents in each row
+
+
 def packed_row():
     """segment_ids and positions [B, 100] of DOCUMENTS, in reverse in the second row."""
     ids, positions = [], []
-    for lengths in (DOCUMENTS, DOCUMENTS[::-1]):
-        padding = 100 - sum(lengths)
-        ids.append(np.repeat([*range(1, 1 + len(lengths)), 0], [*lengths, padding]))
-        positions.append(np.concatenate([np.arange(n) for n in (*lengths, padding)]))
+    for _, lengths in ORDERS:
+        lengths = (*lengths, 100 - sum(lengths))
+        ids.append(np.repeat([*range(1, len(lengths)), 0], lengths))
+        positions.append(np.concatenate([np.arange(n) for n in lengths]))
     return np.stack(ids).astype(np.int32), np.stack(positions).astype(np.int32)
 
 
@@ -198,16 +212,14 @@ def packed_equals_separate(mixer: Mixer):
     """Documents packed into one row don't see each other: values and gradients."""
     x, weights = mixer.inputs(100), mixer.inputs(100, seed=1)
     ids, positions = packed_row()
-    packed, _ = mixer.run(mixer.params, x, segment_ids=ids, positions=positions)
-    _, dx = mixer.gradients(mixer.params, x, weights, ids, positions)
-    for row, document in np.ndindex(BATCH, len(DOCUMENTS)):
-        place = np.flatnonzero(ids[row] == document + 1)
-        alone, w = x[row : row + 1, place], weights[row : row + 1, place]
-        y, _ = mixer.run(mixer.params, alone)
-        what = f"document {document} of row {row} (tokens {place[0]} to {place[-1]})"
-        assert_close(packed[row : row + 1, place], y, f"{what}: y")
-        _, dx_alone = mixer.gradients(mixer.params, alone, w)
-        assert_close(dx[row : row + 1, place], dx_alone, f"{what}: gradient of x")
+    y, (_, dx) = mixer.differentiate(mixer.params, x, weights, ids, positions)
+    for length in DOCUMENTS:
+        places = [np.flatnonzero(ids[row] == 1 + order.index(length)) for row, order in ORDERS]
+        at = np.arange(BATCH)[:, None], np.stack(places)
+        alone, (_, dx_alone) = mixer.differentiate(mixer.params, x[at], weights[at])
+        what = f"packed document of length {length}"
+        assert_close(y[at], alone, f"{what}: y")
+        assert_close(dx[at], dx_alone, f"{what}: gradient of x")
 
 
 def packed_split_equals_whole(mixer: Mixer):
@@ -225,7 +237,8 @@ def causal_by_gradient(mixer: Mixer):
     """The gradient of y_t is exactly zero past t, and nowhere zero up to t within the reach."""
     x, weights = mixer.inputs(63), mixer.inputs(63, seed=1)
     for t in (0, 31, 62):
-        _, dx = mixer.gradients(mixer.params, x, weights * (np.arange(63) == t)[None, :, None])
+        at_t = weights * (np.arange(63) == t)[None, :, None]
+        _, (_, dx) = mixer.differentiate(mixer.params, x, at_t)
         used = np.abs(np.asarray(dx)).max(axis=-1)
         first = 0 if mixer.reach is None else max(0, t + 1 - mixer.reach)
         assert np.all(used[:, t + 1 :] == 0), f"y at {t} depends on the future"
@@ -261,16 +274,16 @@ def bf16_close_to_float32(mixer: Mixer):
     rounded = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
     params, x, weights = rounded((mixer.params, mixer.inputs(100), mixer.inputs(100, seed=1)))
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x, weights))
-    y, _ = mixer.run(params, x)
+    y, gradients = mixer.differentiate(params, x, weights)
+    y_wide, gradients_wide = mixer.differentiate(*wide)
     assert y.dtype == jnp.bfloat16, f"y is {y.dtype} for x in bfloat16"
-    assert_close(y, mixer.run(*wide[:2])[0], "bfloat16: y", mixer.bf16_error)
-    actual, expected = mixer.gradients(params, x, weights), mixer.gradients(*wide)
-    assert_close(actual, expected, "bfloat16: gradient", 4 * mixer.bf16_error)
+    assert_close(y, y_wide, "bfloat16: y", mixer.bf16_error)
+    assert_close(gradients, gradients_wide, "bfloat16: gradient", 4 * mixer.bf16_error)
 
 
 def finite_at_extremes(mixer: Mixer):
     """Huge, tiny and constant inputs give finite values and gradients."""
-    x, weights = mixer.inputs(63), mixer.inputs(63, seed=1)
+    x, weights = mixer.inputs(100), mixer.inputs(100, seed=1)
     for what, extreme in (
         ("1e4 * normal", 1e4 * x),
         ("1e-30 * normal", 1e-30 * x),
@@ -279,26 +292,24 @@ def finite_at_extremes(mixer: Mixer):
         ("one spike of 1e4", x.at[:, 31].mul(1e4)),
     ):
         for dtype in (jnp.float32, jnp.bfloat16):
-            cast = extreme.astype(dtype)
-            what_in = f"{what} in {dtype.__name__}"
-            assert_finite(mixer.run(mixer.params, cast)[0], f"{what_in}: y")
-            assert_finite(mixer.gradients(mixer.params, cast, weights), f"{what_in}: gradient")
+            cast = lambda tree, dtype=dtype: jax.tree.map(lambda a: a.astype(dtype), tree)
+            y, gradients = mixer.differentiate(*cast((mixer.params, extreme, weights)))
+            assert_finite(y, f"{what} in {dtype.__name__}: y")
+            assert_finite(gradients, f"{what} in {dtype.__name__}: gradient")
 
 
 def any_length(mixer: Mixer):
     """Lengths that divide nothing: a causal mixer gives what it gives within a longer sequence."""
     longest, all_weights = mixer.inputs(LENGTHS[-1]), mixer.inputs(LENGTHS[-1], seed=1)
-    whole, _ = mixer.run(mixer.params, longest)
     for length in LENGTHS:
         x, weights = longest[:, :length], all_weights[:, :length]
-        y, _ = mixer.run(mixer.params, x)
-        gradients = mixer.gradients(mixer.params, x, weights)
+        y, gradients = mixer.differentiate(mixer.params, x, weights)
         assert y.shape == x.shape and y.dtype == x.dtype
         assert_finite((y, gradients), f"length {length}")
         if mixer.causal:
+            kept = all_weights * (np.arange(LENGTHS[-1]) < length)[None, :, None]
+            whole, (dparams, dx) = mixer.differentiate(mixer.params, longest, kept)
             assert_close(y, whole[:, :length], f"length {length}: y")
-            padded = all_weights * (np.arange(LENGTHS[-1]) < length)[None, :, None]
-            dparams, dx = mixer.gradients(mixer.params, longest, padded)
             assert_close(gradients, (dparams, dx[:, :length]), f"length {length}: gradient")
 
 
