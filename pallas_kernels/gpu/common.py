@@ -1,0 +1,155 @@
+"""What the Mosaic GPU attention kernels share: layouts, the walk over tiles, logits in base 2."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+# Shared memory that one thread block may have on Hopper (227 KiB).
+SMEM_LIMIT = 232448
+# Rows of one wgmma instruction, and so of one compute warpgroup's tile.
+WG_ROWS = 64
+COMPUTE_WARPGROUPS = 2
+# Running maxima start here rather than at -inf: exp2(-inf - MASKED) is 0 and never NaN, so a row
+# without any visible key needs no special case.
+MAX_START = -1e30
+
+MATRIX = plgpu.Layout.WGMMA
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+PER_COL = plgpu.Layout.WGMMA.reduce(0)
+
+
+def tma_transforms(width: int) -> tuple:
+    """Tiling and swizzle of a 16-bit tile whose rows are `width` long, as TMA and wgmma want them."""
+    for columns in (64, 32, 16):
+        if width % columns == 0:
+            tiling, swizzle = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+            return tiling, swizzle
+    raise ValueError(f"a tile's rows must be a multiple of 16 elements long, got {width}")
+
+
+def smem_tile(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+    """A shared-memory buffer of 16-bit tiles that TMA fills and wgmma reads."""
+    return plgpu.SMEM(shape, dtype, transforms=tma_transforms(shape[-1]))
+
+
+def zeros(shape: tuple[int, ...], layout=MATRIX) -> jax.Array:
+    """Float32 zeros in registers."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def along_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Broadcast one value a row over the columns."""
+    return lax.broadcast_in_dim(x, shape, (0,))
+
+
+def along_cols(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Broadcast one value a column over the rows."""
+    return lax.broadcast_in_dim(x, shape, (1,))
+
+
+def matmul(a, b, shape: tuple[int, int]) -> jax.Array:
+    """a @ b in float32 with both operands in shared memory; waits for the result."""
+
+    def run(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
+
+def accumulate(acc: jax.Array, a: jax.Array, b, staging) -> jax.Array:
+    """acc + a @ b, with `a` in registers and b in shared memory.
+
+    On the hardware `a` stays in registers and the sum is kept in the accumulator (`staging` is None).
+    Interpret mode can run neither, so there `a` goes through the shared-memory buffer `staging`.
+    """
+    if staging is None:
+
+        def run(ref):
+            plgpu.wgmma(ref, a, b)
+
+        return pl.run_state(run)(plgpu.ACC.init(acc))
+    staging[...] = a
+    plgpu.commit_smem()
+    return acc + matmul(staging, b, acc.shape)
+
+
+def row_walk(bounds_ref, tiles_ref, batch, row):
+    """(n_full, n_live, tile_of_step) of one row of tiles; see TileSchedule."""
+    m = batch if bounds_ref.shape[0] > 1 else 0
+    n_full = bounds_ref[m, row, 1]
+    n_live = bounds_ref[m, row, 3]
+    if tiles_ref is not None:
+        return n_full, n_live, lambda step: tiles_ref[m, row, step]
+    full_start = bounds_ref[m, row, 0]
+    live_start = bounds_ref[m, row, 2]
+
+    def tile_of(step):
+        partial = live_start + step - n_full
+        partial = jnp.where(partial >= full_start, partial + n_full, partial)
+        return jnp.where(step < n_full, full_start + step, partial)
+
+    return n_full, n_live, tile_of
+
+
+def base2_logits(dots: jax.Array, scale: float, logit_cap: float | None):
+    """(x, factor, slope): the logits are x * factor * ln 2, and slope is their derivative by scale * dots.
+
+    `factor` is left for the caller to fold into a fused multiply-add; slope is None where it is 1.
+    """
+    if logit_cap is None:
+        if scale > 0:
+            return dots, scale * LOG2E, None
+        return dots * (scale * LOG2E), 1.0, None
+    # tanh by base-2 exponential: the hardware's own tanh is good to 11 bits only, which a cap of 50
+    # would turn into an error of 0.02 in the logits.
+    tanh = 1.0 - 2.0 / (1.0 + jnp.exp2(dots * (2.0 * LOG2E * scale / logit_cap)))
+    return tanh, logit_cap * LOG2E, 1.0 - tanh * tanh
+
+
+def hide(x, visible, q_start, k_start, k_length, *, q_axis: int, q_ids=None, k_ids=None, offset=0):
+    """x with -inf where the mask hides the key, or where the key is padding.
+
+    Args:
+        x: a tile of logits in registers; queries run along axis `q_axis`, keys along the other.
+        visible: callable(q_index, k_index, q_ids, k_ids) -> bool, or None for no mask.
+        q_start, k_start: index of the tile's first query and key; `offset` is added to the query's.
+        k_length: number of real keys.
+        q_ids, k_ids: segment ids of the tile, broadcast to the tile's shape, or None.
+    """
+    q_index = plgpu.broadcasted_iota(jnp.int32, x.shape, q_axis, layout=MATRIX) + (q_start + offset)
+    k_index = plgpu.broadcasted_iota(jnp.int32, x.shape, 1 - q_axis, layout=MATRIX) + k_start
+    seen = k_index < k_length
+    if visible is not None:
+        seen = seen & visible(q_index, k_index, q_ids, k_ids)
+    return jnp.where(seen, x, -jnp.inf)
+
+
+def tile_ids(gmem: dict, batch, q_start, k_start, shape: tuple[int, int], *, q_axis: int) -> dict:
+    """Segment ids of a tile, broadcast over it, as keyword arguments of `hide`; {} without segments."""
+    if "q_ids" not in gmem:
+        return {}
+    loaded = {}
+    for name, start, axis in (("q_ids", q_start, q_axis), ("k_ids", k_start, 1 - q_axis)):
+        ids = plgpu.load(
+            gmem[name].at[batch, pl.ds(start, shape[axis])],
+            layout=PER_ROW if axis == 0 else PER_COL,
+            optimized=False,
+        )
+        loaded[name] = along_rows(ids, shape) if axis == 0 else along_cols(ids, shape)
+    return loaded
+
+
+def pad_axis(x: jax.Array, axis: int, length: int, value=0) -> jax.Array:
+    """x with `axis` padded at its end to `length`."""
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, pads, constant_values=value)

@@ -1,0 +1,213 @@
+"""FlashAttention-2 forward for Hopper, in Pallas Mosaic GPU: wgmma, TMA, warp specialisation.
+
+Tri Dao, "FlashAttention-2" (2023), algorithm 1; the division of labour is FlashAttention-3's: one
+producer warpgroup issues the TMA copies of key and value tiles into a ring of shared-memory slots,
+two compute warpgroups own 64 query rows each and take turns, so that one does its softmax while the
+other has the tensor cores.
+
+Letters: B batch, T queries, S keys, H query heads, G key-value heads, D head dim, P value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import common
+from pallas_kernels.gpu.block_sizes import BlockSizes
+from pallas_kernels.gpu.common import COMPUTE_WARPGROUPS, WG_ROWS
+from pallas_kernels.gpu.tiles import TileSchedule
+
+
+def flash_attention_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    schedule: TileSchedule,
+    *,
+    visible: Callable | None,
+    q_offset: jax.Array | int,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+    scale: float,
+    logit_cap: float | None = None,
+    blocks: BlockSizes,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over the schedule's tiles.
+
+    Args:
+        q: [B, T, H, D]; k: [B, S, G, D]; v: [B, S, G, P]; bf16 or f16, D and P multiples of 16.
+        schedule: live key tiles of every query tile, for blocks.block_q and blocks.block_k.
+        visible: callable(q_index, k_index, q_ids, k_ids) -> bool for partial tiles, None for no mask.
+        q_offset: int32 scalar added to query indices before `visible`.
+        segments: int32 ids [B, T] and [B, S] given (gathered) to `visible`, or None.
+        interpret: run on the CPU in GPU interpret mode.
+
+    Returns:
+        o [B, T, H, P] in q's dtype and lse [B, H, T] float32 (natural log); rows that see no key are
+        0 and -inf.
+    """
+    batch, q_len, heads, head_dim = q.shape
+    _, k_len, kv_heads, value_dim = v.shape
+    group = heads // kv_heads
+    block_k, stages = blocks.block_k, blocks.stages
+    rows = schedule.rows
+    padded = rows * blocks.block_q
+    dtype = q.dtype
+
+    inputs = {"q": q, "k": k, "v": v, "bounds": jnp.asarray(schedule.bounds)}
+    inputs["offset"] = jnp.asarray(q_offset, jnp.int32).reshape(1)
+    if schedule.tiles is not None:
+        inputs["tiles"] = jnp.asarray(schedule.tiles)
+    if segments is not None:
+        inputs["q_ids"] = common.pad_axis(segments[0], 1, padded)
+        inputs["k_ids"] = common.pad_axis(segments[1], 1, pl.cdiv(k_len, block_k) * block_k)
+
+    def kernel(*refs):
+        gmem = dict(zip(inputs, refs, strict=False))
+        o_ref, lse_ref = refs[len(inputs) : len(inputs) + 2]
+        q_smem, k_smem, v_smem, o_smem, lse_smem, staging, *barriers = refs[len(inputs) + 2 :]
+        q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
+        b, h = lax.axis_index("batch"), lax.axis_index("heads")
+        # Late rows of a causal mask hold the most tiles: start them first.
+        row = rows - 1 - lax.axis_index("rows")
+        wg = lax.axis_index("wg")
+        n_full, n_live, tile_of = common.row_walk(gmem["bounds"], gmem.get("tiles"), b, row)
+
+        @pl.when(wg == COMPUTE_WARPGROUPS)
+        def _produce():
+            plgpu.set_max_registers(blocks.producer_registers, action="decrease")
+            g = lax.div(h, jnp.int32(group))
+
+            @pl.loop(0, n_live)
+            def _(step):
+                slot = lax.rem(step, jnp.int32(stages))
+                source = (b, pl.ds(tile_of(step) * block_k, block_k), g)
+                for ref, smem, ready, free in (
+                    (gmem["k"], k_smem, k_bar, k_free),
+                    (gmem["v"], v_smem, v_bar, v_free),
+                ):
+                    pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                    plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], ready.at[slot])
+
+            @pl.loop(jnp.maximum(n_live - stages, 0), n_live)
+            def _(step):
+                slot = lax.rem(step, jnp.int32(stages))
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
+
+        @pl.when(wg < COMPUTE_WARPGROUPS)
+        def _compute():
+            plgpu.set_max_registers(blocks.compute_registers, action="increase")
+            q_start = row * blocks.block_q + wg * WG_ROWS
+            source = (b, pl.ds(q_start, WG_ROWS), h)
+            plgpu.copy_gmem_to_smem(gmem["q"].at[source], q_smem.at[wg], q_bar.at[wg])
+            plgpu.barrier_wait(q_bar.at[wg])
+            my_staging = None if staging is None else staging.at[wg]
+            offset = gmem["offset"][0]
+
+            def take_turns():
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(turn)
+
+            def step_tile(step, carry, *, masked):
+                acc, peak, total = carry
+                slot = lax.rem(step, jnp.int32(stages))
+                plgpu.barrier_wait(k_bar.at[slot])
+
+                def scores(ref):
+                    plgpu.wgmma(ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                    take_turns()
+                    return ref[...]
+
+                dots = pl.run_scoped(scores, plgpu.ACC((WG_ROWS, block_k), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                x, factor, _ = common.base2_logits(dots, scale, logit_cap)
+                if masked:
+                    k_start = tile_of(step) * block_k
+                    x = common.hide(
+                        x,
+                        visible,
+                        q_start,
+                        k_start,
+                        k_len,
+                        q_axis=0,
+                        offset=offset,
+                        **common.tile_ids(gmem, b, q_start, k_start, x.shape, q_axis=0),
+                    )
+                new_peak = jnp.maximum(peak, x.max(axis=1) * factor)
+                shrink = jnp.exp2(peak - new_peak)
+                p = jnp.exp2(x * factor - common.along_rows(new_peak, x.shape))
+                acc = acc * common.along_rows(shrink, acc.shape)
+                total = total * shrink + p.sum(axis=1)
+                p16 = p.astype(dtype)
+                acc, total, new_peak, p16 = lax.optimization_barrier((acc, total, new_peak, p16))
+                plgpu.barrier_arrive(turn)  # the softmax is done
+                plgpu.barrier_wait(v_bar.at[slot])
+                plgpu.barrier_wait(turn)  # until the other warpgroup leaves the tensor cores
+                acc = common.accumulate(acc, p16, v_smem.at[slot], my_staging)
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc, new_peak, total
+
+            carry = (
+                common.zeros((WG_ROWS, value_dim)),
+                plgpu.layout_cast(
+                    jnp.full((WG_ROWS,), common.MAX_START, jnp.float32), common.PER_ROW
+                ),
+                common.zeros((WG_ROWS,), common.PER_ROW),
+            )
+            pl.when(wg == 1)(take_turns)
+            carry = lax.fori_loop(
+                0, n_full, lambda i, c: step_tile(i, c, masked=False), carry
+            )
+            acc, peak, total = lax.fori_loop(
+                n_full, n_live, lambda i, c: step_tile(i, c, masked=True), carry
+            )
+            pl.when(wg == 0)(take_turns)
+
+            seen = total > 0
+            acc = acc * common.along_rows(jnp.where(seen, 1.0 / total, 0.0), acc.shape)
+            lse = (peak + jnp.log2(total)) * common.LN2
+            o_smem.at[wg][...] = acc.astype(dtype)
+            lse_smem.at[wg][...] = jnp.where(seen, lse, -jnp.inf)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(o_smem.at[wg], o_ref.at[source])
+            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(q_start, WG_ROWS)])
+            plgpu.wait_smem_to_gmem(0)
+
+    pair = (COMPUTE_WARPGROUPS, WG_ROWS)
+    ring = plgpu.Barrier(num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
+    o, lse = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, q_len, heads, value_dim), dtype),
+            jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32),
+        ),
+        scratch_types=[
+            common.smem_tile((*pair, head_dim), dtype),
+            common.smem_tile((stages, block_k, head_dim), dtype),
+            common.smem_tile((stages, block_k, value_dim), dtype),
+            common.smem_tile((*pair, value_dim), dtype),
+            plgpu.SMEM(pair, jnp.float32),
+            common.smem_tile((*pair, block_k), dtype) if interpret else None,
+            plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+            ring,
+            ring,
+            free,
+            free,
+            plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+        ],
+        grid=(heads, rows, batch),
+        grid_names=("heads", "rows", "batch"),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*inputs.values())
+    return o, lse[:, :, :q_len]
