@@ -132,13 +132,16 @@ class TokenizedCorpus:
         batch["weights"][row, column + piece.context : column + known] = 1.0
 
 
-def epoch_rng(seed: int, *key: int) -> np.random.Generator:
-    """An independent stream for each (seed, purpose, epoch), the same on every machine."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *key))))
+def epoch_order(count: int, shuffle: bool, seed: int, *key: int) -> np.ndarray:
+    """0..count-1 in order, or in an order of its own for each (seed, key).
 
-
-def _order(count: int, shuffle: bool, seed: int, *key: int) -> np.ndarray:
-    return epoch_rng(seed, *key).permutation(count) if shuffle else np.arange(count)
+    Sorts raw bits: NumPy keeps the bits of a bit generator the same in all versions and on all
+    machines, but not what Generator.permutation makes of them.
+    """
+    if not shuffle:
+        return np.arange(count)
+    bits = np.random.Philox(np.random.SeedSequence((seed, *key))).random_raw(count)
+    return np.argsort(bits, kind="stable")
 
 
 class PackedLayout:
@@ -151,9 +154,9 @@ class PackedLayout:
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        documents = _order(len(self.lengths), self.shuffle, self.seed, 0, epoch)
+        documents = epoch_order(len(self.lengths), self.shuffle, self.seed, 0, epoch)
         ends = np.cumsum(self.lengths[documents])
-        rows = _order(self.rows_per_epoch, self.shuffle, self.seed, 1, epoch)
+        rows = epoch_order(self.rows_per_epoch, self.shuffle, self.seed, 1, epoch)
         return documents, ends, rows
 
     def pieces(self, epoch: int, row: int) -> list[Piece]:
@@ -179,7 +182,7 @@ class WholeLayout:
         self._bins = _best_fit(lengths, seq_len)
         self.rows_per_epoch = len(self._bins)
         self._epoch = functools.lru_cache(maxsize=2)(
-            lambda epoch: _order(self.rows_per_epoch, shuffle, seed, 1, epoch)
+            lambda epoch: epoch_order(self.rows_per_epoch, shuffle, seed, 1, epoch)
         )
 
     def pieces(self, epoch: int, row: int) -> list[Piece]:
@@ -234,7 +237,7 @@ class ContiguousLayout:
         if not self._queue:
             if self._epoch == self.num_epochs:
                 return False
-            order = _order(len(self.lengths), self.shuffle, self.seed, 0, self._epoch)
+            order = epoch_order(len(self.lengths), self.shuffle, self.seed, 0, self._epoch)
             self._queue = order[::-1].tolist()
             self._epoch += 1
         document = self._queue.pop()

@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data import parsers
+from data.clients import Source, SourceError
 from data.documents import Document
-from data.fetch import Source, SourceError, add_file, cached, fetch_source
+from data.fetch import add_file, cached, fetch_source, read_documents
 
 __all__ = [
     "SOURCES",
@@ -223,13 +224,7 @@ def load(name: str, offline: bool = False) -> list[Document]:
 @functools.lru_cache(maxsize=4)
 def _parsed(name: str, path: pathlib.Path, modified: int) -> tuple[Document, ...]:
     del modified  # only a part of the cache's key
-    try:
-        documents = SOURCES[name].parse(path)
-    except (ValueError, LookupError, EOFError, OSError) as error:
-        raise SourceError(f"{name}: {path} is not what its parser knows: {error}") from error
-    if not documents:
-        raise SourceError(f"{name}: {path} holds no documents")
-    return tuple(documents)
+    return tuple(read_documents(SOURCES[name], path))
 
 
 def add(name: str, path: str) -> pathlib.Path:

@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from data.archives import members
-from data.fetch import SourceError
+from data.clients import SourceError
 from data.sources import fetch
 
 NAMES = ("byte", "gpt2", "cl100k", "smollm2")

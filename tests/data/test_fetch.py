@@ -16,9 +16,11 @@ import zipfile
 
 import pytest
 
+from data import clients
 from data import fetch as fetching
+from data.clients import Source, SourceError
 from data.documents import Document
-from data.fetch import ChecksumError, Source, SourceError, add_file, fetch_source
+from data.fetch import ChecksumError, add_file, fetch_source
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +100,7 @@ def test_a_huggingface_folder_is_kept_whole(monkeypatch, cache):
     path = fetch_source(toy)
     assert path == cache / "toy" / "folder"
     assert everything_under(cache) == ["toy/folder/a/x.parquet", "toy/folder/b/y.parquet"]
-    assert fetching.client_command(toy)[:2] == ["hf", "download"]
+    assert clients.client_command(toy)[:2] == ["hf", "download"]
 
 
 @pytest.mark.parametrize("how", ["argument", "variable"])
@@ -206,7 +208,7 @@ def test_a_killed_process_leaves_no_file_and_the_next_one_cleans_up(monkeypatch,
         "f.fetch_source(t.toy)\n"
     )
     module = cache.parent / "tests_source.py"
-    module.write_text(f"from data.fetch import Source\ntoy = {source(parse=None)!r}\n")
+    module.write_text(f"from data.clients import Source\ntoy = {source(parse=None)!r}\n")
     environment = os.environ | {"PYTHONPATH": f"{os.getcwd()}{os.pathsep}{cache.parent}"}
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment
@@ -291,6 +293,20 @@ def test_a_failing_client_is_quoted(monkeypatch, cache):
     assert everything_under(cache) == []
 
 
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        ("python: No module named pip", "run `python -m ensurepip`"),
+        ("E: Unable to locate package toy-package", "run `apt-get update`"),
+    ],
+)
+def test_known_failures_come_with_a_hint(monkeypatch, words, hint):
+    script = f"import sys; print({words!r}); sys.exit(1)"
+    monkeypatch.setattr(fetching, "client_command", lambda s: [sys.executable, "-c", script])
+    with pytest.raises(SourceError, match=hint):
+        fetch_source(source("debian"))
+
+
 def test_a_client_that_runs_out_of_room_is_told(monkeypatch):
     script = "import sys; print('OSError: [Errno 28] No space left on device'); sys.exit(2)"
     monkeypatch.setattr(fetching, "client_command", lambda s: [sys.executable, "-c", script])
@@ -338,15 +354,17 @@ def test_add_refuses_what_it_cannot_use(tmp_path):
         add_file(toy, tmp_path / "empty")
     with pytest.raises(SourceError, match="kind npm, not file"):
         add_file(source("npm"), tmp_path / "empty")
+    with pytest.raises(SourceError, match="kind installed, not file.*nothing is to be fetched"):
+        add_file(source("installed"), tmp_path / "empty")
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("TILESCAN_CACHE", "somewhere")
-    assert fetching.cache_dir() == pathlib.Path.cwd() / "somewhere"
+    assert clients.cache_dir() == pathlib.Path.cwd() / "somewhere"
     monkeypatch.delenv("TILESCAN_CACHE")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert fetching.cache_dir() == tmp_path / "tilescan"
+    assert clients.cache_dir() == tmp_path / "tilescan"
 
 
 def test_a_truncated_tarball_is_no_archive(tmp_path):

@@ -1,13 +1,14 @@
 """The registry: names, rows, the command line; no network."""
 
+import os
 import pathlib
 
 import pytest
 from rich.console import Console
 
 from data import sources
+from data.clients import KINDS, Source, client_command
 from data.documents import Document
-from data.fetch import KINDS, Source, client_command
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +92,6 @@ def test_a_changed_file_is_read_again(monkeypatch, tmp_path):
     assert sources.load("toy")[0].text == "one"
     path.write_text("two")
     stat = path.stat()
-    import os
-
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
     assert sources.load("toy")[0].text == "two"
 
