@@ -1,0 +1,78 @@
+"""Notebooks are scripts (`NN_name.py`, jupytext's percent format), executed into .ipynb files.
+
+    python notebooks/build.py                 # execute all at full size, write the .ipynb files
+    python notebooks/build.py 01 --size=small
+
+Needs the extra `dev`.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+import jupytext
+import nbclient
+import nbformat
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+
+FOLDER = pathlib.Path(__file__).parent
+SIZES = ("small", "full")
+
+
+class ThisInterpreter(AsyncKernelManager):
+    """Runs kernels in the Python that runs this script, whatever kernels are installed."""
+
+    @property
+    def kernel_spec(self):
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+
+def scripts() -> list[pathlib.Path]:
+    return sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+
+
+def read(script: pathlib.Path) -> nbformat.NotebookNode:
+    """The notebook that a script describes, without outputs."""
+    notebook = jupytext.read(script)
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"  # jupytext draws them at random: every build would differ
+        cell.metadata.clear()
+    kernel = dict(name="python3", display_name="Python 3", language="python")
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel})
+    return notebook
+
+
+def execute(notebook: nbformat.NotebookNode, size: str, timeout: int = 900):
+    """Runs all cells in place; a cell that raises raises `nbclient.CellExecutionError`."""
+    client = nbclient.NotebookClient(
+        notebook,
+        kernel_manager_class=ThisInterpreter,
+        resources={"metadata": {"path": str(FOLDER.parent)}},
+        record_timing=False,
+        timeout=timeout,
+    )
+    client.execute(env={**os.environ, "TILESCAN_NOTEBOOK_SIZE": size})
+    notebook.metadata.pop("language_info", None)
+    return notebook
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("which", nargs="*", help="beginnings of names, such as 01; default: all")
+    parser.add_argument("--size", choices=SIZES, default="full")
+    options = parser.parse_args()
+    chosen = [s for s in scripts() if s.name.startswith(tuple(options.which or [""]))]
+    if not chosen:
+        names = ", ".join(s.name for s in scripts())
+        parser.error(f"no notebook begins with {' or '.join(options.which)}; there are {names}")
+    for script in chosen:
+        target = script.with_suffix(".ipynb")
+        nbformat.write(execute(read(script), options.size), target)
+        print(f"{target.name}: {target.stat().st_size / 2**10:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()
