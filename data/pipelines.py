@@ -14,6 +14,7 @@ or batch shape is refused, for it would silently read other text.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -211,14 +212,9 @@ def classification_dataset(
     corpus = TokenizedCorpus(documents, tokenizer)
     count = len(documents)
     total = None if num_epochs is None else num_epochs * count
-    orders: dict[int, np.ndarray] = {}
-
-    def order(epoch: int) -> np.ndarray:
-        if epoch not in orders:
-            if len(orders) > 1:
-                orders.clear()
-            orders[epoch] = epoch_order(count, shuffle, seed, 2, epoch)
-        return orders[epoch]
+    order = functools.lru_cache(maxsize=2)(
+        lambda epoch: epoch_order(count, shuffle, seed, 2, epoch)
+    )
 
     def make(step: int) -> Batch:
         rows = host_rows(step, batch_size, shard_index, shard_count)
