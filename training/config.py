@@ -20,6 +20,11 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+TASKS = ("language_model", "classification")
+OPTIMIZERS = ("adamw", "adam", "lion", "sgd")
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
+PACKINGS = ("packed", "whole", "contiguous")
+
 
 class ConfigError(ValueError):
     """A key that does not exist, or a value that makes no sense."""
@@ -42,9 +47,7 @@ def _at_least(section: str, config, low: int | float, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    sources: tuple[str, ...] = (
-        "python_stdlib",
-    )  # names in data.sources; this one needs no download
+    sources: tuple[str, ...] = ("python_stdlib",)  # names in data.sources; no download here
     tokenizer: str = "byte"  # name in data.tokenizers
     seq_len: int = 256  # tokens per row (T)
     batch_size: int = 16  # rows per update, over all devices and microbatches
@@ -56,7 +59,7 @@ class DataConfig:
     eval_stride: int | None = None  # slide windows by so many tokens in evaluations; None: packed
 
     def __post_init__(self):
-        _one_of("data.packing", self.packing, ("packed", "whole", "contiguous"))
+        _one_of("data.packing", self.packing, PACKINGS)
         _at_least("data", self, 1, "seq_len", "batch_size")
         _at_least("data", self, 1, "max_documents", "eval_stride")
         if not self.sources:
@@ -79,9 +82,7 @@ class OptimizerConfig:
     decay_steps: int = 0  # wsd alone: length of the decay that ends the run, in updates
     final_fraction: float = 0.1  # of the peak, where linear, cosine and wsd end
     b1: float = 0.9  # decay of the first moment; sgd's momentum
-    b2: float = (
-        0.95  # decay of the second moment; 0.95 is the language models' habit, optax has 0.999
-    )
+    b2: float = 0.95  # decay of the second moment: language models' habit; optax has 0.999
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decoupled: p -= learning rate * weight_decay * p
     clip_norm: float = 1.0  # bound on the global norm of the gradient; 0: no clipping
@@ -89,22 +90,10 @@ class OptimizerConfig:
     groups: tuple[ParamGroup, ...] = (ParamGroup(r"(^|/)(scale|bias)$", 1.0, 0.0),)
 
     def __post_init__(self):
-        _one_of("optimizer.name", self.name, ("adamw", "adam", "sgd", "lion"))
-        _one_of(
-            "optimizer.schedule",
-            self.schedule,
-            ("constant", "linear", "cosine", "wsd", "inverse_sqrt"),
-        )
-        _at_least(
-            "optimizer",
-            self,
-            0,
-            "learning_rate",
-            "warmup_steps",
-            "decay_steps",
-            "weight_decay",
-            "clip_norm",
-        )
+        _one_of("optimizer.name", self.name, OPTIMIZERS)
+        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        positive = ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_norm")
+        _at_least("optimizer", self, 0, *positive)
         if self.name == "adam" and (self.weight_decay or any(g.weight_decay for g in self.groups)):
             raise ConfigError(
                 "optimizer.name = 'adam' does not decay weights: set weight_decay to 0 or name to "
@@ -117,22 +106,14 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int = 1000  # updates of the parameters
-    microbatches: int = (
-        1  # parts of a batch, one after another, whose gradients are added up: saves memory
-    )
+    microbatches: int = 1  # parts of a batch, whose gradients are added up: saves memory
     z_loss: float = 0.0  # times log(Z)^2 per token; 1e-4 keeps bf16 logits near 0 (PaLM, section 5)
     log_every: int = 10  # steps between rows of metrics.jsonl
-    eval_every: int = (
-        200  # steps between evaluations; there is always one at step 0 and one at the end
-    )
+    eval_every: int = 200  # steps between evaluations; step 0 and the last have one too
     eval_batches: int = 16  # batches per evaluation; 0: all of the validation documents
-    checkpoint_every: int = (
-        200  # steps between checkpoints; there is one at the end too. 0: no checkpoints
-    )
+    checkpoint_every: int = 200  # steps between checkpoints; the last has one too. 0: none
     keep: int = 2  # how many checkpoints stay on disk
-    resume_step: int | None = (
-        None  # continue from this checkpoint and drop later ones; None: from the newest
-    )
+    resume_step: int | None = None  # go back to this checkpoint, drop later ones; None: newest
     progress: bool = True  # a bar on a terminal, a line per row of metrics elsewhere
     tensorboard: bool = True  # event files beside metrics.jsonl
 
@@ -143,12 +124,8 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    param_dtype: str = (
-        "float32"  # of the stored parameters; the optimizer's moments are always float32
-    )
-    compute_dtype: str = (
-        "float32"  # of activations; bfloat16 on accelerators. The loss is always float32
-    )
+    param_dtype: str = "float32"  # of the parameters; the optimizer's moments are always float32
+    compute_dtype: str = "float32"  # of activations; bfloat16 on accelerators. Loss: always float32
 
     def __post_init__(self):
         for field in ("param_dtype", "compute_dtype"):
@@ -158,9 +135,7 @@ class PrecisionConfig:
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: int = -1  # copies of the model; -1: whatever devices the other axes leave
-    fsdp: int = (
-        1  # parts that each parameter and its moments are cut into; splits the batch as well
-    )
+    fsdp: int = 1  # parts of each parameter and its moments; the batch is cut as well
     sequence: int = 1  # parts of the time axis; only 1 for now
     tensor: int = 1  # parts of heads, MLP and vocabulary
 
@@ -174,12 +149,10 @@ class MeshConfig:
         if self.sequence > 1:
             raise ConfigError(
                 f"mesh.sequence = {self.sequence}: the time axis is not split yet; set it to 1 and "
-                "use "
-                "mesh.data, mesh.fsdp and mesh.tensor"
+                "use mesh.data, mesh.fsdp and mesh.tensor"
             )
 
 
-TASKS = ("language_model", "classification")
 SECTIONS = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,

@@ -19,8 +19,6 @@ import optax
 
 from training.config import OptimizerConfig, ParamGroup
 
-SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
-
 RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
     "adam": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),

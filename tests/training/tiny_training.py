@@ -1,8 +1,8 @@
-"""What the training tests share: a very small model with named axes, data made of nothing, a run.
+"""What the training tests share: a very small model with named axes, invented data, a run."""
 
-As a program, `python tiny_training.py WORKDIR [section.key=value ...]` is one run, to be killed.
-"""
-
+import os
+import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -79,7 +79,21 @@ def tiny_config(*assignments):
     return config
 
 
-if __name__ == "__main__":
+def start_process(workdir, *assignments, code=""):
+    """Starts the run in a process of its own, after `code` has run there."""
+    here = pathlib.Path(__file__).resolve()
+    path = os.pathsep.join([str(here.parents[2]), str(here.parent)])
+    program = f"{code}\nimport tiny_training\ntiny_training.main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(workdir), *assignments],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def main():
     from training.train import train
 
     train(tiny_config(*sys.argv[2:]), sys.argv[1], model=TinyModel(0.1), datasets=tiny_datasets())
