@@ -21,3 +21,31 @@ class BlockSizes:
     stages: int
     compute_registers: int = 232
     producer_registers: int = 40
+
+
+# (kernel, largest head dim) -> tiles. Chosen by the static report of benchmarks/gpu_static.py: no
+# spills, shared memory within 227 KiB, and the issue cycles per tile element.
+_TABLE = {
+    ("forward", 64): BlockSizes(128, 128, 2),
+    ("forward", 128): BlockSizes(128, 128, 2),
+    ("forward", 256): BlockSizes(128, 64, 2),
+    ("dkv", 64): BlockSizes(64, 128, 2),
+    ("dkv", 128): BlockSizes(64, 128, 2),
+    ("dkv", 256): BlockSizes(32, 128, 2),
+    ("dq", 64): BlockSizes(128, 128, 2),
+    ("dq", 128): BlockSizes(128, 64, 2),
+    ("dq", 256): BlockSizes(128, 32, 2),
+}
+
+
+def default_blocks(kernel: str, head_dim: int, value_dim: int) -> BlockSizes:
+    """Block sizes of `kernel` ("forward", "dkv" or "dq") for head dims up to 256.
+
+    Raises:
+        ValueError: a head dim above 256.
+    """
+    widest = max(head_dim, value_dim)
+    for (name, limit), blocks in _TABLE.items():
+        if name == kernel and widest <= limit:
+            return blocks
+    raise ValueError(f"the {kernel} kernel takes head dims up to 256, got {widest}")

@@ -65,21 +65,62 @@ def matmul(a, b, shape: tuple[int, int]) -> jax.Array:
     return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
 
-def accumulate(acc: jax.Array, a: jax.Array, b, staging) -> jax.Array:
-    """acc + a @ b, with `a` in registers and b in shared memory.
+def accumulate_all(accs: tuple, terms: list[tuple], staging) -> tuple:
+    """(acc + a @ b for each acc and (a, b)), with `a` in registers and b in shared memory.
 
-    On the hardware `a` stays in registers and the sum is kept in the accumulator (`staging` is None).
-    Interpret mode can run neither, so there `a` goes through the shared-memory buffer `staging`.
+    On the hardware `a` stays in registers, the sums are kept in the accumulators and all products
+    are in flight together (`staging` is None). Interpret mode can run neither, so there each `a`
+    goes through the shared-memory buffer `staging`.
     """
     if staging is None:
 
-        def run(ref):
-            plgpu.wgmma(ref, a, b)
+        def run(refs):
+            for ref, (a, b) in zip(refs, terms, strict=True):
+                plgpu.wgmma(ref, a, b)
 
-        return pl.run_state(run)(plgpu.ACC.init(acc))
-    staging[...] = a
-    plgpu.commit_smem()
-    return acc + matmul(staging, b, acc.shape)
+        return tuple(pl.run_state(run)(tuple(map(plgpu.ACC.init, accs))))
+    sums = []
+    for acc, (a, b) in zip(accs, terms, strict=True):
+        staging[...] = a
+        plgpu.commit_smem()
+        sums.append(acc + matmul(staging, b, acc.shape))
+    return tuple(sums)
+
+
+def produce(n_steps, stages: int, source_of, rings) -> None:
+    """The producer's loop: keep a ring of slots filled by TMA.
+
+    Args:
+        n_steps, stages: tiles to bring and slots to bring them to.
+        source_of: step -> index into the global arrays.
+        rings: (global array, shared ring, ready barriers, free barriers) of each operand.
+    """
+
+    @pl.loop(0, n_steps)
+    def _(step):
+        slot = lax.rem(step, jnp.int32(stages))
+        source = source_of(step)
+        for ref, smem, ready, free in rings:
+            pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+            plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], ready.at[slot])
+
+    @pl.loop(jnp.maximum(n_steps - stages, 0), n_steps)
+    def _(step):
+        slot = lax.rem(step, jnp.int32(stages))
+        for *_, free in rings:
+            plgpu.barrier_wait(free.at[slot])
+
+
+def launch(grid: tuple[int, int, int], interpret: bool) -> dict:
+    """Arguments of plgpu.kernel that all the attention kernels share; grid is (heads, rows, batch)."""
+    return {
+        "grid": grid,
+        "grid_names": ("heads", "rows", "batch"),
+        "num_threads": COMPUTE_WARPGROUPS + 1,
+        "thread_name": "wg",
+        "compiler_params": plgpu.CompilerParams(approx_math=True),
+        "interpret": plgpu.InterpretGPUParams() if interpret else None,
+    }
 
 
 def row_walk(bounds_ref, tiles_ref, batch, row):

@@ -84,22 +84,10 @@ def flash_attention_forward(
             plgpu.set_max_registers(blocks.producer_registers, action="decrease")
             g = lax.div(h, jnp.int32(group))
 
-            @pl.loop(0, n_live)
-            def _(step):
-                slot = lax.rem(step, jnp.int32(stages))
-                source = (b, pl.ds(tile_of(step) * block_k, block_k), g)
-                for ref, smem, ready, free in (
-                    (gmem["k"], k_smem, k_bar, k_free),
-                    (gmem["v"], v_smem, v_bar, v_free),
-                ):
-                    pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                    plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], ready.at[slot])
-
-            @pl.loop(jnp.maximum(n_live - stages, 0), n_live)
-            def _(step):
-                slot = lax.rem(step, jnp.int32(stages))
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
+            rings = ((gmem["k"], k_smem, k_bar, k_free), (gmem["v"], v_smem, v_bar, v_free))
+            common.produce(
+                n_live, stages, lambda i: (b, pl.ds(tile_of(i) * block_k, block_k), g), rings
+            )
 
         @pl.when(wg < COMPUTE_WARPGROUPS)
         def _compute():
@@ -150,7 +138,7 @@ def flash_attention_forward(
                 plgpu.barrier_arrive(turn)  # the softmax is done
                 plgpu.barrier_wait(v_bar.at[slot])
                 plgpu.barrier_wait(turn)  # until the other warpgroup leaves the tensor cores
-                acc = common.accumulate(acc, p16, v_smem.at[slot], my_staging)
+                (acc,) = common.accumulate_all((acc,), [(p16, v_smem.at[slot])], my_staging)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, new_peak, total
 
@@ -173,10 +161,12 @@ def flash_attention_forward(
             seen = total > 0
             acc = acc * common.along_rows(jnp.where(seen, 1.0 / total, 0.0), acc.shape)
             lse = (peak + jnp.log2(total)) * common.LN2
-            o_smem.at[wg][...] = acc.astype(dtype)
+            # The queries are done with, so their buffer can take the output.
+            out_smem = (q_smem if o_smem is None else o_smem).at[wg]
+            out_smem[...] = acc.astype(dtype)
             lse_smem.at[wg][...] = jnp.where(seen, lse, -jnp.inf)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_smem.at[wg], o_ref.at[source])
+            plgpu.copy_smem_to_gmem(out_smem, o_ref.at[source])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(q_start, WG_ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
@@ -193,7 +183,7 @@ def flash_attention_forward(
             common.smem_tile((*pair, head_dim), dtype),
             common.smem_tile((stages, block_k, head_dim), dtype),
             common.smem_tile((stages, block_k, value_dim), dtype),
-            common.smem_tile((*pair, value_dim), dtype),
+            None if value_dim == head_dim else common.smem_tile((*pair, value_dim), dtype),
             plgpu.SMEM(pair, jnp.float32),
             common.smem_tile((*pair, block_k), dtype) if interpret else None,
             plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
@@ -203,11 +193,6 @@ def flash_attention_forward(
             free,
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
         ],
-        grid=(heads, rows, batch),
-        grid_names=("heads", "rows", "batch"),
-        num_threads=COMPUTE_WARPGROUPS + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        **common.launch((heads, rows, batch), interpret),
     )(*inputs.values())
     return o, lse[:, :, :q_len]

@@ -106,3 +106,37 @@ def list_schedule(kinds: Array) -> TileSchedule:
     zero = xp.zeros_like(n_full)
     bounds = xp.stack([zero, n_full, zero, n_live], axis=-1).astype(xp.int32)
     return TileSchedule(bounds, order)
+
+
+def attention_schedule(
+    q_len: int,
+    k_len: int,
+    blocks,
+    *,
+    before: int | None,
+    after: int | None,
+    offset: Array | int | None = None,
+    transposed: bool = False,
+) -> TileSchedule:
+    """Ranges for the window i + offset - before <= j <= i + offset + after of queries i and keys j.
+
+    Args:
+        q_len, k_len: T and S.
+        blocks: the kernel's BlockSizes.
+        before, after: None for unbounded; full attention is (None, None), causal (None, 0).
+        offset: position of the first query among the keys, k_len - q_len if None.
+        transposed: rows are key tiles, as the dK/dV kernel wants them.
+    """
+    if offset is None:
+        offset = k_len - q_len
+    rows, cols = -(-q_len // blocks.block_q), -(-k_len // blocks.block_k)
+    if not transposed:
+        return window_schedule(
+            rows, blocks.block_q, cols, blocks.block_k,
+            n_cols=k_len, before=before, after=after, offset=offset,
+        )  # fmt: skip
+    # Padded queries weigh nothing (their log-sum-exp is inf), so every query column counts as real.
+    return window_schedule(
+        cols, blocks.block_k, rows, blocks.block_q,
+        n_cols=rows * blocks.block_q, before=after, after=before, offset=-offset,
+    )  # fmt: skip

@@ -1,0 +1,248 @@
+"""Compile Mosaic GPU kernels for an H100 that is not there, and read off what the compiler says.
+
+XLA's CUDA plugin compiles for a described device; no GPU and no driver are needed. Registers, spills
+and warnings come from ptxas, shared memory from the kernel's launch, and the rest is counted in the
+machine code. All of it is static: it says that a kernel builds and what it occupies, not how long it
+runs, and nothing here runs on a device.
+
+The compile happens in a child process, since the environment has to be set before JAX is imported,
+and since kernels are cached by their code, not by the device they were compiled for. The child is
+`python -m benchmarks.aot_gpu`: it reads one JSON job a line and answers with one JSON report a line.
+The interpreter may be another one than the caller's: set TILESCAN_CUDA_PYTHON to one that has the
+plugin where the current one has not.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = Path(__file__).with_name("h100.txtpb")
+INSTALL = (
+    "pip install jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 "
+    "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm absl-py"
+)
+NEEDS = (
+    "compiling for CUDA needs an interpreter with XLA's CUDA plugin, and without nvidia-nvjitlink "
+    f"(with it ptxas ignores setmaxnreg and kernels spill). In a fresh environment: {INSTALL}\n"
+    "then name its python by --python or TILESCAN_CUDA_PYTHON"
+)
+
+
+def cuda_python(python: str | None = None) -> str | None:
+    """The interpreter that can compile for CUDA: `python`, TILESCAN_CUDA_PYTHON or this one; or None."""
+    python = python or os.environ.get("TILESCAN_CUDA_PYTHON") or sys.executable
+    probe = (
+        "import importlib.util as u, sys;"
+        "sys.exit(not (u.find_spec('jax_cuda13_plugin') and u.find_spec('nvidia.cu13')))"
+    )
+    try:
+        found = subprocess.run([python, "-c", probe], capture_output=True, timeout=60)
+    except OSError:
+        return None
+    return python if found.returncode == 0 else None
+
+
+def compile_jobs(jobs: list[dict], python: str | None = None, timeout: float = 600) -> list[dict]:
+    """Compile each job for an H100; one report a job, in order.
+
+    A job is {"kernel": "forward" | "dkv" | "dq" | "stock_forward" | "stock_backward", "batch", "length",
+    "heads", "kv_heads", "head_dim", "dtype", "mask": "full" | "causal", "blocks": {...} or absent}. A
+    report is {"kernels": [...], "versions": {...}} or {"error": text}.
+
+    Raises:
+        RuntimeError: no interpreter with the plugin (the text says how to get one), or the child died.
+    """
+    found = cuda_python(python)
+    if found is None:
+        raise RuntimeError(NEEDS)
+    with tempfile.TemporaryDirectory(prefix="aot_gpu") as dump:
+        env = dict(os.environ, JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_TO=dump, PYTHONPATH=str(ROOT))
+        for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+            env.pop(name, None)
+        child = subprocess.run(
+            [found, "-m", "benchmarks.aot_gpu"],
+            input="\n".join(map(json.dumps, jobs)),
+            capture_output=True,
+            text=True,
+            env=env,
+            cwd=ROOT,
+            timeout=timeout,
+        )
+    reports = [json.loads(line[1:]) for line in child.stdout.splitlines() if line[:1] == "@"]
+    if len(reports) != len(jobs):
+        raise RuntimeError(
+            f"the compiler process ended after {len(reports)} of {len(jobs)} jobs with code "
+            f"{child.returncode}: {child.stderr[-2000:]}"
+        )
+    return reports
+
+
+def main_loop(listing: str) -> dict | None:
+    """Figures of the loop that does the most matrix instructions in the fewest instructions.
+
+    That is the loop over full tiles: the one over partial tiles has its masking on top.
+
+    Args:
+        listing: disassembly whose lines start with the control codes, "a:b:c:d:STALL /*addr*/ instr".
+
+    Returns:
+        hgmma, instructions, issue_cycles (the sum of the stall counts on one warp's way through the
+        body and nothing else: latencies of memory and of wgmma are not in it), mufu (exponentials and
+        the like), local_memory (loads and stores of spilled values); None without such a loop.
+    """
+    code: list[tuple[int, str]] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.match(r"\s*\S+:\S+:\S+:\S+:(\d+)\s+/\*[0-9a-f]+\*/\s+(.*)", line):
+            code.append((int(found[1]), found[2]))
+    best = None
+    for end, (_, text) in enumerate(code):
+        jump = re.search(r"\bBRA.*?(\.L_x_\d+)", text)
+        if not jump or labels.get(jump[1], end) >= end:
+            continue
+        body = code[labels[jump[1]] : end + 1]
+        figures = {
+            "hgmma": sum("HGMMA" in t for _, t in body),
+            "instructions": len(body),
+            "issue_cycles": sum(stall for stall, _ in body),
+            "mufu": sum("MUFU" in t for _, t in body),
+            "local_memory": sum(bool(re.search(r"\b(STL|LDL)", t)) for _, t in body),
+        }
+        rank = (figures["hgmma"], -len(body))
+        if figures["hgmma"] and (best is None or rank > best[0]):
+            best = rank, figures
+    return best and best[1]
+
+
+def read_dump(dump: str) -> list[dict]:
+    """One report a kernel from the files that Mosaic GPU leaves in its dump folder."""
+    kernels = []
+    for path in sorted(glob.glob(f"{dump}/*.ptxas")):
+        log = Path(path).read_text(errors="ignore")
+        resources = Path(path.replace(".ptxas", ".resources.txt")).read_text()
+        listing = Path(path.replace(".ptxas", ".sass_ctrl")).read_text(errors="ignore")
+        spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        kernels.append(
+            {
+                "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+                "spill_stores": int(spill[1]),
+                "spill_loads": int(spill[2]),
+                "shared_memory": int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1]),
+                "warnings": sorted(set(re.findall(r"\((C7\d\d\d)\)", log))),
+                "hgmma": len(re.findall(r"\bHGMMA", listing)),
+                "loop": main_loop(listing),
+            }
+        )
+    return kernels
+
+
+def _build(job: dict):
+    """(function, argument shapes) of a job."""
+    import jax
+    import jax.numpy as jnp
+
+    dtype = jnp.dtype(job["dtype"])
+    batch, length, heads, dim = (job[n] for n in ("batch", "length", "heads", "head_dim"))
+    shape = jax.ShapeDtypeStruct
+    q = shape((batch, length, heads, dim), dtype)
+    kv = shape((batch, length, job["kv_heads"], dim), dtype)
+    if job["kernel"].startswith("stock"):
+        return _build_stock(job, q, kv)
+
+    from pallas_kernels import gpu
+
+    causal = job["mask"] == "causal"
+    blocks = gpu.BlockSizes(**job["blocks"]) if job.get("blocks") else None
+    cap = job.get("logit_cap")
+
+    def seen(q_index, k_index, q_ids, k_ids):
+        return k_index <= q_index
+
+    def options(kind: str, table):
+        transposed = kind == "dkv"
+        schedule = gpu.attention_schedule(
+            length, length, table, before=None, after=0 if causal else None, transposed=transposed
+        )
+        return {
+            "schedule": schedule,
+            "visible": seen if causal else None,
+            "q_offset": 0,
+            "scale": dim**-0.5,
+            "logit_cap": cap,
+            "blocks": table,
+        }
+
+    kind = job["kernel"]
+    table = blocks or gpu.default_blocks(kind, dim, dim)
+    if kind == "forward":
+        return lambda *a: gpu.flash_attention_forward(*a, **options(kind, table)), (q, kv, kv)
+    rows = shape((batch, heads, length), jnp.float32)
+    kernel = {"dkv": gpu.flash_attention_dkv, "dq": gpu.flash_attention_dq}[kind]
+    return lambda *a: kernel(*a, **options(kind, table)), (q, kv, kv, q, rows, rows)
+
+
+def _build_stock(job: dict, q, kv):
+    """JAX's own Hopper attention kernel, for comparison; it takes float16 only."""
+    import jax
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    config = attention_mgpu.TuningConfig(causal=job["mask"] == "causal", **job["blocks"])
+
+    def forward(*args):
+        return attention_mgpu.attention(*args, config)
+
+    if job["kernel"] == "stock_forward":
+        return forward, (q, kv, kv)
+    return lambda do, *args: jax.vjp(forward, *args)[1](do), (q, q, kv, kv)
+
+
+def _child() -> None:
+    dump = os.environ["MOSAIC_GPU_DUMP_TO"]
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    import importlib.metadata as metadata
+
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
+    )
+    device = topology.devices[0]
+    abstract = AbstractDevice(device_kind=device.device_kind, num_cores=132, platform="gpu")
+    versions = {
+        name: metadata.version(name)
+        for name in ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm")
+    }
+    for line in sys.stdin:
+        for path in glob.glob(f"{dump}/*"):
+            os.remove(path)
+        try:
+            function, shapes = _build(json.loads(line))
+            args = [
+                jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=SingleDeviceSharding(device))
+                for s in shapes
+            ]
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+                lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
+            lowered.compile()
+            report = {"kernels": read_dump(dump), "versions": versions}
+        except Exception as error:  # the report carries it; the caller decides
+            report = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        print("@" + json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    _child()

@@ -1,0 +1,393 @@
+"""FlashAttention-2 backward for Hopper, in Pallas Mosaic GPU: one kernel for dK and dV, one for dQ.
+
+Tri Dao, "FlashAttention-2" (2023), algorithm 2, split in two so that every sum stays inside one
+thread block: no atomics, the same bits every time, seven matrix products instead of five. The
+weights are recomputed from the log-sum-exp. As in the forward kernel one producer warpgroup issues
+TMA copies and two compute warpgroups own 64 rows each (keys for dK/dV, queries for dQ).
+
+Both take two float32 statistics [B, H, T] a query:
+    lse2: log-sum-exp in base 2, +inf where a query sees no key;
+    delta: rowsum(dO * O) minus the cotangent of the log-sum-exp, so dS = P * (dP - delta).
+
+Letters: B batch, T queries, S keys, H query heads, G key-value heads, D head dim, P value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import common
+from pallas_kernels.gpu.block_sizes import BlockSizes
+from pallas_kernels.gpu.common import COMPUTE_WARPGROUPS, WG_ROWS
+from pallas_kernels.gpu.tiles import TileSchedule
+
+
+def _inputs(q, k, v, do, lse2, delta, schedule, q_offset, segments, q_padded, k_padded) -> dict:
+    """The kernels' operands by name; statistics and ids padded to whole tiles."""
+    inputs = {"q": q, "k": k, "v": v, "do": do, "bounds": jnp.asarray(schedule.bounds)}
+    inputs["lse"] = common.pad_axis(lse2, 2, q_padded, jnp.inf)
+    inputs["delta"] = common.pad_axis(delta, 2, q_padded)
+    inputs["offset"] = jnp.asarray(q_offset, jnp.int32).reshape(1)
+    if schedule.tiles is not None:
+        inputs["tiles"] = jnp.asarray(schedule.tiles)
+    if segments is not None:
+        inputs["q_ids"] = common.pad_axis(segments[0], 1, q_padded)
+        inputs["k_ids"] = common.pad_axis(segments[1], 1, k_padded)
+    return inputs
+
+
+def _weights_and_dp(left, right, x_of_dots, statistic, shape):
+    """P and dP of a tile, both products in flight at once.
+
+    Args:
+        left, right: operands (a, b) in shared memory of the logits' and of dP's product.
+        x_of_dots: dots -> (x, factor, slope), base2_logits with the mask applied.
+        statistic: () -> lse2 of the tile, broadcast.
+
+    Returns:
+        (p, dp, slope or None), float32 in registers.
+    """
+
+    def run(s_ref, dp_ref):
+        plgpu.wgmma(s_ref, *left)
+        plgpu.wgmma(dp_ref, *right)
+        x, factor, slope = x_of_dots(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+        p = jnp.exp2(x * factor - statistic())
+        return (p, dp_ref[...]) if slope is None else (p, dp_ref[...], slope)
+
+    acc = plgpu.ACC(shape, jnp.float32)
+    p, dp, *slope = pl.run_scoped(run, acc, acc)
+    return p, dp, slope[0] if slope else None
+
+
+def flash_attention_dkv(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    do: jax.Array,
+    lse2: jax.Array,
+    delta: jax.Array,
+    schedule: TileSchedule,
+    *,
+    visible: Callable | None,
+    q_offset: jax.Array | int,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+    scale: float,
+    logit_cap: float | None = None,
+    blocks: BlockSizes,
+    want_dk: bool = True,
+    want_dv: bool = True,
+    interpret: bool = False,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Gradients of keys and values, summed over the query heads of a group.
+
+    Args:
+        q: [B, T, H, D]; k: [B, S, G, D]; v: [B, S, G, P]; do: [B, T, H, P].
+        lse2, delta: [B, H, T] float32, see the module's text.
+        schedule: live query tiles of every key tile.
+        want_dk, want_dv: which to compute. Both accumulators fit the registers up to D + P = 256.
+        visible, q_offset, segments, scale, logit_cap, interpret: as in flash_attention_forward.
+
+    Returns:
+        (dk [B, S, G, D], dv [B, S, G, P]) in k's dtype, None for what is not wanted.
+    """
+    batch, _, heads, head_dim = q.shape
+    _, k_len, kv_heads, value_dim = v.shape
+    group = heads // kv_heads
+    block_q, stages = blocks.block_q, blocks.stages
+    rows = schedule.rows
+    q_padded = pl.cdiv(q.shape[1], block_q) * block_q
+    dtype = q.dtype
+    inputs = _inputs(
+        q, k, v, do, lse2, delta, schedule, q_offset, segments, q_padded, rows * blocks.block_k
+    )
+    outputs = {}
+    if want_dk:
+        outputs["k"] = jax.ShapeDtypeStruct(k.shape, dtype)
+    if want_dv:
+        outputs["v"] = jax.ShapeDtypeStruct(v.shape, dtype)
+    n_out = len(outputs)
+
+    def kernel(*refs):
+        gmem = dict(zip(inputs, refs, strict=False))
+        out = dict(zip(outputs, refs[len(inputs) :], strict=False))
+        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, staging, *barriers = refs[
+            len(inputs) + n_out :
+        ]
+        own_bar, q_bar, do_bar, q_free, do_free = barriers
+        b, g = lax.axis_index("batch"), lax.axis_index("heads")
+        row = lax.axis_index("rows")
+        wg = lax.axis_index("wg")
+        n_full, n_live, tile_of = common.row_walk(gmem["bounds"], gmem.get("tiles"), b, row)
+
+        @pl.when(wg == COMPUTE_WARPGROUPS)
+        def _produce():
+            plgpu.set_max_registers(blocks.producer_registers, action="decrease")
+
+            @pl.loop(0, group)
+            def _(member):
+                h = g * group + member
+
+                @pl.loop(0, n_live)
+                def _(i):
+                    step = member * n_live + i
+                    slot = lax.rem(step, jnp.int32(stages))
+                    queries = pl.ds(tile_of(i) * block_q, block_q)
+                    for name, smem, line, line_smem, ready, free in (
+                        ("q", q_smem, "lse", lse_smem, q_bar, q_free),
+                        ("do", do_smem, "delta", delta_smem, do_bar, do_free),
+                    ):
+                        pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                        source = gmem[name].at[b, queries, h]
+                        plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
+                        source = gmem[line].at[b, h, queries]
+                        plgpu.copy_gmem_to_smem(source, line_smem.at[slot], ready.at[slot])
+
+            total = n_live * group
+
+            @pl.loop(jnp.maximum(total - stages, 0), total)
+            def _(step):
+                slot = lax.rem(step, jnp.int32(stages))
+                plgpu.barrier_wait(q_free.at[slot])
+                plgpu.barrier_wait(do_free.at[slot])
+
+        @pl.when(wg < COMPUTE_WARPGROUPS)
+        def _compute():
+            plgpu.set_max_registers(blocks.compute_registers, action="increase")
+            k_start = row * blocks.block_k + wg * WG_ROWS
+            own = (b, pl.ds(k_start, WG_ROWS), g)
+            plgpu.copy_gmem_to_smem(gmem["k"].at[own], k_smem.at[wg], own_bar.at[wg])
+            plgpu.copy_gmem_to_smem(gmem["v"].at[own], v_smem.at[wg], own_bar.at[wg])
+            plgpu.barrier_wait(own_bar.at[wg])
+            my_staging = None if staging is None else staging.at[wg]
+            offset = gmem["offset"][0]
+            shape = (WG_ROWS, block_q)
+
+            def step_tile(i, carry, *, member, masked):
+                slot = lax.rem(member * n_live + i, jnp.int32(stages))
+
+                def x_of_dots(dots):
+                    x, factor, slope = common.base2_logits(dots, scale, logit_cap)
+                    if masked:
+                        q_start = tile_of(i) * block_q
+                        ids = common.tile_ids(gmem, b, q_start, k_start, shape, q_axis=1)
+                        x = common.hide(
+                            x, visible, q_start, k_start, k_len, q_axis=1, offset=offset, **ids
+                        )
+                    return x, factor, slope
+
+                def statistic(smem):
+                    return common.along_cols(
+                        plgpu.load(smem.at[slot], layout=common.PER_COL), shape
+                    )
+
+                plgpu.barrier_wait(q_bar.at[slot])
+                plgpu.barrier_wait(do_bar.at[slot])
+                p, dp, slope = _weights_and_dp(
+                    (k_smem.at[wg], q_smem.at[slot].transpose((1, 0))),
+                    (v_smem.at[wg], do_smem.at[slot].transpose((1, 0))),
+                    x_of_dots,
+                    lambda: statistic(lse_smem),
+                    shape,
+                )
+                terms = []
+                if want_dk:
+                    ds = p * (dp - statistic(delta_smem))
+                    ds = ds if slope is None else ds * slope
+                    terms.append((ds.astype(dtype), q_smem.at[slot]))
+                if want_dv:
+                    terms.append((p.astype(dtype), do_smem.at[slot]))
+                carry = common.accumulate_all(carry, terms, my_staging)
+                plgpu.barrier_arrive(q_free.at[slot])
+                plgpu.barrier_arrive(do_free.at[slot])
+                return carry
+
+            def head(member, carry):
+                for masked, start, stop in ((False, 0, n_full), (True, n_full, n_live)):
+                    carry = lax.fori_loop(
+                        start,
+                        stop,
+                        lambda i, c, masked=masked: step_tile(i, c, member=member, masked=masked),
+                        carry,
+                    )
+                return carry
+
+            widths = [head_dim] * want_dk + [value_dim] * want_dv
+            carry = tuple(common.zeros((WG_ROWS, width)) for width in widths)
+            carry = lax.fori_loop(0, group, head, carry) if group > 1 else head(0, carry)
+
+            for name, grad in zip(outputs, carry, strict=True):
+                smem = (k_smem if name == "k" else v_smem).at[wg]
+                smem[...] = (grad * scale if name == "k" else grad).astype(dtype)
+            plgpu.commit_smem()
+            for name in outputs:
+                smem = (k_smem if name == "k" else v_smem).at[wg]
+                plgpu.copy_smem_to_gmem(smem, out[name].at[own])
+            plgpu.wait_smem_to_gmem(0)
+
+    pair = (COMPUTE_WARPGROUPS, WG_ROWS)
+    ready = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
+    results = plgpu.kernel(
+        kernel,
+        out_type=tuple(outputs.values()),
+        scratch_types=[
+            common.smem_tile((*pair, head_dim), dtype),
+            common.smem_tile((*pair, value_dim), dtype),
+            common.smem_tile((stages, block_q, head_dim), dtype),
+            common.smem_tile((stages, block_q, value_dim), dtype),
+            plgpu.SMEM((stages, block_q), jnp.float32),
+            plgpu.SMEM((stages, block_q), jnp.float32),
+            common.smem_tile((*pair, block_q), dtype) if interpret else None,
+            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
+            ready,
+            ready,
+            free,
+            free,
+        ],
+        **common.launch((kv_heads, rows, batch), interpret),
+    )(*inputs.values())
+    results = dict(zip(outputs, results, strict=True))
+    return results.get("k"), results.get("v")
+
+
+def flash_attention_dq(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    do: jax.Array,
+    lse2: jax.Array,
+    delta: jax.Array,
+    schedule: TileSchedule,
+    *,
+    visible: Callable | None,
+    q_offset: jax.Array | int,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+    scale: float,
+    logit_cap: float | None = None,
+    blocks: BlockSizes,
+    interpret: bool = False,
+) -> jax.Array:
+    """Gradient of the queries, dq [B, T, H, D]; arguments as in flash_attention_dkv.
+
+    The schedule holds the live key tiles of every query tile, as in flash_attention_forward.
+    """
+    batch, _, heads, head_dim = q.shape
+    _, k_len, kv_heads, value_dim = v.shape
+    group = heads // kv_heads
+    block_k, stages = blocks.block_k, blocks.stages
+    rows = schedule.rows
+    k_padded = pl.cdiv(k_len, block_k) * block_k
+    dtype = q.dtype
+    inputs = _inputs(
+        q, k, v, do, lse2, delta, schedule, q_offset, segments, rows * blocks.block_q, k_padded
+    )
+
+    def kernel(*refs):
+        gmem = dict(zip(inputs, refs, strict=False))
+        dq_ref = refs[len(inputs)]
+        q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, staging, *barriers = refs[
+            len(inputs) + 1 :
+        ]
+        own_bar, k_bar, v_bar, k_free, v_free = barriers
+        b, h = lax.axis_index("batch"), lax.axis_index("heads")
+        row = rows - 1 - lax.axis_index("rows")
+        wg = lax.axis_index("wg")
+        n_full, n_live, tile_of = common.row_walk(gmem["bounds"], gmem.get("tiles"), b, row)
+
+        @pl.when(wg == COMPUTE_WARPGROUPS)
+        def _produce():
+            plgpu.set_max_registers(blocks.producer_registers, action="decrease")
+            g = lax.div(h, jnp.int32(group))
+            rings = ((gmem["k"], k_smem, k_bar, k_free), (gmem["v"], v_smem, v_bar, v_free))
+            common.produce(n_live, stages, lambda i: (b, pl.ds(tile_of(i) * block_k, block_k), g), rings)
+
+        @pl.when(wg < COMPUTE_WARPGROUPS)
+        def _compute():
+            plgpu.set_max_registers(blocks.compute_registers, action="increase")
+            q_start = row * blocks.block_q + wg * WG_ROWS
+            queries = pl.ds(q_start, WG_ROWS)
+            for name, smem, source in (
+                ("q", q_smem, (b, queries, h)),
+                ("do", do_smem, (b, queries, h)),
+                ("lse", lse_smem, (b, h, queries)),
+                ("delta", delta_smem, (b, h, queries)),
+            ):
+                plgpu.copy_gmem_to_smem(gmem[name].at[source], smem.at[wg], own_bar.at[wg])
+            plgpu.barrier_wait(own_bar.at[wg])
+            lse = plgpu.load(lse_smem.at[wg], layout=common.PER_ROW)
+            row_delta = plgpu.load(delta_smem.at[wg], layout=common.PER_ROW)
+            my_staging = None if staging is None else staging.at[wg]
+            offset = gmem["offset"][0]
+            shape = (WG_ROWS, block_k)
+
+            def step_tile(i, carry, *, masked):
+                dq, lse, row_delta = carry
+                slot = lax.rem(i, jnp.int32(stages))
+
+                def x_of_dots(dots):
+                    x, factor, slope = common.base2_logits(dots, scale, logit_cap)
+                    if masked:
+                        k_start = tile_of(i) * block_k
+                        ids = common.tile_ids(gmem, b, q_start, k_start, shape, q_axis=0)
+                        x = common.hide(
+                            x, visible, q_start, k_start, k_len, q_axis=0, offset=offset, **ids
+                        )
+                    return x, factor, slope
+
+                plgpu.barrier_wait(k_bar.at[slot])
+                plgpu.barrier_wait(v_bar.at[slot])
+                p, dp, slope = _weights_and_dp(
+                    (q_smem.at[wg], k_smem.at[slot].transpose((1, 0))),
+                    (do_smem.at[wg], v_smem.at[slot].transpose((1, 0))),
+                    x_of_dots,
+                    lambda: common.along_rows(lse, shape),
+                    shape,
+                )
+                plgpu.barrier_arrive(v_free.at[slot])
+                ds = p * (dp - common.along_rows(row_delta, shape))
+                ds = ds if slope is None else ds * slope
+                (dq,) = common.accumulate_all(
+                    (dq,), [(ds.astype(dtype), k_smem.at[slot])], my_staging
+                )
+                plgpu.barrier_arrive(k_free.at[slot])
+                return dq, lse, row_delta
+
+            carry = (common.zeros((WG_ROWS, head_dim)), lse, row_delta)
+            carry = lax.fori_loop(0, n_full, lambda i, c: step_tile(i, c, masked=False), carry)
+            dq, _, _ = lax.fori_loop(
+                n_full, n_live, lambda i, c: step_tile(i, c, masked=True), carry
+            )
+            q_smem.at[wg][...] = (dq * scale).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[b, queries, h])
+            plgpu.wait_smem_to_gmem(0)
+
+    pair = (COMPUTE_WARPGROUPS, WG_ROWS)
+    ring = plgpu.Barrier(num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
+        scratch_types=[
+            common.smem_tile((*pair, head_dim), dtype),
+            common.smem_tile((*pair, value_dim), dtype),
+            common.smem_tile((stages, block_k, head_dim), dtype),
+            common.smem_tile((stages, block_k, value_dim), dtype),
+            plgpu.SMEM(pair, jnp.float32),
+            plgpu.SMEM(pair, jnp.float32),
+            common.smem_tile((*pair, block_k), dtype) if interpret else None,
+            plgpu.Barrier(num_arrivals=4, num_barriers=COMPUTE_WARPGROUPS),
+            ring,
+            ring,
+            free,
+            free,
+        ],
+        **common.launch((heads, rows, batch), interpret),
+    )(*inputs.values())
