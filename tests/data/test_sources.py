@@ -35,7 +35,15 @@ def test_every_row_is_complete(name):
 
 def test_a_fresh_machine_needs_only_the_python_registry():
     """What `make reproduce` reads; see the module's text."""
-    for name in ("shakespeare", "factbook", "wikipedia", "python_stdlib", "gpt2_ranks", "smollm2"):
+    for name in (
+        "shakespeare",
+        "factbook",
+        "wikipedia",
+        "bbc_news",
+        "python_stdlib",
+        "gpt2_ranks",
+        "smollm2",
+    ):
         assert sources.SOURCES[name].kind in ("pypi", "installed")
 
 
