@@ -1,0 +1,251 @@
+"""Attention as a token mixer: heads, positions and a key-value cache around `ops.attention`.
+
+Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, E embedding.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from models import positions as positions_lib
+from models.layers import RMSNorm, linear, scaled_fan_in
+from ops import masks
+from ops.attention import attention, decode_attention
+
+# Up to this many queries against a cache are split over keys instead of over queries.
+DECODE_QUERIES = 8
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens so far; slot s of a row holds its s-th token.
+
+    Rows may have different lengths: setting `length` lower forgets the last tokens of a row.
+    """
+
+    k: Float[Array, "B S G D"]
+    v: Float[Array, "B S G D"]
+    segment_ids: Int[Array, "B S"]
+    length: Int[Array, " B"]
+
+    @classmethod
+    def create(cls, batch: int, max_len: int, n_kv_heads: int, head_dim: int, dtype: Any):
+        kv = jnp.zeros((batch, max_len, n_kv_heads, head_dim), dtype)
+        ids = jnp.zeros((batch, max_len), jnp.int32)
+        return cls(kv, kv, ids, jnp.zeros((batch,), jnp.int32))
+
+    def append(
+        self, k: Float[Array, "B T G D"], v: Float[Array, "B T G D"], ids: Int[Array, "B T"]
+    ) -> "KVCache":
+        """Writes T tokens behind the last of each row.
+
+        Raises:
+          ValueError: if T tokens never fit (a full row is seen only when the program runs).
+        """
+        T, S = k.shape[1], self.k.shape[1]
+        if T > S:
+            raise ValueError(
+                f"{T} new tokens don't fit a cache of max_len={S}; init_state(batch, {T}) or more"
+            )
+
+        def write(row, new, start):
+            return jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), start, axis=0)
+
+        put = jax.vmap(write)
+        return KVCache(
+            put(self.k, k, self.length),
+            put(self.v, v, self.length),
+            put(self.segment_ids, ids, self.length),
+            self.length + T,
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped-query or multi-query attention with any mask of `ops.masks`.
+
+    Attributes:
+      n_heads, n_kv_heads, head_dim: H, G and D; G must divide H.
+      mask: what a query sees; packed `segment_ids` are added to it.
+      position: a kind of `positions.POSITION_KINDS`; "learned" and "none" do nothing here.
+      rope_theta, rope_scaling: of the rotary kinds.
+      qk_norm: RMSNorm over D of queries and keys, before the rotation.
+      scale: of the logits, default D ** -0.5.
+      logit_cap: soft cap of the logits.
+      use_bias: whether the four linear maps have biases.
+      out_scale: multiplies the standard deviation of the output's initial weights.
+      implementation: of `ops.attention`.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    mask: masks.Mask = masks.Causal()
+    position: str = "rope"
+    rope_theta: float = 10000.0
+    rope_scaling: positions_lib.RopeScaling | None = None
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    scale: float | None = None
+    logit_cap: float | None = None
+    use_bias: bool = False
+    out_scale: float = 1.0
+    implementation: str | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        *,
+        state: KVCache | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
+        """Mixes T tokens, behind those of `state` if one is given.
+
+        Args:
+          x: the tokens' vectors.
+          state: from `init_state` or an earlier call. A row that outgrows it becomes NaN.
+          positions: for the rotation; default: count on from the state.
+          segment_ids: tokens see only their own id, also in the cache, so with a state give
+            them at every call or at none.
+
+        Returns:
+          y and the new state (None if none was given).
+
+        Raises:
+          ValueError: for a wrong rank or for ids and positions that are not [B, T].
+        """
+        _check(x, positions=positions, segment_ids=segment_ids)
+        B, T, E = x.shape
+        q = self._project("query", self.n_heads, "heads")(x)
+        k = self._project("key", self.n_kv_heads, "kv_heads")(x)
+        v = self._project("value", self.n_kv_heads, "kv_heads")(x)
+        if self.qk_norm:
+            norm = dict(eps=self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
+            q, k = RMSNorm(name="query_norm", **norm)(q), RMSNorm(name="key_norm", **norm)(k)
+        if self.position.startswith("rope"):
+            if positions is None:
+                positions = positions_lib.token_positions(
+                    B, T, start=None if state is None else state.length
+                )
+            rope = dict(
+                theta=self.rope_theta,
+                interleaved=self.position == "rope_interleaved",
+                scaling=self.rope_scaling,
+            )
+            q = positions_lib.apply_rope(q, positions, **rope)
+            k = positions_lib.apply_rope(k, positions, **rope)
+
+        if state is None:
+            o = self._attend(q, k, v, segment_ids, segment_ids, 0)
+        else:
+            o, state = self._extend(q, k, v, segment_ids, state)
+        out = linear(
+            E,
+            ("heads", "head_dim", "embed"),
+            inputs=2,
+            use_bias=self.use_bias,
+            init=scaled_fan_in(self.out_scale),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="out",
+        )
+        return out(o), state
+
+    @nn.nowrap
+    def init_state(self, batch: int, max_len: int) -> KVCache:
+        return KVCache.create(batch, max_len, self.n_kv_heads, self.head_dim, self.dtype)
+
+    def _project(self, name: str, heads: int, axis: str) -> nn.DenseGeneral:
+        return linear(
+            (heads, self.head_dim),
+            ("embed", axis, "head_dim"),
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    def _options(self, T: int, S: int, q_offset) -> dict[str, Any]:
+        options = dict(scale=self.scale, logit_cap=self.logit_cap)
+        if self.position == "alibi":
+            options["bias"] = positions_lib.alibi_bias(
+                self.n_heads, T, S, q_offset, causal=sees_only_past(self.mask)
+            )
+        return options
+
+    def _attend(self, q, k, v, q_ids, kv_ids, q_offset) -> Float[Array, "B T H D"]:
+        mask = self.mask if q_ids is None else self.mask & masks.Segments(q_ids, kv_ids)
+        return attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            q_offset=q_offset,
+            implementation=self.implementation,
+            **self._options(q.shape[1], k.shape[1], q_offset),
+        )
+
+    def _extend(self, q, k, v, ids, state: KVCache) -> tuple[Float[Array, "B T H D"], KVCache]:
+        """Attention of T new tokens to themselves and to everything in the cache."""
+        (B, T), S = q.shape[:2], state.k.shape[1]
+        packed = ids is not None
+        new = state.append(k, v, ids if packed else jnp.ones((B, T), jnp.int32))
+        if T <= DECODE_QUERIES and sees_only_past(self.mask):
+            mask = self.mask & masks.Segments(ids, new.segment_ids) if packed else self.mask
+            o = decode_attention(
+                q, new.k, new.v, lengths=new.length, mask=mask, **self._options(T, S, 0)
+            )
+        else:
+            o = self._attend_rows(q, new, ids if packed else None, state.length)
+        # Writing past the end would move the slice and give plausible, wrong numbers.
+        full = (new.length > S)[:, None, None, None]
+        return jnp.where(full, jnp.nan, o).astype(o.dtype), new
+
+    def _attend_rows(self, q, cache: KVCache, ids, start) -> Float[Array, "B T H D"]:
+        """One call if all rows of the cache are equally long, else row by row."""
+        k, v, kv_ids = cache.k, cache.v, None if ids is None else cache.segment_ids
+
+        def together():
+            return self._attend(q, k, v, ids, kv_ids, start[0])
+
+        def one(row):
+            q, k, v, ids, kv_ids, start = row
+            add = lambda a: None if a is None else a[None]
+            return self._attend(add(q), add(k), add(v), add(ids), add(kv_ids), start)[0]
+
+        if q.shape[0] == 1:
+            return together()
+        return jax.lax.cond(
+            jnp.all(start == start[0]),
+            together,
+            lambda: jax.lax.map(one, (q, k, v, ids, kv_ids, start)),
+        )
+
+
+def sees_only_past(mask: masks.Mask) -> bool:
+    """Whether the mask is causal by its construction (False if it can't be told)."""
+    match mask:
+        case masks.Causal() | masks.Lambda():
+            return True
+        case masks.SlidingWindow():
+            return mask.right is not None and mask.right <= 0
+        case masks.And():
+            return any(sees_only_past(part) for part in mask.masks)
+        case masks.Or():
+            return all(sees_only_past(part) for part in mask.masks)
+    return False
+
+
+def _check(x, **per_token) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"a mixer's x is [batch, time, d_model]; got shape {x.shape}")
+    for name, value in per_token.items():
+        if value is not None and value.shape != x.shape[:2]:
+            raise ValueError(
+                f"{name} must be [batch, time] = {x.shape[:2]} like x, got {value.shape}"
+            )

@@ -1,0 +1,189 @@
+"""What a language model is made of, as one frozen value that says what is wrong with it."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+
+from models.layers import MLP_KINDS, NORMS
+from models.positions import POSITION_KINDS, RopeScaling
+from ops import masks
+
+REMAT_KINDS = ("none", "full", "dots", "dots_no_batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """Fields of `LanguageModel` and `SequenceClassifier`.
+
+    Attributes:
+      vocab_size, d_model: V and E.
+      pattern: names of blocks (keys of `models.blocks.BLOCKS`) that repeat `repeats` times.
+      repeats: how often; these layers are one `nn.scan` unless `scan_layers` is False.
+      n_heads, n_kv_heads, head_dim: H, G (default H) and D (default E / H).
+      causal: False lets "attention" see the whole text and "local_attention" both sides.
+      mask: what a query of "attention" sees, instead of Causal() or Full().
+      window: "local_attention": a query sees itself and the window - 1 tokens before it.
+      sinks: "local_attention": the first tokens, which everybody behind them sees too.
+      position: a kind of POSITION_KINDS.
+      rope_theta, rope_scaling: base of the rotary frequencies, and their stretching: a
+        RopeScaling or a mapping of its fields.
+      qk_norm: RMSNorm of queries and keys.
+      attention_scale, attention_logit_cap: of the attention logits; default D ** -0.5, none.
+      attention_bias, mlp_bias: whether linear maps have biases.
+      mlp, mlp_dim: a key of MLP_KINDS and its width (default 4 E, gated 8/3 E rounded up to 64).
+      norm, norm_eps, post_norm: a key of NORMS; post_norm adds one behind each block, before
+        the residual sum.
+      tie_embeddings: the head is the transposed embedding.
+      embed_scale, logit_scale, logit_cap: factors of embeddings and logits; soft cap of logits.
+      max_len: rows of learned positions; what the model is meant to read at most.
+      dtype, param_dtype: of the computation and of the parameters.
+      remat: what the backward pass computes again: "none", "full" (all but each repeat's
+        input), "dots" (all but matmuls), "dots_no_batch" (all but matmuls with weights).
+      scan_layers: False unrolls the repeats: slower to compile, same numbers.
+      attention_implementation: of `ops.attention`.
+
+    Raises:
+      ValueError: for values that don't fit; the message says what would.
+    """
+
+    vocab_size: int
+    d_model: int = 512
+    pattern: tuple[str, ...] = ("attention", "mlp")
+    repeats: int = 6
+    n_heads: int = 8
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    causal: bool = True
+    mask: masks.Mask | None = None
+    window: int | None = None
+    sinks: int = 0
+    position: str = "rope"
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False
+    attention_scale: float | None = None
+    attention_logit_cap: float | None = None
+    attention_bias: bool = False
+    mlp: str = "swiglu"
+    mlp_dim: int | None = None
+    mlp_bias: bool = False
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    post_norm: bool = False
+    tie_embeddings: bool = True
+    embed_scale: float | None = None
+    logit_scale: float | None = None
+    logit_cap: float | None = None
+    max_len: int = 1024
+    dtype: Any = "float32"
+    param_dtype: Any = "float32"
+    remat: str = "none"
+    scan_layers: bool = True
+    attention_implementation: str | None = None
+
+    def __post_init__(self):
+        set_ = lambda name, value: object.__setattr__(self, name, value)
+        for name in ("dtype", "param_dtype"):
+            set_(name, _float_dtype(name, getattr(self, name)))
+        pattern = self.pattern
+        set_("pattern", (pattern,) if isinstance(pattern, str) else tuple(pattern))
+        set_("rope_scaling", RopeScaling.of(self.rope_scaling))
+        for name in ("vocab_size", "d_model", "repeats", "n_heads", "max_len"):
+            _positive(name, getattr(self, name))
+        if self.n_kv_heads is None:
+            set_("n_kv_heads", self.n_heads)
+        if self.head_dim is None:
+            if self.d_model % self.n_heads:
+                raise ValueError(
+                    f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose one "
+                    "that does, or set head_dim"
+                )
+            set_("head_dim", self.d_model // self.n_heads)
+        if self.mlp_dim is None:
+            _one_of("mlp", self.mlp, MLP_KINDS)
+            gated = MLP_KINDS[self.mlp][1]
+            set_("mlp_dim", -(-8 * self.d_model // (3 * 64)) * 64 if gated else 4 * self.d_model)
+        self._validate()
+
+    def _validate(self):
+        # blocks.py imports this module for its factories' types.
+        from models.blocks import BLOCKS
+
+        for name in ("n_kv_heads", "head_dim", "mlp_dim"):
+            _positive(name, getattr(self, name))
+        if not self.pattern:
+            raise ValueError("pattern is empty; for example ('attention', 'mlp')")
+        for block in self.pattern:
+            _one_of("a block of pattern", block, BLOCKS)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}: every group of "
+                "query heads shares one key-value head"
+            )
+        _one_of("position", self.position, POSITION_KINDS)
+        _one_of("mlp", self.mlp, MLP_KINDS)
+        _one_of("norm", self.norm, NORMS)
+        _one_of("remat", self.remat, REMAT_KINDS)
+        if self.position.startswith("rope") and self.head_dim % 2:
+            raise ValueError(
+                f"position={self.position!r} turns pairs of channels, but "
+                f"head_dim={self.head_dim} is odd"
+            )
+        if "local_attention" in self.pattern and self.window is None:
+            raise ValueError("'local_attention' in pattern needs window, e.g. window=256")
+        if self.window is not None:
+            _positive("window", self.window)
+        if self.sinks < 0:
+            raise ValueError(f"sinks={self.sinks} must be 0 or more")
+        if self.sinks and not self.causal:
+            raise ValueError(f"sinks={self.sinks} needs causal=True")
+        if self.mask is not None and not isinstance(self.mask, masks.Mask):
+            raise ValueError(
+                f"mask must be a mask of ops.masks, e.g. masks.Causal(), got {self.mask!r}"
+            )
+        if self.mask is not None and masks.segments_of(self.mask) is not None:
+            raise ValueError("mask can't hold Segments: segment_ids are an argument of the model")
+
+    @property
+    def attention_mask(self) -> masks.Mask:
+        """What "attention" sees."""
+        if self.mask is not None:
+            return self.mask
+        return masks.Causal() if self.causal else masks.Full()
+
+    @property
+    def local_mask(self) -> masks.Mask:
+        """What "local_attention" sees."""
+        if self.sinks:
+            return masks.Lambda(self.sinks, self.window)
+        return masks.SlidingWindow(self.window - 1, 0 if self.causal else self.window - 1)
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.pattern) * self.repeats
+
+
+def _float_dtype(name: str, value: Any) -> jnp.dtype:
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name}={value!r} is no floating type; e.g. 'float32' or 'bfloat16'")
+    return dtype
+
+
+def _positive(name: str, value: int) -> None:
+    if value is None or value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+
+
+def _one_of(name: str, value: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{name} is {value!r}, which is unknown; {hint}known: {', '.join(known)}")

@@ -1,0 +1,262 @@
+"""Language models and classifiers from a repeating pattern of blocks.
+
+Letters: B batch, T time, E embedding, V vocabulary, L repeats of the pattern.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from models.blocks import Repeat, init_state, make_norm
+from models.config import LanguageModelConfig
+from models.layers import Embedding, linear
+from models.positions import token_positions
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class ModelState(NamedTuple):
+    """What a model carries from one stretch of tokens to the next.
+
+    layers: the mixers' states, stacked over the repeats; position: of the next token;
+    segment: of the last token (-1: there is none).
+    """
+
+    layers: tuple[Any, ...]
+    position: Int[Array, " B"]
+    segment: Int[Array, " B"]
+
+
+class Backbone(nn.Module):
+    """Tokens to normalised vectors: everything of a model but its head."""
+
+    config: LanguageModelConfig
+
+    def setup(self):
+        config = self.config
+        self.embed = Embedding(config.vocab_size, config.d_model, config.dtype, config.param_dtype)
+        if config.position == "learned":
+            self.position = Embedding(
+                config.max_len,
+                config.d_model,
+                config.dtype,
+                config.param_dtype,
+                ("position", "embed"),
+            )
+        body = Repeat
+        if config.remat != "none":
+            policy = REMAT_POLICIES[config.remat]
+            body = nn.remat(body, policy=policy, prevent_cse=not config.scan_layers)
+        if config.scan_layers:
+            self.layers = nn.scan(
+                body,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                out_axes=0,
+                length=config.repeats,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(config)
+        else:
+            self.layers = [body(config) for _ in range(config.repeats)]
+        self.final_norm = make_norm(config, "final_norm")
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        state: ModelState | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], ModelState | None]:
+        config = self.config
+        _check(config, tokens, positions=positions, segment_ids=segment_ids)
+        B, T = tokens.shape
+        if positions is None:
+            carried = (None, None) if state is None else (state.position, state.segment)
+            positions = token_positions(B, T, segment_ids, *carried)
+        x = self.embed(tokens)
+        if config.embed_scale is not None:
+            x = x * jnp.asarray(config.embed_scale, x.dtype)
+        if config.position == "learned":
+            x = x + self.position(positions)
+        x, layers = self._run_layers(x, state, positions, segment_ids)
+        if state is not None:
+            last = jnp.zeros((B,), jnp.int32) if segment_ids is None else segment_ids[:, -1]
+            state = ModelState(layers, positions[:, -1] + 1, last)
+        return self.final_norm(x), state
+
+    def _run_layers(self, x, state, positions, segment_ids):
+        states = None if state is None else state.layers
+        if self.config.scan_layers:
+            return self.layers(x, states, positions, segment_ids)
+        new = []
+        for i, layer in enumerate(self.layers):
+            x, s = layer(x, jax.tree.map(lambda a, i=i: a[i], states), positions, segment_ids)
+            new.append(s)
+        return x, None if state is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+
+
+class LanguageModel(nn.Module):
+    """Scores of the next token at every position.
+
+        config = LanguageModelConfig(vocab_size=256, d_model=128, repeats=4, n_heads=4)
+        model = LanguageModel(config)
+        params = nn.unbox(model.init(jax.random.key(0), tokens))["params"]
+        logits, _ = model.apply({"params": params}, tokens)
+
+    With `state=model.init_state(batch, max_len)` the same call reads on from where the last one
+    stopped, be it one token (decoding) or a stretch of text.
+    """
+
+    config: LanguageModelConfig
+
+    def setup(self):
+        config = self.config
+        self.backbone = Backbone(config)
+        if not config.tie_embeddings:
+            self.head = linear(
+                config.vocab_size,
+                ("embed", "vocab"),
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        state: ModelState | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], ModelState | None]:
+        """Reads T tokens.
+
+        Args:
+          tokens: ids below vocab_size; beyond it the output is NaN.
+          state: from `init_state` or an earlier call.
+          positions: default: counted from the state on, anew in each segment.
+          segment_ids: tokens see only those of their own id. With a state give them at every
+            call or at none.
+
+        Returns:
+          (float32 logits, the new state or None).
+
+        Raises:
+          ValueError: for shapes that are not [B, T], or more tokens than learned positions.
+        """
+        x, state = self.backbone(tokens, state=state, positions=positions, segment_ids=segment_ids)
+        return self.logits(x), state
+
+    def hidden(self, tokens, *, state=None, positions=None, segment_ids=None):
+        """(the [B, T, E] vectors that `logits` takes, state): for losses that go by chunks."""
+        return self.backbone(tokens, state=state, positions=positions, segment_ids=segment_ids)
+
+    def logits(self, x: Float[Array, "... T E"]) -> Float[Array, "... T V"]:
+        """The head: vectors to float32 scores."""
+        config = self.config
+        if config.tie_embeddings:
+            logits = self.backbone.embed.logits(x)
+        else:
+            logits = self.head(x).astype(jnp.float32)
+        if config.logit_scale is not None:
+            logits = logits * config.logit_scale
+        if config.logit_cap is not None:
+            logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
+        return logits
+
+    @nn.nowrap
+    def init_state(self, batch: int, max_len: int) -> ModelState:
+        """The state before the first token, with room for `max_len` tokens."""
+        one, repeats = init_state(self.config, batch, max_len), self.config.repeats
+        layers = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (repeats, *a.shape)), one)
+        return ModelState(layers, jnp.zeros((batch,), jnp.int32), jnp.full((batch,), -1, jnp.int32))
+
+
+class SequenceClassifier(nn.Module):
+    """Scores of a whole text's classes, from the same backbone.
+
+    Attributes:
+      config: of the backbone; causal=False reads both ways.
+      n_classes: how many.
+      pooling: "mean" of all real tokens, or the "last" one.
+    """
+
+    config: LanguageModelConfig
+    n_classes: int
+    pooling: str = "mean"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B n_classes"]:
+        """Classifies one text per row; `segment_ids` is 0 where a row is padding, 1 elsewhere."""
+        if self.pooling not in ("mean", "last"):
+            raise ValueError(f"pooling={self.pooling!r} is unknown; it can be 'mean' or 'last'")
+        config = self.config
+        x, _ = Backbone(config, name="backbone")(
+            tokens, positions=positions, segment_ids=segment_ids
+        )
+        real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+        if self.pooling == "mean":
+            weights = real.astype(jnp.float32)
+        else:
+            index = jnp.arange(tokens.shape[1])[None]
+            last = jnp.max(jnp.where(real, index, -1), axis=1, keepdims=True)
+            weights = (index == last).astype(jnp.float32)
+        total = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
+        pooled = jnp.einsum("bte,bt->be", x.astype(jnp.float32), weights / total)
+        head = linear(
+            self.n_classes,
+            ("embed", "classes"),
+            use_bias=True,
+            param_dtype=config.param_dtype,
+            name="head",
+        )
+        return head(pooled)
+
+
+def count_params(params) -> int:
+    """Number of scalars in a tree of parameters (or of their shapes)."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nn.unbox(params)))
+
+
+def unroll_params(config: LanguageModelConfig, params):
+    """The parameters of `scan_layers=True` as those of `scan_layers=False`.
+
+    Decoding on a CPU is faster with them: a scan copies each layer's weights before it uses them.
+    """
+    backbone = dict(nn.unbox(params)["backbone"])
+    stacked = backbone.pop("layers")
+    for i in range(config.repeats):
+        backbone[f"layers_{i}"] = jax.tree.map(lambda a, i=i: a[i], stacked)
+    return {**nn.unbox(params), "backbone": backbone}
+
+
+def _check(config: LanguageModelConfig, tokens, **per_token) -> None:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens must be integers [batch, time], got {tokens.dtype} of shape {tokens.shape}"
+        )
+    for name, value in per_token.items():
+        if value is not None and value.shape != tokens.shape:
+            raise ValueError(
+                f"{name} must be [batch, time] = {tokens.shape} like tokens, got {value.shape}"
+            )
+    if config.position == "learned" and tokens.shape[1] > config.max_len:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens, but there are learned positions for max_len="
+            f"{config.max_len}; raise max_len or cut the text"
+        )
