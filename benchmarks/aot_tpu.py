@@ -1,13 +1,14 @@
 """Compile for TPUs that are not here and read libtpu's own static figures.
 
-libtpu compiles for any TPU generation without a device, and while it does so it can simulate the final
-instruction bundles of every kernel ("static LLO profile") and dump them. Nothing runs: the figures are one
-compiler's opinion, good to rank two versions of one kernel on one generation. They show no contention for
-memory, no clock, no dispatch.
+libtpu compiles for any TPU generation without a device, and while it does so it can simulate the
+final instruction bundles of every kernel ("static LLO profile") and dump them. Nothing runs: the
+figures are one compiler's opinion, good to rank two versions of one kernel on one generation. They
+show no contention for memory, no clock, no dispatch.
 
-The flags are read once per process, and the profiler aborts the process on a kernel that it cannot model.
-Hence every compilation happens in a worker process, started here with its environment; when a worker dies
-the job that it was busy with is reported as not modelled and a new worker goes on with the rest.
+The flags are read once per process, and the profiler aborts the process on a kernel that it cannot
+model. Hence every compilation happens in a worker process, started here with its environment; when
+a worker dies, the job that it was busy with is reported as not modelled and a new worker goes on
+with the rest.
 
 A job names a function "module:name" with JSON keyword arguments; called in the worker, it returns
 `(function, arguments)` with `jax.ShapeDtypeStruct`s for arguments.
@@ -24,7 +25,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-# Names of small topologies; v4 exposes two devices a chip unless asked for a megacore, see `_device`.
+# Names of small topologies. v4 has two devices a chip unless asked for a megacore, see `_device`.
 TOPOLOGIES = {
     "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
@@ -32,7 +33,7 @@ TOPOLOGIES = {
     "v6e": "v6e:2x2",
     "7x": "tpu7x:2x2x1",
 }
-# The profiler has a model of memory transfers for these three; it aborts on v4 and on most kernels for 7x.
+# The profiler has a model of memory transfers for these; it aborts on v4 and on most of 7x.
 PROFILED = ("v5e", "v5p", "v6e")
 
 
@@ -82,10 +83,10 @@ def compile_jobs(
 ) -> list[dict]:
     """Compile every job for one TPU generation, in order.
 
-    Returns one dict per job: `cycles` {op: estimated cycles}, `vmem` (bytes, largest of the kernels),
-    `argument_bytes`, `temp_bytes`, `peak_bytes`, `custom_calls` (names of TPU kernels in the HLO), with
-    `bundles` also `bundles` {kernel: {...}}; or `{"error": text}` when the compiler refuses, or
-    `{"not_modelled": text}` when the process died.
+    Returns one dict per job: `cycles` {op: estimated cycles}, `vmem` (bytes, largest of the
+    kernels), `argument_bytes`, `temp_bytes`, `peak_bytes`, `custom_calls` (names of TPU kernels in
+    the HLO), with `bundles` also `bundles` {kernel: {...}}; or `{"error": text}` when the compiler
+    refuses, or `{"not_modelled": text}` when the process died or took more than `timeout` seconds.
     """
     if generation not in TOPOLOGIES:
         raise ValueError(f"unknown TPU generation {generation!r}; known: {', '.join(TOPOLOGIES)}")
@@ -102,19 +103,24 @@ def compile_jobs(
                 "bundle_dir": dirs[1] if bundles else None,
                 "jobs": [job.spec() for job in rest],
             }
-            process = subprocess.run(
-                [sys.executable, "-m", "benchmarks.aot_tpu"],
-                input=json.dumps(request),
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                cwd=Path(__file__).resolve().parent.parent,
-                env=environment(request["profile_dir"], request["bundle_dir"]),
-            )
-            lines = [line[7:] for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+            try:
+                process = subprocess.run(
+                    [sys.executable, "-m", "benchmarks.aot_tpu"],
+                    input=json.dumps(request),
+                    capture_output=True,
+                    text=True,
+                    timeout=timeout,
+                    cwd=Path(__file__).resolve().parent.parent,
+                    env=environment(request["profile_dir"], request["bundle_dir"]),
+                )
+                output, reason = process.stdout, _reason(process)
+            except subprocess.TimeoutExpired as error:
+                output = (error.stdout or b"").decode()
+                reason = f"compilation took more than {timeout:.0f} s"
+            lines = [line[7:] for line in output.splitlines() if line.startswith("RESULT ")]
             results += [json.loads(line) for line in lines]
             if len(lines) < len(rest):
-                results.append({"not_modelled": _reason(process)})
+                results.append({"not_modelled": reason})
     return results
 
 
@@ -169,7 +175,7 @@ def _compile(function, arguments, device, profile_dir, bundle_dir) -> dict:
 
 
 def _bundles(folder: str, kernel: str) -> dict:
-    """Scheduled bundles of a kernel and how often each kind of slot is used, unweighted by trip counts."""
+    """Bundles of a kernel and how often each kind of slot is used, not weighted by trip counts."""
     counts = {}
     for path in glob.glob(f"{folder}/*-{kernel}*-schedule-analysis_final_bundles.txt"):
         counts["bundles"] = int(

@@ -48,7 +48,7 @@ def unsupported(q, k, v, bias, mask, q_offset):
 
 def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False):
     """(o [B, T, H, P], lse [B, T, H] float32); arguments as in `ops.attention`."""
-    plan = _plan("forward", q, k, v, mask, q_offset)
+    plan = plan_for("forward", q, k, v, mask, q_offset)
     o, lse = kernels.forward(
         *plan.queries_first(q), *plan.keys_first(k, v),
         plan.schedule, plan.tile, plan.scores(scale, logit_cap),
@@ -67,7 +67,7 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
     lse = jnp.where(jnp.isneginf(lse), kernels.NO_KEYS, lse * math.log2(math.e))
     gradients = []
     for name, kernel in (("dq", kernels.backward_dq), ("dkv", kernels.backward_dkv)):
-        plan = _plan(name, q, k, v, mask, q_offset)
+        plan = plan_for(name, q, k, v, mask, q_offset)
         (q_,), (k_, v_), (do_,) = (
             plan.queries_first(q),
             plan.keys_first(k, v),
@@ -105,7 +105,7 @@ class _NoKernelError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How one kernel walks one problem."""
 
     queries: tiles.Axis
@@ -169,10 +169,10 @@ def _compute(block: int, wanted: int) -> int:
     return max(size for size in sizes if block % size == 0 and size <= max(wanted, kernels.LANES))
 
 
-def _axes(kernel, q, k, v, mask):
+def _axes(kernel, q, k, v, mask, tile=None):
     """The two axes of a kernel and its compute step."""
     T, S = q.shape[1], k.shape[1]
-    tile = tile_for(kernel, T, S, max(q.shape[3], v.shape[3]), q.dtype.itemsize)
+    tile = tile or tile_for(kernel, max(q.shape[3], v.shape[3]), q.dtype.itemsize, _width(mask))
     # Tiles that lie within the blocks of a layout need no masking; not worth it for small blocks.
     blocks = [m.block for m in _leaves(mask) if isinstance(m, masks.BlockSparse)]
     within = math.gcd(*blocks) if blocks else None
@@ -189,8 +189,9 @@ def _leaves(mask):
     return [mask] if parts is None else [leaf for part in parts for leaf in _leaves(part)]
 
 
-def _plan(kernel, q, k, v, mask, q_offset) -> _Plan:
-    queries, keys, compute = _axes(kernel, q, k, v, mask)
+def plan_for(kernel, q, k, v, mask, q_offset, tile=None) -> Plan:
+    """The walk of "forward", "dq" or "dkv" over these arguments; `tile` replaces the table's."""
+    queries, keys, compute = _axes(kernel, q, k, v, mask, tile)
     outer = "keys" if kernel == "dkv" else "queries"
     T, S = queries.length, keys.length
     static = isinstance(q_offset, (int, np.integer))
@@ -209,14 +210,14 @@ def _plan(kernel, q, k, v, mask, q_offset) -> _Plan:
         visible=None if inside is None else inside.visible, summary=mask.tile_summary
     )
     if band is not None:
-        width = None
-        if band.left is not None and band.right is not None and not band.prefix:
-            width = band.left + band.right + 1
         tile_mask = dataclasses.replace(
-            tile_mask, key_bounds=band.key_bounds, query_bounds=band.query_bounds, width=width
+            tile_mask,
+            key_bounds=band.key_bounds,
+            query_bounds=band.query_bounds,
+            width=_width(mask),
         )
         schedule = tiles.interval_schedule(tile_mask, queries, keys, q_offset, outer=outer)
-        return _Plan(queries, keys, compute, tile_mask, schedule, ids, stack)
+        return Plan(queries, keys, compute, tile_mask, schedule, ids, stack)
     kinds = masks.tile_kinds(mask, T, S, queries.block, keys.block, q_offset)
     if segments is not None and not sparse:
         bounds = [
@@ -230,11 +231,11 @@ def _plan(kernel, q, k, v, mask, q_offset) -> _Plan:
         )  # fmt: skip
     else:
         schedule = tiles.list_schedule(kinds, q_offset, outer=outer, stack_index=index)
-    return _Plan(queries, keys, compute, tile_mask, schedule, ids, stack)
+    return Plan(queries, keys, compute, tile_mask, schedule, ids, stack)
 
 
 def _width(mask):
-    """Greatest span of live keys of a query in `band & segments`; None if unbounded or unknown."""
+    """Greatest span of live keys of a query; None if unbounded or unknown."""
     band = masks.split_segments(mask)[0].band()
     if band is None or band.left is None or band.right is None or band.prefix:
         return None
@@ -284,7 +285,7 @@ def _stack(mask, queries, keys, offset):
 
 
 def _check_plan(kernel, q, k, v, mask, q_offset):
-    """Raise _NoKernelError where `_plan` would, or where its tables would not fit."""
+    """Raise _NoKernelError where `plan_for` would, or where its tables would not fit."""
     queries, keys, _ = _axes(kernel, q, k, v, mask)
     rows, width = (keys.tiles, queries.tiles) if kernel == "dkv" else (queries.tiles, keys.tiles)
     if mask.band() is not None:

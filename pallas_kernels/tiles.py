@@ -227,7 +227,8 @@ def list_schedule(
     named = {"counts": counts, "entries": entries}
     if stack_index is not None:
         index = stack_index if outer == "queries" else stack_index.T
-        named["stack"] = np.take_along_axis(index[None], order, axis=-1)
+        index = xp.broadcast_to(xp.asarray(index), kinds.shape)
+        named["stack"] = xp.take_along_axis(index, order, axis=-1)
     tables |= {name: jnp.asarray(x, jnp.int32).ravel() for name, x in named.items()}
 
     def place(batch, tile, step, tables):

@@ -32,7 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiles import EMPTY, FULL, PARTIAL, Schedule, TileMask, divide
+from pallas_kernels.tiles import FULL, PARTIAL, Schedule, TileMask, divide
 
 LANES = 128
 LOG2E = math.log2(math.e)
@@ -352,7 +352,7 @@ def _call(kernel, name, walk, grid, inputs, outputs, scratch, *, flops, vmem_lim
 
 
 def _bias_input(bias, tile, at):
-    """The bias [B or 1, H or 1, T or 1, S or 1] in tiles; `at` gives (b, h, i, j) of a grid step."""
+    """The bias [B or 1, H or 1, T or 1, S or 1] in tiles; `at` gives a grid step's (b, h, i, j)."""
     block = (1, 1, *(1 if n == 1 else b for n, b in zip(bias.shape[2:], tile, strict=True)))
 
     def index(ids, tables):
@@ -486,11 +486,11 @@ def backward_dkv(
     q, k, v, do, lse, delta, schedule, tile, scores, *,
     bias=None, segments=None, stack=None, vmem_limit=None, interpret=False,
 ):  # fmt: skip
-    """dk [B, G, S, D] and dv [B, G, S, P] in the dtypes of k and v, summed over each group of heads.
+    """dk [B, G, S, D] and dv [B, G, S, P] in k's and v's dtypes, summed over each group of heads.
 
     Args as `backward_dq`'s; the schedule walks over tiles of queries for each tile of keys.
     """
-    (B, H, T, D), (G, S), P = q.shape, k.shape[1:3], v.shape[3]
+    (B, H, _, D), (G, S), P = q.shape, k.shape[1:3], v.shape[3]
     walk = _Walk(schedule, tile, scores, 1, scores.keys < S)
     group = H // G
     head = lambda ids: ids[1] * group + ids[3]

@@ -1,0 +1,411 @@
+"""Static cost of the TPU attention kernels, ours beside JAX's own, with no TPU.
+
+    python -m benchmarks.tpu_static             # the table, and results/benchmarks/tpu_static.json
+    python -m benchmarks.tpu_static --sweep     # many tiles: what block_sizes.py was made from
+    python -m benchmarks.tpu_static --generations v6e --kernels forward
+
+The figures are those of libtpu's static profile (benchmarks/aot_tpu.py): NOTHING HERE RAN ON A
+DEVICE. They rank kernels within one generation; they are not times. `bound` is the larger of the
+cycles and of the bytes moved over the memory's bandwidth, in cycles: the profile gives every
+transfer the whole bandwidth. `MXU` is the share of the peak of the matrix unit that useful
+operations (2 per visible score, product and head dimension) reach in `bound` cycles.
+
+The profiler takes values from memory for 0, so masks that go by tables can't be profiled. Their
+rows ("estimated") are the cycles of one live tile, full or partial, taken from the profiled Full
+and Causal walks with the same tile, times the live tiles, counted exactly.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.aot_tpu import PROFILED, Job, available, compile_jobs
+from ops import attention_tpu, masks
+from pallas_kernels import tiles
+from pallas_kernels.tpu import flash_attention as kernels
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks" / "tpu_static.json"
+SHAPE = {"B": 1, "T": 4096, "H": 2, "D": 128}
+KERNELS = ("forward", "dq", "dkv")
+# Per core: peak bfloat16 operations per second, bytes per second of HBM, clock, and cores that
+# share a kernel's parallel axes. Peaks and bandwidths are the vendor's; the clock is inferred from
+# the peak and the profiled multiply-accumulates per cycle.
+CHIPS = {
+    "v5e": {"peak": 197e12, "bandwidth": 0.82e12, "clock": 1.5e9, "cores": 1},
+    "v5p": {"peak": 459e12 / 2, "bandwidth": 2.77e12 / 2, "clock": 1.75e9, "cores": 2},
+    "v6e": {"peak": 918e12, "bandwidth": 1.64e12, "clock": 1.75e9, "cores": 1},
+}
+MASKS = {
+    "full": lambda T: masks.Full(),
+    "causal": lambda T: masks.Causal(),
+    "window 512": lambda T: masks.SlidingWindow(511),
+    "sinks 4 + window 512": lambda T: masks.Lambda(4, 512),
+    "butterfly of 512": lambda T: masks.BlockSparse(masks.butterfly(T // 512), 512),
+    "causal, 4 segments": lambda T: masks.Causal() & masks.Segments(np.arange(T)[None, :] * 4 // T),
+}
+PROFILED_MASKS = ("full", "causal", "window 512")
+STOCK_FORWARD = ((512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024))
+STOCK_BACKWARD = ((256, 512, 256), (512, 512, 512), (512, 1024, 512))
+SWEEP = {
+    "forward": ((512, 1024, 512), (1024, 1024, 512), (1024, 2048, 512), (512, 4096, 512)),
+    "dq": ((512, 1024, 512), (1024, 1024, 512), (1024, 2048, 512), (1024, 1024, 256)),
+    "dkv": ((1024, 512, 512), (1024, 1024, 512), (2048, 1024, 512), (1024, 1024, 256)),
+}
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "backward": 7}
+
+
+# Jobs, called in the worker.
+
+
+def public(
+    gradient, B=1, T=1024, S=1024, H=2, G=1, D=64, mask="causal", dtype="bfloat16", **options
+):
+    """The public op, or its gradient, as a user's program calls it."""
+    from ops.attention import attention
+
+    spec = jax.ShapeDtypeStruct
+    segments, offset = spec((B, T), jnp.int32), spec((), jnp.int32)
+    q, k = spec((B, T, H, D), dtype), spec((B, S, G, D), dtype)
+    bias = spec((1, H, T, S), jnp.float32) if options.pop("bias", False) else None
+    traced = options.pop("traced_offset", False)
+
+    def forward(q, k, v, bias, segments, offset):
+        seen = masks.Causal() & masks.Segments(segments) if mask == "packed" else MASKS[mask](S)
+        return attention(
+            q, k, v, mask=seen, bias=bias, q_offset=offset if traced else None, **options
+        )
+
+    def loss(q, k, v, *rest):
+        return jnp.sum(forward(q, k, v, *rest).astype(jnp.float32) ** 2)
+
+    function = jax.grad(loss, argnums=(0, 1, 2)) if gradient else forward
+    return function, (q, k, k, bias, segments, offset)
+
+
+def ours(kernel, mask, tile, B, T, H, D, vmem_limit=attention_tpu.VMEM_LIMIT):
+    """One kernel of ours, on arrays as the kernel takes them."""
+    plan = _plan(kernel, mask, tile, B, T, H, D)
+    spec = jax.ShapeDtypeStruct
+    x, row = spec((B, H, T, D), jnp.bfloat16), spec((B, H, 1, T), jnp.float32)
+    walk = (plan.schedule, plan.tile, plan.scores(D**-0.5, None))
+    options = {"vmem_limit": vmem_limit}
+    if kernel == "forward":
+        return lambda q, k, v: kernels.forward(q, k, v, *walk, **options), (x, x, x)
+    backward = kernels.backward_dq if kernel == "dq" else kernels.backward_dkv
+    return lambda *arrays: backward(*arrays, *walk, **options), (x, x, x, x, row, row)
+
+
+def stock(kernel, mask, tile, B, T, H, D):
+    """JAX's TPU flash attention: its forward kernel, or the whole gradient."""
+    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
+
+    q, major, k = tile
+    sizes = BlockSizes(
+        block_b=1, block_q=q, block_k_major=major, block_k=k,
+        block_q_major_dkv=q, block_q_dkv=q, block_k_major_dkv=major, block_k_dkv=k,
+        block_q_dq=q, block_k_major_dq=major, block_k_dq=k,
+    )  # fmt: skip
+    x = jax.ShapeDtypeStruct((B, H, T, D), jnp.bfloat16)
+
+    def forward(q, k, v):
+        return flash_attention(
+            q, k, v, causal=mask == "causal", sm_scale=D**-0.5, block_sizes=sizes
+        )
+
+    if kernel == "forward":
+        return forward, (x, x, x)
+
+    def gradient(q, k, v, do):
+        return jax.vjp(forward, q, k, v)[1](do)
+
+    return gradient, (x, x, x, x)
+
+
+def splash(kernel, mask, tile, B, T, H, D):
+    """JAX's splash attention, forward. The profiler aborts on it; instructions are counted."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as sk
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as sm
+
+    q, major, k = tile
+    window = {"causal": (None, 0), "window 512": (511, 0)}[mask]
+    head = sm.CausalMask((T, T)) if window[0] is None else sm.LocalMask((T, T), window, 0)
+    run = sk.make_splash_mha(
+        sm.MultiHeadMask([head] * H), head_shards=1, q_seq_shards=1,
+        block_sizes=sk.BlockSizes(block_q=q, block_kv=major, block_kv_compute=k),
+    )  # fmt: skip
+    x = jax.ShapeDtypeStruct((H, T, D), jnp.bfloat16)
+    return lambda q, k, v: run(q, k, v), (x, x, x)
+
+
+# Figures that need no compiler.
+
+
+def _plan(kernel, mask, tile, B, T, H, D):
+    x = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16)
+    tile = None if tile is None else kernels.Tile(*tile)
+    return attention_tpu.plan_for(kernel, x, x, x, MASKS[mask](T), 0, tile)
+
+
+def live_tiles(mask, tile, T) -> dict[str, int]:
+    """How many tiles of a batch row and head are full and partial."""
+    kinds = masks.tile_kinds(MASKS[mask](T), T, T, tile[0], tile[1], 0)
+    return {
+        "full": int((kinds == tiles.FULL).sum()),
+        "partial": int((kinds == tiles.PARTIAL).sum()),
+    }
+
+
+def transfers(kernel, mask, tile, B, T, H, D) -> int:
+    """Bytes that one kernel of ours moves, by the pipeline's rule: a block is fetched when its
+    index differs from the step before.
+    """
+    plan = _plan(kernel, mask, tile, B, T, H, D)
+    outer = plan.keys if kernel == "dkv" else plan.queries
+    inner = plan.queries if kernel == "dkv" else plan.keys
+    steps = jnp.arange(plan.schedule.steps)[None, :]
+    walk, _ = plan.schedule.lookup(0, jnp.arange(outer.tiles)[:, None], steps, plan.schedule.tables)
+    walk = np.broadcast_to(np.asarray(walk), (outer.tiles, plan.schedule.steps)).ravel()
+    fetches = 1 + int((np.diff(walk) != 0).sum())
+    row, statistic = 2 * D, 4  # bytes of a vector of bfloat16, and of a row's statistic
+    fixed = {
+        "forward": outer.padded * (2 * row + statistic),  # q, o, lse
+        "dq": outer.padded * (3 * row + 2 * statistic),  # q, do, dq, lse, delta
+        "dkv": outer.padded * 4 * row,  # k, v, dk, dv
+    }[kernel]
+    walked = fetches * inner.block * (2 * row + (2 * statistic if kernel == "dkv" else 0))
+    return B * H * (fixed + walked)
+
+
+def visible_scores(mask, T) -> int:
+    if mask == "full":
+        return T * T
+    return int(masks.as_array(MASKS[mask](T), T, T, 0).sum())
+
+
+# The table.
+
+
+@dataclasses.dataclass
+class Row:
+    implementation: str
+    kernel: str
+    mask: str
+    generation: str
+    tile: list[int]
+    source: str  # "static profile", "estimated", "instructions only" or why there is no figure
+    cycles: int | None = None
+    bytes: int | None = None
+    bandwidth_cycles: int | None = None
+    bound: int | None = None
+    mxu_share: float | None = None
+    vmem: int | None = None
+    bundles: int | None = None
+    spills: int | None = None
+    live: dict | None = None
+    shape: dict = dataclasses.field(default_factory=lambda: dict(SHAPE))
+
+
+def _finish(row: Row) -> Row:
+    """Fill what follows from cycles and bytes."""
+    chip, shape = CHIPS[row.generation], row.shape
+    if row.bytes is not None:
+        row.bandwidth_cycles = round(row.bytes / chip["cores"] / chip["bandwidth"] * chip["clock"])
+    if row.cycles is not None:
+        row.bound = max(row.cycles, row.bandwidth_cycles or 0)
+        scores = shape["B"] * shape["H"] * visible_scores(row.mask, shape["T"])
+        operations = 2 * shape["D"] * PRODUCTS[row.kernel] * scores / chip["cores"]
+        row.mxu_share = round(operations / (row.bound / chip["clock"] * chip["peak"]), 4)
+    return row
+
+
+def _measured(row: Row, result: dict) -> Row:
+    for key in ("error", "not_modelled"):
+        if key in result:
+            row.source = f"{key.replace('_', ' ')}: {result[key][:160]}"
+            return row
+    names = set(result["custom_calls"])
+    if row.kernel == "backward":  # the gradient's program holds the forward kernel as well
+        names = {name for name in names if "bwd" in name or "dkv" in name or "dq" in name}
+    cycles = [result["cycles"][name] for name in names if name in result.get("cycles", {})]
+    row.cycles = sum(cycles) if cycles else None
+    row.vmem = result["vmem"]
+    counts = [
+        c for n, c in result.get("bundles", {}).items() if any(m.startswith(n) for m in names)
+    ]
+    if counts:
+        row.bundles = sum(c.get("bundles", 0) for c in counts)
+        row.spills = sum(c.get("VSTORE:SPILL", 0) for c in counts)
+    if row.implementation == "tilescan":
+        row.bytes = transfers(row.kernel, row.mask, row.tile, **row.shape)
+        row.live = live_tiles(row.mask, row.tile, row.shape["T"])
+    return _finish(row)
+
+
+def _run(rows: list[Row], generation: str, console, *, profile=True, bundles=True) -> list[Row]:
+    target = {"tilescan": "ours", "jax flash": "stock", "jax splash": "splash"}
+    jobs = [
+        Job(
+            f"benchmarks.tpu_static:{target[row.implementation]}",
+            {"kernel": row.kernel, "mask": row.mask, "tile": row.tile, **row.shape},
+        )
+        for row in rows
+    ]
+    with console.status(f"{generation}: {len(jobs)} compilations"):
+        results = compile_jobs(jobs, generation, profile=profile, bundles=bundles)
+    for row, result in zip(rows, results, strict=True):
+        _measured(row, result)
+        console.print(
+            generation, row.implementation, row.kernel, row.mask, row.tile, row.cycles, row.source
+        )
+    return rows
+
+
+def default_tile(kernel, generation, mask, shape=SHAPE) -> list[int]:
+    del generation  # one table for all of them
+    spec = jax.ShapeDtypeStruct((shape["B"], shape["T"], shape["H"], shape["D"]), jnp.bfloat16)
+    plan = attention_tpu.plan_for(kernel, spec, spec, spec, MASKS[mask](shape["T"]), 0)
+    return list(dataclasses.astuple(plan.tile))
+
+
+def table_rows(generation: str, kernels_: tuple[str, ...], console) -> list[Row]:
+    """All rows of one generation."""
+    row = lambda name, kernel, mask, tile, source="static profile": Row(
+        name, kernel, mask, generation, list(tile), source
+    )
+    found = []
+    for mask in PROFILED_MASKS:
+        own = [row("tilescan", k, mask, default_tile(k, generation, mask)) for k in kernels_]
+        found += _run(own, generation, console)
+    found += [_estimate(row("tilescan", k, m, ()), found) for k in kernels_ for m in MASKS
+              if m not in PROFILED_MASKS]  # fmt: skip
+    for mask in ("full", "causal"):
+        if "forward" in kernels_:
+            candidates = [row("jax flash", "forward", mask, tile) for tile in STOCK_FORWARD]
+            found.append(_best(_run(candidates, generation, console)))
+        if "dq" in kernels_ and "dkv" in kernels_:
+            candidates = [row("jax flash", "backward", mask, tile) for tile in STOCK_BACKWARD]
+            found.append(_best(_run(candidates, generation, console)))
+    if "forward" in kernels_:
+        for mask in ("causal", "window 512"):
+            tile = (512, 512, 512)
+            pair = [row(name, "forward", mask, tile, "instructions only")
+                    for name in ("tilescan", "jax splash")]  # fmt: skip
+            _run(pair, generation, console, profile=False)
+            pair[1].live = pair[0].live
+            found += pair
+    return found
+
+
+def _best(rows: list[Row]) -> Row:
+    return min(rows, key=lambda row: row.cycles or float("inf"))
+
+
+def _estimate(row: Row, measured: list[Row]) -> Row:
+    """Cycles of a mask that goes by tables, from those of one live tile of each kind."""
+    row.source = "estimated"
+    row.tile = default_tile(row.kernel, row.generation, row.mask)
+    same = {
+        r.mask: r
+        for r in measured
+        if (r.kernel, r.generation) == (row.kernel, row.generation) and r.cycles is not None
+    }
+    if not {"full", "causal"} <= set(same):
+        row.source = "no profile to estimate from"
+        return row
+    scale = lambda r: r.tile[0] * r.tile[1]
+    heads = SHAPE["B"] * SHAPE["H"]
+    full, causal = same["full"], same["causal"]
+    # Cycles per score of a full tile; a partial one costs what the causal walk has left over.
+    per_full = full.cycles / (heads * sum(full.live.values()) * scale(full))
+    rest = causal.cycles / heads - causal.live["full"] * scale(causal) * per_full
+    per_partial = rest / (causal.live["partial"] * scale(causal))
+    row.live = live_tiles(row.mask, row.tile, SHAPE["T"])
+    area = heads * row.tile[0] * row.tile[1]
+    row.cycles = round(area * (row.live["full"] * per_full + row.live["partial"] * per_partial))
+    row.bytes = transfers(row.kernel, row.mask, row.tile, **SHAPE)
+    return _finish(row)
+
+
+def _print(rows: list[Row], console) -> None:
+    table = Table(title="TPU attention, static figures: nothing ran on a device")
+    heads = ("gen", "kernel", "mask", "implementation", "tile", "cycles", "bytes/bw", "bound",
+             "MXU", "VMEM MiB", "bundles", "spills", "live full+partial", "source")  # fmt: skip
+    for head in heads:
+        table.add_column(head)
+    show = lambda x: "-" if x is None else f"{x:,}" if isinstance(x, int) else str(x)
+    for r in sorted(rows, key=lambda r: (r.generation, r.mask, r.kernel, r.implementation)):
+        table.add_row(
+            r.generation, r.kernel, r.mask, r.implementation, "/".join(map(str, r.tile)),
+            show(r.cycles), show(r.bandwidth_cycles), show(r.bound),
+            "-" if r.mxu_share is None else f"{r.mxu_share:.0%}",
+            "-" if r.vmem is None else f"{r.vmem / 2**20:.1f}", show(r.bundles), show(r.spills),
+            "-" if r.live is None else f"{r.live['full']}+{r.live['partial']}", r.source,
+        )  # fmt: skip
+    console.print(table)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root
+    ).stdout.strip()
+    return {
+        "jax": jax.__version__,
+        "libtpu": version("libtpu"),
+        "python": platform.python_version(),
+        "commit": commit or "unknown",
+    }
+
+
+def sweep(generations, names, console) -> list[Row]:
+    rows = []
+    for generation in generations:
+        for kernel in names:
+            for mask in ("full", "causal"):
+                tried = [
+                    Row("tilescan", kernel, mask, generation, list(tile), "static profile")
+                    for tile in SWEEP[kernel]
+                ]
+                rows += _run(tried, generation, console, bundles=False)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sweep", action="store_true", help="try many tiles; writes nothing")
+    parser.add_argument("--generations", default=",".join(PROFILED))
+    parser.add_argument("--kernels", default=",".join(KERNELS))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if not available():
+        parser.error('libtpu is not installed; pip install "tilescan[dev]" brings it')
+    console = Console(width=200)
+    generations, names = arguments.generations.split(","), tuple(arguments.kernels.split(","))
+    if arguments.sweep:
+        _print(sweep(generations, names, console), console)
+        return
+    rows = [row for generation in generations for row in table_rows(generation, names, console)]
+    _print(rows, console)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "note": "static figures of libtpu's compiler; nothing ran on a device",
+        "versions": versions(),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    console.print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""The TPU kernels, interpreted on a CPU, against dense attention in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import attention_tpu, masks, reference
+from pallas_kernels.tpu import flash_attention as kernels
+
+# Relative error in the Frobenius norm; bfloat16 has 8 bits of mantissa.
+TOLERANCE = {"float32": 3e-6, "bfloat16": 6e-3}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles small enough for tests to have several, with two compute steps in each."""
+    monkeypatch.setattr(attention_tpu, "tile_for", lambda *_: kernels.Tile(128, 256, 128))
+
+
+def problem(B=1, T=200, S=None, H=2, G=None, D=64, P=None, dtype="float32", bias=None, seed=0):
+    rng = np.random.default_rng(seed)
+    S, G = T if S is None else S, H if G is None else G
+    P = D if P is None else P
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    arrays = normal(B, T, H, D), normal(B, S, G, D), normal(B, S, G, P)
+    bias = None if bias is None else jnp.asarray(rng.standard_normal(bias), jnp.float32)
+    cotangents = normal(B, T, H, P), jnp.asarray(rng.standard_normal((B, T, H)), jnp.float32)
+    return arrays, bias, cotangents
+
+
+def compare(arrays, bias, cotangents, mask, *, q_offset=None, logit_cap=None, scale=None):
+    """Assert that output, log-sum-exp and gradients are the reference's."""
+    q, k, v = arrays
+    do, dlse = cotangents
+    offset = k.shape[1] - q.shape[1] if q_offset is None else q_offset
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    options = {"scale": scale, "logit_cap": logit_cap}
+
+    @jax.jit
+    def ours(q, k, v, bias, mask, do, dlse):
+        o, lse = attention_tpu.forward(q, k, v, bias, mask, offset, **options, interpret=True)
+        dlse = jnp.where(jnp.isneginf(lse), 0, dlse)
+        gradients = attention_tpu.backward(
+            q, k, v, bias, mask, offset, o, lse, do, dlse, **options, interpret=True
+        )
+        return o, lse, *gradients[:3]
+
+    found = ours(q, k, v, bias, mask, do, dlse)
+    assert found[0].dtype == q.dtype and found[1].dtype == jnp.float32
+    with jax.enable_x64(True):
+        wide = [None if x is None else x.astype(jnp.float64) for x in (q, k, v, bias)]
+        dense = functools.partial(
+            reference.attention, mask=mask, q_offset=offset, return_lse=True, **options
+        )
+        (o, lse), pullback = jax.vjp(lambda q, k, v: dense(q, k, v, bias=wide[3]), *wide[:3])
+        empty = jnp.isneginf(lse)
+        cotangent = do.astype(o.dtype), jnp.where(empty, 0, dlse.astype(lse.dtype))
+        expected = [np.asarray(x, np.float64) for x in (o, lse, *pullback(cotangent))]
+    found = [np.asarray(x.astype(jnp.float32), np.float64) for x in found]
+    np.testing.assert_array_equal(np.isneginf(found[1]), np.isneginf(expected[1]))
+    assert np.all(found[0][np.isneginf(expected[1])] == 0)
+    for name, x, y in zip(("o", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+        x, y = (np.where(np.isneginf(z), 0, z) for z in (x, y))
+        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
+        assert np.all(np.isfinite(x)), name
+        assert error < TOLERANCE[q.dtype.name], f"{name}: relative error {error:.1e}"
+
+
+def segments(B, T, count=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(np.sort(rng.integers(0, count, (B, T)), axis=1), jnp.int32)
+
+
+MASKS = {
+    "full": lambda T: masks.Full(),
+    "causal": lambda T: masks.Causal(),
+    "window": lambda T: masks.SlidingWindow(70),
+    "two-sided window": lambda T: masks.SlidingWindow(30, 50),
+    "prefix": lambda T: masks.Causal() | masks.Prefix(140),
+    "only prefix": lambda T: masks.Prefix(33),
+    "lambda": lambda T: masks.Lambda(4, 60),
+    "fine layout": lambda T: masks.BlockSparse(masks.butterfly(-(-T // 32), 2), 32),
+    "coarse layout": lambda T: masks.BlockSparse(np.eye(-(-T // 256), dtype=bool), 256),
+    "causal layout": lambda T: (
+        masks.Causal() & masks.BlockSparse(masks.butterfly(-(-T // 256)), 256)
+    ),
+    "segments": lambda T: masks.Segments(segments(1, T)),
+    "packed": lambda T: masks.Causal() & masks.Segments(segments(1, T)),
+    "packed window": lambda T: masks.SlidingWindow(50) & masks.Segments(segments(1, T)),
+    "packed or prefix": lambda T: masks.Segments(segments(1, T)) | masks.Prefix(5),
+    "packed layout": lambda T: (
+        masks.Segments(segments(1, T)) & masks.BlockSparse(masks.butterfly(-(-T // 32), 2), 32)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask(name):
+    compare(*problem(T=300, D=32), MASKS[name](300))
+
+
+@pytest.mark.parametrize("name", ("full", "causal", "lambda", "packed"))
+def test_bfloat16(name):
+    compare(*problem(T=300, D=64, dtype="bfloat16"), MASKS[name](300))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"T": 1, "S": 300},
+        {"T": 2},
+        {"T": 63},
+        {"T": 100, "S": 300},
+        {"T": 257, "S": 129},
+        {"T": 384, "B": 2},
+    ],
+    ids=str,
+)
+def test_lengths(shape):
+    compare(*problem(D=16, **shape), masks.Causal())
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"D": 80, "P": 96}, {"D": 128}, {"D": 256, "P": 16}, {"D": 96, "dtype": "bfloat16"}],
+    ids=str,
+)
+def test_head_dims(shape):
+    compare(*problem(T=150, **shape), masks.Causal())
+
+
+@pytest.mark.parametrize(("H", "G"), [(4, 2), (3, 1), (6, 2)])
+def test_grouped_heads(H, G):
+    compare(*problem(B=2, T=140, H=H, G=G, D=16), masks.Causal() & masks.Segments(segments(2, 140)))
+
+
+@pytest.mark.parametrize("offset", [0, 50, -20])
+def test_offset_known_and_traced(offset):
+    """A traced offset gives what a known one does."""
+    arguments = problem(T=130, S=300, D=16)
+    for mask in (masks.SlidingWindow(60), masks.Lambda(3, 40)):
+        compare(*arguments, mask, q_offset=offset)
+        compare(*arguments, mask, q_offset=jnp.int32(offset))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 150, 300), (2, 2, 150, 300), (1, 2, 1, 300), (2, 1, 150, 1), (1, 1, 1, 1)]
+)
+def test_bias(shape, monkeypatch):
+    # The gradient of the bias is the XLA implementation's, tested with it.
+    monkeypatch.setattr(attention_tpu.attention_xla, "backward", lambda *_, **__: (None,) * 4)
+    compare(*problem(B=2, T=150, S=300, D=16, bias=shape), masks.Causal())
+
+
+def test_scale_and_cap():
+    compare(*problem(T=150, D=32), masks.Causal(), logit_cap=2.0, scale=0.7)
+
+
+def test_rows_without_keys():
+    """Queries before the first key, and queries of a segment that no key has."""
+    compare(*problem(T=300, S=100, D=16), masks.Causal())
+    ids = masks.Segments(segments(1, 200), segments(1, 200) * 2)
+    compare(*problem(T=200, D=16), ids)
+
+
+def test_extreme_logits_stay_finite():
+    (q, k, v), _, (do, dlse) = problem(T=140, D=16)
+    compare((q * 300, k * 300, v), None, (do, dlse * 0), masks.Causal(), scale=1e-3)
+
+
+def test_second_run_is_the_same():
+    (q, k, v), *_ = problem(T=300, D=32, dtype="bfloat16")
+    run = jax.jit(
+        lambda: attention_tpu.forward(
+            q, k, v, None, masks.Causal(), 0, scale=0.2, logit_cap=None, interpret=True
+        )
+    )
+    for first, second in zip(run(), run(), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_unsupported_says_what_works():
+    (q, k, v), *_ = problem(T=64, D=8)
+    assert "16 to 256" in attention_tpu.unsupported(q, k, v, None, masks.Full(), 0)
+    (q, k, v), *_ = problem(T=64, dtype="float16")
+    assert "bfloat16" in attention_tpu.unsupported(q, k, v, None, masks.Full(), 0)
+    (q, k, v), *_ = problem(T=64)
+    layout = masks.BlockSparse(np.ones((2, 2), bool), 32)
+    traced = attention_tpu.unsupported(q, k, v, None, layout, jnp.int32(0))
+    assert "q_offset as an int" in traced
+    assert attention_tpu.unsupported(q, k, v, None, layout, 0) is None
+
+
+def test_lists_longer_than_scalar_memory_are_refused():
+    x = jax.ShapeDtypeStruct((1, 1 << 17, 1, 64), jnp.bfloat16)
+    layout = masks.BlockSparse(masks.butterfly(1 << 9, None, 512), 256)
+    assert "scalar memory" in attention_tpu.unsupported(x, x, x, None, layout, 0)
+
+
+def test_a_million_tokens_need_no_tables():
+    x = jax.ShapeDtypeStruct((1, 1 << 20, 1, 64), jnp.bfloat16)
+    for mask in (masks.Causal(), masks.SlidingWindow(1000)):
+        assert attention_tpu.unsupported(x, x, x, None, mask, 0) is None
+        plan = attention_tpu.plan_for("forward", x, x, x, mask, 0)
+        assert not plan.schedule.tables
+    assert plan.schedule.steps <= 6
