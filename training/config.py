@@ -13,12 +13,15 @@ than `train()`.
 import ast
 import dataclasses
 import difflib
-import types
 import typing
 from typing import Any
 
 import ml_collections
+import numpy as np
 from ml_collections import config_dict
+
+from models import LanguageModelConfig
+from ops import masks
 
 TASKS = ("language_model", "classification")
 OPTIMIZERS = ("adamw", "adam", "lion", "sgd")
@@ -133,6 +136,16 @@ class PrecisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    n_classes: int | None = None  # task "classification"; None: as many as the data have labels
+    pooling: str = "mean"  # of all real tokens; "last": the last one alone
+
+    def __post_init__(self):
+        _one_of("classifier.pooling", self.pooling, ("mean", "last"))
+        _at_least("classifier", self, 2, "n_classes")
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: int = -1  # copies of the model; -1: whatever devices the other axes leave
     fsdp: int = 1  # parts of each parameter and its moments; the batch is cut as well
@@ -158,13 +171,18 @@ SECTIONS = {
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "precision": PrecisionConfig,
+    "classifier": ClassifierConfig,
     "mesh": MeshConfig,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A checked configuration; `model` holds the fields of models.LanguageModelConfig."""
+    """A checked configuration.
+
+    `model` holds the fields of models.LanguageModelConfig but dtype and param_dtype, which are
+    `precision`'s; its vocab_size may be None, which means the tokenizer's.
+    """
 
     seed: int  # of parameters, data order, dropout: the run's only source of chance
     task: str  # "language_model" (next token) or "classification" (the row's label)
@@ -173,6 +191,7 @@ class Settings:
     optimizer: OptimizerConfig
     train: TrainConfig
     precision: PrecisionConfig
+    classifier: ClassifierConfig
     mesh: MeshConfig
 
     def __post_init__(self):
@@ -182,34 +201,52 @@ class Settings:
                 f"train.microbatches = {self.train.microbatches} must divide "
                 f"data.batch_size = {self.data.batch_size}"
             )
+        try:
+            self.model_config(vocab_size=1)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model: {error}") from error
+
+    def model_config(self, vocab_size: int) -> LanguageModelConfig:
+        """The model's configuration; `vocab_size` is used if config.model has none."""
+        return LanguageModelConfig(
+            **self.model | {"vocab_size": self.model.get("vocab_size") or vocab_size},
+            dtype=self.precision.compute_dtype,
+            param_dtype=self.precision.param_dtype,
+        )
 
 
 def _plain(value):
-    """Dataclasses to dicts, in tuples too: what a ConfigDict, JSON and a command line can hold."""
+    """Dataclasses to dicts, arrays to lists, in tuples too: what JSON can hold."""
+    if isinstance(value, masks.Mask):
+        return {"mask": type(value).__name__} | _fields(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return _fields(value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     if isinstance(value, list | tuple):
         return tuple(_plain(v) for v in value)
     return value
 
 
-def _section(cls) -> dict[str, Any]:
-    """Field names and defaults of a dataclass; None becomes a placeholder that knows its type."""
+def _fields(value) -> dict[str, Any]:
+    return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+
+
+def _section(cls, leave_out=()) -> dict[str, Any]:
+    """Names and defaults of a dataclass; None, and no default, are placeholders of their type."""
     hints, section = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
-        value = field.default
-        if value is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-            value = field.default_factory()
-        kinds = [kind for kind in typing.get_args(hints[field.name]) if kind is not types.NoneType]
-        if value is None and len(kinds) == 1 and isinstance(kinds[0], type):
-            section[field.name] = config_dict.placeholder(kinds[0])
+        hint, value = hints[field.name], field.default
+        kinds = set(typing.get_args(hint) or (hint,)) & {int, float, str}
+        if field.name in leave_out:
+            continue
+        if value in (None, dataclasses.MISSING):
+            section[field.name] = config_dict.placeholder(kinds.pop()) if kinds else None
         else:
             section[field.name] = _plain(value)
     return section
-
-
-def _model_section() -> dict[str, Any]:
-    return {}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -218,7 +255,7 @@ def default_config() -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "task": "language_model",
-            "model": _model_section(),
+            "model": _section(LanguageModelConfig, leave_out=("dtype", "param_dtype")),
             **{name: _section(cls) for name, cls in SECTIONS.items()},
         }
     )
@@ -235,7 +272,8 @@ def nearest_key(key: str, known: list[str]) -> str:
     """The known key that `key` most likely means: same last name, else closest spelling."""
     last = key.rsplit(".", 1)[-1]
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
-    return difflib.get_close_matches(key, same_name or known, 1, 0.0)[0]
+    alike = [k for k in known if k.rsplit(".", 1)[-1].endswith(f"_{last}")]  # dtype, compute_dtype
+    return difflib.get_close_matches(key, same_name or alike or known, 1, 0.0)[0]
 
 
 def check_keys(config) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from data import pipelines, sources, tokenizers
-from training.config import Settings
+from models import LanguageModel, SequenceClassifier
+from training.config import ConfigError, Settings
 
 
 def pad_rows(batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
@@ -72,6 +74,21 @@ def make_datasets(c: Settings) -> dict[str, Iterable]:
         train = pipelines.lm_dataset(parts["train"], tokenizer, **shuffled, **packing, **common)
     held_out = {name: once(parts[name]) for name in ("validation", "test") if parts[name]}
     return {"train": train, **held_out}
+
+
+def make_model(c: Settings, datasets: dict) -> nn.Module:
+    """The model of `c.model`: a language model or, for task "classification", a classifier."""
+    vocab_size = c.model.get("vocab_size") or tokenizers.get_tokenizer(c.data.tokenizer).vocab_size
+    config = c.model_config(vocab_size)
+    if c.task == "language_model":
+        return LanguageModel(config)
+    n_classes = c.classifier.n_classes
+    if n_classes is None:
+        found = getattr(datasets["train"], "fingerprint", {}).get("labels")
+        if found is None:
+            raise ConfigError("classifier.n_classes is needed: the data do not say it")
+        n_classes = len(found)
+    return SequenceClassifier(config, n_classes, c.classifier.pooling)
 
 
 def labels(documents) -> tuple[str, ...]:

@@ -3,6 +3,10 @@
 import signal
 import threading
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 
 class Interrupts:
     """Within `with Interrupts() as stop:`, `stop.signal` is the first signal received, or None.
@@ -35,10 +39,18 @@ class Interrupts:
     def __exit__(self, *exc):
         self._restore()
 
-    def raise_for(self, step: int, saved) -> None:
+    def agreed(self) -> signal.Signals | None:
+        """`signal`, once any process has one; all of several must ask at the same step."""
+        if jax.process_count() == 1:
+            return self.signal
+        number = int(multihost_utils.process_allgather(np.int32(self.signal or 0)).max())
+        return signal.Signals(number) if number else None
+
+    @staticmethod
+    def raise_for(received: signal.Signals, step: int, saved) -> None:
         """Ends the program as the signal asks, and says how to go on."""
         how = f"run the same command to continue from {saved}" if saved else "nothing was saved"
-        message = f"stopped by {self.signal.name} after step {step}; {how}"
-        if self.signal == signal.SIGINT:
+        message = f"stopped by {received.name} after step {step}; {how}"
+        if received == signal.SIGINT:
             raise KeyboardInterrupt(message)
         raise SystemExit(message)

@@ -77,7 +77,7 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
     example = _peek(iterator)
 
     # Model.
-    model = model if model is not None else inputs.make_model(c)
+    model = model if model is not None else inputs.make_model(c, datasets)
     tx, rate = make_optimizer(c.optimizer, c.train.steps)
     loss = steps.make_loss(model, c.task, c.train.z_loss)
 
@@ -156,17 +156,19 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
                 evaluate(step, "validation")
             if last:
                 evaluate(step, "test")
+            ask = jax.process_count() == 1 or step % c.train.log_every == 0
+            stopped = stop.agreed() if ask else None
             if c.train.checkpoint_every and (
-                last or stop.signal or step % c.train.checkpoint_every == 0
+                last or stopped or step % c.train.checkpoint_every == 0
             ):
                 finish_pending()  # so that nothing that is not finite is ever saved
                 recorder.sync()
                 saver.save(step, state, iterator)
                 recorder.restart_clock()
-            if stop.signal and not last:
+            if stopped and not last:
                 finish_pending()
                 saver.wait()
-                stop.raise_for(step, workdir if c.train.checkpoint_every else None)
+                stop.raise_for(stopped, step, workdir if c.train.checkpoint_every else None)
         saver.wait()
         return final_metrics(recorder.metrics.rows)
 
@@ -302,8 +304,9 @@ def _prepare(workdir) -> pathlib.Path:
     workdir = pathlib.Path(workdir).absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / ".writable", "")
-        (workdir / ".writable").unlink()
+        probe = workdir / f".writable_{jax.process_index()}"
+        write_atomically(probe, "")
+        probe.unlink()
     except OSError as error:
         why = "its disk is full" if is_full_disk(error) else error.strerror
         raise OSError(

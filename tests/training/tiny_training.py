@@ -79,13 +79,13 @@ def tiny_config(*assignments):
     return config
 
 
-def start_process(workdir, *assignments, code=""):
-    """Starts the run in a process of its own, after `code` has run there."""
+def start_process(*arguments, code=""):
+    """Starts `main` with these arguments in another process, after `code` has run there."""
     here = pathlib.Path(__file__).resolve()
     path = os.pathsep.join([str(here.parents[2]), str(here.parent)])
     program = f"{code}\nimport tiny_training\ntiny_training.main()"
     return subprocess.Popen(
-        [sys.executable, "-c", program, str(workdir), *assignments],
+        [sys.executable, "-c", program, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
