@@ -1,0 +1,236 @@
+"""Softmax attention: one function for every mask, head layout, length and platform.
+
+Forward and backward are tiled (FlashAttention, arXiv 2205.14135; FlashAttention-2, 2307.08691):
+memory is linear in the lengths, and tiles of the score matrix that the mask empties cost nothing.
+
+Letters: B batch, T query time, S key time, H heads, G key-value heads (H is a multiple of G),
+D head dim, P value dim.
+"""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ops import attention_xla, lowering, masks
+from ops.decode_attention import decode_attention, merge_partials
+
+__all__ = ["attention", "decode_attention", "merge_partials"]
+
+IMPLEMENTATIONS = ("xla", "pallas", None)
+_KERNELS = {"tpu": "ops.attention_tpu", "cuda": "ops.attention_gpu"}
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    *,
+    mask=masks.Full(),  # noqa: B008: masks are frozen values
+    bias: Float[Array, "#B #H #T #S"] | None = None,
+    scale: float | None = None,
+    logit_cap: float | None = None,
+    q_offset: int | Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+):
+    """softmax(mask(cap(scale q k^T) + bias)) v, in tiles.
+
+    Args:
+      q, k, v: queries [B, T, H, D], keys [B, S, G, D], values [B, S, G, P], all of one floating
+        dtype. Query head h reads key-value head h // (H // G): G = H is multi-head, G = 1
+        multi-query attention.
+      mask: a mask of `ops.masks`; masks compose with & and |.
+      bias: added to the logits after scale and cap; broadcastable to [B, H, T, S]. Its gradient
+        is summed over the dimensions that were broadcast.
+      scale: factor of the logits, D**-0.5 when None.
+      logit_cap: when given, logits become logit_cap * tanh(logits / logit_cap).
+      q_offset: position of the first query among the keys; S - T when None, so that the last
+        query stands at the last key. May be a traced integer.
+      return_lse: also return the log of each row's sum of exponentials.
+      implementation: "xla", "pallas" (TPU, or Hopper and newer GPUs), or None, which takes
+        the Pallas kernel where the platform the program is lowered for has one for these shapes,
+        and "xla" elsewhere.
+
+    Returns:
+      o [B, T, H, P] in q's dtype; with return_lse also lse [B, T, H], float32. Statistics are
+      float32 whatever the inputs are (float64 for float64). A query that sees no key gets o = 0,
+      lse = -inf and no gradient.
+
+    Raises:
+      ValueError: shapes, mask, bias or implementation that do not fit, or, when the program is
+        lowered, "pallas" on a platform without a kernel for it.
+      TypeError: dtypes that are not floating or differ.
+    """
+    _validate(q, k, v, bias, logit_cap, implementation)
+    B, T, H, D = q.shape
+    S = k.shape[1]
+    masks.validate(mask, B, T, S)
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    scale = D**-0.5 if scale is None else scale
+    if not isinstance(scale, (int, float)):  # a traced scale: the kernels take Python numbers
+        q, scale = q * jnp.asarray(scale, q.dtype), 1.0
+    static_offset = None
+    if q_offset is None:
+        static_offset = S - T
+    elif isinstance(q_offset, (int, np.integer)):
+        static_offset, q_offset = int(q_offset), None
+    else:
+        q_offset = jnp.asarray(q_offset, jnp.int32)
+        if q_offset.ndim:
+            raise ValueError(f"q_offset must be a scalar, got shape {q_offset.shape}")
+    options = _Options(
+        scale=float(scale),
+        logit_cap=None if logit_cap is None else float(logit_cap),
+        q_offset=static_offset,
+        implementation=implementation,
+    )
+    o, lse = _attention(q, k, v, bias, mask, q_offset, options)
+    return (o, lse) if return_lse else o
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What is known when the program is traced; q_offset is None when it is an array."""
+
+    scale: float
+    logit_cap: float | None
+    q_offset: int | None
+    implementation: str | None
+
+
+@functools.partial(jax.jit, static_argnums=6)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, bias, mask, q_offset, options):
+    return _dispatch("forward", options, q, k, v, bias, mask, q_offset)
+
+
+def _attention_fwd(q, k, v, bias, mask, q_offset, options):
+    o, lse = _dispatch("forward", options, q, k, v, bias, mask, q_offset)
+    return (o, lse), (q, k, v, bias, mask, q_offset, o, lse)
+
+
+def _attention_bwd(options, residuals, cotangents):
+    q, k, v, bias = residuals[:4]
+    do, dlse = cotangents
+    dq, dk, dv, dbias = _dispatch("backward", options, *residuals, do, dlse)
+    # Masks and offsets hold integers: None is their (zero) cotangent.
+    return dq, dk, dv, dbias, None, None
+
+
+_attention.__wrapped__.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _dispatch(direction, options, *arrays):
+    """Calls `direction` of one implementation, or leaves the choice to the lowering."""
+
+    def call(module, *arrays):
+        q, k, v, bias, mask, q_offset, *rest = arrays
+        q_offset = options.q_offset if q_offset is None else q_offset
+        return getattr(module, direction)(
+            q, k, v, bias, mask, q_offset, *rest,
+            scale=options.scale, logit_cap=options.logit_cap,
+        )  # fmt: skip
+
+    xla = functools.partial(call, attention_xla)
+    if options.implementation == "xla":
+        return xla(*arrays)
+    branches = {}
+    for platform, name in _KERNELS.items():
+        module, reason = _kernel(name, options, arrays)
+        if reason is None:
+            branches[platform] = functools.partial(call, module)
+        elif options.implementation == "pallas":
+            branches[platform] = _refuse(f'implementation="pallas" on {platform}: {reason}', xla)
+    if options.implementation == "pallas":
+        default = _refuse(
+            'implementation="pallas" runs on TPUs and on Hopper and newer GPUs, and this program '
+            'is lowered for another platform; implementation="xla" or None runs anywhere',
+            xla,
+        )
+    else:
+        default = xla
+    return jax.lax.platform_dependent(*arrays, default=default, **branches)
+
+
+def _kernel(name, options, arrays):
+    """(module, None), or (None, why it cannot take these shapes)."""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        return None, f"the kernel cannot be imported ({error})"
+    q, k, v, bias, mask, q_offset = arrays[:6]
+    q_offset = options.q_offset if q_offset is None else q_offset
+    return module, module.unsupported(q, k, v, bias, mask, q_offset)
+
+
+def _refuse(message, like):
+    """A branch with `like`'s outputs that raises ValueError(message) if it is ever lowered."""
+
+    def branch(*arrays):
+        return jax.tree.map(lambda x: lowering.refuse(x, message), like(*arrays))
+
+    return branch
+
+
+def _validate(q, k, v, bias, logit_cap, implementation):
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; it must be one of "
+            + ", ".join(map(repr, IMPLEMENTATIONS))
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {x.dtype}")
+        if x.ndim != 4:
+            letters = "[B, T, H, D]" if name == "q" else "[B, S, G, D]"
+            raise ValueError(f"{name} must be {letters}, got shape {x.shape}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast first"
+        )
+    if logit_cap is not None and not logit_cap > 0:
+        raise ValueError(f"logit_cap must be positive or None, got {logit_cap}")
+    B, T, H, D = q.shape
+    S, G = k.shape[1:3]
+    expected = "attention takes q [B, T, H, D], k [B, S, G, D] and v [B, S, G, P]"
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k {k.shape} and v {v.shape} differ in batch, time or heads; {expected}")
+    if B != k.shape[0]:
+        raise ValueError(f"q has batch {B}, k and v have {k.shape[0]}; {expected}")
+    if D != k.shape[3]:
+        raise ValueError(f"q has head dim {D}, k has {k.shape[3]}; {expected}")
+    if min(T, H, D, S, G, v.shape[3]) == 0:
+        raise ValueError(f"empty arrays: q {q.shape}, k {k.shape}, v {v.shape}; {expected}")
+    if H % G:
+        hint = _swapped(q, k, expected)
+        raise ValueError(f"q has {H} heads, which k's {G} heads do not divide; {hint}")
+    if bias is not None:
+        _validate_bias(bias, (B, H, T, S))
+
+
+def _swapped(q, k, expected):
+    if q.shape[1] % k.shape[1] == 0:
+        return (
+            f"{expected}. q {q.shape} and k {k.shape} look like [B, H, T, D]: heads and time "
+            "are swapped; use jnp.swapaxes(x, 1, 2)"
+        )
+    return expected
+
+
+def _validate_bias(bias, full):
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise TypeError(f"bias must be floating, got {bias.dtype}; a boolean mask goes to mask=")
+    shape = (1,) * (4 - bias.ndim) + bias.shape
+    if len(shape) != 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
+        B, H, T, S = full
+        hint = ""
+        swapped = (B, T, H, S)
+        if len(shape) == 4 and all(n in (1, m) for n, m in zip(shape, swapped, strict=True)):
+            hint = ": its head and time axes look swapped"
+        raise ValueError(f"bias {bias.shape} does not broadcast to [B, H, T, S] = {full}{hint}")

@@ -1,0 +1,390 @@
+"""Tiled attention in plain XLA: the implementation of laptops, tests and every other platform.
+
+Forward: for each tile of queries, a loop over its live tiles of keys carries the running maximum,
+sum and unnormalised output (FlashAttention-2's order). Backward: for each tile of keys, a loop
+over its live tiles of queries recomputes the weights from the saved log-sum-exp and accumulates
+dk, dv, and dq in place. Tiles that the mask empties are in no list; tiles that it fills go
+through a loop without masking.
+
+Query heads that share a key-value head are rows of one tile, so keys and values are never
+repeated.
+
+Letters: B batch, T query time, S key time, H heads, G key-value heads, R = H / G, D head dim,
+P value dim; I and J queries and keys of a tile, m and n number of tiles, M = R * I rows of a tile.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ops import masks
+
+
+def unsupported(q, k, v, bias, mask, q_offset):
+    """None: this implementation takes every shape, dtype and mask."""
+    return None
+
+
+def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap):
+    """(o [B, T, H, P] in q's dtype, lse [B, T, H]); arguments as in `ops.attention`."""
+    B, T, H, D = q.shape
+    S, G, P = v.shape[1:]
+    tiles = _Tiles.of(q, k, mask, q_offset, backward=False)
+    logits = _Logits(logit_cap, tiles, H // G, mask)
+    order, n_full, n_live = tiles.walk(mask)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    I, J, R = tiles.I, tiles.J, H // G
+
+    def one(_, x):
+        q, k, v, bias, ids, order, n_full, n_live = x
+
+        def row(i):
+            q_i = _heads_first(_slice(q, i, I), G).astype(dtype) * scale
+
+            def step(masked, n, carry):
+                peak, total, acc = carry
+                j = _at(order, i, n)
+                k_j, v_j = (_slice(a, j, J).astype(dtype) for a in (k, v))
+                s = jnp.einsum("gmd,jgd->gmj", q_i, k_j)
+                s, _ = logits(s, bias, ids, i, j, masked)
+                new = jnp.maximum(peak, jnp.max(s, axis=-1))
+                # A row that has seen no key yet has no maximum: -inf - -inf would be NaN.
+                safe = jnp.where(jnp.isneginf(new), 0.0, new)
+                p = jnp.exp(s - safe[..., None])
+                shrink = jnp.exp(peak - safe)
+                total = shrink * total + jnp.sum(p, axis=-1)
+                acc = shrink[..., None] * acc + jnp.einsum("gmj,jgp->gmp", p, v_j)
+                return new, total, acc
+
+            M = R * I
+            carry = varying(
+                (
+                    jnp.full((G, M), -jnp.inf, dtype),
+                    jnp.zeros((G, M), dtype),
+                    jnp.zeros((G, M, P), dtype),
+                ),
+                x,
+            )
+            carry = _loop(0, _at(n_full, i), functools.partial(step, False), carry)
+            carry = _loop(_at(n_full, i), _at(n_live, i), functools.partial(step, True), carry)
+            peak, total, acc = carry
+            o = acc / jnp.where(total == 0, 1.0, total)[..., None]
+            lse = peak + jnp.log(total)
+            return _time_first(o, R).astype(q.dtype), _time_first(lse, R)
+
+        o, lse = _map(row, tiles.m)
+        return None, (o.reshape(-1, H, P)[:T], lse.reshape(-1, H)[:T])
+
+    padded = (tiles.pad_q(q), tiles.pad_k(k), tiles.pad_k(v), tiles.pad_bias(bias))
+    xs = (*padded, tiles.ids(mask), order, n_full, n_live)
+    return _over_batch(one, None, xs, B, H * I * J)[1]
+
+
+def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap):
+    """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias)."""
+    B, T, H, D = q.shape
+    S, G, P = v.shape[1:]
+    tiles = _Tiles.of(q, k, mask, q_offset, backward=True)
+    logits = _Logits(logit_cap, tiles, H // G, mask)
+    order, n_full, n_live = tiles.walk(mask)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    I, J, R = tiles.I, tiles.J, H // G
+
+    delta = jnp.sum(o.astype(dtype) * do.astype(dtype), axis=-1) - dlse
+    # A row without visible keys: exp(logits - inf) = 0 for all of them.
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+
+    def one(dbias, x):
+        q, k, v, do, lse, delta, bias, ids, order, n_full, n_live = x
+
+        def column(carry, j):
+            k_j, v_j = (jnp.swapaxes(_slice(a, j, J), 0, 1).astype(dtype) for a in (k, v))
+            k_t = jnp.swapaxes(k_j, 1, 2)
+
+            # Scores are transposed, [G, J, M]: then no large matrix has to be.
+            def step(masked, n, carry):
+                dq, dk, dv, dbias = carry
+                i = _at(order, j, n)
+                q_i, do_i, lse_i, delta_i = (
+                    _heads_first(_slice(a, i, I), G).astype(dtype) for a in (q, do, lse, delta)
+                )
+                s = jnp.einsum("gjd,gmd->gjm", k_j * scale, q_i)
+                s, slope = logits(s, bias, ids, i, j, masked, transposed=True)
+                # The recomputed logit may differ from the saved sum's in its last bits, which
+                # at extreme values are large numbers; a weight is at most 1.
+                p = jnp.exp(jnp.minimum(s - lse_i[:, None], 0.0))
+                dv += jnp.einsum("gjm,gmp->gjp", p, do_i)
+                dp = jnp.einsum("gjp,gmp->gjm", v_j, do_i)
+                ds = p * (dp - delta_i[:, None])
+                if bias is not None:
+                    dbias = _add_bias_tile(dbias, ds, i, j, tiles, R)
+                if slope is not None:
+                    ds *= slope
+                dk += jnp.einsum("gjm,gmd->gjd", ds, q_i)
+                dq_i = jnp.einsum("gdj,gjm->gdm", k_t, ds)
+                dq = jax.lax.dynamic_update_index_in_dim(dq, dq[i] + dq_i, i, 0)
+                return dq, dk, dv, dbias
+
+            dq, dbias = carry
+            zeros = varying((jnp.zeros((G, J, D), dtype), jnp.zeros((G, J, P), dtype)), x)
+            carry = dq, *zeros, dbias
+            carry = _loop(0, _at(n_full, j), functools.partial(step, False), carry)
+            carry = _loop(_at(n_full, j), _at(n_live, j), functools.partial(step, True), carry)
+            dq, dk, dv, dbias = carry
+            dk = (jnp.swapaxes(dk, 0, 1) * scale).astype(k.dtype)
+            return (dq, dbias), (dk, jnp.swapaxes(dv, 0, 1).astype(v.dtype))
+
+        dq = varying(jnp.zeros((tiles.m, G, D, R * I), dtype), x)
+        (dq, dbias), (dk, dv) = _scan(column, (dq, dbias), tiles.n)
+        dq = dq.reshape(tiles.m, G, D, R, I).transpose(0, 4, 1, 3, 2).reshape(-1, H, D)
+        dq = (dq[:T] * scale).astype(q.dtype)
+        return dbias, (dq, dk.reshape(-1, G, D)[:S], dv.reshape(-1, G, P)[:S])
+
+    padded_bias, dbias = tiles.pad_bias(bias), None
+    if bias is not None:
+        dbias = varying(jnp.zeros(padded_bias.shape, dtype), (q, k, v, bias, do, dlse))
+    xs = (
+        tiles.pad_q(q), tiles.pad_k(k), tiles.pad_k(v), tiles.pad_q(do),
+        tiles.pad_q(lse, jnp.inf), tiles.pad_q(delta),
+        padded_bias, tiles.ids(mask), order, n_full, n_live,
+    )  # fmt: skip
+    dbias, (dq, dk, dv) = _over_batch(one, dbias, xs, B, H * I * J)
+    if bias is not None:
+        dbias = dbias[:, :, : bias.shape[2], : bias.shape[3]].astype(bias.dtype)
+    return dq, dk, dv, dbias
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """How the T x S scores are cut: m x n tiles of I queries and J keys."""
+
+    T: int
+    S: int
+    I: int
+    J: int
+    q_offset: int | jax.Array
+    backward: bool
+
+    @classmethod
+    def of(cls, q, k, mask, q_offset, backward):
+        T, S = q.shape[1], k.shape[1]
+        I, J = tile_sizes(T, S, q.shape[2] // k.shape[2], mask, backward)
+        return cls(T, S, I, J, q_offset, backward)
+
+    @property
+    def m(self):
+        return -(-self.T // self.I)
+
+    @property
+    def n(self):
+        return -(-self.S // self.J)
+
+    def walk(self, mask):
+        """Live tiles of each row of tiles (of each column, backward), the full ones first.
+
+        Returns (order [1 or B, m, <= n], n_full [1 or B, m], n_live), numpy if nothing is traced.
+        """
+        kinds = masks.tile_kinds(mask, self.T, self.S, self.I, self.J, self.q_offset)
+        xp = np if isinstance(kinds, np.ndarray) else jnp
+        if self.backward:
+            kinds = kinds.swapaxes(1, 2)
+        n_live = (kinds != masks.EMPTY).sum(-1)
+        order = xp.argsort(-kinds, axis=-1, stable=True).astype(np.int32)
+        if xp is np:
+            order = order[:, :, : max(1, n_live.max())]
+        return order, (kinds == masks.FULL).sum(-1), n_live
+
+    def ids(self, mask):
+        """The segment ids of the padded queries and keys, or None."""
+        segments = masks.segments_of(mask)
+        if segments is None:
+            return None
+        q_ids, kv_ids = segments.both(self.T, self.S)
+        return self.pad_q(jnp.asarray(q_ids)), self.pad_k(jnp.asarray(kv_ids))
+
+    def pad_q(self, x, value=0, axis=1):
+        return _pad(x, axis, self.m * self.I, value)
+
+    def pad_k(self, x, value=0, axis=1):
+        return _pad(x, axis, self.n * self.J, value)
+
+    def pad_bias(self, bias):
+        """Pads the axes of time that are not broadcast."""
+        if bias is not None and bias.shape[2] > 1:
+            bias = self.pad_q(bias, axis=2)
+        if bias is not None and bias.shape[3] > 1:
+            bias = self.pad_k(bias, axis=3)
+        return bias
+
+
+def tile_sizes(T, S, R, mask, backward):
+    """Queries and keys of a tile."""
+    I, J = (256, 512) if not backward else (256, 512)
+    return min(T, I), min(S, J)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Logits:
+    """Turns a tile of scaled scores into logits: cap, then bias, then mask."""
+
+    logit_cap: float | None
+    tiles: _Tiles
+    R: int
+    mask: masks.Mask
+
+    def __call__(self, s, bias, ids, i, j, masked, transposed=False):
+        """(logits, d logits / d scores or None without cap) of tile i, j.
+
+        s is [G, M, J], or [G, J, M] if transposed.
+        """
+        slope = None
+        if self.logit_cap is not None:
+            t = jnp.tanh(s / self.logit_cap)
+            s, slope = self.logit_cap * t, 1.0 - t * t
+        if bias is None and not masked:
+            return s, slope
+        G, I, J, R = s.shape[0], self.tiles.I, self.tiles.J, self.R
+        shape = s.shape
+        s = s.reshape((G, J, R, I) if transposed else (G, R, I, J))
+        if bias is not None:
+            tile = self._bias_tile(bias, i, j).astype(s.dtype)
+            heads = (G, R) if tile.shape[0] > 1 else (1, 1)
+            tile = tile.reshape(heads + tile.shape[1:])
+            s = s + (tile.transpose(0, 3, 1, 2) if transposed else tile)
+        if masked:
+            visible = self._visible(ids, i, j)
+            visible = visible.T[:, None] if transposed else visible
+            s = jnp.where(visible.reshape((1,) * (4 - visible.ndim) + visible.shape), s, -jnp.inf)
+        return s.reshape(shape), slope
+
+    def _bias_tile(self, bias, i, j):
+        for axis, index, size in ((1, i, self.tiles.I), (2, j, self.tiles.J)):
+            if bias.shape[axis] > 1:
+                bias = jax.lax.dynamic_slice_in_dim(bias, index * size, size, axis)
+        return bias
+
+    def _visible(self, ids, i, j):
+        """bool [I, J]"""
+        tiles = self.tiles
+        rows = (tiles.q_offset + i * tiles.I + jnp.arange(tiles.I))[:, None]
+        keys = (j * tiles.J + jnp.arange(tiles.J))[None, :]
+        segments = ()
+        if ids is not None:
+            segments = _slice(ids[0], i, tiles.I)[:, None], _slice(ids[1], j, tiles.J)[None, :]
+        visible = self.mask.visible(rows, keys, *segments)
+        if tiles.S % tiles.J:
+            visible = visible & (keys < tiles.S)
+        return jnp.broadcast_to(visible, (tiles.I, tiles.J))
+
+
+def _add_bias_tile(dbias, ds, i, j, tiles, R):
+    """dbias [H or 1, T or 1, S or 1] plus the sum of ds [G, J, M] over what is broadcast."""
+    G, J, I = ds.shape[0], tiles.J, tiles.I
+    tile = ds.reshape(G, J, R, I).transpose(0, 2, 3, 1).reshape(G * R, I, J)
+    for axis in range(3):
+        if dbias.shape[axis] == 1:
+            tile = jnp.sum(tile, axis=axis, keepdims=True)
+    start = (0, i * I if dbias.shape[1] > 1 else 0, j * J if dbias.shape[2] > 1 else 0)
+    old = jax.lax.dynamic_slice(dbias, start, tile.shape)
+    return jax.lax.dynamic_update_slice(dbias, old + tile, start)
+
+
+def _over_batch(one, dbias, xs, B, size):
+    """one(dbias, x) for each sequence of a batch, at once if a tile of `size` is small.
+
+    A leading axis of length 1 in xs or dbias is shared by the batch: such dbias is summed.
+    """
+    leaves, tree = jax.tree.flatten((dbias, xs))
+    if B == 1:
+        d, ys = one(*tree.unflatten([a[0] for a in leaves]))
+        return jax.tree.map(lambda a: a[None], (d, ys))
+    each = [a.shape[0] == B for a in leaves]
+    shared_dbias = dbias is not None and dbias.shape[0] == 1
+
+    def call(dbias, own):
+        own = iter(own)
+        full = [next(own) if e else a[0] for e, a in zip(each, leaves, strict=True)]
+        own_dbias, x = tree.unflatten(full)
+        return one(own_dbias if dbias is None else dbias, x)
+
+    own = [a for e, a in zip(each, leaves, strict=True) if e]
+    if B * size <= SMALL:
+        d, ys = jax.vmap(lambda own: call(None, own))(own)
+        if shared_dbias:
+            d = jnp.sum(d, axis=0, keepdims=True)
+    elif shared_dbias:
+        d, ys = jax.lax.scan(call, dbias[0], own)
+        d = d[None]
+    else:
+        _, (d, ys) = jax.lax.scan(lambda _, own: (None, call(None, own)), None, own)
+    return d, ys
+
+
+# Scores of one tile, in all heads and sequences, up to which a batch is one batched product.
+SMALL = 2**21
+
+
+def _at(table, *index):
+    """An entry of a table, still a Python number if nothing is traced."""
+    if isinstance(table, np.ndarray):
+        if all(isinstance(i, int) for i in index):
+            return int(table[index])
+        table = jnp.asarray(table)
+    return table[index]
+
+
+def _loop(start, stop, step, carry):
+    """Runs carry = step(n, carry) for start <= n < stop; up to two static steps without a loop."""
+    if isinstance(start, int) and isinstance(stop, int) and stop - start <= 2:
+        for n in range(start, stop):
+            carry = step(n, carry)
+        return carry
+    return jax.lax.fori_loop(start, stop, step, carry)
+
+
+def _scan(step, carry, length):
+    if length == 1:
+        carry, y = step(carry, 0)
+        return carry, jax.tree.map(lambda a: a[None], y)
+    return jax.lax.scan(step, carry, jnp.arange(length))
+
+
+def _map(f, length):
+    return _scan(lambda _, i: (None, f(i)), None, length)[1]
+
+
+def _slice(x, i, size):
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=0)
+
+
+def _pad(x, axis, length, value):
+    extra = length - x.shape[axis]
+    if extra == 0:
+        return x
+    return jnp.pad(
+        x, [(0, extra if a == axis else 0) for a in range(x.ndim)], constant_values=value
+    )
+
+
+def _heads_first(x, G):
+    """[I, H, ...] -> [G, R * I, ...]"""
+    I, H, *rest = x.shape
+    x = jnp.moveaxis(x.reshape(I, G, H // G, *rest), 0, 2)
+    return x.reshape(G, H // G * I, *rest)
+
+
+def _time_first(x, R):
+    """[G, R * I, ...] -> [I, H, ...]"""
+    G, M, *rest = x.shape
+    x = jnp.moveaxis(x.reshape(G, R, M // R, *rest), 2, 0)
+    return x.reshape(M // R, G * R, *rest)
+
+
+def varying(tree, like):
+    """tree with the manual axes of `like` (inside shard_map, a loop's carry must have them)."""
+    varying = lambda a: jax.typeof(a).manual_axis_type.varying
+    axes = frozenset().union(*map(varying, jax.tree.leaves(like)))
+    return jax.tree.map(lambda a: jax.lax.pcast(a, tuple(axes - varying(a)), to="varying"), tree)

@@ -1,0 +1,142 @@
+"""Attention of one or a few new queries to a long cache, split over the keys (flash-decoding)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ops import masks
+from ops.attention_xla import varying
+
+
+def merge_partials(o1, lse1, o2, lse2):
+    """The attention over two disjoint sets of keys, from the attention over each.
+
+    Associative and commutative; (0, -inf), a set without visible keys, is its identity. This is
+    the combination of ring attention, split-key decoding and sinks (card of FlashAttention).
+
+    Args:
+      o1, o2: outputs [..., P], normalised over their own keys.
+      lse1, lse2: natural log of each row's sum of exponentials [...], -inf for none.
+
+    Returns:
+      (o [..., P] in o1's dtype, lse [...]).
+    """
+    lse = jnp.logaddexp(lse1, lse2)
+    # Two empty sets: -inf - -inf would be NaN, and a NaN there would poison the gradient too.
+    finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    w1, w2 = jnp.exp(lse1 - finite)[..., None], jnp.exp(lse2 - finite)[..., None]
+    o = w1 * o1.astype(lse.dtype) + w2 * o2.astype(lse.dtype)
+    return o.astype(o1.dtype), lse
+
+
+def decode_attention(
+    q: Float[Array, "B T H D"],
+    k_cache: Float[Array, "B S G D"],
+    v_cache: Float[Array, "B S G P"],
+    *,
+    lengths: Int[Array, " B"],
+    mask=masks.Causal(),  # noqa: B008: masks are frozen values
+    bias: Float[Array, "#B #H #T #S"] | None = None,
+    scale: float | None = None,
+    logit_cap: float | None = None,
+    return_lse: bool = False,
+    split: int = 1024,
+):
+    """Attention of the last T tokens of each sequence to a cache that is partly filled.
+
+    The same numbers as `ops.attention` gives for each row with its own q_offset, lengths[b] - T.
+    Keys are taken `split` at a time; splits that no query of the batch sees are not computed, so
+    a step costs the longest live length (or the window), not the size of the cache.
+
+    Args:
+      q: the T newest queries [B, T, H, D]; query t of row b stands at lengths[b] - T + t.
+      k_cache, v_cache: [B, S, G, D] and [B, S, G, P]; slots from lengths[b] on are not seen.
+      lengths: int [B], filled slots of each row, the T newest included.
+      mask: as in `ops.attention`; its Segments hold ids [B, T] and [B, S].
+      bias, scale, logit_cap, return_lse: as in `ops.attention`.
+      split: keys per partial result.
+
+    Returns:
+      o [B, T, H, P] in q's dtype; with return_lse also lse [B, T, H].
+
+    Raises:
+      ValueError: shapes or mask that do not fit.
+    """
+    (B, T, H, D), (S, G, P) = q.shape, v_cache.shape[1:]
+    if k_cache.shape != (B, S, G, D) or v_cache.shape[0] != B:
+        raise ValueError(
+            f"q {q.shape}, k_cache {k_cache.shape} and v_cache {v_cache.shape} do not fit; "
+            "decode_attention takes q [B, T, H, D], k_cache [B, S, G, D], v_cache [B, S, G, P]"
+        )
+    if H % G:
+        raise ValueError(f"q has {H} heads, which k_cache's {G} heads do not divide")
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != (B,):
+        raise ValueError(f"lengths has shape {lengths.shape}; it must be [B] = [{B}]")
+    if split < 1:
+        raise ValueError(f"split={split} must be at least 1")
+    # Rows differ in their offset; 0 is one at which a layout is checked against the whole cache.
+    masks.validate(mask, B, T, S, 0)
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+
+    out_dtype, dtype = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
+    R, J = H // G, min(split, S)
+    scale = D**-0.5 if scale is None else scale
+    q = q.reshape(B, T, G, R, D).transpose(0, 2, 3, 1, 4).astype(dtype) * scale
+    positions = lengths[:, None] - T + jnp.arange(T)
+    segments = masks.segments_of(mask)
+    ids = None if segments is None else tuple(map(jnp.asarray, segments.both(T, S)))
+
+    def partial(start, first):
+        """Attention to the keys first <= j < start + J, by the slice that begins at start."""
+        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, J, axis)
+        k, v = (cut(x, 1).astype(dtype) for x in (k_cache, v_cache))
+        s = jnp.einsum("bgrtd,bjgd->bgrtj", q, k)
+        if logit_cap is not None:
+            s = logit_cap * jnp.tanh(s / logit_cap)
+        if bias is not None:
+            tile = cut(bias, 3) if bias.shape[3] > 1 else bias
+            heads = (G, R) if tile.shape[1] > 1 else (1, 1)
+            s += tile.reshape(tile.shape[0], *heads, *tile.shape[2:]).astype(dtype)
+        keys = start + jnp.arange(J)[None, None]
+        pair = () if ids is None else (ids[0][:, :, None], cut(ids[1], 1)[:, None])
+        seen = mask.visible(positions[:, :, None], keys, *pair)
+        seen = seen & (keys < lengths[:, None, None]) & (keys >= first)
+        s = jnp.where(seen[:, None, None], s, -jnp.inf)
+        peak = jnp.max(s, axis=-1, keepdims=True)
+        p = jnp.exp(s - jnp.where(jnp.isneginf(peak), 0.0, peak))
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        o = jnp.einsum("bgrtj,bjgp->bgrtp", p, v) / jnp.where(total == 0, 1.0, total)
+        return o, (peak + jnp.log(total))[..., 0]
+
+    def live(first, stop):
+        """Whether any query of the batch sees a key in first <= j < stop."""
+        stop = jnp.minimum(stop, lengths)
+        bounds = ()
+        if ids is not None:
+            inside = (jnp.arange(S) >= first) & (jnp.arange(S) < stop[:, None])
+            extreme = jnp.iinfo(ids[1].dtype)
+            bounds = (
+                (jnp.min(ids[0], 1), jnp.max(ids[0], 1)),
+                (
+                    jnp.min(jnp.where(inside, ids[1], extreme.max), 1),
+                    jnp.max(jnp.where(inside, ids[1], extreme.min), 1),
+                ),
+            )
+        seen, _ = mask.tile_summary(positions[:, 0], positions[:, -1], first, stop - 1, *bounds)
+        return jnp.any(seen & (first < stop))
+
+    def step(carry, first):
+        start = jnp.minimum(first, S - J)
+        merged = lambda: merge_partials(*carry, *partial(start, first))
+        return jax.lax.cond(live(first, first + J), merged, lambda: carry), None
+
+    if J == S:
+        o, lse = partial(0, 0)
+    else:
+        nothing = jnp.zeros((B, G, R, T, P), dtype), jnp.full((B, G, R, T), -jnp.inf, dtype)
+        nothing = varying(nothing, (q, k_cache, v_cache, lengths, bias, mask))
+        (o, lse), _ = jax.lax.scan(step, nothing, jnp.arange(0, S, J))
+    o = o.transpose(0, 3, 1, 2, 4).reshape(B, T, H, P).astype(out_dtype)
+    return (o, lse.transpose(0, 3, 1, 2).reshape(B, T, H)) if return_lse else o
