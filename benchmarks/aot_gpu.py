@@ -86,7 +86,7 @@ def compile_jobs(jobs: list[dict], python: str | None = None, timeout: float = 6
 
 
 def main_loop(listing: str) -> dict | None:
-    """Figures of the loop that does the most matrix instructions in the fewest instructions.
+    """Figures of the innermost loop that does the most matrix instructions in the fewest steps.
 
     That is the loop over full tiles: the one over partial tiles has its masking on top.
 
@@ -98,19 +98,21 @@ def main_loop(listing: str) -> dict | None:
         body and nothing else: latencies of memory and of wgmma are not in it), mufu (exponentials and
         the like), local_memory (loads and stores of spilled values); None without such a loop.
     """
-    code: list[tuple[int, str]] = []
-    labels: dict[str, int] = {}
-    for line in listing.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.match(r"\s*\S+:\S+:\S+:\S+:(\d+)\s+/\*[0-9a-f]+\*/\s+(.*)", line):
-            code.append((int(found[1]), found[2]))
+    blocks, edges = _basic_blocks(listing)
+    loops = _natural_loops(edges)
+
+    def matrix(members):
+        return sum("HGMMA" in text for b in members for _, text in blocks[b])
+
+    busy = {head: members for head, members in loops.items() if matrix(members)}
+    idle = [members for head, members in loops.items() if head not in busy]
     best = None
-    for end, (_, text) in enumerate(code):
-        jump = re.search(r"\bBRA.*?(\.L_x_\d+)", text)
-        if not jump or labels.get(jump[1], end) >= end:
-            continue
-        body = code[labels[jump[1]] : end + 1]
+    for members in busy.values():
+        if any(other < members for other in busy.values()):
+            continue  # a loop around another one
+        # Loops that wait for a barrier are out of the way of a warp that finds it open.
+        way = members - set().union(*(m for m in idle if m < members))
+        body = [entry for b in way for entry in blocks[b]]
         figures = {
             "hgmma": sum("HGMMA" in t for _, t in body),
             "instructions": len(body),
@@ -119,9 +121,67 @@ def main_loop(listing: str) -> dict | None:
             "local_memory": sum(bool(re.search(r"\b(STL|LDL)", t)) for _, t in body),
         }
         rank = (figures["hgmma"], -len(body))
-        if figures["hgmma"] and (best is None or rank > best[0]):
+        if best is None or rank > best[0]:
             best = rank, figures
     return best and best[1]
+
+
+def _basic_blocks(listing: str) -> tuple[list[list[tuple[int, str]]], list[list[int]]]:
+    """(instructions with their stall counts, successors) of each basic block; block 0 is the entry."""
+    blocks: list[list[tuple[int, str]]] = [[]]
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            if blocks[-1]:
+                blocks.append([])
+            labels[label[1]] = len(blocks) - 1
+        elif found := re.match(r"\s*\S+:\S+:\S+:\S+:(\d+)\s+/\*[0-9a-f]+\*/\s+(.*)", line):
+            blocks[-1].append((int(found[1]), found[2]))
+            if re.search(r"\b(BRA|EXIT|RET)\b", found[2]):
+                blocks.append([])
+    edges = []
+    for i, block in enumerate(blocks):
+        last = block[-1][1] if block else ""
+        targets = re.findall(r"\bBRA\b.*?(\.L_x_\d+)", last)
+        after = [labels[t] for t in targets if t in labels]
+        # "BRA.DIV" and branches with a condition go on to the next block as well.
+        conditional = re.match(r"@|BRA\.DIV", last) or re.search(r"BRA\S*\s+!?U?P\d", last)
+        stops = re.search(r"\b(BRA|EXIT|RET)\b", last) and not conditional
+        if not stops and i + 1 < len(blocks):
+            after.append(i + 1)
+        edges.append(after)
+    return blocks, edges
+
+
+def _natural_loops(edges: list[list[int]]) -> dict[int, set[int]]:
+    """Members of each natural loop by its head: back edges are those whose target dominates them."""
+    n = len(edges)
+    before: list[list[int]] = [[] for _ in range(n)]
+    for i, targets in enumerate(edges):
+        for t in targets:
+            before[t].append(i)
+    everything = set(range(n))
+    dominators = [{0}] + [everything] * (n - 1)
+    changed = True
+    while changed:
+        changed = False
+        for i in range(1, n):
+            known = [dominators[p] for p in before[i]]
+            new = {i} | (set.intersection(*known) if known else everything)
+            if new != dominators[i]:
+                dominators[i], changed = new, True
+    loops: dict[int, set[int]] = {}
+    for i, targets in enumerate(edges):
+        for head in targets:
+            if head not in dominators[i]:
+                continue
+            members, todo = loops.setdefault(head, {head}), [i]
+            while todo:
+                b = todo.pop()
+                if b not in members:
+                    members.add(b)
+                    todo += before[b]
+    return loops
 
 
 def read_dump(dump: str) -> list[dict]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -156,21 +158,29 @@ def base2_logits(dots: jax.Array, scale: float, logit_cap: float | None):
     return tanh, logit_cap * LOG2E, 1.0 - tanh * tanh
 
 
-def hide(x, visible, q_start, k_start, k_length, *, q_axis: int, q_ids=None, k_ids=None, offset=0):
+def hide(x, visible, q_start, k_start, k_length, *, q_axis: int, q_ids=None, k_ids=None, offset=0, q_index=None):
     """x with -inf where the mask hides the key, or where the key is padding.
 
     Args:
         x: a tile of logits in registers; queries run along axis `q_axis`, keys along the other.
         visible: callable(q_index, k_index, q_ids, k_ids) -> bool, or None for no mask.
         q_start, k_start: index of the tile's first query and key; `offset` is added to the query's.
-        k_length: number of real keys.
+        k_length: number of real keys, None if padding needs no hiding.
         q_ids, k_ids: segment ids of the tile, broadcast to the tile's shape, or None.
+        q_index: the queries' indices broadcast to the tile's shape, instead of q_start and offset.
     """
-    q_index = plgpu.broadcasted_iota(jnp.int32, x.shape, q_axis, layout=MATRIX) + (q_start + offset)
+    if q_index is None:
+        q_index = plgpu.broadcasted_iota(jnp.int32, x.shape, q_axis, layout=MATRIX)
+        q_index = q_index + (q_start + offset)
     k_index = plgpu.broadcasted_iota(jnp.int32, x.shape, 1 - q_axis, layout=MATRIX) + k_start
-    seen = k_index < k_length
+    conditions = []
+    if k_length is not None:
+        conditions.append(k_index < k_length)
     if visible is not None:
-        seen = seen & visible(q_index, k_index, q_ids, k_ids)
+        conditions.append(visible(q_index, k_index, q_ids, k_ids))
+    if not conditions:
+        return x
+    seen = functools.reduce(operator.and_, conditions)
     return jnp.where(seen, x, -jnp.inf)
 
 

@@ -73,15 +73,19 @@ def flash_attention_forward(
         o_ref, lse_ref = refs[len(inputs) : len(inputs) + 2]
         q_smem, k_smem, v_smem, o_smem, lse_smem, staging, *barriers = refs[len(inputs) + 2 :]
         q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
-        b, h = lax.axis_index("batch"), lax.axis_index("heads")
-        # Late rows of a causal mask hold the most tiles: start them first.
-        row = rows - 1 - lax.axis_index("rows")
         wg = lax.axis_index("wg")
-        n_full, n_live, tile_of = common.row_walk(gmem["bounds"], gmem.get("tiles"), b, row)
+
+        def place():
+            # Asked in each role, so that no value has to live across both.
+            b, h = lax.axis_index("batch"), lax.axis_index("heads")
+            # Late rows of a causal mask hold the most tiles: start them first.
+            row = rows - 1 - lax.axis_index("rows")
+            return b, h, row, *common.row_walk(gmem["bounds"], gmem.get("tiles"), b, row)
 
         @pl.when(wg == COMPUTE_WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(blocks.producer_registers, action="decrease")
+            b, h, _, _, n_live, tile_of = place()
             g = lax.div(h, jnp.int32(group))
 
             rings = ((gmem["k"], k_smem, k_bar, k_free), (gmem["v"], v_smem, v_bar, v_free))
@@ -92,6 +96,7 @@ def flash_attention_forward(
         @pl.when(wg < COMPUTE_WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(blocks.compute_registers, action="increase")
+            b, h, row, n_full, n_live, tile_of = place()
             q_start = row * blocks.block_q + wg * WG_ROWS
             source = (b, pl.ds(q_start, WG_ROWS), h)
             plgpu.copy_gmem_to_smem(gmem["q"].at[source], q_smem.at[wg], q_bar.at[wg])

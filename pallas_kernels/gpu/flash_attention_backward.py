@@ -42,28 +42,36 @@ def _inputs(q, k, v, do, lse2, delta, schedule, q_offset, segments, q_padded, k_
     return inputs
 
 
-def _weights_and_dp(left, right, x_of_dots, statistic, shape):
-    """P and dP of a tile, both products in flight at once.
+def _weights_and_dp(left, right, x_of_dots, statistic, shape, overlap):
+    """P and dP of a tile.
 
     Args:
         left, right: operands (a, b) in shared memory of the logits' and of dP's product.
         x_of_dots: dots -> (x, factor, slope), base2_logits with the mask applied.
         statistic: () -> lse2 of the tile, broadcast.
+        overlap: have both products in flight at once. Not where a mask is computed in between: that
+            wants the registers which dP would hold.
 
     Returns:
         (p, dp, slope or None), float32 in registers.
     """
 
-    def run(s_ref, dp_ref):
+    def weights(dots):
+        x, factor, slope = x_of_dots(dots)
+        return jnp.exp2(x * factor - statistic()), slope
+
+    def both(s_ref, dp_ref):
         plgpu.wgmma(s_ref, *left)
         plgpu.wgmma(dp_ref, *right)
-        x, factor, slope = x_of_dots(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
-        p = jnp.exp2(x * factor - statistic())
+        p, slope = weights(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
         return (p, dp_ref[...]) if slope is None else (p, dp_ref[...], slope)
 
-    acc = plgpu.ACC(shape, jnp.float32)
-    p, dp, *slope = pl.run_scoped(run, acc, acc)
-    return p, dp, slope[0] if slope else None
+    if overlap:
+        acc = plgpu.ACC(shape, jnp.float32)
+        p, dp, *slope = pl.run_scoped(both, acc, acc)
+        return p, dp, slope[0] if slope else None
+    p, slope = weights(common.matmul(*left, shape))
+    return p, common.matmul(*right, shape), slope
 
 
 def flash_attention_dkv(
@@ -98,7 +106,7 @@ def flash_attention_dkv(
         (dk [B, S, G, D], dv [B, S, G, P]) in k's dtype, None for what is not wanted.
     """
     batch, _, heads, head_dim = q.shape
-    _, k_len, kv_heads, value_dim = v.shape
+    _, _, kv_heads, value_dim = v.shape
     group = heads // kv_heads
     block_q, stages = blocks.block_q, blocks.stages
     rows = schedule.rows
@@ -107,6 +115,7 @@ def flash_attention_dkv(
     inputs = _inputs(
         q, k, v, do, lse2, delta, schedule, q_offset, segments, q_padded, rows * blocks.block_k
     )
+    inputs["q_index"] = jnp.arange(q_padded, dtype=jnp.int32) + inputs.pop("offset")
     outputs = {}
     if want_dk:
         outputs["k"] = jax.ShapeDtypeStruct(k.shape, dtype)
@@ -117,110 +126,111 @@ def flash_attention_dkv(
     def kernel(*refs):
         gmem = dict(zip(inputs, refs, strict=False))
         out = dict(zip(outputs, refs[len(inputs) :], strict=False))
-        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, staging, *barriers = refs[
+        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, index_smem, *rest = refs[
             len(inputs) + n_out :
         ]
-        own_bar, q_bar, do_bar, q_free, do_free = barriers
-        b, g = lax.axis_index("batch"), lax.axis_index("heads")
-        row = lax.axis_index("rows")
+        staging, own_bar, ready, free = rest
         wg = lax.axis_index("wg")
-        n_full, n_live, tile_of = common.row_walk(gmem["bounds"], gmem.get("tiles"), b, row)
+
+        def place():
+            # Asked in each role, so that no value has to live across both.
+            b, g, row = (lax.axis_index(name) for name in ("batch", "heads", "rows"))
+            return b, g, row, *common.row_walk(gmem["bounds"], gmem.get("tiles"), b, row)
 
         @pl.when(wg == COMPUTE_WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(blocks.producer_registers, action="decrease")
+            b, g, _, _, n_live, tile_of = place()
 
-            @pl.loop(0, group)
-            def _(member):
-                h = g * group + member
-
-                @pl.loop(0, n_live)
-                def _(i):
-                    step = member * n_live + i
-                    slot = lax.rem(step, jnp.int32(stages))
-                    queries = pl.ds(tile_of(i) * block_q, block_q)
-                    for name, smem, line, line_smem, ready, free in (
-                        ("q", q_smem, "lse", lse_smem, q_bar, q_free),
-                        ("do", do_smem, "delta", delta_smem, do_bar, do_free),
-                    ):
-                        pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                        source = gmem[name].at[b, queries, h]
-                        plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
-                        source = gmem[line].at[b, h, queries]
-                        plgpu.copy_gmem_to_smem(source, line_smem.at[slot], ready.at[slot])
-
-            total = n_live * group
-
-            @pl.loop(jnp.maximum(total - stages, 0), total)
+            @pl.loop(0, n_live * group)
             def _(step):
                 slot = lax.rem(step, jnp.int32(stages))
-                plgpu.barrier_wait(q_free.at[slot])
-                plgpu.barrier_wait(do_free.at[slot])
+                i, member = lax.div(step, jnp.int32(group)), lax.rem(step, jnp.int32(group))
+                queries, h = pl.ds(tile_of(i) * block_q, block_q), g * group + member
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                for name, smem, source in (
+                    ("q", q_smem, (b, queries, h)),
+                    ("do", do_smem, (b, queries, h)),
+                    ("lse", lse_smem, (b, h, queries)),
+                    ("delta", delta_smem, (b, h, queries)),
+                    ("q_index", index_smem, (queries,)),
+                ):
+                    source = gmem[name].at[source]
+                    plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
+
+            @pl.loop(jnp.maximum(n_live * group - stages, 0), n_live * group)
+            def _(step):
+                plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
 
         @pl.when(wg < COMPUTE_WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(blocks.compute_registers, action="increase")
+            b, g, row, n_full, n_live, tile_of = place()
             k_start = row * blocks.block_k + wg * WG_ROWS
             own = (b, pl.ds(k_start, WG_ROWS), g)
             plgpu.copy_gmem_to_smem(gmem["k"].at[own], k_smem.at[wg], own_bar.at[wg])
             plgpu.copy_gmem_to_smem(gmem["v"].at[own], v_smem.at[wg], own_bar.at[wg])
             plgpu.barrier_wait(own_bar.at[wg])
             my_staging = None if staging is None else staging.at[wg]
-            offset = gmem["offset"][0]
             shape = (WG_ROWS, block_q)
 
-            def step_tile(i, carry, *, member, masked):
-                slot = lax.rem(member * n_live + i, jnp.int32(stages))
+            def step_tile(step, carry, *, masked):
+                slot = lax.rem(step, jnp.int32(stages))
+
+                def per_query(smem):
+                    # Indices too are loaded: the compiler would compute them once for all steps
+                    # and keep them in registers that it does not have.
+                    line = plgpu.load(smem.at[slot], layout=common.PER_COL)
+                    return common.along_cols(line, shape)
 
                 def x_of_dots(dots):
                     x, factor, slope = common.base2_logits(dots, scale, logit_cap)
                     if masked:
-                        q_start = tile_of(i) * block_q
+                        q_start = tile_of(lax.div(step, jnp.int32(group))) * block_q
                         ids = common.tile_ids(gmem, b, q_start, k_start, shape, q_axis=1)
+                        # Padded keys are rows here, which no other row sees and no one stores.
                         x = common.hide(
-                            x, visible, q_start, k_start, k_len, q_axis=1, offset=offset, **ids
+                            x,
+                            visible,
+                            None,
+                            k_start,
+                            None,
+                            q_axis=1,
+                            q_index=per_query(index_smem),
+                            **ids,
                         )
                     return x, factor, slope
 
-                def statistic(smem):
-                    return common.along_cols(
-                        plgpu.load(smem.at[slot], layout=common.PER_COL), shape
-                    )
-
-                plgpu.barrier_wait(q_bar.at[slot])
-                plgpu.barrier_wait(do_bar.at[slot])
+                plgpu.barrier_wait(ready.at[slot])
                 p, dp, slope = _weights_and_dp(
                     (k_smem.at[wg], q_smem.at[slot].transpose((1, 0))),
                     (v_smem.at[wg], do_smem.at[slot].transpose((1, 0))),
                     x_of_dots,
-                    lambda: statistic(lse_smem),
+                    lambda: per_query(lse_smem),
                     shape,
+                    overlap=not masked,
                 )
                 terms = []
                 if want_dk:
-                    ds = p * (dp - statistic(delta_smem))
+                    ds = p * (dp - per_query(delta_smem))
                     ds = ds if slope is None else ds * slope
                     terms.append((ds.astype(dtype), q_smem.at[slot]))
                 if want_dv:
                     terms.append((p.astype(dtype), do_smem.at[slot]))
                 carry = common.accumulate_all(carry, terms, my_staging)
-                plgpu.barrier_arrive(q_free.at[slot])
-                plgpu.barrier_arrive(do_free.at[slot])
+                plgpu.barrier_arrive(free.at[slot])
                 return carry
 
-            def head(member, carry):
-                for masked, start, stop in ((False, 0, n_full), (True, n_full, n_live)):
-                    carry = lax.fori_loop(
-                        start,
-                        stop,
-                        lambda i, c, masked=masked: step_tile(i, c, member=member, masked=masked),
-                        carry,
-                    )
-                return carry
-
+            # Heads of the group run fastest, so that the full tiles of all of them come first.
             widths = [head_dim] * want_dk + [value_dim] * want_dv
             carry = tuple(common.zeros((WG_ROWS, width)) for width in widths)
-            carry = lax.fori_loop(0, group, head, carry) if group > 1 else head(0, carry)
+            for masked, start, stop in ((False, 0, n_full), (True, n_full, n_live)):
+                carry = lax.fori_loop(
+                    start * group,
+                    stop * group,
+                    lambda step, c, masked=masked: step_tile(step, c, masked=masked),
+                    carry,
+                )
 
             for name, grad in zip(outputs, carry, strict=True):
                 smem = (k_smem if name == "k" else v_smem).at[wg]
@@ -232,8 +242,6 @@ def flash_attention_dkv(
             plgpu.wait_smem_to_gmem(0)
 
     pair = (COMPUTE_WARPGROUPS, WG_ROWS)
-    ready = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
-    free = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
     results = plgpu.kernel(
         kernel,
         out_type=tuple(outputs.values()),
@@ -244,12 +252,11 @@ def flash_attention_dkv(
             common.smem_tile((stages, block_q, value_dim), dtype),
             plgpu.SMEM((stages, block_q), jnp.float32),
             plgpu.SMEM((stages, block_q), jnp.float32),
+            plgpu.SMEM((stages, block_q), jnp.int32),
             common.smem_tile((*pair, block_q), dtype) if interpret else None,
             plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
-            ready,
-            ready,
-            free,
-            free,
+            plgpu.Barrier(num_arrivals=5, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
         ],
         **common.launch((kv_heads, rows, batch), interpret),
     )(*inputs.values())
@@ -296,14 +303,17 @@ def flash_attention_dq(
             len(inputs) + 1 :
         ]
         own_bar, k_bar, v_bar, k_free, v_free = barriers
-        b, h = lax.axis_index("batch"), lax.axis_index("heads")
-        row = rows - 1 - lax.axis_index("rows")
         wg = lax.axis_index("wg")
-        n_full, n_live, tile_of = common.row_walk(gmem["bounds"], gmem.get("tiles"), b, row)
+
+        def place():
+            b, h = lax.axis_index("batch"), lax.axis_index("heads")
+            row = rows - 1 - lax.axis_index("rows")
+            return b, h, row, *common.row_walk(gmem["bounds"], gmem.get("tiles"), b, row)
 
         @pl.when(wg == COMPUTE_WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(blocks.producer_registers, action="decrease")
+            b, h, _, _, n_live, tile_of = place()
             g = lax.div(h, jnp.int32(group))
             rings = ((gmem["k"], k_smem, k_bar, k_free), (gmem["v"], v_smem, v_bar, v_free))
             common.produce(n_live, stages, lambda i: (b, pl.ds(tile_of(i) * block_k, block_k), g), rings)
@@ -311,6 +321,7 @@ def flash_attention_dq(
         @pl.when(wg < COMPUTE_WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(blocks.compute_registers, action="increase")
+            b, h, row, n_full, n_live, tile_of = place()
             q_start = row * blocks.block_q + wg * WG_ROWS
             queries = pl.ds(q_start, WG_ROWS)
             for name, smem, source in (
@@ -349,6 +360,7 @@ def flash_attention_dq(
                     x_of_dots,
                     lambda: common.along_rows(lse, shape),
                     shape,
+                    overlap=not masked,
                 )
                 plgpu.barrier_arrive(v_free.at[slot])
                 ds = p * (dp - common.along_rows(row_delta, shape))
