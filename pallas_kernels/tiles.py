@@ -8,9 +8,10 @@ that index maps and predicates can use it:
   indices, with no table whatever the length, or, with segment ids, read from one table of ranges.
 - `list_schedule`: any other mask, from compact lists of live tiles in scalar memory.
 
-Either way the grid is as long as the longest row of live tiles where that is known ahead, and
-steps past a row's end do nothing: their index stays on the last live tile, so that not even a
-transfer is issued.
+Either way the grid is as long as the longest row of live tiles where that is known ahead. A shorter
+row begins with steps that do nothing, on the index of its first live tile. So not even a transfer
+is issued for them, and the row's first transfers, which the pipeline issues one step ahead, run
+beside the last live step of the row before; with idle steps at the end nothing would hide them.
 """
 
 import dataclasses
@@ -175,9 +176,9 @@ def interval_schedule(
     def lookup(batch, tile, step, tables):
         first, last = extent(batch, tile, position(tables), tables)
         last = jnp.minimum(last, across.tiles - 1)
-        inner = jnp.maximum(first, 0) + step
-        live = inner <= last
-        inner = jnp.maximum(jnp.minimum(inner, last), 0)
+        inner = last - (steps - 1 - step)
+        live = inner >= first
+        inner = jnp.minimum(jnp.maximum(inner, first), across.tiles - 1)
         seen, whole = kind(batch, tile, inner, tables)
         return inner, jnp.where(live & seen, jnp.where(whole, FULL, PARTIAL), EMPTY)
 
@@ -194,7 +195,7 @@ def interval_schedule(
             seen, whole = (np.broadcast_to(x, (along.tiles, across.tiles)) for x in (seen, whole))
             found = ((FULL, np.any(seen & whole)), (PARTIAL, np.any(seen & ~whole)))
             occurring = frozenset(kind for kind, present in found if present)
-            # Ranges are exact, hence dead steps stand only at the end of a short row.
+            # Ranges are exact, hence dead steps stand only at the beginning of a short row.
             occurring |= {EMPTY} if np.any(counts < steps) else frozenset()
     return Schedule(steps, tables, lookup, sub_kind, occurring, position)
 
@@ -233,8 +234,8 @@ def list_schedule(
 
     def place(batch, tile, step, tables):
         row = batch * rows + tile if batches > 1 else tile
-        count = tables["counts"][row]
-        return row * steps + jnp.maximum(jnp.minimum(step, count - 1), 0), step < count
+        place = step - (steps - tables["counts"][row])
+        return row * steps + jnp.maximum(place, 0), place >= 0
 
     def lookup(batch, tile, step, tables):
         at, live = place(batch, tile, step, tables)

@@ -12,9 +12,9 @@ from pallas_kernels.tpu.flash_attention import Tile
 _TILES = {
     ("forward", True): Tile(1024, 2048, 512),
     ("forward", False): Tile(512, 1024, 512),
-    ("dq", True): Tile(1024, 1024, 512),
+    ("dq", True): Tile(1024, 2048, 512),
     ("dq", False): Tile(512, 512, 512),
-    ("dkv", True): Tile(1024, 512, 512),
+    ("dkv", True): Tile(2048, 512, 512),
     ("dkv", False): Tile(512, 512, 512),
 }
 

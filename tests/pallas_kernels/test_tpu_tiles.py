@@ -80,12 +80,12 @@ def test_list_walk_is_the_live_tiles(outer, traced):
     assert found == expected(kinds, outer)
 
 
-def test_steps_past_the_end_of_a_row_fetch_nothing():
+def test_idle_steps_fetch_nothing():
     axis = tiles.Axis(64, 8)
     schedule = make(masks.Causal(), axis, axis, 0, "queries")
     _, order = visited(schedule, axis.tiles)
-    # Row i walks tiles 0..i and then stays on tile i.
-    assert order == [min(i, j) for i in range(8) for j in range(8)]
+    # Row i waits on tile 0 and then walks tiles 0..i.
+    assert order == [max(0, j - (7 - i)) for i in range(8) for j in range(8)]
 
 
 def test_a_window_shrinks_the_grid():
