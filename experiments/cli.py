@@ -158,6 +158,13 @@ def _build_parser() -> argparse.ArgumentParser:
 
     sub = add("train", _train, "train a language model", _TRAIN, overridable=True)
     sub.add_argument("--workdir", required=True, help="folder of checkpoints and metrics")
+    sub.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="be one of several processes; without a value SLURM, GKE or Cloud TPU say which",
+    )
     return parser
 
 
@@ -222,6 +229,8 @@ def _generate(options) -> int:
 def _train(options) -> int:
     from experiments import commands
 
+    if options.distributed:
+        commands.join_processes(options.distributed)
     return commands.train(options.overrides, options.workdir)
 
 

@@ -59,6 +59,21 @@ def plan(overrides: list[str], topology: str | None) -> int:
     return 0
 
 
+def join_processes(where: str) -> None:
+    """Joins the other processes of a run: "auto", or "HOST:PORT,COUNT,INDEX"."""
+    import jax
+
+    if where == "auto":
+        jax.distributed.initialize()
+        return
+    coordinator, *numbers = where.split(",")
+    if ":" not in coordinator or len(numbers) != 2 or not all(n.isdigit() for n in numbers):
+        raise ValueError(
+            f"--distributed={where!r} must be HOST:PORT,COUNT,INDEX, e.g. 10.0.0.1:1234,2,0"
+        )
+    jax.distributed.initialize(coordinator, int(numbers[0]), int(numbers[1]))
+
+
 def train(overrides: list[str], workdir: str) -> int:
     """Trains a language model and prints its last metrics."""
     from training.train import train as run
