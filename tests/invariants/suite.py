@@ -123,12 +123,12 @@ def rms(x) -> float:
 def assert_close(actual, expected, what: str, bound: float = F32_ERROR):
     """Trees agree leaf by leaf, by RMS of the difference over RMS of what is expected.
 
-    A leaf much smaller than the largest one is measured against a hundredth of that: gradients
+    A leaf much smaller than the largest one is measured against a tenth of that: gradients
     that cancel to zero (of the keys of a single token) are zero up to the others' rounding.
     """
     actual, expected = (jax.tree.leaves_with_path(x) for x in (actual, expected))
     assert len(actual) == len(expected)
-    least = max(1e-2 * max(rms(e) for _, e in expected), 1e-30)
+    least = max(0.1 * max(rms(e) for _, e in expected), 1e-30)
     for (path, a), (_, e) in zip(actual, expected, strict=True):
         where = what + jax.tree_util.keystr(path)
         assert a.shape == e.shape, f"{where}: shape {a.shape} for {e.shape}"
