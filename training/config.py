@@ -322,8 +322,13 @@ def override(config: ml_collections.ConfigDict, assignment: str) -> None:
         raise ConfigError(f"{key} must be of type {kind}, not {text!r}") from None
 
 
-def _build(name: str, cls, section):
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
+def _tuples(section: dict) -> dict:
+    """Lists, which is what JSON and a config file may hold, to tuples, which is what we hold."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
+
+
+def _build(cls, section: dict):
+    values = _tuples(section)
     if cls is OptimizerConfig and "groups" in values:
         values["groups"] = tuple(_group(g) for g in values["groups"])
     return cls(**values)
@@ -344,11 +349,11 @@ def settings(config) -> Settings:
     """Checks every key and value and returns plain dataclasses. Raises ConfigError."""
     check_keys(config)
     plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    sections = {name: _build(name, cls, plain.get(name, {})) for name, cls in SECTIONS.items()}
+    sections = {name: _build(cls, plain.get(name, {})) for name, cls in SECTIONS.items()}
     return Settings(
         seed=plain.get("seed", 0),
         task=plain.get("task", TASKS[0]),
-        model=dict(plain.get("model", {})),
+        model=_tuples(plain.get("model", {})),
         **sections,
     )
 

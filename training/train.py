@@ -176,7 +176,7 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
 def sharded_init(model: nn.Module, tx, example: dict, seed: int, mesh):
     """Returns the TrainState's (shardings, abstract state, initialise()), the last on the mesh.
 
-    The values depend on the seed alone, not on the mesh.
+    The values depend on the seed, and on the mesh in their last bits alone.
     """
 
     def init():

@@ -8,10 +8,10 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from tiny_training import Rows, TinyModel
 
-from models import LOGICAL_AXES
+from models import LOGICAL_AXES, LanguageModel, LanguageModelConfig
 from training import sharding, steps
 from training.config import ConfigError, MeshConfig, OptimizerConfig
-from training.optimizers import make_optimizer
+from training.optimizers import make_optimizer, path_name
 from training.train import sharded_init
 
 MESHES = {
@@ -22,41 +22,77 @@ MESHES = {
 }
 
 
-def two_steps(mesh, microbatches=1):
-    """Two updates on a mesh; returns (state before, gradients of step 1, state, metrics)."""
+LANGUAGE_MODEL = LanguageModel(
+    LanguageModelConfig(
+        vocab_size=32, d_model=16, repeats=2, n_heads=4, n_kv_heads=2, mlp_dim=32, norm="layernorm"
+    )
+)
+
+
+def two_steps(mesh, microbatches=1, model=None, before=None):
+    """Two updates on a mesh, from its own parameters or those given.
+
+    Returns:
+        (state before, gradients of the first step, state after, metrics of the second step).
+    """
     tx, rate = make_optimizer(OptimizerConfig(learning_rate=0.01, warmup_steps=0), 10)
-    model, rows = TinyModel(), iter(Rows())
+    model, rows = model or TinyModel(), iter(Rows())
     shardings, _, initialise = sharded_init(model, tx, next(iter(Rows())), 0, mesh)
     loss = steps.make_loss(model, "language_model")
-    step = steps.make_train_step(loss, tx, rate, microbatches)
-    step = jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)))
-    gradients = jax.jit(
-        lambda p, b: steps.summed_gradients(loss, p, b, jax.random.key(0), microbatches)[0]
-    )
+    train_step = steps.make_train_step(loss, tx, rate, microbatches)
+
+    def step_and_gradients(state, batch):
+        grads, _ = steps.summed_gradients(
+            loss, state.params, batch, jax.random.key(0), microbatches
+        )
+        return *train_step(state, batch), grads
+
+    step = jax.jit(step_and_gradients, out_shardings=(shardings, sharding.replicated(mesh), None))
+    before = initialise() if before is None else jax.device_put(before, shardings)
     with sharding.use(mesh):
-        before = state = initialise()
-        grads = gradients(state.params, sharding.put_batch(next(iter(Rows())), mesh))
-        for _ in range(2):
-            state, metrics = step(state, sharding.put_batch(next(rows), mesh))
-    return before, grads, state, metrics
+        middle, _, grads = step(before, sharding.put_batch(next(rows), mesh))
+        after, metrics, _ = step(middle, sharding.put_batch(next(rows), mesh))
+    return jax.device_get(before), grads, after, metrics
+
+
+def assert_same(got, want):
+    names = ("initial parameters", "gradients", "state", "metrics")
+    for name, a, b in zip(names, jax.device_get(got), jax.device_get(want), strict=True):
+        jax.tree.map(
+            lambda x, y, name=name: np.testing.assert_allclose(
+                x, y, rtol=1e-4, atol=2e-6, err_msg=name
+            ),
+            a,
+            b,
+        )
+
+
+def single_device():
+    return sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
 def single():
-    return jax.device_get(two_steps(sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])))
+    return two_steps(single_device())
 
 
 @pytest.mark.parametrize(
     ("name", "microbatches"), [("data", 1), ("fsdp", 1), ("tensor", 1), ("all", 2)]
 )
 def test_sharded_step_equals_single_device_step(name, microbatches, single):
-    got = two_steps(sharding.make_mesh(MESHES[name]), microbatches)
-    before, grads, state, metrics = jax.device_get(got)
-    jax.tree.map(np.testing.assert_array_equal, before, single[0])
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
-    jax.tree.map(close, grads, single[1])
-    jax.tree.map(close, state, single[2])
-    jax.tree.map(close, metrics, single[3])
+    assert_same(two_steps(sharding.make_mesh(MESHES[name]), microbatches), single)
+
+
+def test_sharded_language_model_equals_the_one_on_a_single_device():
+    want = two_steps(single_device(), model=LANGUAGE_MODEL)
+    mesh = sharding.make_mesh(MESHES["all"])
+    got = two_steps(mesh, model=LANGUAGE_MODEL, before=want[0])
+    assert_same(got, want)
+    specs = {
+        path_name(path): x.sharding.spec for path, x in jax.tree.leaves_with_path(got[2].params)
+    }
+    (up,) = (spec for name, spec in specs.items() if name.endswith("up/kernel"))
+    assert up == P(None, "fsdp", "tensor")  # layers, embed, mlp
 
 
 def test_parameters_and_moments_are_cut_where_the_rules_say():
