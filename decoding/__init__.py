@@ -1,0 +1,15 @@
+"""Generation over a language model's step function."""
+
+from decoding.sampling import Generation, filter_logits, generate, stream
+from decoding.text import GeneratedText, generate_text, load_writer, stream_text
+
+__all__ = [
+    "GeneratedText",
+    "Generation",
+    "filter_logits",
+    "generate",
+    "generate_text",
+    "load_writer",
+    "stream",
+    "stream_text",
+]

@@ -195,13 +195,15 @@ class Attention(nn.Module):
         (B, T), S = q.shape[:2], state.k.shape[1]
         packed = ids is not None
         new = state.append(k, v, ids if packed else jnp.ones((B, T), jnp.int32))
-        if T <= DECODE_QUERIES and sees_only_past(self.mask):
+        if T <= DECODE_QUERIES:
             mask = self.mask & masks.Segments(ids, new.segment_ids) if packed else self.mask
             o = decode_attention(
                 q, new.k, new.v, lengths=new.length, mask=mask, **self._options(T, S, 0)
             )
         else:
-            o = self._attend_rows(q, new, ids if packed else None, state.length)
+            if not packed and not sees_only_past(self.mask):
+                ids = jnp.ones((B, T), jnp.int32)  # hides the slots still empty, whose id is 0
+            o = self._attend_rows(q, new, ids, state.length)
         # Writing past the end would move the slice and give plausible, wrong numbers.
         full = (new.length > S)[:, None, None, None]
         return jnp.where(full, jnp.nan, o).astype(o.dtype), new

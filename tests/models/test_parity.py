@@ -1,0 +1,122 @@
+"""Logits of published layouts against `transformers`, on random weights.
+
+torch and transformers come from this interpreter, or from the one that TILESCAN_TORCH_PYTHON names.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from models import LanguageModel, LanguageModelConfig
+from models.checkpoints import load_pretrained, save_pretrained
+
+WORKER = pathlib.Path(__file__).with_name("transformers_worker.py")
+
+
+def torch_python() -> str:
+    if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        return sys.executable
+    named = os.environ.get("TILESCAN_TORCH_PYTHON")
+    if named is None:
+        pytest.skip(
+            "torch and transformers are not installed (extra `parity`), and TILESCAN_TORCH_PYTHON "
+            "names no interpreter that has them"
+        )
+    return named
+
+
+GPT2 = dict(n_embd=48, n_layer=3, n_head=4, n_positions=64, vocab_size=101)
+LLAMA = dict(
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    vocab_size=101,
+    tie_word_embeddings=False,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+CASES = {
+    "gpt2": ("gpt2", GPT2, "5GB"),
+    "gpt2-gelu-wide": ("gpt2", GPT2 | dict(activation_function="gelu", n_inner=100), "5GB"),
+    "llama-gqa": ("llama", LLAMA, "5GB"),
+    "llama-sharded": ("llama", LLAMA, "60KB"),
+    "llama-tied-theta-mqa": (
+        "llama",
+        LLAMA
+        | dict(
+            tie_word_embeddings=True,
+            num_key_value_heads=1,
+            rope_parameters=dict(rope_type="default", rope_theta=50.0),
+            rms_norm_eps=1e-3,
+        ),
+        "5GB",
+    ),
+    "llama-biases-head-dim": (
+        "llama",
+        LLAMA | dict(attention_bias=True, mlp_bias=True, head_dim=16, num_key_value_heads=6),
+        "5GB",
+    ),
+    "llama3-rope": ("llama", LLAMA | dict(rope_parameters=LLAMA3_ROPE), "5GB"),
+}
+
+
+EXPORTED = LanguageModelConfig(
+    vocab_size=61, d_model=32, repeats=2, n_heads=4, n_kv_heads=2, mlp_dim=48
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Everything that transformers has to say, from one process (its import takes seconds)."""
+    root = tmp_path_factory.mktemp("parity")
+    (root / "cases.json").write_text(json.dumps(CASES))
+    tokens = np.arange(18).reshape(2, 9) * 3
+    params = nn.unbox(LanguageModel(EXPORTED).init(jax.random.key(0), tokens)["params"])
+    save_pretrained(root / "exported", EXPORTED, params)
+    np.save(root / "exported" / "tokens.npy", tokens)
+    command = [torch_python(), str(WORKER), str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case, folder):
+    expected = np.load(folder / case / "expected.npz")
+    config, params = load_pretrained(folder / case)
+    logits, _ = LanguageModel(config).apply({"params": params}, jnp.asarray(expected["tokens"]))
+    error = np.abs(np.asarray(logits) - expected["logits"]).max()
+    print(f"{case}: largest error {error:.1e} of logits up to {np.abs(logits).max():.1f}")
+    assert error < 1e-4
+    assert np.abs(expected["logits"]).max() > 1  # the weights say something
+
+
+def test_shards_are_read_through_their_index(folder):
+    assert not (folder / "llama-sharded" / "model.safetensors").exists()
+    assert len(list((folder / "llama-sharded").glob("model-*.safetensors"))) > 1
+    (folder / "llama-gqa" / "model.safetensors").stat()
+
+
+def test_exports_are_read_by_transformers(folder):
+    config, params = load_pretrained(folder / "exported")
+    tokens = jnp.asarray(np.load(folder / "exported" / "tokens.npy"))
+    ours, _ = LanguageModel(config).apply({"params": params}, tokens)
+    np.testing.assert_allclose(ours, np.load(folder / "exported" / "theirs.npy"), atol=1e-4)

@@ -1,0 +1,47 @@
+"""Writes random models of `transformers` and their logits; runs where torch is installed.
+
+python transformers_worker.py FOLDER      FOLDER/cases.json: {case: [kind, fields, shard size]}
+
+Each case becomes FOLDER/case with the checkpoint and expected.npz. FOLDER/exported, if it exists,
+is a checkpoint to run instead: its tokens.npy gives theirs.npy.
+"""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import torch
+import transformers
+
+CLASSES = {
+    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+}
+
+
+@torch.no_grad()
+def write_case(folder: pathlib.Path, kind: str, fields: dict, max_shard_size: str) -> None:
+    torch.manual_seed(0)
+    make_config, make_model = CLASSES[kind]
+    model = make_model(make_config(**fields)).eval()
+    for parameter in model.parameters():  # norms and biases away from 1 and 0 too
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    tokens = torch.randint(0, model.config.vocab_size, (2, 37))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    np.savez(folder / "expected.npz", tokens=tokens.numpy(), logits=model(tokens).logits.numpy())
+
+
+@torch.no_grad()
+def run_exported(folder: pathlib.Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    tokens = torch.from_numpy(np.load(folder / "tokens.npy"))
+    np.save(folder / "theirs.npy", model(tokens).logits.numpy())
+
+
+if __name__ == "__main__":
+    root = pathlib.Path(sys.argv[1])
+    for name, case in json.loads((root / "cases.json").read_text()).items():
+        write_case(root / name, *case)
+    if (root / "exported").exists():
+        run_exported(root / "exported")
