@@ -41,7 +41,11 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     memory.lengths = (512, 1024, 2048, 4096, 8192, 16384)  # compiled only
 
     exactness = config.exactness = ml_collections.ConfigDict()
-    exactness.length = 256  # queries and keys
+    exactness.length = 200  # queries and keys; divides no tile
+    exactness.heads = 2
+    exactness.head_dim = 64
+    exactness.masks = ("full", "causal", "window", "butterfly", "segments", "grouped heads")
+    exactness.dtypes = ("float32", "bfloat16")
     exactness.kernels = True  # interpret the Pallas kernels as well
 
     # Memory traffic by counting, figure 2: N = 1024, d = 64, 16 heads, batch 64.
@@ -50,6 +54,51 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     io.head_dim = 64
     io.on_chip = (8192, 16384, 32768, 65536, 98304)  # elements of 2 bytes; an A100 has 98304
     io.block = 64
+
+    # The same small GPT trained with standard and with tiled attention.
+    curves = config.curves = ml_collections.ConfigDict()
+    curves.sources = ("shakespeare",)
+    curves.tokenizer = "byte"
+    curves.fractions = (0.97, 0.0, 0.03)  # of the documents: train, validation, test
+    curves.max_documents = 0  # 0: all
+    curves.d_model = 128
+    curves.repeats = 2
+    curves.n_heads = 4
+    curves.seq_len = 256
+    curves.batch_size = 8
+    curves.steps = 100
+    curves.learning_rate = 3e-3
+    curves.seeds = 2
+
+    # Table 4: perplexity against context, at equal tokens.
+    context = config.context = ml_collections.ConfigDict()
+    context.sources = ("shakespeare",)
+    context.tokenizer = "byte"
+    context.fractions = (0.95, 0.0, 0.05)
+    context.max_documents = 0
+    context.d_model = 128
+    context.repeats = 2
+    context.n_heads = 4
+    context.contexts = (64, 128, 256, 512)
+    context.batch_size = 4  # rows of the longest context
+    context.steps = 200
+    context.learning_rate = 3e-3
+    context.seeds = 3
+
+    # Table 5: classification against how much of a document is read.
+    documents = config.documents = ml_collections.ConfigDict()
+    documents.sources = ("bbc_news",)
+    documents.tokenizer = "gpt2"
+    documents.fractions = (0.8, 0.0, 0.2)
+    documents.max_documents = 0
+    documents.d_model = 64
+    documents.repeats = 1
+    documents.n_heads = 4
+    documents.lengths = (32, 64, 128, 256)
+    documents.batch_size = 32
+    documents.steps = 80
+    documents.learning_rate = 2e-3
+    documents.seeds = 3
 
     if scale == "smoke":
         runtime.lengths = (64, 128)
@@ -60,12 +109,29 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         runtime.block = 32
         runtime.repeats = 1
         memory.lengths = (64, 128)
-        exactness.length = 64
+        exactness.length = 40
+        exactness.head_dim = 16
+        exactness.masks = ("causal",)
+        exactness.dtypes = ("float32",)
         exactness.kernels = False
         io.length = 128
         io.head_dim = 16
         io.on_chip = (1024, 2048)
         io.block = 32
+        for section in (curves, context, documents):
+            section.sources = ("python_stdlib",)  # needs no download
+            section.tokenizer = "byte"
+            section.max_documents = 12
+            section.fractions = (0.8, 0.0, 0.2)
+            section.d_model = 16
+            section.repeats = 1
+            section.n_heads = 2
+            section.batch_size = 8
+            section.steps = 2
+            section.seeds = 1
+        curves.seq_len = 32
+        context.contexts = (16, 32)
+        documents.lengths = ()  # no labelled text without a download
     elif scale == "accelerator":
         runtime.batch = 16
         runtime.dtype = "bfloat16"
@@ -73,4 +139,17 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         runtime.standard_up_to = 65536  # until the device's memory ends, as in the paper
         runtime.repeats = 30
         memory.lengths = tuple(2**k for k in range(9, 17))
+        curves.steps = 2000
+        for section in (curves, context):
+            section.d_model = 768  # GPT-2 small
+            section.repeats = 12
+            section.n_heads = 12
+            section.tokenizer = "gpt2"
+            section.sources = ("shakespeare", "factbook", "wikipedia")
+            section.learning_rate = 6e-4
+            section.batch_size = 32
+        curves.seq_len = 1024
+        context.contexts = (1024, 2048, 4096)
+        context.steps = 2000
+        documents.lengths = (64, 128, 256, 512, 1024)
     return config

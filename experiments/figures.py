@@ -46,7 +46,8 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     dashed: Sequence[str] = (),
-    errors: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    errors: Sequence[float] | None = None,
+    markers: bool = True,
 ) -> str:
     """SVG with one panel per entry, sharing colours, the y axis and one legend below.
 
@@ -57,7 +58,8 @@ def line_chart(
       log_x: base-2 logarithmic x axis with the x values as ticks (lengths are powers of two).
       log_y: logarithmic y axis.
       dashed: names of lines to draw dashed, e.g. what is published rather than measured.
-      errors: {title: {line: half-widths}} for error bars.
+      errors: half-widths of the error bars of the one line that there is.
+      markers: False draws plain lines, for many points.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     with plt.rc_context(_STYLE):
@@ -71,9 +73,9 @@ def line_chart(
                 axis.errorbar(
                     x,
                     y,
-                    yerr=(errors or {}).get(title, {}).get(name),
+                    yerr=errors,
                     color=COLOURS[index % len(COLOURS)],
-                    marker=MARKERS[index % len(MARKERS)],
+                    marker=MARKERS[index % len(MARKERS)] if markers else None,
                     linestyle="--" if name in dashed else "-",
                     label=name,
                     capsize=2,

@@ -8,6 +8,7 @@ on with the first cell that has no file. A cell whose settings changed is measur
 
 import dataclasses
 import pathlib
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -135,6 +136,7 @@ def run(
                 # Outside the try: a disk that is full stops the run instead of failing each cell.
                 records_lib.write_atomically(_cell_path(workdir, cell.id), record.to_json())
                 (workdir / "errors" / f"{cell.id}.txt").unlink(missing_ok=True)
+                shutil.rmtree(_scratch(workdir, cell, digests[cell.id]), ignore_errors=True)
                 done.append(cell.id)
                 console.print(f"{cell.id}: {record.seconds:.1f} s", highlight=False)
             progress.advance(bar, cell.seconds)
@@ -142,7 +144,7 @@ def run(
 
 
 def _measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Record:
-    folder = workdir / "scratch" / f"{cell.id}-{digest}"
+    folder = _scratch(workdir, cell, digest)
     start = time.perf_counter()
     result = records_lib.plain(cell.measure(cell.settings, cell.seed, folder))
     if not records_lib.is_finite(result):
@@ -210,6 +212,10 @@ def _keep_error(workdir: pathlib.Path, cell_id: str, text: str) -> None:
 
 def _cell_path(workdir: pathlib.Path, cell_id: str) -> pathlib.Path:
     return workdir / "cells" / f"{cell_id}.json"
+
+
+def _scratch(workdir: pathlib.Path, cell: Cell, digest: str) -> pathlib.Path:
+    return workdir / "scratch" / f"{cell.id}-{digest}"
 
 
 def _progress(console: rich.console.Console) -> rich.progress.Progress:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments import flash_attention, flash_attention_tables, papers, tables
-from experiments.flash_attention_tables import published_ms
+from experiments import flash_attention, flash_attention_speed, papers, tables
+from experiments.flash_attention_speed import published_ms
 from experiments.records import Record, Records
 
 ENVIRONMENT = {"backend": "cpu"}
@@ -41,7 +41,7 @@ def test_published_times_are_the_papers():
     assert published_ms("forward", "tiled", 128) == 0.04
     assert published_ms("forward", "standard", 128) is None
     assert published_ms("forward", "tiled", 100) is None
-    for direction, rows in flash_attention_tables.PUBLISHED_MS.items():
+    for direction, rows in flash_attention_speed.PUBLISHED_MS.items():
         for name, row in rows.items():
             assert len(row) == (7 if name == "standard" else 10), (direction, name)
 

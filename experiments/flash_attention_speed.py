@@ -1,4 +1,4 @@
-"""FlashAttention's published numbers, and the tables, claims and figures of its records."""
+"""FlashAttention's tables 9 and 11: time and memory against length."""
 
 import math
 from collections.abc import Sequence
@@ -22,11 +22,6 @@ PUBLISHED_MS = {
         "tiled": (0.43, 0.41, 0.95, 2.55, 9.56, 37.49, 147.75, 586.61, 2339.11, 9341.3),
         "block_sparse": (0.44, 0.44, 0.45, 0.89, 1.95, 4.12, 7.64, 16.60, 32.73, 64.11),
     },
-}
-# Figure 2, left: GPT-2 medium's attention forward + backward (N 1024, d 64, 16 heads, batch 64).
-PUBLISHED_IO = {
-    "standard": {"gflops": 66.6, "gb": 35.3, "ms": 35.1},
-    "tiled": {"gflops": 75.2, "gb": 4.4, "ms": 11.7},
 }
 _TITLES = {FORWARD: "forward", FORWARD_BACKWARD: "forward + backward"}
 _NAMES = {
@@ -58,11 +53,18 @@ def temp_bytes(records: Records, direction: str, variant: str, length: int) -> i
 
 
 def tables(records: Records) -> list[Table]:
-    """All tables that the records can fill."""
+    """Time and memory, each forward and with backward."""
     made = [_runtime_table(records, direction) for direction in DIRECTIONS]
-    made += [_memory_table(records, direction) for direction in DIRECTIONS]
-    made += [_io_table(records), _sparse_io_table(records)]
-    return [table for table in made if table.rows]
+    return made + [_memory_table(records, direction) for direction in DIRECTIONS]
+
+
+def claims(records: Records) -> list[Claim]:
+    """Faster, faster with sparsity, and linear in memory."""
+    return [
+        *(_faster(records, direction, bar) for direction, bar in _FASTER.items()),
+        _sparse_faster(records),
+        *(_linear_memory(records, direction) for direction in DIRECTIONS),
+    ]
 
 
 def _runtime_table(records: Records, direction: str) -> Table:
@@ -142,73 +144,6 @@ def _slope(x: Sequence[float], y: Sequence[float]) -> float | None:
     return top / sum((a - mean_x) ** 2 for a in x)
 
 
-def _io_table(records: Records) -> Table:
-    rows, length, head_dim = [], 0, 0
-    for record in sorted(records.select(kind="io"), key=lambda r: r.settings["on_chip"]):
-        r = record.result
-        tiles = f"{r['block_q']} x {r['block_k']}"
-        gb = 16 * 64 * 2 / 1e9  # 16 heads, batch 64, 2 bytes an element
-        length, head_dim = record.settings["length"], record.settings["head_dim"]
-        bound = length**2 * head_dim**2
-        rows.append([
-            f"{record.settings['on_chip']:,}", tiles, r["visits"], r["forward_backward"] * gb,
-            r["standard_forward_backward"] * gb,
-            ratio(r["standard_forward_backward"], r["forward_backward"]),
-            r["forward"] / (bound / record.settings["on_chip"]),
-        ])  # fmt: skip
-    if rows:
-        paper = PUBLISHED_IO["standard"]["gb"], PUBLISHED_IO["tiled"]["gb"]
-        rows.append(["A100, as published", None, None, paper[1], paper[0], paper[0] / paper[1]])
-        rows[-1].append(None)
-    return Table(
-        "io",
-        "Figure 2, left: memory traffic of forward + backward against the size of on-chip memory",
-        [
-            Column("on-chip elements"),
-            Column("tiles"),
-            Column("visits a head", STATIC),
-            Column("tiled", STATIC, "GB"),
-            Column("standard", STATIC, "GB"),
-            Column("standard / tiled", STATIC),
-            Column("forward / (N²d²/M)", STATIC),
-        ],
-        rows,
-        note=f"Counted by replaying the loops tile by tile for N {length}, d {head_dim}, 16 heads, "
-        "batch 64, 2 bytes an element; no device. The paper's bound Θ(N²d²/M) says that the last "
-        "column stays constant. The published row is what a profiler saw on an A100 for N 1024, d "
-        "64, where standard attention masked and dropped out in kernels of their own. Operations: "
-        f"{7 / 6:.2f} times the standard ones by formula (7 products of matrices instead of 6), "
-        f"{PUBLISHED_IO['tiled']['gflops'] / PUBLISHED_IO['standard']['gflops']:.2f} published.",
-    )
-
-
-def _sparse_io_table(records: Records) -> Table:
-    rows = []
-    found = sorted(records.select(kind="io_sparse"), key=lambda r: r.settings["factors"])
-    dense = max((r.result["visits"] / r.result["live_fraction"] for r in found), default=None)
-    for record in found:
-        r = record.result
-        rows.append([
-            str(record.settings["factors"]), r["live_fraction"], r["visits"], r["visits"] / dense,
-            r["forward"], r["matmul_flops"] / 1e6,
-        ])  # fmt: skip
-    return Table(
-        "io-sparse",
-        "Figure 2, right: block-sparse attention's traffic against sparsity",
-        [
-            Column("butterfly factors"),
-            Column("live fraction s", STATIC),
-            Column("tiles visited", STATIC),
-            Column("of all tiles", STATIC),
-            Column("elements moved, forward", STATIC),
-            Column("operations in matmuls", STATIC, "10⁶"),
-        ],
-        rows,
-        note="Counted for one head by the same replay. Traffic is Θ(Nd + N²d²s/M): proportional to "
-        "s beside a constant.",
-    )
-
-
 def _shape_note(records: Records) -> str:
     for r in records.select(kind="runtime"):
         s = r.settings
@@ -218,17 +153,6 @@ def _shape_note(records: Records) -> str:
 
 def _backend(records: Records) -> str:
     return ", ".join(sorted({r.environment["backend"] for r in records.select(kind="memory")}))
-
-
-def claims(records: Records) -> list[Claim]:
-    """The paper's statements that these records can decide."""
-    return [
-        *(_faster(records, direction, bar) for direction, bar in _FASTER.items()),
-        _sparse_faster(records),
-        *(_linear_memory(records, direction) for direction in DIRECTIONS),
-        _less_traffic(records),
-        _at_scale(),
-    ]
 
 
 # Smallest accepted standard / tiled at the longest common length. On an A100 it is 3.3.
@@ -294,34 +218,6 @@ def _linear_memory(records: Records, direction: str) -> Claim:
         "log-log slope over lengths >= 1024: standard >= 1.8 and tiled <= 1.2",
         dense >= 1.8 and tiled <= 1.2 if known else None,
         f"standard {dense:.2f}, tiled {tiled:.2f}" if known else "",
-    )
-
-
-def _less_traffic(records: Records) -> Claim:
-    found = sorted(records.select(kind="io"), key=lambda r: r.settings["on_chip"])
-    paper = PUBLISHED_IO["standard"]["gb"] / PUBLISHED_IO["tiled"]["gb"]
-    gain = None
-    if found:
-        r = found[-1].result
-        gain = r["standard_forward_backward"] / r["forward_backward"]
-    return judge(
-        "less traffic",
-        f"Tiling moves {paper:.1f} times fewer bytes between HBM and chip (Figure 2).",
-        "counted with the A100's on-chip memory, standard / tiled is at least half of that",
-        None if gain is None else gain >= paper / 2,
-        "" if gain is None else f"counted {gain:.2f}, published {paper:.2f}",
-    )
-
-
-def _at_scale() -> Claim:
-    return judge(
-        "GPT-2 training time",
-        "GPT-2 small trains 3.5 times faster than with HuggingFace's attention at the same "
-        "perplexity 18.2 (Table 2).",
-        "time to 400k steps on OpenWebText, 8 GPUs",
-        None,
-        "not run",
-        needs="8 GPUs and OpenWebText",
     )
 
 

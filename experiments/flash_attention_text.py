@@ -1,0 +1,296 @@
+"""FlashAttention on text: equal training curves, and the worth of longer contexts and documents."""
+
+from experiments import long_context, text_cells
+from experiments.claims import Claim, judge
+from experiments.figures import line_chart
+from experiments.harness import Cell
+from experiments.records import Record, Records
+from experiments.tables import MEASURED, PUBLISHED, Column, Table, spread
+
+# Table 4: GPT-2 small on OpenWebText, perplexity by context.
+PUBLISHED_PERPLEXITY = {1024: 18.2, 2048: 17.7, 4096: 17.2}
+# Table 5: micro-averaged F1 in percent by the longest part of a document that is read.
+PUBLISHED_F1 = {
+    "MIMIC-III": {512: 52.8, 1024: 50.7, 2048: 51.7, 4096: 54.6, 8192: 56.4, 16384: 57.1},
+    "ECtHR": {512: 72.2, 1024: 74.3, 2048: 77.1, 4096: 78.6, 8192: 80.7, 16384: 79.2},
+}
+CURVE_TOLERANCE = 0.01  # nats: largest accepted difference of two training curves
+
+
+def cells(config) -> list[Cell]:
+    """Training runs: two attentions, several contexts, several document lengths; seeds each."""
+    return [*_curve_cells(config), *_context_cells(config), *_document_cells(config)]
+
+
+def _model(section) -> dict:
+    return {f"model.{name}": section[name] for name in ("d_model", "repeats", "n_heads")}
+
+
+def _optimizer(section) -> dict:
+    return {
+        "train.steps": section.steps,
+        "optimizer.learning_rate": section.learning_rate,
+        "optimizer.warmup_steps": section.steps // 10,
+    }
+
+
+def _data(section, seq_len: int) -> dict:
+    return {
+        "data.sources": tuple(section.sources),
+        "data.tokenizer": section.tokenizer,
+        "data.seq_len": seq_len,
+        "data.batch_size": section.batch_size,
+        "data.fractions": tuple(section.fractions),
+        "data.max_documents": section.max_documents or None,
+    }
+
+
+def _curve_cells(config) -> list[Cell]:
+    c = config.curves
+    keys = {**_model(c), **_optimizer(c), **_data(c, c.seq_len), "train.log_every": 1}
+    return [
+        Cell(
+            f"curves-{attention}-seed{seed}",
+            text_cells.run,
+            {"kind": "curves", "attention": attention, "train": keys},
+            seed=seed,
+            seconds=30,
+        )
+        for seed in range(c.seeds)
+        for attention in (text_cells.STANDARD, text_cells.TILED)
+    ]
+
+
+def _context_cells(config) -> list[Cell]:
+    c = config.context
+    keys = {**_model(c), **_optimizer(c), **_data(c, max(c.contexts))}
+    return [
+        Cell(
+            f"context{context}-seed{seed}",
+            long_context.run,
+            {"kind": "context", "context": context, "train": keys},
+            seed=seed,
+            seconds=30,
+        )
+        for context in c.contexts
+        for seed in range(c.seeds)
+    ]
+
+
+def _document_cells(config) -> list[Cell]:
+    c = config.documents
+    made = []
+    for length in c.lengths:
+        keys = {**_model(c), **_optimizer(c), **_data(c, length)}
+        keys |= {"task": "classification", "model.causal": False}
+        settings = {"kind": "documents", "length": length, "train": keys}
+        for seed in range(c.seeds):
+            cell_id = f"documents{length}-seed{seed}"
+            seconds = 5 + 20 * length / 256
+            made.append(Cell(cell_id, text_cells.run, settings, seed=seed, seconds=seconds))
+    return made
+
+
+def tables(records: Records) -> list[Table]:
+    """Curves, contexts and documents."""
+    return [_curve_table(records), _context_table(records), _document_table(records)]
+
+
+def _curve_pairs(records: Records) -> list[tuple[Record, Record]]:
+    """(standard, tiled) runs of the same seed."""
+    found = records.select(kind="curves")
+    tiled = {r.seed: r for r in found.select(attention=text_cells.TILED)}
+    standard = found.select(attention=text_cells.STANDARD)
+    return [(r, tiled[r.seed]) for r in standard if r.seed in tiled]
+
+
+def _difference(pair: tuple[Record, Record]) -> float:
+    one, two = (r.result["train_loss"] for r in pair)
+    return max(abs(a - b) for a, b in zip(one, two, strict=True))
+
+
+def _curve_table(records: Records) -> Table:
+    rows, about = [], ""
+    for pair in _curve_pairs(records):
+        one, two = (r.result for r in pair)
+        about = _about(pair[0])
+        rows.append([
+            str(pair[0].seed), len(one["train_loss"]), one["train_loss"][-1], two["train_loss"][-1],
+            _difference(pair), one["test_perplexity"], two["test_perplexity"],
+        ])  # fmt: skip
+    return Table(
+        "curves",
+        "Section 4.1: training with standard and with tiled attention",
+        [
+            Column("seed"),
+            Column("steps", MEASURED),
+            Column("last loss, standard", MEASURED, "nats", 5),
+            Column("last loss, tiled", MEASURED, "nats", 5),
+            Column("largest difference of a step", MEASURED, "nats", 2),
+            Column("test perplexity, standard", MEASURED, digits=5),
+            Column("test perplexity, tiled", MEASURED, digits=5),
+        ],
+        rows,
+        note=f"{about}. Same seed, same batches, same program but for the attention. The paper "
+        "reports the same perplexity 18.2 for GPT-2 small with both (Table 2).",
+    )
+
+
+def _about(record: Record) -> str:
+    keys = record.settings["train"]
+    data = f"{keys['data.tokenizer']} tokens of {', '.join(keys['data.sources'])}"
+    model = f"{keys['model.repeats']} layers, width {keys['model.d_model']}"
+    return f"{data}; {model}, {keys['train.steps']} steps"
+
+
+def _by(records: Records, kind: str, setting: str, metric: str) -> dict[int, list[float]]:
+    """{setting's value: [metric of each seed]}."""
+    found = records.select(kind=kind)
+    return {
+        value: [r.result[metric] for r in found.select(**{setting: value})]
+        for value in found.values(setting)
+    }
+
+
+def _context_table(records: Records) -> Table:
+    measured = _by(records, "context", "context", "test_perplexity")
+    rows = [
+        [str(context), None, spread(values), len(values)] for context, values in measured.items()
+    ]
+    if rows:
+        rows += [[f"{n} (GPT-2 small)", p, None, None] for n, p in PUBLISHED_PERPLEXITY.items()]
+    about = next((_about(r) for r in records.select(kind="context")), "")
+    return Table(
+        "context",
+        "Table 4: perplexity against the length of the context",
+        [
+            Column("context"),
+            Column("perplexity", PUBLISHED),
+            Column("perplexity", MEASURED),
+            Column("seeds", MEASURED),
+        ],
+        rows,
+        note=f"{about}. Every context trains on the same tokens in the same batches: long rows are "
+        "cut into shorter ones. Held-out whole documents, scored with the same context. Published: "
+        "tokens of a BPE vocabulary, so only the direction compares.",
+    )
+
+
+def _document_table(records: Records) -> Table:
+    measured = _by(records, "documents", "length", "test_accuracy")
+    rows = [
+        [str(n), None, None, spread([100 * v for v in values]), len(values)]
+        for n, values in measured.items()
+    ]
+    if rows:
+        for n in PUBLISHED_F1["MIMIC-III"]:
+            rows.append([str(n), *(PUBLISHED_F1[name][n] for name in PUBLISHED_F1), None, None])
+    about = next((_about(r) for r in records.select(kind="documents")), "")
+    return Table(
+        "documents",
+        "Table 5: classification against how much of a document is read",
+        [
+            Column("tokens read"),
+            *(Column(f"{name}, micro-F1", PUBLISHED, "%") for name in PUBLISHED_F1),
+            Column("sections of BBC news, micro-F1", MEASURED, "%"),
+            Column("seeds", MEASURED),
+        ],
+        rows,
+        note=f"{about}. With one label a document micro-F1 is accuracy. The paper fine-tunes "
+        "RoBERTa on medical notes and court cases, which may not be passed on; here a small encoder learns "
+        "the section of news articles from scratch. Only the direction compares.",
+    )
+
+
+def claims(records: Records) -> list[Claim]:
+    """Equal curves, and gains from longer contexts and documents."""
+    return [_equal_curves(records), _longer_context(records), _longer_documents(records)]
+
+
+def _equal_curves(records: Records) -> Claim:
+    pairs = _curve_pairs(records)
+    worst = max(map(_difference, pairs), default=None)
+    return judge(
+        "equal training curves",
+        "Tiled attention is exact: models train to the same perplexity (section 4.1, Table 2).",
+        f"the losses of every step differ by at most {CURVE_TOLERANCE} nats, each seed",
+        None if worst is None else worst <= CURVE_TOLERANCE,
+        "" if worst is None else f"largest difference {worst:.2g} nats over {len(pairs)} seeds",
+    )
+
+
+def _gain(short: list[float], long: list[float]) -> tuple[float, float]:
+    """(difference of the means, the larger standard deviation over seeds)."""
+    one, two = spread(short), spread(long)
+    return two.mean - one.mean, max(one.std or 0.0, two.std or 0.0)
+
+
+def _longer_context(records: Records) -> Claim:
+    measured = _by(records, "context", "context", "test_perplexity")
+    holds, evidence = None, ""
+    if len(measured) > 1:
+        short, long = min(measured), max(measured)
+        change, noise = _gain(measured[short], measured[long])
+        holds = change < -2 * noise
+        evidence = f"{change:+.2f} from {short} to {long} tokens, standard deviation {noise:.2f}"
+    return judge(
+        "longer context",
+        "A longer context lowers perplexity (Table 4: 18.2 at 1k, 17.2 at 4k).",
+        "mean perplexity of the longest context is below that of the shortest by more than twice "
+        "the larger standard deviation over seeds",
+        holds,
+        evidence,
+    )
+
+
+def _longer_documents(records: Records) -> Claim:
+    measured = _by(records, "documents", "length", "test_accuracy")
+    holds, evidence = None, ""
+    if len(measured) > 1:
+        short, long = min(measured), max(measured)
+        change, noise = (100 * x for x in _gain(measured[short], measured[long]))
+        holds = change > 2 * noise
+        evidence = f"{change:+.1f} points from {short} to {long} tokens, deviation {noise:.1f}"
+    return judge(
+        "longer documents",
+        "Reading more of a document classifies it better (Table 5: +4.3 and +7.0 points).",
+        "mean micro-F1 of the longest length is above that of the shortest by more than twice the "
+        "larger standard deviation over seeds",
+        holds,
+        evidence,
+    )
+
+
+def figures(records: Records) -> dict[str, str]:
+    """SVG by name: both training curves, and perplexity against context."""
+    made = {}
+    pairs = _curve_pairs(records)
+    if pairs:
+        one, two = (r.result for r in pairs[0])
+        lines = {
+            "standard": (one["steps"], one["train_loss"]),
+            "tiled": (two["steps"], two["train_loss"]),
+        }
+        gap = [abs(a - b) for a, b in zip(one["train_loss"], two["train_loss"], strict=True)]
+        made["training-curves"] = line_chart(
+            {"training loss": lines}, x_label="step", y_label="nats a token", markers=False
+        )
+        panels = {"|difference|": {"standard - tiled": (one["steps"], [g or None for g in gap])}}
+        made["training-difference"] = line_chart(
+            panels, x_label="step", y_label="nats a token", log_y=True, markers=False
+        )
+    for kind, setting, metric, label in (
+        ("context", "context", "test_perplexity", "test perplexity"),
+        ("documents", "length", "test_accuracy", "test accuracy"),
+    ):
+        measured = _by(records, kind, setting, metric)
+        if measured:
+            x, spreads = list(measured), [spread(v) for v in measured.values()]
+            made[kind] = line_chart(
+                {"": {f"{label}, mean and deviation over seeds": (x, [s.mean for s in spreads])}},
+                x_label="tokens read",
+                y_label=label,
+                log_x=True,
+                errors=[s.std or 0.0 for s in spreads],
+            )
+    return made
