@@ -79,7 +79,7 @@ axes[0, 0].set(ylabel="queries")
 axes[1, 0].set(ylabel="queries", xlabel="keys")
 legend = [Patch(color=COLOURS[i], label=text) for i, text in
           ((0, "empty: skipped"), (3, "partial: masked"), (5, "full: no mask needed"))]
-figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
+_ = figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
 
 # %% [markdown]
 # The picture is a promise, so let us check it: no visible score lies in a grey tile, and no
@@ -291,6 +291,7 @@ def plot(results, ylabel):
 
 
 plot(elapsed, "forward, ms")
+print("tokens:", *LENGTHS)
 for name, numbers in elapsed.items():
     print(f"{name:21s}", ", ".join(f"{t:.3g}" for t in numbers), "ms")
 
@@ -317,8 +318,8 @@ if not SMALL:  # twice the length: four times the square, twice the tiles
     assert doubling["dense, causal"] > 3.5 and doubling["tiles, causal"] < 2.5
 
 # %% [markdown]
-# Twice the length: four times the memory for the square, twice for the tiles. The window's
-# time grows as its memory does, with the length and not with its square.
+# The square's memory grows with the square of the length, that of tiles in proportion to it (on
+# top of a few MiB for the tiles at work). The window's time grows in proportion as well.
 #
 # From here: `ops/masks.py` is the whole algebra of masks, and a new pattern is a new mask.
 # `tests/ops/test_masks.py` checks each tile against each element.

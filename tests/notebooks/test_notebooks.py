@@ -1,0 +1,59 @@
+"""Notebooks run from top to bottom, and the committed ones are what their scripts say."""
+
+import importlib.util
+import pathlib
+import re
+
+import nbformat
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[2] / "notebooks"
+SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("notebooks_build", FOLDER / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def images(notebook):
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    return [o for o in outputs if "image/png" in o.get("data", {})]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_runs(build, script):
+    """At the small size; the asserts in the cells are the test."""
+    notebook = build.execute(build.read(script), "small", timeout=120)
+    assert len(images(notebook)) >= 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_committed_notebook_is_built_from_its_script(build, script):
+    path = script.with_suffix(".ipynb")
+    assert path.exists(), f"run: python notebooks/build.py {script.name[:2]}"
+    committed = nbformat.read(path, as_version=4)
+    nbformat.validate(committed)
+    fresh = build.read(script)
+    kinds_and_sources = lambda nb: [(c.cell_type, c.source) for c in nb.cells]
+    assert kinds_and_sources(committed) == kinds_and_sources(fresh), (
+        f"{path.name} is not what {script.name} says; run: python notebooks/build.py"
+    )
+    code = [c for c in committed.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, 1 + len(code)))
+    assert not any(o.output_type == "error" for c in code for o in c.outputs)
+    assert len(images(committed)) >= 3
+    assert path.stat().st_size < 2**20
+    assert not re.search(r'"(/[a-z][\w.-]*){3,}', path.read_text()), "a path of some machine"
+
+
+def test_build_reports_unknown_names(build, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["build.py", "99"])
+    with pytest.raises(SystemExit):
+        build.main()
+    assert (
+        "no notebook begins with 99; there are 01_attention_as_tiles.py" in capsys.readouterr().err
+    )
