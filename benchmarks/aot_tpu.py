@@ -125,7 +125,7 @@ def compile_jobs(
 
 
 def _reason(process: subprocess.CompletedProcess) -> str:
-    found = re.search(r"Static LLO profiling of .*?failed: ([^\n]{0,160})", process.stderr)
+    found = re.search(r"Static LLO profiling of (.*?failed: [^\n]{0,160})", process.stderr)
     tail = process.stderr.strip().splitlines()[-1:] or ["no message"]
     return f"worker ended with {process.returncode}: {found[1] if found else tail[0][:300]}"
 

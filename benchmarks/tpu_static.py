@@ -286,8 +286,7 @@ def table_rows(generation: str, kernels_: tuple[str, ...], console) -> list[Row]
     for mask in PROFILED_MASKS:
         own = [row("tilescan", k, mask, default_tile(k, generation, mask)) for k in kernels_]
         found += _run(own, generation, console)
-    found += [_estimate(row("tilescan", k, m, ()), found) for k in kernels_ for m in MASKS
-              if m not in PROFILED_MASKS]  # fmt: skip
+    found += estimates(generation, kernels_, console)
     for mask in ("full", "causal"):
         if "forward" in kernels_:
             candidates = [row("jax flash", "forward", mask, tile) for tile in STOCK_FORWARD]
@@ -306,34 +305,41 @@ def table_rows(generation: str, kernels_: tuple[str, ...], console) -> list[Row]
     return found
 
 
+def estimates(generation: str, kernels_: tuple[str, ...], console) -> list[Row]:
+    """Rows of the masks that go by tables, and the profiled rows that they are made from."""
+    rows, bases = [], {}
+    for kernel in kernels_:
+        for mask in MASKS:
+            if mask not in PROFILED_MASKS:
+                tile = default_tile(kernel, generation, mask)
+                rows.append(Row("tilescan", kernel, mask, generation, tile, "estimated"))
+                for base in ("full", "causal"):
+                    source = "static profile, for estimates"
+                    bases[kernel, base, tuple(tile)] = Row(
+                        "tilescan", kernel, base, generation, tile, source
+                    )
+    _run(list(bases.values()), generation, console, bundles=False)
+    for row in rows:
+        _estimate(row, *(bases[row.kernel, base, tuple(row.tile)] for base in ("full", "causal")))
+    return [*bases.values(), *rows]
+
+
 def _best(rows: list[Row]) -> Row:
     return min(rows, key=lambda row: row.cycles or float("inf"))
 
 
-def _estimate(row: Row, measured: list[Row]) -> Row:
-    """Cycles of a mask that goes by tables, from those of one live tile of each kind."""
-    row.source = "estimated"
-    row.tile = default_tile(row.kernel, row.generation, row.mask)
-    same = {
-        r.mask: r
-        for r in measured
-        if (r.kernel, r.generation) == (row.kernel, row.generation) and r.cycles is not None
-    }
-    if not {"full", "causal"} <= set(same):
+def _estimate(row: Row, full: Row, causal: Row) -> None:
+    """Cycles of a mask that goes by tables, from the walks of Full and Causal with its tile."""
+    if full.cycles is None or causal.cycles is None:
         row.source = "no profile to estimate from"
-        return row
-    scale = lambda r: r.tile[0] * r.tile[1]
-    heads = SHAPE["B"] * SHAPE["H"]
-    full, causal = same["full"], same["causal"]
-    # Cycles per score of a full tile; a partial one costs what the causal walk has left over.
-    per_full = full.cycles / (heads * sum(full.live.values()) * scale(full))
-    rest = causal.cycles / heads - causal.live["full"] * scale(causal) * per_full
-    per_partial = rest / (causal.live["partial"] * scale(causal))
-    row.live = live_tiles(row.mask, row.tile, SHAPE["T"])
-    area = heads * row.tile[0] * row.tile[1]
-    row.cycles = round(area * (row.live["full"] * per_full + row.live["partial"] * per_partial))
-    row.bytes = transfers(row.kernel, row.mask, row.tile, **SHAPE)
-    return _finish(row)
+        return
+    per_full = full.cycles / full.live["full"]
+    # A partial tile costs what Causal's walk has left over.
+    per_partial = (causal.cycles - causal.live["full"] * per_full) / causal.live["partial"]
+    row.live = live_tiles(row.mask, row.tile, row.shape["T"])
+    row.cycles = round(row.live["full"] * per_full + row.live["partial"] * per_partial)
+    row.bytes = transfers(row.kernel, row.mask, row.tile, **row.shape)
+    _finish(row)
 
 
 def _print(rows: list[Row], console) -> None:

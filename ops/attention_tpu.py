@@ -172,7 +172,7 @@ def _compute(block: int, wanted: int) -> int:
 def _axes(kernel, q, k, v, mask, tile=None):
     """The two axes of a kernel and its compute step."""
     T, S = q.shape[1], k.shape[1]
-    tile = tile or tile_for(kernel, max(q.shape[3], v.shape[3]), q.dtype.itemsize, _width(mask))
+    tile = tile or tile_for(kernel, max(q.shape[3], v.shape[3]), q.dtype.itemsize, _near(mask))
     # Tiles that lie within the blocks of a layout need no masking; not worth it for small blocks.
     blocks = [m.block for m in _leaves(mask) if isinstance(m, masks.BlockSparse)]
     within = math.gcd(*blocks) if blocks else None
@@ -240,6 +240,12 @@ def _width(mask):
     if band is None or band.left is None or band.right is None or band.prefix:
         return None
     return band.left + band.right + 1
+
+
+def _near(mask):
+    """How many keys near a query matter to the choice of a tile; None if all may."""
+    windows = [m.window for m in _leaves(mask) if isinstance(m, masks.Lambda)]
+    return min(windows) if windows else _width(mask)
 
 
 def _split(mask, static):

