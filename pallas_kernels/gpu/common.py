@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +30,10 @@ def tma_transforms(width: int) -> tuple:
     """Tiling and swizzle of a 16-bit tile whose rows are `width` long, as TMA and wgmma want them."""
     for columns in (64, 32, 16):
         if width % columns == 0:
-            tiling, swizzle = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+            tiling, swizzle = (
+                plgpu.TilingTransform((8, columns)),
+                plgpu.SwizzleTransform(2 * columns),
+            )
             return tiling, swizzle
     raise ValueError(f"a tile's rows must be a multiple of 16 elements long, got {width}")
 
@@ -158,45 +159,37 @@ def base2_logits(dots: jax.Array, scale: float, logit_cap: float | None):
     return tanh, logit_cap * LOG2E, 1.0 - tanh * tanh
 
 
-def hide(x, visible, q_start, k_start, k_length, *, q_axis: int, q_ids=None, k_ids=None, offset=0, q_index=None):
+def hide(x, visible, q_start, k_start, k_length, *, q_ids=None, k_ids=None):
     """x with -inf where the mask hides the key, or where the key is padding.
 
     Args:
-        x: a tile of logits in registers; queries run along axis `q_axis`, keys along the other.
+        x: a tile of logits in registers, queries by keys.
         visible: callable(q_index, k_index, q_ids, k_ids) -> bool, or None for no mask.
-        q_start, k_start: index of the tile's first query and key; `offset` is added to the query's.
-        k_length: number of real keys, None if padding needs no hiding.
+        q_start, k_start: index of the tile's first query and key.
+        k_length: number of real keys.
         q_ids, k_ids: segment ids of the tile, broadcast to the tile's shape, or None.
-        q_index: the queries' indices broadcast to the tile's shape, instead of q_start and offset.
     """
-    if q_index is None:
-        q_index = plgpu.broadcasted_iota(jnp.int32, x.shape, q_axis, layout=MATRIX)
-        q_index = q_index + (q_start + offset)
-    k_index = plgpu.broadcasted_iota(jnp.int32, x.shape, 1 - q_axis, layout=MATRIX) + k_start
-    conditions = []
-    if k_length is not None:
-        conditions.append(k_index < k_length)
+    k_index = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=MATRIX) + k_start
+    seen = k_index < k_length
     if visible is not None:
-        conditions.append(visible(q_index, k_index, q_ids, k_ids))
-    if not conditions:
-        return x
-    seen = functools.reduce(operator.and_, conditions)
+        q_index = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=MATRIX) + q_start
+        seen = seen & visible(q_index, k_index, q_ids, k_ids)
     return jnp.where(seen, x, -jnp.inf)
 
 
-def tile_ids(gmem: dict, batch, q_start, k_start, shape: tuple[int, int], *, q_axis: int) -> dict:
-    """Segment ids of a tile, broadcast over it, as keyword arguments of `hide`; {} without segments."""
+def load_ids(ref, batch, start, length: int, axis: int) -> jax.Array:
+    """Segment ids from global memory, laid out along `axis` of a tile."""
+    layout = PER_ROW if axis == 0 else PER_COL
+    return plgpu.load(ref.at[batch, pl.ds(start, length)], layout=layout, optimized=False)
+
+
+def tile_ids(gmem: dict, batch, q_start, k_start, shape: tuple[int, int]) -> dict:
+    """Segment ids of a tile of queries by keys as arguments of `hide`; {} without segments."""
     if "q_ids" not in gmem:
         return {}
-    loaded = {}
-    for name, start, axis in (("q_ids", q_start, q_axis), ("k_ids", k_start, 1 - q_axis)):
-        ids = plgpu.load(
-            gmem[name].at[batch, pl.ds(start, shape[axis])],
-            layout=PER_ROW if axis == 0 else PER_COL,
-            optimized=False,
-        )
-        loaded[name] = along_rows(ids, shape) if axis == 0 else along_cols(ids, shape)
-    return loaded
+    q_ids = load_ids(gmem["q_ids"], batch, q_start, shape[0], 0)
+    k_ids = load_ids(gmem["k_ids"], batch, k_start, shape[1], 1)
+    return {"q_ids": along_rows(q_ids, shape), "k_ids": along_cols(k_ids, shape)}
 
 
 def pad_axis(x: jax.Array, axis: int, length: int, value=0) -> jax.Array:

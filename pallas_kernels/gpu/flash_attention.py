@@ -36,16 +36,19 @@ def flash_attention_forward(
     scale: float,
     logit_cap: float | None = None,
     blocks: BlockSizes,
+    k_length: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the schedule's tiles.
 
     Args:
-        q: [B, T, H, D]; k: [B, S, G, D]; v: [B, S, G, P]; bf16 or f16, D and P multiples of 16.
+        q: [B, T, H, D]; k: [B, S, G, D]; v: [B, S, G, P]; bf16 or f16, D and P multiples of 16,
+            T and S multiples of 8 (in interpret mode any).
         schedule: live key tiles of every query tile, for blocks.block_q and blocks.block_k.
         visible: callable(q_index, k_index, q_ids, k_ids) -> bool for partial tiles, None for no mask.
         q_offset: int32 scalar added to query indices before `visible`.
         segments: int32 ids [B, T] and [B, S] given (gathered) to `visible`, or None.
+        k_length: number of real keys, S if None; the schedule must call a tile with others partial.
         interpret: run on the CPU in GPU interpret mode.
 
     Returns:
@@ -54,6 +57,7 @@ def flash_attention_forward(
     """
     batch, q_len, heads, head_dim = q.shape
     _, k_len, kv_heads, value_dim = v.shape
+    k_length = k_len if k_length is None else k_length
     group = heads // kv_heads
     block_k, stages = blocks.block_k, blocks.stages
     rows = schedule.rows
@@ -123,16 +127,8 @@ def flash_attention_forward(
                 x, factor, _ = common.base2_logits(dots, scale, logit_cap)
                 if masked:
                     k_start = tile_of(step) * block_k
-                    x = common.hide(
-                        x,
-                        visible,
-                        q_start,
-                        k_start,
-                        k_len,
-                        q_axis=0,
-                        offset=offset,
-                        **common.tile_ids(gmem, b, q_start, k_start, x.shape, q_axis=0),
-                    )
+                    ids = common.tile_ids(gmem, b, q_start, k_start, x.shape)
+                    x = common.hide(x, visible, q_start + offset, k_start, k_length, **ids)
                 new_peak = jnp.maximum(peak, x.max(axis=1) * factor)
                 shrink = jnp.exp2(peak - new_peak)
                 p = jnp.exp2(x * factor - common.along_rows(new_peak, x.shape))
@@ -155,9 +151,7 @@ def flash_attention_forward(
                 common.zeros((WG_ROWS,), common.PER_ROW),
             )
             pl.when(wg == 1)(take_turns)
-            carry = lax.fori_loop(
-                0, n_full, lambda i, c: step_tile(i, c, masked=False), carry
-            )
+            carry = lax.fori_loop(0, n_full, lambda i, c: step_tile(i, c, masked=False), carry)
             acc, peak, total = lax.fori_loop(
                 n_full, n_live, lambda i, c: step_tile(i, c, masked=True), carry
             )

@@ -106,7 +106,7 @@ def flash_attention_dkv(
         (dk [B, S, G, D], dv [B, S, G, P]) in k's dtype, None for what is not wanted.
     """
     batch, _, heads, head_dim = q.shape
-    _, _, kv_heads, value_dim = v.shape
+    kv_heads, value_dim = v.shape[2:]
     group = heads // kv_heads
     block_q, stages = blocks.block_q, blocks.stages
     rows = schedule.rows
@@ -129,7 +129,7 @@ def flash_attention_dkv(
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, index_smem, *rest = refs[
             len(inputs) + n_out :
         ]
-        staging, own_bar, ready, free = rest
+        ids_smem, staging, own_bar, ready, free = rest
         wg = lax.axis_index("wg")
 
         def place():
@@ -154,7 +154,10 @@ def flash_attention_dkv(
                     ("lse", lse_smem, (b, h, queries)),
                     ("delta", delta_smem, (b, h, queries)),
                     ("q_index", index_smem, (queries,)),
+                    ("q_ids", ids_smem, (b, queries)),
                 ):
+                    if smem is None:
+                        continue
                     source = gmem[name].at[source]
                     plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
 
@@ -165,7 +168,7 @@ def flash_attention_dkv(
         @pl.when(wg < COMPUTE_WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(blocks.compute_registers, action="increase")
-            b, g, row, n_full, n_live, tile_of = place()
+            b, g, row, n_full, n_live, _ = place()
             k_start = row * blocks.block_k + wg * WG_ROWS
             own = (b, pl.ds(k_start, WG_ROWS), g)
             plgpu.copy_gmem_to_smem(gmem["k"].at[own], k_smem.at[wg], own_bar.at[wg])
@@ -185,20 +188,15 @@ def flash_attention_dkv(
 
                 def x_of_dots(dots):
                     x, factor, slope = common.base2_logits(dots, scale, logit_cap)
-                    if masked:
-                        q_start = tile_of(lax.div(step, jnp.int32(group))) * block_q
-                        ids = common.tile_ids(gmem, b, q_start, k_start, shape, q_axis=1)
-                        # Padded keys are rows here, which no other row sees and no one stores.
-                        x = common.hide(
-                            x,
-                            visible,
-                            None,
-                            k_start,
-                            None,
-                            q_axis=1,
-                            q_index=per_query(index_smem),
-                            **ids,
-                        )
+                    if masked and visible is not None:
+                        k_index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.MATRIX)
+                        ids = (None, None)
+                        if ids_smem is not None:
+                            k_ids = common.load_ids(gmem["k_ids"], b, k_start, WG_ROWS, 0)
+                            ids = per_query(ids_smem), common.along_rows(k_ids, shape)
+                        # Padded keys need no hiding: they are rows, which no other row sees.
+                        seen = visible(per_query(index_smem), k_index + k_start, *ids)
+                        x = jnp.where(seen, x, -jnp.inf)
                     return x, factor, slope
 
                 plgpu.barrier_wait(ready.at[slot])
@@ -253,9 +251,10 @@ def flash_attention_dkv(
             plgpu.SMEM((stages, block_q), jnp.float32),
             plgpu.SMEM((stages, block_q), jnp.float32),
             plgpu.SMEM((stages, block_q), jnp.int32),
+            None if segments is None else plgpu.SMEM((stages, block_q), jnp.int32),
             common.smem_tile((*pair, block_q), dtype) if interpret else None,
             plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
-            plgpu.Barrier(num_arrivals=5, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=5 if segments is None else 6, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
         ],
         **common.launch((kv_heads, rows, batch), interpret),
@@ -279,6 +278,7 @@ def flash_attention_dq(
     scale: float,
     logit_cap: float | None = None,
     blocks: BlockSizes,
+    k_length: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Gradient of the queries, dq [B, T, H, D]; arguments as in flash_attention_dkv.
@@ -287,6 +287,7 @@ def flash_attention_dq(
     """
     batch, _, heads, head_dim = q.shape
     _, k_len, kv_heads, value_dim = v.shape
+    k_length = k_len if k_length is None else k_length
     group = heads // kv_heads
     block_k, stages = blocks.block_k, blocks.stages
     rows = schedule.rows
@@ -316,7 +317,9 @@ def flash_attention_dq(
             b, h, _, _, n_live, tile_of = place()
             g = lax.div(h, jnp.int32(group))
             rings = ((gmem["k"], k_smem, k_bar, k_free), (gmem["v"], v_smem, v_bar, v_free))
-            common.produce(n_live, stages, lambda i: (b, pl.ds(tile_of(i) * block_k, block_k), g), rings)
+            common.produce(
+                n_live, stages, lambda i: (b, pl.ds(tile_of(i) * block_k, block_k), g), rings
+            )
 
         @pl.when(wg < COMPUTE_WARPGROUPS)
         def _compute():
@@ -346,10 +349,8 @@ def flash_attention_dq(
                     x, factor, slope = common.base2_logits(dots, scale, logit_cap)
                     if masked:
                         k_start = tile_of(i) * block_k
-                        ids = common.tile_ids(gmem, b, q_start, k_start, shape, q_axis=0)
-                        x = common.hide(
-                            x, visible, q_start, k_start, k_len, q_axis=0, offset=offset, **ids
-                        )
+                        ids = common.tile_ids(gmem, b, q_start, k_start, shape)
+                        x = common.hide(x, visible, q_start + offset, k_start, k_length, **ids)
                     return x, factor, slope
 
                 plgpu.barrier_wait(k_bar.at[slot])
