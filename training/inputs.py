@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from data import pipelines, sources, tokenizers
 from models import LanguageModel, SequenceClassifier
-from training.config import ConfigError, Settings
+from training.settings import ConfigError, Settings
 
 
 def pad_rows(batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from training.config import MeshConfig
+from training.settings import MeshConfig
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = P(("data", "fsdp"))

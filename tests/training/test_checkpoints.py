@@ -14,7 +14,7 @@ from tiny_training import Rows
 
 from training import sharding
 from training.checkpoints import CheckpointError, Checkpoints, describe, is_full_disk
-from training.config import MeshConfig
+from training.settings import MeshConfig
 
 
 def some_state(seed=0):

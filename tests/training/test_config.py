@@ -9,19 +9,20 @@ from absl.flags import FlagValues
 from ml_collections import config_flags
 
 from training import config as lib
+from training import settings as fields
 from training.config import ConfigError, default_config, override, settings
 
 
 def test_defaults_are_the_dataclasses():
     c = settings(default_config())
-    for name, cls in lib.SECTIONS.items():
+    for name, cls in fields.SECTIONS.items():
         assert getattr(c, name) == cls()
     assert c.seed == 0 and c.task == "language_model"
 
 
 def test_every_field_has_a_comment():
-    source = open(lib.__file__).read().splitlines()
-    for cls in (*lib.SECTIONS.values(), lib.ParamGroup):
+    source = open(fields.__file__).read().splitlines()
+    for cls in (*fields.SECTIONS.values(), fields.ParamGroup):
         for field in dataclasses.fields(cls):
             at = [i for i, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
             assert any("  # " in source[i] or "    # " in source[i - 1] for i in at), field.name
@@ -95,7 +96,7 @@ def test_override_reads_literals_words_and_tuples():
     assert (c.train.steps, c.train.progress, c.train.resume_step) == (7, False, 5)
     assert c.optimizer.learning_rate == 1e-3 and c.data.tokenizer == "gpt2"
     assert c.data.sources == ("shakespeare",)
-    assert c.optimizer.groups == (lib.ParamGroup("ssm", 0.1, None),)
+    assert c.optimizer.groups == (fields.ParamGroup("ssm", 0.1, None),)
     with pytest.raises(ConfigError, match=r"train.steps must be of type int, not '3.5'"):
         override(config, "train.steps=3.5")
     with pytest.raises(ConfigError, match="not of the form section.key=value"):

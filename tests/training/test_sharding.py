@@ -10,8 +10,8 @@ from tiny_training import Rows, TinyModel
 
 from models import LOGICAL_AXES, LanguageModel, LanguageModelConfig
 from training import sharding, steps
-from training.config import ConfigError, MeshConfig, OptimizerConfig
 from training.optimizers import make_optimizer, path_name
+from training.settings import ConfigError, MeshConfig, OptimizerConfig
 from training.train import sharded_init
 
 MESHES = {

@@ -9,8 +9,8 @@ from flax import linen as nn
 from tiny_training import Rows, TinyModel
 
 from training import steps
-from training.config import OptimizerConfig
 from training.optimizers import make_optimizer
+from training.settings import OptimizerConfig
 
 
 def batch(**fields):

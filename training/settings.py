@@ -1,0 +1,202 @@
+"""The fields of a training run's configuration: what there is to choose, in what unit, and why.
+
+These dataclasses are the only list of fields; `training.config` makes the editable, locked
+`ConfigDict` out of them and back.
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from models import LanguageModelConfig
+
+TASKS = ("language_model", "classification")
+OPTIMIZERS = ("adamw", "adam", "lion", "sgd")
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
+PACKINGS = ("packed", "whole", "contiguous")
+
+
+class ConfigError(ValueError):
+    """A key that does not exist, or a value that makes no sense."""
+
+
+def _one_of(name: str, value, known) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, 1, 0.0)
+        raise ConfigError(
+            f"{name} = {value!r} is unknown; did you mean {near[0]!r}? Known: {', '.join(known)}"
+        )
+
+
+def _at_least(section: str, config, low: int | float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise ConfigError(f"{section}.{name} = {value} must be at least {low}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[str, ...] = ("python_stdlib",)  # names in data.sources; no download here
+    tokenizer: str = "byte"  # name in data.tokenizers
+    seq_len: int = 256  # tokens per row (T)
+    batch_size: int = 16  # rows per update, over all devices and microbatches
+    packing: str = "packed"  # packed, whole or contiguous: see data.packing
+    shuffle: bool = True  # another order of documents in each epoch, from the seed
+    fractions: tuple[float, ...] = (0.9, 0.05, 0.05)  # of the documents: train, validation, test
+    split_seed: int = 0  # which documents are held out; apart from the seed, so that seeds compare
+    max_documents: int | None = None  # use only the first so many; None: all
+    eval_stride: int | None = None  # slide windows by so many tokens in evaluations; None: packed
+
+    def __post_init__(self):
+        _one_of("data.packing", self.packing, PACKINGS)
+        _at_least("data", self, 1, "seq_len", "batch_size")
+        _at_least("data", self, 1, "max_documents", "eval_stride")
+        if not self.sources:
+            raise ConfigError("data.sources is empty: name at least one source of data.sources")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamGroup:
+    pattern: str  # regular expression, searched in the parameter's path "a/b/kernel"
+    lr_multiplier: float = 1.0  # times the learning rate; 0 freezes
+    weight_decay: float | None = None  # None: optimizer.weight_decay
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = "adamw"  # adamw, adam (adamw that must not decay), sgd, lion
+    learning_rate: float = 3e-4  # the peak
+    schedule: str = "cosine"  # constant, linear, cosine, wsd, inverse_sqrt
+    warmup_steps: int = 100  # updates until the peak
+    decay_steps: int = 0  # wsd alone: length of the decay that ends the run, in updates
+    final_fraction: float = 0.1  # of the peak, where linear, cosine and wsd end
+    b1: float = 0.9  # decay of the first moment; sgd's momentum
+    b2: float = 0.95  # decay of the second moment: language models' habit; optax has 0.999
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decoupled: p -= learning rate * weight_decay * p
+    clip_norm: float = 1.0  # bound on the global norm of the gradient; 0: no clipping
+    # The first group that matches a parameter holds. Scales and biases are not decayed.
+    groups: tuple[ParamGroup, ...] = (ParamGroup(r"(^|/)(scale|bias)$", 1.0, 0.0),)
+
+    def __post_init__(self):
+        _one_of("optimizer.name", self.name, OPTIMIZERS)
+        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        positive = ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_norm")
+        _at_least("optimizer", self, 0, *positive)
+        if self.name == "adam" and (self.weight_decay or any(g.weight_decay for g in self.groups)):
+            raise ConfigError(
+                "optimizer.name = 'adam' does not decay weights: set weight_decay to 0 or name to "
+                "'adamw'"
+            )
+        if self.schedule == "wsd" and not self.decay_steps:
+            raise ConfigError("optimizer.schedule = 'wsd' needs optimizer.decay_steps > 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000  # updates of the parameters
+    microbatches: int = 1  # parts of a batch, whose gradients are added up: saves memory
+    z_loss: float = 0.0  # times log(Z)^2 per token; 1e-4 keeps bf16 logits near 0 (PaLM, section 5)
+    log_every: int = 10  # steps between rows of metrics.jsonl
+    eval_every: int = 200  # steps between evaluations; step 0 and the last have one too
+    eval_batches: int = 16  # batches per evaluation; 0: all of the validation documents
+    checkpoint_every: int = 200  # steps between checkpoints; the last has one too. 0: none
+    keep: int = 2  # how many checkpoints stay on disk
+    resume_step: int | None = None  # go back to this checkpoint, drop later ones; None: newest
+    progress: bool = True  # a bar on a terminal, a line per row of metrics elsewhere
+    tensorboard: bool = True  # event files beside metrics.jsonl
+
+    def __post_init__(self):
+        _at_least("train", self, 1, "steps", "microbatches", "log_every", "eval_every", "keep")
+        _at_least("train", self, 0, "z_loss", "eval_batches", "checkpoint_every", "resume_step")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    param_dtype: str = "float32"  # of the parameters; the optimizer's moments are always float32
+    compute_dtype: str = "float32"  # of activations; bfloat16 on accelerators. Loss: always float32
+
+    def __post_init__(self):
+        for field in ("param_dtype", "compute_dtype"):
+            _one_of(f"precision.{field}", getattr(self, field), ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    n_classes: int | None = None  # task "classification"; None: as many as the data have labels
+    pooling: str = "mean"  # of all real tokens; "last": the last one alone
+
+    def __post_init__(self):
+        _one_of("classifier.pooling", self.pooling, ("mean", "last"))
+        _at_least("classifier", self, 2, "n_classes")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = -1  # copies of the model; -1: whatever devices the other axes leave
+    fsdp: int = 1  # parts of each parameter and its moments; the batch is cut as well
+    sequence: int = 1  # parts of the time axis; only 1 for now
+    tensor: int = 1  # parts of heads, MLP and vocabulary
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value < 1 and not (value == -1 and field.name == "data"):
+                raise ConfigError(
+                    f"mesh.{field.name} = {value} must be at least 1 (or -1 for mesh.data)"
+                )
+        if self.sequence > 1:
+            raise ConfigError(
+                f"mesh.sequence = {self.sequence}: the time axis is not split yet; set it to 1 and "
+                "use mesh.data, mesh.fsdp and mesh.tensor"
+            )
+
+
+SECTIONS = {
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "precision": PrecisionConfig,
+    "classifier": ClassifierConfig,
+    "mesh": MeshConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A checked configuration.
+
+    `model` holds the fields of models.LanguageModelConfig but dtype and param_dtype, which are
+    `precision`'s; its vocab_size may be None, which means the tokenizer's.
+    """
+
+    seed: int  # of parameters, data order, dropout: the run's only source of chance
+    task: str  # "language_model" (next token) or "classification" (the row's label)
+    model: dict[str, Any]
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    precision: PrecisionConfig
+    classifier: ClassifierConfig
+    mesh: MeshConfig
+
+    def __post_init__(self):
+        _one_of("task", self.task, TASKS)
+        if self.data.batch_size % self.train.microbatches:
+            raise ConfigError(
+                f"train.microbatches = {self.train.microbatches} must divide "
+                f"data.batch_size = {self.data.batch_size}"
+            )
+        try:
+            self.model_config(vocab_size=1)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model: {error}") from error
+
+    def model_config(self, vocab_size: int) -> LanguageModelConfig:
+        """The model's configuration; `vocab_size` is used if config.model has none."""
+        return LanguageModelConfig(
+            **self.model | {"vocab_size": self.model.get("vocab_size") or vocab_size},
+            dtype=self.precision.compute_dtype,
+            param_dtype=self.precision.param_dtype,
+        )
