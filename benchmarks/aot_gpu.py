@@ -1,15 +1,15 @@
 """Compile Mosaic GPU kernels for an H100 that is not there, and read off what the compiler says.
 
-XLA's CUDA plugin compiles for a described device; no GPU and no driver are needed. Registers, spills
-and warnings come from ptxas, shared memory from the kernel's launch, and the rest is counted in the
-machine code. All of it is static: it says that a kernel builds and what it occupies, not how long it
-runs, and nothing here runs on a device.
+XLA's CUDA plugin compiles for a described device; no GPU and no driver are needed. Registers,
+spills and warnings come from ptxas, shared memory from the kernel's launch, and the rest is counted
+in the machine code. All of it is static: it says that a kernel builds and what it occupies, not how
+long it runs, and nothing here runs on a device.
 
 The compile happens in a child process, since the environment has to be set before JAX is imported,
 and since kernels are cached by their code, not by the device they were compiled for. The child is
-`python -m benchmarks.aot_gpu`: it reads one JSON job a line and answers with one JSON report a line.
-The interpreter may be another one than the caller's: set TILESCAN_CUDA_PYTHON to one that has the
-plugin where the current one has not.
+`python -m benchmarks.aot_gpu`: it reads one JSON job a line and answers with one JSON report a
+line. The interpreter may be another one than the caller's: set TILESCAN_CUDA_PYTHON to one that has
+the plugin where the current one has not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ NEEDS = (
 
 
 def cuda_python(python: str | None = None) -> str | None:
-    """The interpreter that can compile for CUDA: `python`, TILESCAN_CUDA_PYTHON or this one; or None."""
+    """The interpreter that can compile for CUDA: `python`, TILESCAN_CUDA_PYTHON or this one; or
+    None."""
     python = python or os.environ.get("TILESCAN_CUDA_PYTHON") or sys.executable
     probe = (
         "import importlib.util as u, sys;"
@@ -53,22 +54,31 @@ def cuda_python(python: str | None = None) -> str | None:
 def compile_jobs(jobs: list[dict], python: str | None = None, timeout: float = 600) -> list[dict]:
     """Compile each job for an H100; one report a job, in order.
 
-    A job is {"kernel": "forward" | "dkv" | "dq" | "stock_forward" | "stock_backward", "batch", "length",
-    "heads", "kv_heads", "head_dim", "dtype", "mask": "full" | "causal", "blocks": {...} or absent}. A
-    report is {"kernels": [...], "versions": {...}} or {"error": text}.
+    A job is {"kernel": "forward" | "dkv" | "dq" | "stock_forward" | "stock_backward", "batch",
+    "length", "heads", "kv_heads", "head_dim", "dtype", "mask": "full" | "causal", "blocks": {...}
+    or absent}. A report is {"kernels": [...], "versions": {...}} or {"error": text}.
 
     Raises:
-        RuntimeError: no interpreter with the plugin (the text says how to get one), or the child died.
+        RuntimeError: no interpreter with the plugin (the text says how to get one), or the child
+            died.
     """
     found = cuda_python(python)
     if found is None:
         raise RuntimeError(NEEDS)
+    reports: list[dict] = []
+    while len(reports) < len(jobs):  # a child ends at its first error, which spoils its dump folder
+        reports += _run_child(found, jobs[len(reports) :], timeout)
+    return reports
+
+
+def _run_child(python: str, jobs: list[dict], timeout: float) -> list[dict]:
+    """Reports of the first jobs, up to and with the first error."""
     with tempfile.TemporaryDirectory(prefix="aot_gpu") as dump:
         env = dict(os.environ, JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_TO=dump, PYTHONPATH=str(ROOT))
         for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
             env.pop(name, None)
         child = subprocess.run(
-            [found, "-m", "benchmarks.aot_gpu"],
+            [python, "-m", "benchmarks.aot_gpu"],
             input="\n".join(map(json.dumps, jobs)),
             capture_output=True,
             text=True,
@@ -77,7 +87,7 @@ def compile_jobs(jobs: list[dict], python: str | None = None, timeout: float = 6
             timeout=timeout,
         )
     reports = [json.loads(line[1:]) for line in child.stdout.splitlines() if line[:1] == "@"]
-    if len(reports) != len(jobs):
+    if not reports or (len(reports) < len(jobs) and "error" not in reports[-1]):
         raise RuntimeError(
             f"the compiler process ended after {len(reports)} of {len(jobs)} jobs with code "
             f"{child.returncode}: {child.stderr[-2000:]}"
@@ -91,12 +101,14 @@ def main_loop(listing: str) -> dict | None:
     That is the loop over full tiles: the one over partial tiles has its masking on top.
 
     Args:
-        listing: disassembly whose lines start with the control codes, "a:b:c:d:STALL /*addr*/ instr".
+        listing: disassembly whose lines start with the control codes, "a:b:c:d:STALL /*addr*/
+            instr".
 
     Returns:
         hgmma, instructions, issue_cycles (the sum of the stall counts on one warp's way through the
-        body and nothing else: latencies of memory and of wgmma are not in it), mufu (exponentials and
-        the like), local_memory (loads and stores of spilled values); None without such a loop.
+        body and nothing else: latencies of memory and of wgmma are not in it), mufu (exponentials
+            and the like), local_memory (loads and stores of spilled values); None without such a
+            loop.
     """
     blocks, edges = _basic_blocks(listing)
     loops = _natural_loops(edges)
@@ -127,7 +139,8 @@ def main_loop(listing: str) -> dict | None:
 
 
 def _basic_blocks(listing: str) -> tuple[list[list[tuple[int, str]]], list[list[int]]]:
-    """(instructions with their stall counts, successors) of each basic block; block 0 is the entry."""
+    """(instructions with their stall counts, successors) of each basic block; block 0 is the
+    entry."""
     blocks: list[list[tuple[int, str]]] = [[]]
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -154,7 +167,8 @@ def _basic_blocks(listing: str) -> tuple[list[list[tuple[int, str]]], list[list[
 
 
 def _natural_loops(edges: list[list[int]]) -> dict[int, set[int]]:
-    """Members of each natural loop by its head: back edges are those whose target dominates them."""
+    """Members of each natural loop by its head: back edges are those whose target dominates
+    them."""
     n = len(edges)
     before: list[list[int]] = [[] for _ in range(n)]
     for i, targets in enumerate(edges):
@@ -302,6 +316,8 @@ def _child() -> None:
         except Exception as error:  # the report carries it; the caller decides
             report = {"error": f"{type(error).__name__}: {error}"[:2000]}
         print("@" + json.dumps(report), flush=True)
+        if "error" in report:
+            return
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the compiler says of the GPU attention kernels, beside JAX's own: python -m benchmarks.gpu_static
+"""Static figures of the GPU attention kernels, beside JAX's own: python -m benchmarks.gpu_static
 
-Registers, spills, shared memory and machine code for an H100, with no GPU: see benchmarks/aot_gpu.py.
-The figures are static and nothing ran on a device. Issue cycles are what one warp needs to issue one
-pass of the loop over full tiles; tensor cores, memory and the other warps are not in them, so they
-rank two versions of one kernel and say nothing about speed.
+Registers, spills, shared memory and machine code for an H100, with no GPU: see benchmarks/aot_gpu.
+The figures are static and nothing ran on a device. Issue cycles are what one warp needs to issue
+one pass of the loop over full tiles; tensor cores, memory and the other warps are not in them, so
+they rank two versions of one kernel and say nothing about speed.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from benchmarks import aot_gpu
 
 OUTPUT = Path(__file__).resolve().parent.parent / "results" / "benchmarks" / "gpu_static.json"
 NOTE = (
-    "Static figures from ptxas for an H100; nothing ran on a device. Issue cycles: one warp, one pass "
-    "of the loop over full tiles; without latencies of wgmma and memory."
+    "Static figures from ptxas for an H100; nothing ran on a device. Issue cycles: one warp, one "
+    "pass of the loop over full tiles; without latencies of wgmma and memory."
 )
 SHAPE = {"batch": 1, "length": 4096, "heads": 8, "kv_heads": 8}
 STOCK = {"block_q": 64, "block_kv": 128, "max_concurrent_steps": 2}
@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     console = Console()
+    console.width = max(console.width, 132)
     try:
         reports = aot_gpu.compile_jobs(jobs(), options.python)
     except RuntimeError as error:

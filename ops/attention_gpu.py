@@ -6,7 +6,6 @@ dim, and what the kernels can't do.
 Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
 """
 
-import functools
 import math
 
 import jax
@@ -50,8 +49,8 @@ def unsupported(q, k, v, bias, mask, q_offset):
     static = isinstance(q_offset, (int, np.integer))
     if _interior(mask, q_offset if static else None) is None:
         return (
-            "BlockSparse has a kernel if its block is a multiple of 128, q_offset a static multiple "
-            "of 128, and it is combined with other masks by one & or |"
+            "BlockSparse has a kernel if its block is a multiple of 128, q_offset a static "
+            "multiple of 128, and it is combined with other masks by one & or |"
         )
     if _window(mask) is None:
         rows = 1 if masks.segments_of(mask) is None else q.shape[0]
@@ -95,7 +94,8 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
 
 
 def _pad(x):
-    """x with time padded to a multiple of 8 and the head dim to one of 16, what TMA and wgmma take."""
+    """x with time padded to a multiple of 8 and the head dim to one of 16, what TMA and wgmma
+    take."""
     time, dim = -x.shape[1] % 8, -x.shape[3] % 16
     return jnp.pad(x, ((0, 0), (0, time), (0, 0), (0, dim))) if time or dim else x
 

@@ -23,9 +23,9 @@ class BlockSizes:
     producer_registers: int = 40
 
 
-# (kernel, largest head dim) -> tiles. Chosen by the static report of benchmarks/gpu_static.py: shared
-# memory within 227 KiB, nothing spilled in the loop over full tiles, few issue cycles. With 128 wide
-# heads the dK/dV kernel holds two 64 x 128 accumulators and needs every register there is.
+# (kernel, largest head dim) -> tiles. Chosen by the static report of benchmarks/gpu_static.py:
+# shared memory within 227 KiB, nothing spilled in the loop over full tiles, few issue cycles. With
+# 128 wide heads the dK/dV kernel holds two 64 x 128 accumulators and needs every register there is.
 _TABLE = {
     ("forward", 64): BlockSizes(128, 128, 2),
     ("forward", 128): BlockSizes(128, 128, 2),

@@ -27,7 +27,8 @@ PER_COL = plgpu.Layout.WGMMA.reduce(0)
 
 
 def tma_transforms(width: int) -> tuple:
-    """Tiling and swizzle of a 16-bit tile whose rows are `width` long, as TMA and wgmma want them."""
+    """Tiling and swizzle of a 16-bit tile whose rows are `width` long, as TMA and wgmma want
+    them."""
     for columns in (64, 32, 16):
         if width % columns == 0:
             tiling, swizzle = (
@@ -115,7 +116,8 @@ def produce(n_steps, stages: int, source_of, rings) -> None:
 
 
 def launch(grid: tuple[int, int, int], interpret: bool) -> dict:
-    """Arguments of plgpu.kernel that all the attention kernels share; grid is (heads, rows, batch)."""
+    """Arguments of plgpu.kernel that all the attention kernels share; grid is (heads, rows,
+    batch)."""
     return {
         "grid": grid,
         "grid_names": ("heads", "rows", "batch"),
@@ -145,7 +147,8 @@ def row_walk(bounds_ref, tiles_ref, batch, row):
 
 
 def base2_logits(dots: jax.Array, scale: float, logit_cap: float | None):
-    """(x, factor, slope): the logits are x * factor * ln 2, and slope is their derivative by scale * dots.
+    """(x, factor, slope): the logits are x * factor * ln 2, and slope is their derivative by scale
+    * dots.
 
     `factor` is left for the caller to fold into a fused multiply-add; slope is None where it is 1.
     """

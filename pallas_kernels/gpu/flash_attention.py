@@ -45,15 +45,16 @@ def flash_attention_forward(
         q: [B, T, H, D]; k: [B, S, G, D]; v: [B, S, G, P]; bf16 or f16, D and P multiples of 16,
             T and S multiples of 8 (in interpret mode any).
         schedule: live key tiles of every query tile, for blocks.block_q and blocks.block_k.
-        visible: callable(q_index, k_index, q_ids, k_ids) -> bool for partial tiles, None for no mask.
+        visible: callable(q_index, k_index, q_ids, k_ids) -> bool for partial tiles, None for no
+            mask.
         q_offset: int32 scalar added to query indices before `visible`.
         segments: int32 ids [B, T] and [B, S] given (gathered) to `visible`, or None.
         k_length: number of real keys, S if None; the schedule must call a tile with others partial.
         interpret: run on the CPU in GPU interpret mode.
 
     Returns:
-        o [B, T, H, P] in q's dtype and lse [B, H, T] float32 (natural log); rows that see no key are
-        0 and -inf.
+        o [B, T, H, P] in q's dtype and lse [B, H, T] float32 (natural log); rows that see no key
+        are 0 and -inf.
     """
     batch, q_len, heads, head_dim = q.shape
     _, k_len, kv_heads, value_dim = v.shape

@@ -1,9 +1,9 @@
 """Which tiles of the score matrix a GPU kernel visits, and in which order.
 
-A kernel works on one *row* of tiles at a time (a row of query tiles in the forward and dQ kernels, a
-row of key tiles in the dK/dV kernel) and walks along its *live* tiles: first those that are visible
-throughout, which need no masking, then those that are visible in part. Softmax and sums do not mind
-the order. Empty tiles are not in the walk at all, so they cost nothing.
+A kernel works on one *row* of tiles at a time (a row of query tiles in the forward and dQ kernels,
+a row of key tiles in the dK/dV kernel) and walks along its *live* tiles: first those that are
+visible throughout, which need no masking, then those that are visible in part. Softmax and sums do
+not mind the order. Empty tiles are not in the walk at all, so they cost nothing.
 
 A `TileSchedule` describes the walk of every row in one of two forms:
 
@@ -57,7 +57,8 @@ def window_schedule(
     after: int | None,
     offset: Array | int,
 ) -> TileSchedule:
-    """Ranges for "index r of the row side sees c iff r + offset - before <= c <= r + offset + after".
+    """Ranges for "index r of the row side sees c iff r + offset - before <= c <= r + offset +
+    after".
 
     Args:
         rows, block_row: number and size of the tiles on the row side.
@@ -93,8 +94,8 @@ def window_schedule(
 def list_schedule(kinds: Array) -> TileSchedule:
     """Lists from a table of tile kinds, int [M, rows, cols] of EMPTY, PARTIAL and FULL.
 
-    A numpy table (static masks) gives lists as wide as the longest row; a traced one (segments) lists
-    as wide as the table.
+    A numpy table (static masks) gives lists as wide as the longest row; a traced one (segments)
+    lists as wide as the table.
     """
     xp = np if isinstance(kinds, np.ndarray) else jnp
     kinds = kinds.astype(xp.int32)

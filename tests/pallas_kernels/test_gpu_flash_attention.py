@@ -43,7 +43,7 @@ def close(name, got, want, bound=0.02):
     got, want = np.asarray(got, np.float64), np.asarray(want)
     finite = np.isfinite(want)
     assert np.array_equal(finite, np.isfinite(got)), name
-    error = np.abs(got - want)[finite].max(initial=0)
+    error = np.abs(got[finite] - want[finite]).max(initial=0)
     assert error <= bound * max(1.0, np.abs(want[finite]).max(initial=0)), (name, error)
 
 
