@@ -47,9 +47,9 @@ The text there is: what it holds, its licence, how large it is; fetch it to the 
 """
 
 _GENERATE = """\
-Continue a text with a language model: a folder with safetensors, or a GGUF file.
+Continue a text with a language model: SmolLM2, a folder with safetensors, or a GGUF file.
 
-  tilescan generate --checkpoint=SmolLM2-135M-Instruct.gguf --prompt="The capital of France is"
+  tilescan generate --prompt="The capital of France is"                 SmolLM2-135M, 93 MB
   tilescan generate --checkpoint=gpt2/ --prompt="Once" --temperature=0.8 --top-p=0.95 --seed=1
 """
 
@@ -147,7 +147,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
     sub = add("generate", _generate, "continue a text with a language model", _GENERATE)
     sub.add_argument(
-        "--checkpoint", required=True, help="a folder with safetensors, or a GGUF file"
+        "--checkpoint", default="smollm2", help="folder with safetensors, GGUF file [smollm2]"
     )
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--max-new-tokens", type=int, default=64)

@@ -1,5 +1,7 @@
 """What `tilescan plan`, `data`, `generate` and `train` do; heavy imports stay inside."""
 
+import sys
+
 import rich.console
 
 
@@ -90,3 +92,26 @@ def _training_config(overrides: list[str]):
     for assignment in overrides:
         config_lib.override(config, assignment)
     return config
+
+
+def generate(options) -> int:
+    """Continues a prompt, token by token, and says how fast."""
+    from decoding.text import generate_text
+
+    done = generate_text(
+        options.checkpoint,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        write=lambda piece: print(piece, end="", flush=True),
+    )
+    print(
+        f"\n\n{done.tokens} tokens; first after {done.first_seconds:.1f} s, ",
+        file=sys.stderr,
+        end="",
+    )
+    print(f"then {done.tokens_per_second:.1f} tokens/s", file=sys.stderr)
+    return 0

@@ -11,6 +11,7 @@ from experiments import (
     flash_attention_io,
     flash_attention_speed,
     flash_attention_text,
+    static_figures,
 )
 from experiments.claims import Claim, judge
 from experiments.harness import Cell, Paper
@@ -22,6 +23,7 @@ def cells(config) -> list[Cell]:
     """All measurements of the config, cheap ones first."""
     return [
         *io_cells(config),
+        *static_figures.cells(),
         *exactness_cells(config),
         *memory_cells(config),
         *runtime_cells(config),
@@ -116,7 +118,8 @@ _PARTS = (flash_attention_speed, attention_exactness, flash_attention_io, flash_
 
 def tables(records: Records) -> list[Table]:
     """All tables that the records can fill."""
-    return [table for part in _PARTS for table in part.tables(records) if table.rows]
+    parts = (*_PARTS, static_figures)
+    return [table for part in parts for table in part.tables(records) if table.rows]
 
 
 def claims(records: Records) -> list[Claim]:

@@ -10,7 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import attention_cells, attention_counts, flash_attention_2_tables, timing
+from experiments import (
+    attention_cells,
+    attention_counts,
+    flash_attention_2_tables,
+    static_figures,
+    timing,
+)
 from experiments.attention_cells import DIRECTIONS
 from experiments.harness import Cell, Paper
 from ops import masks
@@ -20,7 +26,7 @@ VARIANTS = ("standard", "tiled")
 
 def cells(config) -> list[Cell]:
     """All measurements of the config."""
-    return [*count_cells(config), *speed_cells(config)]
+    return [*count_cells(config), *static_figures.cells(), *speed_cells(config)]
 
 
 def count_cells(config) -> list[Cell]:

@@ -1,5 +1,6 @@
 """FlashAttention-2's published numbers, and the tables, claims and figures of its records."""
 
+from experiments import static_figures
 from experiments.attention_cells import FORWARD, FORWARD_BACKWARD
 from experiments.claims import Claim, judge
 from experiments.figures import line_chart
@@ -43,6 +44,7 @@ def tables(records: Records) -> list[Table]:
     """All tables that the records can fill."""
     made = [_counts_table(records), _causal_table(records)]
     made += [_rate_table(records, head_dim) for head_dim in _speed(records).values("head_dim")]
+    made += static_figures.tables(records)
     return [table for table in made if table.rows]
 
 
@@ -156,6 +158,7 @@ def claims(records: Records) -> list[Claim]:
         _fewer_operations(records),
         _causal_gain(records),
         _over_standard(records),
+        *static_figures.claims(records),
         judge(
             "twice FlashAttention",
             "FlashAttention-2 is about twice as fast as FlashAttention (section 4.1).",

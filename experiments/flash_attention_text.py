@@ -197,8 +197,8 @@ def _document_table(records: Records) -> Table:
         ],
         rows,
         note=f"{about}. With one label a document micro-F1 is accuracy. The paper fine-tunes "
-        "RoBERTa on medical notes and court cases, which may not be passed on; here a small encoder learns "
-        "the section of news articles from scratch. Only the direction compares.",
+        "RoBERTa on medical notes and court cases, which may not be passed on; here a small "
+        "encoder learns the section of news articles from scratch. Only the direction compares.",
     )
 
 
