@@ -200,22 +200,33 @@ def flash_attention_dkv(
                     return x, factor, slope
 
                 plgpu.barrier_wait(ready.at[slot])
-                p, dp, slope = _weights_and_dp(
-                    (k_smem.at[wg], q_smem.at[slot].transpose((1, 0))),
-                    (v_smem.at[wg], do_smem.at[slot].transpose((1, 0))),
-                    x_of_dots,
-                    lambda: per_query(lse_smem),
-                    shape,
-                    overlap=not masked,
-                )
-                terms = []
-                if want_dk:
+                left = (k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
+                right = (v_smem.at[wg], do_smem.at[slot].transpose((1, 0)))
+
+                def ds_of(p, dp, slope):
                     ds = p * (dp - per_query(delta_smem))
-                    ds = ds if slope is None else ds * slope
-                    terms.append((ds.astype(dtype), q_smem.at[slot]))
-                if want_dv:
-                    terms.append((p.astype(dtype), do_smem.at[slot]))
-                carry = common.accumulate_all(carry, terms, my_staging)
+                    return (ds if slope is None else ds * slope).astype(dtype)
+
+                if masked and want_dk and want_dv:
+                    # One product after the other, which needs the fewest registers.
+                    dk, dv = carry
+                    x, factor, slope = x_of_dots(common.matmul(*left, shape))
+                    p = jnp.exp2(x * factor - per_query(lse_smem))
+                    term = (p.astype(dtype), do_smem.at[slot])
+                    (dv,) = common.accumulate_all((dv,), [term], my_staging)
+                    term = (ds_of(p, common.matmul(*right, shape), slope), q_smem.at[slot])
+                    (dk,) = common.accumulate_all((dk,), [term], my_staging)
+                    carry = dk, dv
+                else:
+                    p, dp, slope = _weights_and_dp(
+                        left, right, x_of_dots, lambda: per_query(lse_smem), shape, not masked
+                    )
+                    terms = []
+                    if want_dk:
+                        terms.append((ds_of(p, dp, slope), q_smem.at[slot]))
+                    if want_dv:
+                        terms.append((p.astype(dtype), do_smem.at[slot]))
+                    carry = common.accumulate_all(carry, terms, my_staging)
                 plgpu.barrier_arrive(free.at[slot])
                 return carry
 
