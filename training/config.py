@@ -192,7 +192,11 @@ def as_dict(config: Settings) -> dict[str, Any]:
 
 
 def differing_keys(ours: dict, theirs: dict) -> dict[str, tuple]:
-    """{dotted key: (ours, theirs)} of the leaves in which two `as_dict`s differ."""
+    """{dotted key: (ours, theirs)} of the leaves in which two `as_dict`s differ.
+
+    A key that one of them lacks, because it was written before there was such a key, has its
+    default.
+    """
 
     def flat(tree, prefix=""):
         for key, value in tree.items():
@@ -201,7 +205,8 @@ def differing_keys(ours: dict, theirs: dict) -> dict[str, tuple]:
             else:
                 yield f"{prefix}{key}", _jsonable(value)
 
-    a, b = dict(flat(ours)), dict(flat(theirs))
+    default = dict(flat(as_dict(settings(default_config()))))
+    a, b = default | dict(flat(ours)), default | dict(flat(theirs))
     return {k: (a.get(k), b.get(k)) for k in sorted(a | b) if a.get(k) != b.get(k)}
 
 

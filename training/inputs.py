@@ -76,7 +76,7 @@ def make_datasets(c: Settings) -> dict[str, Iterable]:
     return {"train": train, **held_out}
 
 
-def make_model(c: Settings, datasets: dict) -> nn.Module:
+def make_model(c: Settings, datasets: dict | None = None) -> nn.Module:
     """The model of `c.model`: a language model or, for task "classification", a classifier."""
     vocab_size = c.model.get("vocab_size") or tokenizers.get_tokenizer(c.data.tokenizer).vocab_size
     config = c.model_config(vocab_size)
@@ -84,7 +84,7 @@ def make_model(c: Settings, datasets: dict) -> nn.Module:
         return LanguageModel(config)
     n_classes = c.classifier.n_classes
     if n_classes is None:
-        found = getattr(datasets["train"], "fingerprint", {}).get("labels")
+        found = getattr((datasets or {}).get("train"), "fingerprint", {}).get("labels")
         if found is None:
             raise ConfigError("classifier.n_classes is needed: the data do not say it")
         n_classes = len(found)

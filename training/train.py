@@ -16,20 +16,18 @@ tensorboard/, checkpoints/.
 """
 
 import contextlib
-import json
 import math
-import pathlib
 
 import jax
 from flax import linen as nn
 
 from training import config as config_lib
 from training import inputs, sharding, steps
-from training.checkpoints import CheckpointError, Checkpoints, is_full_disk
-from training.environment import environment
+from training import workdir as work
+from training.checkpoints import CheckpointError, Checkpoints
 from training.interrupts import Interrupts
-from training.metrics import Recorder, write_atomically
 from training.optimizers import check_groups, make_optimizer
+from training.settings import Settings
 
 # Keys that may change when a run is continued: they do not change what is computed.
 FREE_ON_RESUME = (
@@ -64,11 +62,12 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after saving.
     """
     c = config_lib.settings(config)
-    workdir = _prepare(workdir)
+    workdir = work.prepare(workdir)
 
     # Mesh.
     mesh = sharding.make_mesh(c.mesh)
     sharding.check_batch(mesh, c.data.batch_size, c.train.microbatches)
+    rows = local_rows(c)
 
     # Data.
     if datasets is None:
@@ -94,55 +93,48 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
     )
     eval_step = jax.jit(steps.make_eval_step(loss), out_shardings=everywhere)
 
-    # Restore.
-    saver = Checkpoints(workdir / "checkpoints", c.train.keep, config_lib.as_dict(c))
-    restored = step_to_restore(saver, c)
-    if restored is None:
-        state = initialise()
-    else:
-        state = saver.restore(restored, abstract_state, iterator)
-        saver.drop_after(restored)
-    recorder = _start_records(workdir, c, restored)
-
-    # Evaluations.
-    def evaluate(step: int, split: str) -> None:
-        if split not in datasets:
-            return
-        sums: dict[str, float] = {}
-        for batch in inputs.eval_batches(datasets[split], local_rows(c), c.train.eval_batches):
-            for name, value in jax.device_get(
-                eval_step(state.params, sharding.put_batch(batch, mesh))
-            ).items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        if not sums.get("weight"):
-            raise ValueError(f"the {split} data hold no token that counts: give it more documents")
-        recorder.row(step, split, _eval_metrics(sums))
-        recorder.restart_clock()
-
-    # Loop.
-    pending = (
-        None  # (step, metrics on the device) of the step before: fetched while the next one runs
-    )
-
-    def finish_pending() -> None:
-        nonlocal pending
-        if pending is None:
-            return
-        step, metrics = pending
-        pending = None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        check_finite(step, values, saver)
-        recorder.count(values["weight"])
-        if step % c.train.log_every == 0 or step == c.train.steps:
-            recorder.row(step, "train", values)
-            recorder.speed(step, values["loss"])
-
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(Interrupts())
+        # Restore.
+        saver = Checkpoints(workdir / "checkpoints", c.train.keep, config_lib.as_dict(c))
         stack.callback(saver.close)
+        restored = step_to_restore(saver, c)
+        if restored is None:
+            state = initialise()
+        else:
+            state = saver.restore(restored, abstract_state, iterator)
+            saver.drop_after(restored)
+        recorder = work.start_records(workdir, c, restored)
         stack.callback(recorder.close)
-        stack.enter_context(_full_disk_is_named(workdir, saver))
+
+        # Evaluations.
+        def evaluate(step: int, split: str) -> None:
+            if split not in datasets:
+                return
+            sums: dict[str, float] = {}
+            for batch in inputs.eval_batches(datasets[split], rows, c.train.eval_batches):
+                part = jax.device_get(eval_step(state.params, sharding.put_batch(batch, mesh)))
+                sums = {name: sums.get(name, 0.0) + float(x) for name, x in part.items()}
+            recorder.row(step, split, eval_metrics(sums, split))
+            recorder.restart_clock()
+
+        # Loop.
+        pending = None  # (step, its metrics on the device): fetched while the next step runs
+
+        def finish_pending() -> None:
+            nonlocal pending
+            if pending is None:
+                return
+            (step, metrics), pending = pending, None
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            check_finite(step, values, saver)
+            recorder.count(values["weight"])
+            if step % c.train.log_every == 0 or step == c.train.steps:
+                recorder.row(step, "train", values)
+                recorder.speed(step, values["loss"])
+
+        stack.enter_context(work.full_disk_is_named(workdir, saver))
         stack.enter_context(sharding.use(mesh))
+        stop = stack.enter_context(Interrupts())
         if restored is None:
             evaluate(0, "validation")
         for step in range((restored or 0) + 1, c.train.steps + 1):
@@ -156,21 +148,21 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
                 evaluate(step, "validation")
             if last:
                 evaluate(step, "test")
-            ask = jax.process_count() == 1 or step % c.train.log_every == 0
-            stopped = stop.agreed() if ask else None
-            if c.train.checkpoint_every and (
-                last or stopped or step % c.train.checkpoint_every == 0
-            ):
-                finish_pending()  # so that nothing that is not finite is ever saved
+            # Several processes must stop at the same step, and asking all of them takes time.
+            asking = jax.process_count() == 1 or step % c.train.log_every == 0
+            stopped = stop.agreed() if asking else None
+            every = c.train.checkpoint_every
+            if every and (last or stopped or step % every == 0):
+                finish_pending()  # raises if it is not finite: that is never saved
                 recorder.sync()
                 saver.save(step, state, iterator)
                 recorder.restart_clock()
             if stopped and not last:
                 finish_pending()
                 saver.wait()
-                stop.raise_for(stopped, step, workdir if c.train.checkpoint_every else None)
+                stop.raise_for(stopped, step, workdir if every else None)
         saver.wait()
-        return final_metrics(recorder.metrics.rows)
+        return work.final_metrics(recorder.metrics.rows)
 
 
 def sharded_init(model: nn.Module, tx, example: dict, seed: int, mesh):
@@ -210,7 +202,7 @@ def sharded_init(model: nn.Module, tx, example: dict, seed: int, mesh):
     return shardings, abstract, initialise
 
 
-def step_to_restore(saver: Checkpoints, c: config_lib.Settings) -> int | None:
+def step_to_restore(saver: Checkpoints, c: Settings) -> int | None:
     """The step to continue from, or None to start afresh.
 
     Raises:
@@ -229,22 +221,17 @@ def step_to_restore(saver: Checkpoints, c: config_lib.Settings) -> int | None:
     step = saved[-1] if wanted is None else wanted
     free = set(FREE_ON_RESUME)
     if c.optimizer.schedule in ("constant", "inverse_sqrt"):
-        free.add(
-            "train.steps"
-        )  # these schedules do not look at the end: training longer is the same run
-    differing = {
-        key: values
-        for key, values in config_lib.differing_keys(
-            config_lib.as_dict(c), saver.config_at(step)
-        ).items()
+        free.add("train.steps")  # they do not look at the end: training longer is the same run
+    differing = config_lib.differing_keys(config_lib.as_dict(c), saver.config_at(step))
+    listed = "; ".join(
+        f"{key} = {ours!r}, was {theirs!r}"
+        for key, (ours, theirs) in differing.items()
         if key not in free
-    }
-    if differing:
-        listed = "; ".join(f"{key} = {new!r}, was {old!r}" for key, (new, old) in differing.items())
+    )
+    if listed:
         raise CheckpointError(
             f"{saver.path(step)} was written with another configuration: {listed}. Set these keys "
-            "back to continue, "
-            "or choose another workdir for a new run"
+            "back to continue, or choose another workdir for a new run"
         )
     return step
 
@@ -263,23 +250,13 @@ def check_finite(step: int, values: dict[str, float], saver: Checkpoints) -> Non
             raise FloatingPointError(
                 f"{name} is {values[name]} at step {step} (loss {values['loss']}, gradient norm "
                 f"{values['grad_norm']}, learning rate {values['learning_rate']:.3g}); {kept}. "
-                "Lower "
-                "optimizer.learning_rate, raise optimizer.warmup_steps or set optimizer.clip_norm, "
-                "in a new workdir; "
-                "JAX_DEBUG_NANS=True in the environment names the operation"
+                "Lower optimizer.learning_rate, raise optimizer.warmup_steps or set "
+                "optimizer.clip_norm, in a new workdir; JAX_DEBUG_NANS=True in the environment "
+                "names the operation"
             )
 
 
-def final_metrics(rows: list[dict]) -> dict:
-    """{"step": last, "<split>/<metric>": value} from the last row of every split."""
-    final: dict = {}
-    for row in rows:
-        final["step"] = row["step"]
-        final |= {f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "split")}
-    return final
-
-
-def local_rows(c: config_lib.Settings) -> int:
+def local_rows(c: Settings) -> int:
     """Rows of a batch that this process feeds."""
     if c.data.batch_size % jax.process_count():
         raise ValueError(
@@ -289,7 +266,10 @@ def local_rows(c: config_lib.Settings) -> int:
     return c.data.batch_size // jax.process_count()
 
 
-def _eval_metrics(sums: dict[str, float]) -> dict[str, float]:
+def eval_metrics(sums: dict[str, float], split: str) -> dict[str, float]:
+    """Means over the tokens of an evaluation. Raises ValueError if no token counts."""
+    if not sums.get("weight"):
+        raise ValueError(f"the {split} data hold no token that counts: give it more documents")
     nll = sums["nll"] / sums["weight"]
     return {
         "loss": nll,
@@ -297,35 +277,6 @@ def _eval_metrics(sums: dict[str, float]) -> dict[str, float]:
         "accuracy": sums["correct"] / sums["weight"],
         "weight": sums["weight"],
     }
-
-
-def _prepare(workdir) -> pathlib.Path:
-    """Makes the work folder and proves that it can be written, before anything that takes time."""
-    workdir = pathlib.Path(workdir).absolute()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable_{jax.process_index()}"
-        write_atomically(probe, "")
-        probe.unlink()
-    except OSError as error:
-        why = "its disk is full" if is_full_disk(error) else error.strerror
-        raise OSError(
-            error.errno,
-            f"the workdir {workdir} cannot be written ({why}): choose another one or change its "
-            "permissions",
-        ) from error
-    return workdir
-
-
-@contextlib.contextmanager
-def _full_disk_is_named(workdir, saver: Checkpoints):
-    """A write of metrics that fails for want of space says so, and what still stands."""
-    try:
-        yield
-    except OSError as error:
-        if not is_full_disk(error):
-            raise
-        raise CheckpointError(f"the disk of {workdir} is full. {saver.standing()}") from error
 
 
 def _peek(iterator) -> dict:
@@ -344,20 +295,3 @@ def _next(iterator, step: int, total: int) -> dict:
             f"the training data ended before step {step} of train.steps = {total}: repeat them "
             "(num_epochs=None)"
         ) from None
-
-
-def _start_records(workdir: pathlib.Path, c: config_lib.Settings, restored: int | None) -> Recorder:
-    """Process 0 records in the work folder, the others in folders of their own below it."""
-    first = jax.process_index() == 0
-    place = workdir if first else workdir / f"process_{jax.process_index()}"
-    place.mkdir(exist_ok=True)
-    if first:
-        write_atomically(place / "config.json", json.dumps(config_lib.as_dict(c), indent=2) + "\n")
-    write_atomically(place / "environment.json", json.dumps(environment(), indent=2) + "\n")
-    return Recorder(
-        place,
-        restored,
-        c.train.steps,
-        tensorboard=c.train.tensorboard and first,
-        progress=c.train.progress and first,
-    )

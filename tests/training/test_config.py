@@ -126,6 +126,8 @@ def test_settings_survive_json():
     text = json.loads(json.dumps(lib.as_dict(c)))
     assert settings(ml_collections.ConfigDict(text)) == c
     assert lib.differing_keys(lib.as_dict(c), text) == {}
+    del text["train"]["z_loss"]  # a key that did not exist yet
+    assert lib.differing_keys(lib.as_dict(c), text) == {}
     other = default_config()
     other.train.steps = 3
     differing = lib.differing_keys(lib.as_dict(settings(other)), text)

@@ -62,7 +62,7 @@ def test_a_classifier_learns_the_labels(documents, tmp_path):
 
 def test_precision_reaches_the_model_and_the_loss_stays_float32(documents):
     c = settings(config("precision.compute_dtype=bfloat16", "precision.param_dtype=bfloat16"))
-    model, rows = inputs.make_model(c, {}), next(iter(inputs.make_datasets(c)["train"]))
+    model, rows = inputs.make_model(c), next(iter(inputs.make_datasets(c)["train"]))
     tx, rate = make_optimizer(c.optimizer, 10)
     state = jax.eval_shape(lambda: steps.init_state(model, tx, rows, 0))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
@@ -77,7 +77,7 @@ def test_precision_reaches_the_model_and_the_loss_stays_float32(documents):
 
 def test_models_are_made_as_configured(documents):
     c = settings(config())
-    model = inputs.make_model(c, {})
+    model = inputs.make_model(c)
     assert isinstance(model, LanguageModel) and model.config.vocab_size == 258
     assert model.config.d_model == 16
     c = settings(config("task=classification", "model.vocab_size=300", "classifier.pooling=last"))
@@ -85,7 +85,7 @@ def test_models_are_made_as_configured(documents):
     assert isinstance(model, SequenceClassifier)
     assert (model.n_classes, model.pooling, model.config.vocab_size) == (2, "last", 300)
     with pytest.raises(ConfigError, match="classifier.n_classes is needed"):
-        inputs.make_model(c, {"train": []})
+        inputs.make_model(c)
 
 
 def test_a_model_that_cannot_be_is_refused_with_the_configuration():

@@ -1,0 +1,68 @@
+"""The work folder of a run: proof that it can be written, its records, what a full disk says."""
+
+import contextlib
+import json
+import pathlib
+
+import jax
+
+from training import config as config_lib
+from training.checkpoints import CheckpointError, Checkpoints, is_full_disk
+from training.environment import environment
+from training.metrics import Recorder, write_atomically
+from training.settings import Settings
+
+
+def prepare(workdir) -> pathlib.Path:
+    """Makes the work folder and proves that it can be written, before anything that takes time."""
+    workdir = pathlib.Path(workdir).absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".writable_{jax.process_index()}"
+        write_atomically(probe, "")
+        probe.unlink()
+    except OSError as error:
+        why = "its disk is full" if is_full_disk(error) else error.strerror
+        raise OSError(
+            error.errno,
+            f"the workdir {workdir} cannot be written ({why}): choose another one or change its "
+            "permissions",
+        ) from error
+    return workdir
+
+
+@contextlib.contextmanager
+def full_disk_is_named(workdir, saver: Checkpoints):
+    """A write of metrics that fails for want of space says so, and what still stands."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        raise CheckpointError(f"the disk of {workdir} is full. {saver.standing()}") from error
+
+
+def start_records(workdir: pathlib.Path, c: Settings, restored: int | None) -> Recorder:
+    """Process 0 records in the work folder, the others in folders of their own below it."""
+    first = jax.process_index() == 0
+    place = workdir if first else workdir / f"process_{jax.process_index()}"
+    place.mkdir(exist_ok=True)
+    if first:
+        write_atomically(place / "config.json", json.dumps(config_lib.as_dict(c), indent=2) + "\n")
+    write_atomically(place / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    return Recorder(
+        place,
+        restored,
+        c.train.steps,
+        tensorboard=c.train.tensorboard and first,
+        progress=c.train.progress and first,
+    )
+
+
+def final_metrics(rows: list[dict]) -> dict:
+    """{"step": last, "<split>/<metric>": value} from the last row of every split."""
+    final: dict = {}
+    for row in rows:
+        final["step"] = row["step"]
+        final |= {f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "split")}
+    return final
