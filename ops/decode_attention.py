@@ -35,7 +35,7 @@ def decode_attention(
     v_cache: Float[Array, "B S G P"],
     *,
     lengths: Int[Array, " B"],
-    mask=masks.Causal(),  # noqa: B008: masks are frozen values
+    mask=masks.Causal(),  # noqa: B008 (frozen)
     bias: Float[Array, "#B #H #T #S"] | None = None,
     scale: float | None = None,
     logit_cap: float | None = None,
@@ -84,7 +84,7 @@ def decode_attention(
     R, J = H // G, min(split, S)
     scale = D**-0.5 if scale is None else scale
     q = q.reshape(B, T, G, R, D).transpose(0, 2, 3, 1, 4).astype(dtype) * scale
-    positions = lengths[:, None] - T + jnp.arange(T)
+    positions = lengths[:, None] - T + jnp.arange(T)[None]
     segments = masks.segments_of(mask)
     ids = None if segments is None else tuple(map(jnp.asarray, segments.both(T, S)))
 
@@ -115,7 +115,8 @@ def decode_attention(
         stop = jnp.minimum(stop, lengths)
         bounds = ()
         if ids is not None:
-            inside = (jnp.arange(S) >= first) & (jnp.arange(S) < stop[:, None])
+            slots = jnp.arange(S)[None]
+            inside = (slots >= first) & (slots < stop[:, None])
             extreme = jnp.iinfo(ids[1].dtype)
             bounds = (
                 (jnp.min(ids[0], 1), jnp.max(ids[0], 1)),
