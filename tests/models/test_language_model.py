@@ -1,0 +1,268 @@
+"""LanguageModel and SequenceClassifier: identities that hold whatever the numbers are."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from models import (
+    LOGICAL_AXES,
+    LanguageModel,
+    LanguageModelConfig,
+    SequenceClassifier,
+    count_params,
+    unroll_params,
+)
+from ops import masks
+
+FIELDS = dict(vocab_size=31, d_model=24, repeats=2, n_heads=4, max_len=64)
+SMALL = LanguageModelConfig(**FIELDS)
+GPT2 = dict(
+    position="learned", norm="layernorm", mlp="gelu_tanh", attention_bias=True, mlp_bias=True
+)
+CONFIGS = {
+    "llama": dict(n_kv_heads=2, tie_embeddings=False),
+    "gpt2": GPT2,
+    "window": dict(pattern=("local_attention", "mlp"), window=5, n_kv_heads=1),
+    "hybrid": dict(pattern=("local_attention", "mlp", "attention"), window=3, post_norm=True),
+    "alibi": dict(position="alibi", qk_norm=True),
+    "sinks": dict(pattern=("local_attention", "mlp"), window=4, sinks=2, logit_cap=5.0),
+}
+TOKENS = jax.random.randint(jax.random.key(1), (2, 19), 0, 31)
+
+
+def make(name: str, **changes):
+    config = LanguageModelConfig(**(FIELDS | CONFIGS.get(name, {}) | changes))
+    return LanguageModel(config), init(name)
+
+
+@functools.cache
+def init(name: str):
+    config = LanguageModelConfig(**(FIELDS | CONFIGS.get(name, {})))
+    variables = LanguageModel(config).init(jax.random.key(0), TOKENS)
+    noise = iter(jax.random.split(jax.random.key(2), 100))
+    # Biases and scales away from 0 and 1, so that forgetting one would show.
+    return jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), nn.unbox(variables)["params"]
+    )
+
+
+def run(model, params, tokens=TOKENS, **inputs):
+    return jax.jit(functools.partial(model.apply, **inputs))({"params": params}, tokens)[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_in_stretches_equals_at_once(name):
+    model, params = make(name)
+    whole = run(model, params)
+    assert whole.shape == (2, 19, 31) and whole.dtype == jnp.float32
+    step, state, parts = jax.jit(model.apply), model.init_state(2, 19), []
+    for stretch in (TOKENS[:, :1], TOKENS[:, 1:11], TOKENS[:, 11:18], TOKENS[:, 18:]):
+        logits, state = step({"params": params}, stretch, state=state)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5)
+    np.testing.assert_array_equal(state.position, [19, 19])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "hybrid", "alibi"])
+def test_packed_equals_separate(name):
+    """Also where the positions are not given: they start again with each segment."""
+    model, params = make(name)
+    ids = jnp.asarray([[1] * 7 + [2] * 10 + [0] * 2] * 2)
+    packed = run(model, params, segment_ids=ids)
+    first, second = run(model, params, TOKENS[:, :7]), run(model, params, TOKENS[:, 7:17])
+    np.testing.assert_allclose(packed[:, :7], first, atol=2e-5)
+    np.testing.assert_allclose(packed[:, 7:17], second, atol=2e-5)
+
+    # The same rows in stretches that cut the documents in two.
+    state, parts = model.init_state(2, 19), []
+    for a, b in ((0, 5), (5, 12), (12, 19)):
+        logits, state = model.apply(
+            {"params": params}, TOKENS[:, a:b], state=state, segment_ids=ids[:, a:b]
+        )
+        parts.append(logits)
+    stretched = jnp.concatenate(parts, axis=1)[:, :17]
+    np.testing.assert_allclose(stretched, packed[:, :17], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_causal_by_gradient(name):
+    """The vector of token 8 moves no score before it, and the scores from it on."""
+    model, params = make(name)
+    fresh = TOKENS.at[:, 8].set(30).at[:, :8].set(TOKENS[:, :8] % 30)
+    fresh = fresh.at[:, 9:].set(TOKENS[:, 9:] % 30)  # token 30 stands at 8 alone
+
+    def total(row, t):
+        embed = params["backbone"]["embed"]["embedding"]
+        p = {**params, "backbone": {**params["backbone"]}}
+        p["backbone"]["embed"] = {"embedding": embed.at[30].set(row)}
+        logits = model.apply({"params": p}, fresh)[0][:, :, :30]
+        return jnp.sum(jnp.sin(logits), axis=(0, 2))[t]
+
+    row = params["backbone"]["embed"]["embedding"][30]
+    gradients = jax.jit(jax.jacrev(lambda r: jax.vmap(lambda t: total(r, t))(jnp.arange(19))))(row)
+    size = np.abs(gradients).max(axis=1)
+    np.testing.assert_array_equal(size[:8], 0)
+    assert (size[8:11] > 1e-6).all()
+
+
+def test_window_ends_where_it_says():
+    """Two layers of window 5 see 8 tokens back, not 9."""
+    model, params = make("window")
+    base = run(model, params)
+    changed = run(model, params, TOKENS.at[:, 4].set((TOKENS[:, 4] + 1) % 31))
+    moved = np.abs(base - changed).max(axis=(0, 2)) > 0
+    np.testing.assert_array_equal(np.flatnonzero(moved), np.arange(4, 13))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_scanned_equals_unrolled(name):
+    model, params = make(name)
+    unrolled = LanguageModel(dataclasses.replace(model.config, scan_layers=False))
+    other = unroll_params(model.config, params)
+    shapes = jax.eval_shape(unrolled.init, jax.random.key(0), TOKENS)["params"]
+    assert jax.tree.structure(nn.unbox(shapes)) == jax.tree.structure(other)
+    np.testing.assert_allclose(run(unrolled, other), run(model, params), atol=1e-5)
+    logits, _ = unrolled.apply({"params": other}, TOKENS, state=unrolled.init_state(2, 19))
+    np.testing.assert_allclose(logits, run(model, params), atol=1e-5)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_remat_changes_no_number(scan_layers):
+    def value_and_grad(remat):
+        model, params = make("llama", remat=remat, scan_layers=scan_layers)
+        if not scan_layers:
+            params = unroll_params(model.config, params)
+        loss = lambda p: jnp.mean(jnp.sin(model.apply({"params": p}, TOKENS)[0]))
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    expected = value_and_grad("none")
+    for remat in ("full", "dots", "dots_no_batch") if scan_layers else ("full",):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            value_and_grad(remat),
+            expected,
+        )
+
+
+def test_counts_of_parameters():
+    model, params = make("llama")
+    V, E, H, G, D, F = 31, 24, 4, 2, 6, 64
+    layer = E * (H + 2 * G) * D + H * D * E + 3 * E * F + 2 * E
+    assert count_params(params) == 2 * layer + 2 * V * E + E
+    model, params = make("gpt2")
+    layer = 4 * (E * E + E) + (E * 4 * E + 4 * E) + (4 * E * E + E) + 4 * E
+    assert count_params(params) == 2 * layer + V * E + 64 * E + 2 * E
+
+
+@pytest.mark.parametrize("name", ["llama", "alibi"])
+def test_bfloat16_computes_close_to_float32(name):
+    model, params = make(name)
+    low = LanguageModel(dataclasses.replace(model.config, dtype="bfloat16"))
+    exact, rounded = run(model, params), run(low, params)
+    assert rounded.dtype == jnp.float32
+    assert low.init_state(1, 4).layers[0].k.dtype == jnp.bfloat16
+    error = np.sqrt(np.mean((exact - rounded) ** 2) / np.mean(exact**2))
+    assert 1e-5 < error < 0.03
+
+
+def test_every_parameter_names_its_axes():
+    for name, changes in CONFIGS.items():
+        model, _ = make(name)
+        boxed = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+        is_box = lambda x: isinstance(x, nn.Partitioned)
+        for leaf in jax.tree.leaves(boxed, is_leaf=is_box):
+            assert is_box(leaf), changes
+            assert len(leaf.names) == len(leaf.value.shape)
+            assert set(leaf.names) <= set(LOGICAL_AXES)
+        kernel = boxed["backbone"]["layers"]
+        kernel = next(v for k, v in kernel.items() if "attention" in k)["mixer"]["query"]["kernel"]
+        assert kernel.names == ("layers", "embed", "heads", "head_dim")
+
+
+def test_unknown_tokens_give_nan_and_full_caches_too():
+    model, params = make("llama")
+    logits = run(model, params, TOKENS.at[0, 5].set(31))
+    assert np.isnan(logits[0, 5:]).all() and np.isfinite(logits[1]).all()
+    state = model.init_state(2, 20)
+    _, state = model.apply({"params": params}, TOKENS, state=state)
+    logits, state = model.apply({"params": params}, TOKENS[:, :1], state=state)
+    assert np.isfinite(logits).all()
+    logits, _ = model.apply({"params": params}, TOKENS[:, :1], state=state)
+    assert np.isnan(logits).all()
+
+
+def test_rows_of_different_length_go_on_each_for_itself():
+    """Setting a row's length back (speculative decoding does) forgets its last tokens."""
+    model, params = make("llama")
+    for T in (2, 9):  # few queries and many take different paths
+        state = model.init_state(2, 19)
+        _, state = model.apply({"params": params}, TOKENS[:, :10], state=state)
+        lengths = jnp.asarray([6, 10])
+        cache = state.layers[0]._replace(length=jnp.tile(lengths[None], (2, 1)))
+        state = state._replace(layers=(cache, None), position=lengths)
+        nxt = jnp.stack([TOKENS[0, 6 : 6 + T], TOKENS[1, 10 : 10 + T]])
+        logits, state = model.apply({"params": params}, nxt, state=state)
+        whole = run(model, params)
+        np.testing.assert_allclose(logits[0], whole[0, 6 : 6 + T], atol=2e-5)
+        np.testing.assert_allclose(logits[1], whole[1, 10 : 10 + T], atol=2e-5)
+        np.testing.assert_array_equal(state.position, lengths + T)
+
+
+def test_a_mask_of_ones_own():
+    model, params = make("llama", mask=masks.Causal() & masks.SlidingWindow(2, 0))
+    narrow, _ = make("llama", pattern=("local_attention", "mlp"), window=3)
+    renamed = dict(params["backbone"]["layers"])
+    renamed["local_attention_0"] = renamed.pop("attention_0")
+    other = {**params, "backbone": {**params["backbone"], "layers": renamed}}
+    np.testing.assert_allclose(run(model, params), run(narrow, other), atol=1e-5)
+
+
+def test_bidirectional_model_sees_the_future():
+    model, params = make("", causal=False)
+    moved = run(model, params) - run(model, params, TOKENS.at[:, -1].add(-1))
+    assert (np.abs(moved).max(axis=(0, 2)) > 0).all()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_classifier_ignores_padding(pooling):
+    config = dataclasses.replace(SMALL, causal=False)
+    model = SequenceClassifier(config, n_classes=3, pooling=pooling)
+    params = nn.unbox(model.init(jax.random.key(0), TOKENS))
+    real = jnp.asarray([[1] * 12 + [0] * 7] * 2)
+    padded = model.apply(params, TOKENS, segment_ids=real)
+    short = model.apply(params, TOKENS[:, :12])
+    assert padded.shape == (2, 3) and padded.dtype == jnp.float32
+    np.testing.assert_allclose(padded, short, atol=1e-5)
+    assert np.abs(padded - model.apply(params, TOKENS)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "inputs,message",
+    [
+        (dict(tokens=jnp.zeros((19,), int)), r"tokens must be integers \[batch, time\]"),
+        (dict(tokens=jnp.zeros((2, 3))), "got float32"),
+        (dict(segment_ids=jnp.ones((19, 2), int)), r"segment_ids must be \[batch, time\] = \(2, 1"),
+        (dict(positions=jnp.ones((2, 18), int)), r"positions must be .*got \(2, 18\)"),
+        (dict(tokens=jnp.zeros((1, 65), int)), "learned positions for max_len=64"),
+    ],
+)
+def test_wrong_inputs_are_named(inputs, message):
+    model, params = make("gpt2")
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": params}, **(dict(tokens=TOKENS) | inputs))
+
+
+def test_a_prompt_longer_than_the_cache_is_refused():
+    model, params = make("llama")
+    with pytest.raises(ValueError, match="19 new tokens don't fit a cache of max_len=18"):
+        model.apply({"params": params}, TOKENS, state=model.init_state(2, 18))
+
+
+def test_pooling_is_checked():
+    with pytest.raises(ValueError, match="pooling='max' is unknown; it can be 'mean' or 'last'"):
+        SequenceClassifier(SMALL, 2, pooling="max").init(jax.random.key(0), TOKENS)

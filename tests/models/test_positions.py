@@ -1,0 +1,93 @@
+"""Rotary positions, ALiBi, positions of packed documents."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import positions as P
+
+
+def rotate(x, position, **settings):
+    return P.apply_rope(x, jnp.full(x.shape[:2], position), **settings)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_scores_depend_on_distance_alone(interleaved):
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 3, 16))
+    score = lambda i, j: jnp.sum(
+        rotate(q, i, interleaved=interleaved) * rotate(k, j, interleaved=interleaved), axis=-1
+    )
+    np.testing.assert_allclose(score(9, 2), score(107, 100), atol=1e-4)
+    assert np.abs(score(9, 2) - score(9, 3)).max() > 1e-2
+    np.testing.assert_allclose(rotate(q, 0), q)
+
+
+def test_rope_is_the_complex_product():
+    x = np.random.default_rng(0).normal(size=(1, 5, 2, 8))
+    angle = np.arange(5)[:, None] * 100.0 ** (-np.arange(0, 8, 2) / 8)
+    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[None, :, None]
+    ours = P.apply_rope(
+        jnp.asarray(x, jnp.float32), jnp.arange(5)[None], theta=100.0, interleaved=True
+    )
+    np.testing.assert_allclose(ours[..., 0::2], turned.real, atol=1e-5)
+    np.testing.assert_allclose(ours[..., 1::2], turned.imag, atol=1e-5)
+
+
+def test_half_split_is_interleaved_with_channels_in_another_order():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 3, 12))
+    at = jnp.tile(jnp.arange(7)[None], (2, 1))
+    split = lambda a: jnp.concatenate([a[..., 0::2], a[..., 1::2]], axis=-1)
+    half = P.apply_rope(split(x), at)
+    np.testing.assert_allclose(half, split(P.apply_rope(x, at, interleaved=True)), atol=1e-6)
+
+
+def test_scalings_of_the_frequencies():
+    plain = P.rope_frequencies(64, 10000.0)
+    linear = P.rope_frequencies(64, 10000.0, P.RopeScaling("linear", 4.0))
+    np.testing.assert_allclose(linear, plain / 4)
+    scaling = P.RopeScaling("llama3", 8.0, 1.0, 4.0, 512)
+    wavelength = 2 * np.pi / plain
+    llama3 = P.rope_frequencies(64, 10000.0, scaling)
+    np.testing.assert_allclose(llama3[wavelength < 128], plain[wavelength < 128])
+    np.testing.assert_allclose(llama3[wavelength > 512], plain[wavelength > 512] / 8)
+    assert (np.diff(llama3) < 0).all()
+
+
+def test_alibi_slopes_are_the_papers():
+    np.testing.assert_allclose(P.alibi_slopes(8), 2.0 ** -np.arange(1, 9))
+    np.testing.assert_allclose(P.alibi_slopes(16)[:2], [2**-0.5, 2**-1.0])
+    twelve = P.alibi_slopes(12)
+    np.testing.assert_allclose(twelve[:8], P.alibi_slopes(8))
+    np.testing.assert_allclose(twelve[8:], P.alibi_slopes(16)[0:8:2])
+
+
+def test_the_cheap_alibi_gives_the_same_softmax():
+    T = 50
+    cheap = P.alibi_bias(6, T, T, 0, causal=True)
+    full = P.alibi_bias(6, T, T, 0, causal=False)
+    assert cheap.shape == (1, 6, 1, T) and full.shape == (1, 6, T, T)
+    logits = jax.random.normal(jax.random.key(0), (1, 6, T, T))
+    past = jnp.tril(jnp.ones((1, 1, T, T), bool))
+    a = jax.nn.softmax(jnp.where(past, logits + cheap, -jnp.inf))
+    b = jax.nn.softmax(jnp.where(past, logits + full, -jnp.inf))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_positions_restart_with_segments_and_go_on_from_a_state():
+    ids = jnp.asarray([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 4, 4]])
+    np.testing.assert_array_equal(
+        P.token_positions(2, 6, ids), [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 0, 1]]
+    )
+    start, last = jnp.asarray([5, 5]), jnp.asarray([1, 9])
+    np.testing.assert_array_equal(
+        P.token_positions(2, 6, ids, start, last), [[5, 6, 0, 1, 2, 0], [0, 1, 2, 3, 0, 1]]
+    )
+    np.testing.assert_array_equal(P.token_positions(2, 3, start=start), [[5, 6, 7]] * 2)
+
+
+def test_odd_heads_and_unknown_scalings_are_refused():
+    with pytest.raises(ValueError, match="head_dim=5 is odd"):
+        P.rope_frequencies(5)
+    with pytest.raises(ValueError, match="factor must be positive, got 0"):
+        P.RopeScaling("linear", 0)
