@@ -30,7 +30,7 @@ def attention(
     k: Float[Array, "B S G D"],
     v: Float[Array, "B S G P"],
     *,
-    mask=masks.Full(),  # noqa: B008: masks are frozen values
+    mask=masks.Full(),  # noqa: B008 (frozen)
     bias: Float[Array, "#B #H #T #S"] | None = None,
     scale: float | None = None,
     logit_cap: float | None = None,
@@ -69,7 +69,7 @@ def attention(
     _validate(q, k, v, bias, logit_cap, implementation)
     B, T, H, D = q.shape
     S = k.shape[1]
-    masks.validate(mask, B, T, S)
+    masks.validate(mask, B, T, S, q_offset)
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     scale = D**-0.5 if scale is None else scale
