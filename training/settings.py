@@ -86,8 +86,8 @@ class OptimizerConfig:
         _at_least("optimizer", self, 0, *positive)
         if self.name == "adam" and (self.weight_decay or any(g.weight_decay for g in self.groups)):
             raise ConfigError(
-                "optimizer.name = 'adam' does not decay weights: set weight_decay to 0 or name to "
-                "'adamw'"
+                "optimizer.name = 'adam' does not decay weights: set weight_decay to 0, or name "
+                "to 'adamw'"
             )
         if self.schedule == "wsd" and not self.decay_steps:
             raise ConfigError("optimizer.schedule = 'wsd' needs optimizer.decay_steps > 0")

@@ -49,15 +49,14 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     if -1 in sizes:
         if len(devices) % fixed:
             raise ValueError(
-                f"{asked}: {fixed} does not divide the {len(devices)} devices, so mesh.data=-1 has "
-                "no size"
+                f"{asked}: {fixed} does not divide the {len(devices)} devices, so mesh.data=-1 "
+                "has no size"
             )
         sizes[sizes.index(-1)] = len(devices) // fixed
     elif fixed != len(devices):
         raise ValueError(
             f"{asked} multiply to {fixed}, but there are {len(devices)} devices "
-            f"({devices[0].device_kind}); "
-            "mesh.data=-1 takes what the other axes leave"
+            f"({devices[0].device_kind}); mesh.data=-1 takes what the other axes leave"
         )
     # Auto: the compiler propagates shardings; jax.make_mesh's own default makes them part of types.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -69,9 +68,8 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
     if batch_size % (parts * microbatches):
         raise ValueError(
             f"data.batch_size = {batch_size} must be a multiple of {parts * microbatches}: "
-            "mesh.data "
-            f"{mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']} x train.microbatches "
-            f"{microbatches}"
+            f"mesh.data {mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']} x "
+            f"train.microbatches {microbatches}"
         )
 
 
