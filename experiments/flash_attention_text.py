@@ -23,7 +23,8 @@ def cells(config) -> list[Cell]:
 
 
 def _model(section) -> dict:
-    return {f"model.{name}": section[name] for name in ("d_model", "repeats", "n_heads")}
+    names = ("d_model", "repeats", "n_heads", "position")
+    return {f"model.{name}": section[name] for name in names}
 
 
 def _optimizer(section) -> dict:

@@ -1,7 +1,8 @@
-"""What compilers say of the kernels without a device: cycles and bytes for TPUs.
+"""What compilers say of the kernels without a device: cycles and bytes for TPUs, code for an H100.
 
-`benchmarks.tpu_static` compiles the kernels for TPUs that nobody has at hand and keeps the figures
-as JSON. The cell here copies the rows it needs, so that a paper's tables hang on its records alone.
+`benchmarks.tpu_static` and `benchmarks.gpu_static` compile the kernels for chips that nobody has at
+hand and keep the figures as JSON. The cells here copy the rows they need, so that a paper's tables
+hang on its records alone.
 """
 
 import hashlib
@@ -15,21 +16,41 @@ from experiments.harness import Cell
 from experiments.records import Records
 from experiments.tables import STATIC, Column, Table, ratio
 
-FILE = pathlib.Path(__file__).parents[1] / "results" / "benchmarks" / "tpu_static.json"
+FOLDER = pathlib.Path(__file__).parents[1] / "results" / "benchmarks"
 OURS, STOCK = "tilescan", "jax flash"
 _KERNELS = {OURS: {"forward": ("forward",), "backward": ("dq", "dkv")},
             STOCK: {"forward": ("forward",), "backward": ("backward",)}}  # fmt: skip
 
 
-def cells(path: pathlib.Path = FILE) -> list[Cell]:
-    """One cell that copies the static figures, none where there are no figures."""
-    if not path.exists():
-        return []
-    settings = {"kind": "static", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return [Cell("static-tpu", lambda settings, seed, folder: copy(path), settings)]
+def cells(folder: pathlib.Path = FOLDER) -> list[Cell]:
+    """A cell for each file of static figures that there is; it copies them."""
+    made = []
+    for name, copy in (("tpu", copy_tpu), ("gpu", copy_gpu)):
+        path = folder / f"{name}_static.json"
+        if path.exists():
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            measure = lambda settings, seed, scratch, copy=copy, path=path: copy(path)
+            settings = {"kind": f"static-{name}", "sha256": sha256}
+            made.append(Cell(f"static-{name}", measure, settings))
+    return made
 
 
-def copy(path: pathlib.Path) -> dict[str, Any]:
+def copy_gpu(path: pathlib.Path) -> dict[str, Any]:
+    """One row a kernel: registers, spills, shared memory and the instructions of its loop."""
+    rows = []
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        job, plain_heads = row["job"], row["job"]["heads"] == row["job"]["kv_heads"]
+        # The last of the stock backward's kernels is its forward.
+        kernels = row["kernels"][:2] if "backward" in job["kernel"] else row["kernels"]
+        for kernel in kernels if plain_heads else ():
+            spills = kernel["spill_stores"] + kernel["spill_loads"]
+            made = {key: job[key] for key in ("kernel", "mask", "head_dim", "dtype", "length")}
+            made |= {key: kernel[key] for key in ("registers", "shared_memory")}
+            rows.append({**made, "spills": spills, "loop": kernel["loop"]})
+    return {"rows": rows}
+
+
+def copy_tpu(path: pathlib.Path) -> dict[str, Any]:
     """The profiled rows of both implementations, and the compiler's versions."""
     data = json.loads(path.read_text(encoding="utf-8"))
     keys = ("implementation", "kernel", "mask", "generation", "cycles", "bytes", "mxu_share")
@@ -56,7 +77,7 @@ def _total(rows, implementation: str, direction: str, key: str, **where) -> floa
 
 
 def _rows(records: Records) -> list[Mapping[str, Any]]:
-    record = records.one(kind="static")
+    record = records.one(kind="static-tpu")
     return list(record.result["rows"]) if record else []
 
 
@@ -85,13 +106,46 @@ def tables(records: Records) -> list[Table]:
         Column("bytes moved, ours", STATIC, "MiB"),
     ]
     shape = ", ".join(f"{k} {v}" for k, v in rows[0]["shape"].items()) if rows else ""
-    versions = records.one(kind="static").result["versions"] if rows else {}
+    versions = records.one(kind="static-tpu").result["versions"] if rows else {}
     note = (
         f"No device: libtpu {versions.get('libtpu', '')}'s static profile of the compiled kernels, "
         f"bfloat16, {shape}. It ranks two kernels on one generation; it is no time. JAX's kernel "
         "at its best tiles of a small sweep; – where it lacks the mask or the profiler a model."
     )
-    return [Table("static-tpu", "TPU kernels, compiled but not run", columns, lines, note)]
+    table = Table("static-tpu", "TPU kernels, compiled but not run", columns, lines, note)
+    return [table, _gpu_table(records)]
+
+
+def _gpu_rows(records: Records) -> list[Mapping[str, Any]]:
+    record = records.one(kind="static-gpu")
+    return list(record.result["rows"]) if record else []
+
+
+def _gpu_table(records: Records) -> Table:
+    lines = [
+        [
+            str(row["head_dim"]), row["mask"], row["kernel"].replace("_", " "), row["registers"],
+            row["spills"], row["shared_memory"] / 2**10, row["loop"]["hgmma"],
+            row["loop"]["issue_cycles"],
+        ]
+        for row in _gpu_rows(records)
+    ]  # fmt: skip
+    columns = [
+        Column("head dim"),
+        Column("mask"),
+        Column("kernel"),
+        Column("registers", STATIC),
+        Column("spills", STATIC, "bytes"),
+        Column("shared memory", STATIC, "KiB"),
+        Column("tensor-core instructions in the loop", STATIC),
+        Column("issue cycles in the loop", STATIC),
+    ]
+    note = (
+        "No device: machine code for an H100 by ptxas. Issue cycles are those of one warp for one "
+        "pass of the loop over full tiles, without the latencies of tensor cores and memory: they "
+        "are no time. Stock kernels are those that JAX installs; theirs has no causal backward."
+    )
+    return Table("static-gpu", "H100 kernels, compiled but not run", columns, lines, note)
 
 
 def claims(records: Records) -> list[Claim]:
@@ -111,5 +165,18 @@ def claims(records: Records) -> list[Claim]:
             "of JAX's flash attention by the compiler's static profile",
             min(gains) >= 1 if gains else None,
             f"JAX's / ours from {min(gains):.2f} to {max(gains):.2f}" if gains else "",
-        )
+        ),
+        _no_spills(records),
     ]
+
+
+def _no_spills(records: Records) -> Claim:
+    ours = [row for row in _gpu_rows(records) if not row["kernel"].startswith("stock")]
+    spills = max((row["spills"] for row in ours), default=None)
+    return judge(
+        "H100 kernels, static",
+        "Tiles are as large as registers allow, and no larger (section 3.3).",
+        "none of our kernels spills a register on an H100",
+        None if spills is None else spills == 0,
+        "" if spills is None else f"at most {spills} bytes spilled in {len(ours)} kernels",
+    )
