@@ -80,10 +80,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     context.d_model = 128
     context.repeats = 2
     context.n_heads = 4
-    context.position = "alibi"
+    context.position = "alibi"  # rotary positions take more steps to use a long context
     context.contexts = (64, 128, 256, 512)
     context.batch_size = 4  # rows of the longest context
-    context.steps = 200
+    context.steps = 100
     context.learning_rate = 3e-3
     context.seeds = 3
 
@@ -99,7 +99,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     documents.position = "rope"
     documents.lengths = (32, 64, 128, 256)
     documents.batch_size = 32
-    documents.steps = 80
+    documents.steps = 60
     documents.learning_rate = 2e-3
     documents.seeds = 3
 

@@ -172,8 +172,9 @@ def _context_table(records: Records) -> Table:
         ],
         rows,
         note=f"{about}. Every context trains on the same tokens in the same batches: long rows are "
-        "cut into shorter ones. Held-out whole documents, scored with the same context. Published: "
-        "tokens of a BPE vocabulary, so only the direction compares.",
+        "cut into shorter ones. Held-out whole documents, scored with the same context. ALiBi "
+        "positions: in so short a training rotary ones favour short contexts. Published: tokens "
+        "of a BPE vocabulary, so only the direction compares.",
     )
 
 

@@ -1,0 +1,185 @@
+"""Training cells: equal tokens for every context, attention put in place of the op, claims."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models.attention
+from experiments import (
+    attention_exactness,
+    flash_attention,
+    long_context,
+    static_figures,
+    text_cells,
+)
+from experiments.records import Record, Records
+from ops import masks, reference
+from ops.attention import attention
+
+KEYS = {
+    "data.tokenizer": "byte", "data.sources": ["shakespeare"], "model.repeats": 2,
+    "model.d_model": 128, "train.steps": 3,
+}  # fmt: skip
+
+
+def record(kind, result, seed=0, **settings):
+    settings = {"kind": kind, "train": KEYS, **settings}
+    cell = "-".join(f"{k}{v}" for k, v in settings.items() if k != "train") + f"-{seed}"
+    return Record("flash_attention", cell, "", settings, seed, result, 1.0, {"backend": "cpu"})
+
+
+def claim(name, made):
+    return next(c for c in flash_attention.PAPER.claims(Records(made)) if c.name == name)
+
+
+class Batches:
+    """Two batches [2, 8] of counted tokens, resumable like a pipeline's."""
+
+    def __iter__(self):
+        batches = [{"tokens": np.arange(16).reshape(2, 8) + 16 * i} for i in range(2)]
+        iterator = iter(batches)
+
+        class Iterator:
+            __next__ = lambda self: next(iterator)
+            get_state = lambda self: {"position": 1}
+
+        return Iterator()
+
+
+def test_cut_rows_hold_the_same_tokens_in_the_same_order():
+    cut = iter(long_context.CutRows(Batches(), 4))
+    batch = next(cut)["tokens"]
+    assert batch.shape == (4, 4)
+    np.testing.assert_array_equal(batch.ravel(), np.arange(16))
+    assert cut.get_state() == {"position": 1}
+    next(cut)
+    with pytest.raises(StopIteration):
+        next(cut)
+
+
+def test_context_must_divide_the_rows(tmp_path):
+    settings = {"context": 48, "train": {**KEYS, "data.seq_len": 64}}
+    with pytest.raises(ValueError, match="context=48 must divide data.seq_len=64"):
+        long_context.run(settings, 0, tmp_path)
+
+
+def test_standard_attention_stands_in_for_the_op_and_agrees_with_it():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 40, 2, 16))
+    mask = masks.Causal()
+    with text_cells.attention_as("standard"):
+        assert models.attention.attention is not attention
+        dense = models.attention.attention(q, k, v, mask=mask, implementation="xla")
+    assert models.attention.attention is attention
+    np.testing.assert_array_equal(dense, reference.attention(q, k, v, mask=mask))
+    np.testing.assert_allclose(dense, attention(q, k, v, mask=mask), atol=2e-6)
+    with pytest.raises(ValueError, match="attention='dense' is unknown"):
+        with text_cells.attention_as("dense"):
+            pass
+
+
+def test_unknown_key_of_the_training_config_is_refused():
+    with pytest.raises((KeyError, AttributeError), match="seq_length"):
+        text_cells.training_config({"data.seq_length": 64}, 0)
+
+
+@pytest.mark.parametrize(("gap", "status"), [(1e-4, "shown"), (0.5, "not shown")])
+def test_equal_curves_look_at_every_step(gap, status):
+    losses = [3.0, 2.0, 1.0]
+    result = {"steps": [1, 2, 3], "train_loss": losses, "test_perplexity": 5.0}
+    other = {**result, "train_loss": [3.0, 2.0 + gap, 1.0]}
+    made = [
+        record("curves", result, attention="standard"),
+        record("curves", other, attention="tiled"),
+    ]
+    assert claim("equal training curves", made).status == status
+
+
+@pytest.mark.parametrize(
+    ("long", "status"), [((8.0, 8.1, 8.2), "shown"), ((9.8, 10.0, 10.2), "not shown")]
+)
+def test_longer_context_must_beat_the_seeds(long, status):
+    made = [
+        record("context", {"test_perplexity": p}, seed, context=context)
+        for context, values in ((64, (9.9, 10.0, 10.3)), (512, long))
+        for seed, p in enumerate(values)
+    ]
+    assert claim("longer context", made).status == status
+
+
+@pytest.mark.parametrize(("long", "status"), [((0.9, 0.91), "shown"), ((0.7, 0.6), "not shown")])
+def test_longer_documents_must_beat_the_seeds(long, status):
+    made = [
+        record("documents", {"test_accuracy": p}, seed, length=length)
+        for length, values in ((32, (0.69, 0.71)), (256, long))
+        for seed, p in enumerate(values)
+    ]
+    found = claim("longer documents", made)
+    assert found.status == status
+    table = next(t for t in flash_attention.PAPER.tables(Records(made)) if t.name == "documents")
+    assert table.rows[-1][:3] == ["16384", 57.1, 79.2]
+
+
+def exactness(dtype, error):
+    names = (attention_exactness.STANDARD, *attention_exactness.IMPLEMENTATIONS)
+    result = {name: dict.fromkeys(attention_exactness.OUTPUTS, 1e-3) for name in names}
+    result = {n: dict.fromkeys(r, error if n != "standard" else 1e-3) for n, r in result.items()}
+    return record("exactness", result, dtype=dtype, mask="full", length=8, heads=1, head_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "status"),
+    [(1e-6, 1.9e-3, "shown"), (3e-6, 1e-3, "not shown"), (1e-6, 2.1e-3, "not shown")],
+)
+def test_exactness_has_a_bound_for_each_dtype(float32, bfloat16, status):
+    made = [exactness("float32", float32), exactness("bfloat16", bfloat16)]
+    assert claim("exact attention", made).status == status
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "butterfly", "segments"])
+def test_float64_oracle_agrees_with_the_reference(mask):
+    length = 24
+    q, k, v, do = jax.random.normal(jax.random.key(0), (4, 1, length, 2, 8))
+    made = attention_exactness.make_mask(mask, length)
+    visible = np.array(masks.as_array(made, length, length)).reshape(1, 1, length, length)
+    o, pull = jax.vjp(lambda q, k, v: reference.attention(q, k, v, mask=made), q, k, v)
+    truth = attention_exactness.dense_float64(q, k, v, do, visible)
+    for ours, theirs in zip((o, *pull(do)), truth, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_float64_oracle_sums_gradients_over_grouped_heads():
+    q, do = jax.random.normal(jax.random.key(0), (2, 1, 10, 4, 8))
+    k, v = jax.random.normal(jax.random.key(1), (2, 1, 10, 2, 8))
+    visible = np.ones((1, 1, 10, 10), bool)
+    _, pull = jax.vjp(reference.attention, q, k, v)
+    truth = attention_exactness.dense_float64(q, k, v, do, visible)
+    for ours, theirs in zip(pull(jnp.asarray(do)), truth[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def tpu_row(implementation, kernel, cycles):
+    return {
+        "implementation": implementation, "kernel": kernel, "mask": "full", "generation": "v5e",
+        "cycles": cycles, "bytes": 2**20, "mxu_share": 0.5, "shape": {"T": 8},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("stock", "status"), [(31, "shown"), (29, "not shown")])
+def test_static_cycles_add_up_our_backward_kernels(stock, status):
+    rows = [
+        tpu_row("tilescan", "dq", 10),
+        tpu_row("tilescan", "dkv", 20),
+        tpu_row("jax flash", "backward", stock),
+    ]
+    made = Records([record("static-tpu", {"rows": rows, "versions": {}})])
+    assert static_figures.claims(made)[0].status == status
+    table = static_figures.tables(made)[0]
+    assert table.rows[0][3:5] == [None, None] and table.rows[1][3:5] == [30, stock]
+
+
+def test_static_cells_exist_where_the_figures_do(tmp_path):
+    assert static_figures.cells(tmp_path) == []
+    (tmp_path / "tpu_static.json").write_text('{"rows": [], "versions": {}}')
+    (cell,) = static_figures.cells(tmp_path)
+    assert cell.measure(cell.settings, 0, tmp_path) == {"rows": [], "versions": {}}
