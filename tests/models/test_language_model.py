@@ -42,13 +42,16 @@ def make(name: str, **changes):
 
 @functools.cache
 def init(name: str):
+    """Random parameters; biases and scales too, so that forgetting one would show."""
     config = LanguageModelConfig(**(FIELDS | CONFIGS.get(name, {})))
-    variables = LanguageModel(config).init(jax.random.key(0), TOKENS)
-    noise = iter(jax.random.split(jax.random.key(2), 100))
-    # Biases and scales away from 0 and 1, so that forgetting one would show.
-    return jax.tree.map(
-        lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), nn.unbox(variables)["params"]
-    )
+    shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), TOKENS)["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        one = "scale" in jax.tree_util.keystr(path)
+        return jnp.asarray(one + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes))
 
 
 def run(model, params, tokens=TOKENS, **inputs):
@@ -61,35 +64,40 @@ def test_in_stretches_equals_at_once(name):
     whole = run(model, params)
     assert whole.shape == (2, 19, 31) and whole.dtype == jnp.float32
     step, state, parts = jax.jit(model.apply), model.init_state(2, 19), []
-    for stretch in (TOKENS[:, :1], TOKENS[:, 1:11], TOKENS[:, 11:18], TOKENS[:, 18:]):
-        logits, state = step({"params": params}, stretch, state=state)
+    for i, j in [(0, 10)] + [(i, i + 1) for i in range(10, 19)]:
+        logits, state = step({"params": params}, TOKENS[:, i:j], state=state)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5)
     np.testing.assert_array_equal(state.position, [19, 19])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "hybrid", "alibi"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "hybrid"])
 def test_packed_equals_separate(name):
     """Also where the positions are not given: they start again with each segment."""
     model, params = make(name)
     ids = jnp.asarray([[1] * 7 + [2] * 10 + [0] * 2] * 2)
     packed = run(model, params, segment_ids=ids)
-    first, second = run(model, params, TOKENS[:, :7]), run(model, params, TOKENS[:, 7:17])
-    np.testing.assert_allclose(packed[:, :7], first, atol=2e-5)
-    np.testing.assert_allclose(packed[:, 7:17], second, atol=2e-5)
+    first, second = run(model, params), run(model, params, jnp.roll(TOKENS, -7, axis=1))
+    np.testing.assert_allclose(packed[:, :7], first[:, :7], atol=2e-5)
+    np.testing.assert_allclose(packed[:, 7:17], second[:, :10], atol=2e-5)
 
-    # The same rows in stretches that cut the documents in two.
-    state, parts = model.init_state(2, 19), []
-    for a, b in ((0, 5), (5, 12), (12, 19)):
-        logits, state = model.apply(
-            {"params": params}, TOKENS[:, a:b], state=state, segment_ids=ids[:, a:b]
+
+def test_packed_documents_in_stretches():
+    """A stretch may end in the middle of a document."""
+    model, params = make("llama")
+    ids = jnp.asarray([[1] * 7 + [2] * 10 + [3]] * 2)
+    packed = run(model, params, TOKENS[:, :18], segment_ids=ids)
+    step, state, parts = jax.jit(model.apply), model.init_state(2, 18), []
+    for a in (0, 9):
+        part = slice(a, a + 9)
+        logits, state = step(
+            {"params": params}, TOKENS[:, part], state=state, segment_ids=ids[:, part]
         )
         parts.append(logits)
-    stretched = jnp.concatenate(parts, axis=1)[:, :17]
-    np.testing.assert_allclose(stretched, packed[:, :17], atol=2e-5)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), packed, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "hybrid"])
 def test_causal_by_gradient(name):
     """The vector of token 8 moves no score before it, and the scores from it on."""
     model, params = make(name)
@@ -119,7 +127,7 @@ def test_window_ends_where_it_says():
     np.testing.assert_array_equal(np.flatnonzero(moved), np.arange(4, 13))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama"])
 def test_scanned_equals_unrolled(name):
     model, params = make(name)
     unrolled = LanguageModel(dataclasses.replace(model.config, scan_layers=False))
@@ -127,7 +135,7 @@ def test_scanned_equals_unrolled(name):
     shapes = jax.eval_shape(unrolled.init, jax.random.key(0), TOKENS)["params"]
     assert jax.tree.structure(nn.unbox(shapes)) == jax.tree.structure(other)
     np.testing.assert_allclose(run(unrolled, other), run(model, params), atol=1e-5)
-    logits, _ = unrolled.apply({"params": other}, TOKENS, state=unrolled.init_state(2, 19))
+    logits = run(unrolled, other, state=unrolled.init_state(2, 19))
     np.testing.assert_allclose(logits, run(model, params), atol=1e-5)
 
 
@@ -141,12 +149,24 @@ def test_remat_changes_no_number(scan_layers):
         return jax.jit(jax.value_and_grad(loss))(params)
 
     expected = value_and_grad("none")
-    for remat in ("full", "dots", "dots_no_batch") if scan_layers else ("full",):
+    for remat in ("full", "dots_no_batch") if scan_layers else ("dots",):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
             value_and_grad(remat),
             expected,
         )
+
+
+def test_initial_parameters():
+    """Residual outputs start smaller by the root of the number of blocks; scores start small."""
+    model = LanguageModel(LanguageModelConfig(vocab_size=31, d_model=64, repeats=4, n_heads=4))
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS))["params"]
+    block = params["backbone"]["layers"]["attention_0"]["mixer"]
+    assert abs(np.std(block["query"]["kernel"]) * 8 - 1) < 0.05
+    assert abs(np.std(block["out"]["kernel"]) * 8 * 8**0.5 - 1) < 0.05
+    layers = block["query"]["kernel"]
+    assert np.abs(layers[0] - layers[1]).max() > 0.1  # each layer draws its own
+    assert np.abs(run(model, params)).max() < 2
 
 
 def test_counts_of_parameters():
@@ -159,9 +179,8 @@ def test_counts_of_parameters():
     assert count_params(params) == 2 * layer + V * E + 64 * E + 2 * E
 
 
-@pytest.mark.parametrize("name", ["llama", "alibi"])
-def test_bfloat16_computes_close_to_float32(name):
-    model, params = make(name)
+def test_bfloat16_computes_close_to_float32():
+    model, params = make("llama")
     low = LanguageModel(dataclasses.replace(model.config, dtype="bfloat16"))
     exact, rounded = run(model, params), run(low, params)
     assert rounded.dtype == jnp.float32
@@ -188,29 +207,26 @@ def test_unknown_tokens_give_nan_and_full_caches_too():
     model, params = make("llama")
     logits = run(model, params, TOKENS.at[0, 5].set(31))
     assert np.isnan(logits[0, 5:]).all() and np.isfinite(logits[1]).all()
-    state = model.init_state(2, 20)
-    _, state = model.apply({"params": params}, TOKENS, state=state)
-    logits, state = model.apply({"params": params}, TOKENS[:, :1], state=state)
-    assert np.isfinite(logits).all()
-    logits, _ = model.apply({"params": params}, TOKENS[:, :1], state=state)
-    assert np.isnan(logits).all()
+    step, state = jax.jit(model.apply), model.init_state(2, 2)
+    for i in range(3):
+        logits, state = step({"params": params}, TOKENS[:, i : i + 1], state=state)
+        assert np.isnan(logits).all() == (i == 2)
 
 
-def test_rows_of_different_length_go_on_each_for_itself():
+@pytest.mark.parametrize("T", [2, 9])  # few queries and many take different paths
+def test_rows_of_different_length_go_on_each_for_itself(T):
     """Setting a row's length back (speculative decoding does) forgets its last tokens."""
     model, params = make("llama")
-    for T in (2, 9):  # few queries and many take different paths
-        state = model.init_state(2, 19)
-        _, state = model.apply({"params": params}, TOKENS[:, :10], state=state)
-        lengths = jnp.asarray([6, 10])
-        cache = state.layers[0]._replace(length=jnp.tile(lengths[None], (2, 1)))
-        state = state._replace(layers=(cache, None), position=lengths)
-        nxt = jnp.stack([TOKENS[0, 6 : 6 + T], TOKENS[1, 10 : 10 + T]])
-        logits, state = model.apply({"params": params}, nxt, state=state)
-        whole = run(model, params)
-        np.testing.assert_allclose(logits[0], whole[0, 6 : 6 + T], atol=2e-5)
-        np.testing.assert_allclose(logits[1], whole[1, 10 : 10 + T], atol=2e-5)
-        np.testing.assert_array_equal(state.position, lengths + T)
+    step, lengths = jax.jit(model.apply), jnp.asarray([6, 10])
+    _, state = step({"params": params}, TOKENS[:, :10], state=model.init_state(2, 19))
+    cache = state.layers[0]._replace(length=jnp.tile(lengths[None], (2, 1)))
+    state = state._replace(layers=(cache, None), position=lengths)
+    following = jnp.stack([TOKENS[0, 6 : 6 + T], TOKENS[1, 10 : 10 + T]])
+    logits, state = step({"params": params}, following, state=state)
+    whole = run(model, params)
+    np.testing.assert_allclose(logits[0], whole[0, 6 : 6 + T], atol=2e-5)
+    np.testing.assert_allclose(logits[1], whole[1, 10 : 10 + T], atol=2e-5)
+    np.testing.assert_array_equal(state.position, lengths + T)
 
 
 def test_a_mask_of_ones_own():
@@ -232,13 +248,14 @@ def test_bidirectional_model_sees_the_future():
 def test_classifier_ignores_padding(pooling):
     config = dataclasses.replace(SMALL, causal=False)
     model = SequenceClassifier(config, n_classes=3, pooling=pooling)
-    params = nn.unbox(model.init(jax.random.key(0), TOKENS))
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS))
     real = jnp.asarray([[1] * 12 + [0] * 7] * 2)
-    padded = model.apply(params, TOKENS, segment_ids=real)
-    short = model.apply(params, TOKENS[:, :12])
+    apply = jax.jit(model.apply)
+    padded = apply(params, TOKENS, segment_ids=real)
+    short = apply(params, TOKENS[:, :12])
     assert padded.shape == (2, 3) and padded.dtype == jnp.float32
     np.testing.assert_allclose(padded, short, atol=1e-5)
-    assert np.abs(padded - model.apply(params, TOKENS)).max() > 1e-3
+    assert np.abs(padded - apply(params, TOKENS)).max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,261 @@
+"""Reading and writing published layouts; what is wrong with a file is said by name."""
+
+import dataclasses
+import json
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from models import LanguageModel, LanguageModelConfig
+from models.checkpoints import load_pretrained, save_pretrained
+from models.weight_names import CheckpointError, gguf_llama_entries
+
+LLAMA = LanguageModelConfig(
+    vocab_size=40, d_model=32, repeats=2, n_heads=4, n_kv_heads=2, mlp_dim=64, max_len=128
+)
+GPT2 = LanguageModelConfig(
+    vocab_size=40,
+    d_model=32,
+    repeats=2,
+    n_heads=4,
+    position="learned",
+    norm="layernorm",
+    mlp="gelu_tanh",
+    attention_bias=True,
+    mlp_bias=True,
+)
+CONFIGS = {
+    "llama": LLAMA,
+    "llama-untied-bias-scaled": dataclasses.replace(
+        LLAMA,
+        tie_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_theta=500.0,
+        rope_scaling=dict(kind="llama3", factor=8.0),
+    ),
+    "gpt2": GPT2,
+    "gpt2-untied": dataclasses.replace(GPT2, tie_embeddings=False),
+}
+TOKENS = jnp.arange(12).reshape(2, 6) * 3
+
+
+def random_params(config):
+    shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), TOKENS)["params"]
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32)
+    return jax.tree.map(draw, nn.unbox(shapes))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_saved_is_loaded(name, tmp_path):
+    config, params = CONFIGS[name], random_params(CONFIGS[name])
+    save_pretrained(tmp_path, config, params)
+    loaded_config, loaded = load_pretrained(tmp_path)
+    assert loaded_config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_lower_precision_is_kept_or_asked_for(tmp_path):
+    save_pretrained(tmp_path, LLAMA, random_params(LLAMA))
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    half = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(half, tmp_path / "model.safetensors")
+    config, params = load_pretrained(tmp_path, dtype="bfloat16", param_dtype="bfloat16")
+    assert config.dtype == jnp.bfloat16
+    leaf = params["backbone"]["embed"]["embedding"]
+    assert leaf.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(leaf, half["model.embed_tokens.weight"])
+
+
+def rewrite(folder, change):
+    file = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, file)
+
+
+def test_names_without_prefix_and_buffers_are_understood(tmp_path):
+    """As in GPT-2's own files."""
+    params = random_params(GPT2)
+    save_pretrained(tmp_path, GPT2, params)
+
+    def bare(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
+
+    rewrite(tmp_path, bare)
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path)[1], params)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"),
+            r"1 tensors are missing: model.layers.1.self_attn.k_proj.weight",
+        ),
+        (
+            lambda t: t.update(strange=np.zeros(3, np.float32)),
+            "1 tensors are not of this architecture: strange",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.zeros(31, np.float32)}),
+            r"'model.norm.weight' has shape \(31,\), but the configuration asks for \(32,\)",
+        ),
+        (
+            lambda t: t.update(
+                {"model.layers.0.mlp.up_proj.weight": np.zeros((32, 64), np.float32)}
+            ),
+            r"up_proj.weight' has shape \(32, 64\), but the configuration asks for \(64, 32\)",
+        ),
+    ],
+    ids=["missing", "extra", "mis-shaped", "transposed"],
+)
+def test_wrong_tensors_are_named(change, message, tmp_path):
+    save_pretrained(tmp_path, LLAMA, random_params(LLAMA))
+    rewrite(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(tmp_path)
+
+
+def test_truncated_and_absent_files_are_named(tmp_path):
+    save_pretrained(tmp_path, LLAMA, random_params(LLAMA))
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    for size in (4, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match=rf"model.safetensors \({size} bytes\) is trunc"):
+            load_pretrained(tmp_path)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match="lacks model-1.safetensors, model-2.safetensors"):
+        load_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_pretrained(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        load_pretrained(tmp_path / "folder")
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="neither a folder with config.json nor a .gguf"):
+        load_pretrained(tmp_path / "weights.bin")
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(model_type="bert"), "model_type 'bert' is not supported; gpt2 and llama are"),
+        (dict(hidden_act="relu"), "hidden_act='relu' is not supported, only 'silu'"),
+        (
+            dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)),
+            "rope type 'yarn' is not supported; linear and llama3 are",
+        ),
+    ],
+)
+def test_unsupported_configurations_are_refused(changes, message, tmp_path):
+    save_pretrained(tmp_path, LLAMA, random_params(LLAMA))
+    hf = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(hf | changes))
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(tmp_path)
+
+
+def test_older_places_of_rope_settings_are_read(tmp_path):
+    """transformers 4 wrote rope_theta and rope_scaling side by side."""
+    save_pretrained(tmp_path, LLAMA, random_params(LLAMA))
+    hf = json.loads((tmp_path / "config.json").read_text())
+    del hf["rope_parameters"]
+    hf |= dict(rope_theta=123.0, rope_scaling=dict(type="linear", factor=2.0))
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    config, _ = load_pretrained(tmp_path)
+    assert config.rope_theta == 123.0
+    assert config.rope_scaling.kind == "linear" and config.rope_scaling.factor == 2.0
+
+
+def test_only_models_that_fit_a_layout_are_exported(tmp_path):
+    alibi = dataclasses.replace(LLAMA, position="alibi")
+    with pytest.raises(CheckpointError, match="the llama layout has no place for position='alibi'"):
+        save_pretrained(tmp_path, alibi, {})
+    windowed = dataclasses.replace(LLAMA, window=4, pattern=("local_attention", "mlp"))
+    with pytest.raises(CheckpointError, match="no place for pattern="):
+        save_pretrained(tmp_path, windowed, {})
+
+
+# GGUF
+
+
+def write_gguf(path, config, params, quantize=False, **fields):
+    """A llama file as llama.cpp's converter writes it (the parts that are read)."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.repeats)
+    writer.add_context_length(config.max_len)
+    writer.add_embedding_length(config.d_model)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_token_list([f"token{i}" for i in range(config.vocab_size)])
+    flat = {"/".join(p): v for p, v in flatten_dict(params).items()}
+    for entry in gguf_llama_entries(config):
+        for i in range(config.repeats if entry.per_layer else 1):
+            tensor = entry.write([flat[p][i] if entry.per_layer else flat[p] for p in entry.paths])
+            if quantize and tensor.ndim == 2:
+                kind = gguf.GGMLQuantizationType.Q8_0
+                data = gguf.quantize(tensor, kind)
+                writer.add_tensor(entry.name.format(i), data, raw_dtype=kind)
+            else:
+                writer.add_tensor(entry.name.format(i), tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+GGUF = dataclasses.replace(LLAMA, position="rope_interleaved", rope_theta=100.0, norm_eps=0.5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gguf_files_are_read(tied, tmp_path):
+    config = dataclasses.replace(GGUF, tie_embeddings=tied)
+    params = random_params(config)
+    write_gguf(tmp_path / "m.gguf", config, params)
+    loaded_config, loaded = load_pretrained(tmp_path / "m.gguf")
+    assert loaded_config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_quantised_gguf_tensors_come_close(tmp_path):
+    params = random_params(GGUF)
+    write_gguf(tmp_path / "m.gguf", GGUF, params, quantize=True)
+    _, loaded = load_pretrained(tmp_path / "m.gguf")
+    largest = jax.tree.map(lambda a, b: np.abs(a - b).max(), loaded, params)
+    # Q8_0 rounds to 1/254 of the largest of 32 numbers.
+    assert 0 < max(jax.tree.leaves(largest)) < 1.5 / 127
+
+
+def test_truncated_and_foreign_gguf_files_are_refused(tmp_path):
+    file = tmp_path / "m.gguf"
+    write_gguf(file, GGUF, random_params(GGUF))
+    content = file.read_bytes()
+    for size in (10, 500, len(content) // 2, len(content) - 64):
+        file.write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match=rf"m.gguf \({size} bytes\) is truncated or no"):
+            load_pretrained(file)
+    file.write_bytes(b"no gguf" * 100)
+    with pytest.raises(CheckpointError, match="is truncated or no GGUF file"):
+        load_pretrained(file)
+    writer = gguf.GGUFWriter(file, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="architecture 'mamba' is not supported; llama is"):
+        load_pretrained(file)
