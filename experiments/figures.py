@@ -46,10 +46,10 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     dashed: Sequence[str] = (),
-    errors: Sequence[float] | None = None,
     markers: bool = True,
+    share_y: bool = True,
 ) -> str:
-    """SVG with one panel per entry, sharing colours, the y axis and one legend below.
+    """SVG with one panel per entry, sharing colours and one legend below.
 
     Args:
       panels: {title: {line: (x, y)}}; a line of the same name has the same colour everywhere.
@@ -58,27 +58,25 @@ def line_chart(
       log_x: base-2 logarithmic x axis with the x values as ticks (lengths are powers of two).
       log_y: logarithmic y axis.
       dashed: names of lines to draw dashed, e.g. what is published rather than measured.
-      errors: half-widths of the error bars of the one line that there is.
       markers: False draws plain lines, for many points.
+      share_y: False gives each panel a y axis of its own.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     with plt.rc_context(_STYLE):
         width = 3.4 * len(panels) + 1.2
         figure, axes = plt.subplots(
-            1, len(panels), figsize=(width, 3.5), squeeze=False, sharey=True
+            1, len(panels), figsize=(width, 3.5), squeeze=False, sharey=share_y
         )
         for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
             for name, (x, y) in lines.items():
                 index = names.index(name)
-                axis.errorbar(
+                axis.plot(
                     x,
                     y,
-                    yerr=errors,
                     color=COLOURS[index % len(COLOURS)],
                     marker=MARKERS[index % len(MARKERS)] if markers else None,
                     linestyle="--" if name in dashed else "-",
                     label=name,
-                    capsize=2,
                 )
             axis.set_title(title, fontsize=10)
             axis.set_xlabel(x_label)

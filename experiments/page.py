@@ -34,7 +34,7 @@ a { color: var(--published); }
 nav a { display: inline-block; margin-right: 1.25rem; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; }
-.soft { color: var(--soft); font-size: .9rem; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
@@ -89,7 +89,8 @@ Every claim has a criterion fixed before measuring, and can fail.</p>
 
 def _section(results: Results) -> str:
     figures = "\n".join(
-        f'<figure><img src="{results.folder}/figures/{name}.svg" alt="{_text(name)}" /></figure>'
+        f'<figure><img src="{results.folder}/figures/{name}.svg" alt="{_text(name)}" />'
+        f"<figcaption>{_text(name.replace('-', ' '))}</figcaption></figure>"
         for name in results.figures
     )
     tables = "\n".join(_table(table) for table in results.tables)
