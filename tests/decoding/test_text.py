@@ -1,0 +1,96 @@
+"""From text to text, on a tiny random model that writes bytes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from flax import linen as nn
+
+from data.tokenizers import get_tokenizer
+from decoding.sampling import generate
+from decoding.text import Writer, generate_text, load_writer, stream_text
+from models import LanguageModel, LanguageModelConfig
+from models.checkpoints import save_pretrained
+
+
+@pytest.fixture(scope="module")
+def config():
+    return LanguageModelConfig(
+        vocab_size=get_tokenizer("byte").vocab_size, d_model=16, repeats=1, n_heads=2, mlp_dim=32
+    )
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    tokens = jnp.zeros((1, 2), int)
+    shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)["params"]
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.normal(size=x.shape).astype(np.float32)
+    return jax.tree.map(draw, nn.unbox(shapes))
+
+
+def test_text_is_the_decoded_tokens(config, params):
+    tokenizer = get_tokenizer("byte")
+    writer = Writer(LanguageModel(config), params, tokenizer)
+    written = []
+    out = generate_text(
+        writer, "To be", max_new_tokens=20, temperature=1.0, seed=3, write=written.append
+    )
+    drawn = generate(
+        writer.model,
+        params,
+        tokenizer.encode("To be")[None],
+        max_new_tokens=20,
+        temperature=1.0,
+        key=jax.random.key(3),
+        eos=tokenizer.eos_id,
+    )
+    text = [t for t in drawn.tokens[0, : int(drawn.lengths[0])] if t != tokenizer.eos_id]
+    assert out.text == "".join(written) == tokenizer.decode(text)
+    assert out.tokens == len(text)
+
+
+class Scripted:
+    """A tokenizer whose text is a script, whatever is drawn."""
+
+    eos_id = None
+
+    def __init__(self, script: bytes):
+        self.script = script
+
+    def encode(self, text, *, allow_special=False):
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids):
+        return self.script[: len(ids)].decode(errors="replace")
+
+
+def test_pieces_end_where_characters_do(config, params):
+    writer = Writer(LanguageModel(config), params, Scripted("aé€b€".encode()))
+    pieces = list(stream_text(writer, "x", max_new_tokens=8))
+    assert pieces == ["a", "", "é", "", "", "€", "b", "", "\ufffd"][: len(pieces)]
+    assert len(pieces) == 9  # the last character stays unfinished and is shown as such
+
+
+def test_an_empty_prompt_is_refused(config, params):
+    writer = Writer(LanguageModel(config), params, get_tokenizer("byte"))
+    with pytest.raises(ValueError, match="prompt is empty"):
+        generate_text(writer, "")
+
+
+def test_a_folder_brings_its_tokenizer(config, params, tmp_path):
+    save_pretrained(tmp_path, config, params)
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer.json, and its vocabulary of"):
+        load_writer(tmp_path)
+    words = tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a")
+    inner = tokenizers.Tokenizer(words)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    writer = load_writer(tmp_path)
+    assert writer.tokenizer.eos_id == 2
+    np.testing.assert_array_equal(writer.tokenizer.encode("b a b"), [1, 0, 1])
+    assert writer.tokenizer.decode([0, 1]) == "a b"
+    expected, _ = LanguageModel(config).apply({"params": params}, jnp.asarray([[1, 0]]))
+    ours, _ = writer.model.apply({"params": writer.params}, jnp.asarray([[1, 0]]))
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
