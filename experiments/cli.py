@@ -98,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.overrides = rest
     try:
         return options.command(options)
-    except (ValueError, OSError, ImportError) as error:
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"tilescan: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
