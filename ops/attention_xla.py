@@ -24,6 +24,10 @@ import numpy as np
 from ops import masks
 
 LOG2_E = math.log2(math.e)
+# Scores of a tile, in all heads (and sequences, where a batch is computed at once): 4 MiB.
+TILE_SCORES = 2**20
+# Tiles of the whole matrix that are worth to be looked at one by one when tracing.
+MAX_TILES = 2**17
 
 
 def unsupported(q, k, v, bias, mask, q_offset):
@@ -174,7 +178,7 @@ class _Tiles:
     @classmethod
     def of(cls, q, k, mask, q_offset, backward):
         T, S = q.shape[1], k.shape[1]
-        I, J = tile_sizes(T, S, q.shape[2] // k.shape[2], mask, backward)
+        I, J = tile_sizes(T, S, q.shape[2], mask, q_offset)
         return cls(T, S, I, J, q_offset, backward)
 
     @property
@@ -223,10 +227,48 @@ class _Tiles:
         return bias
 
 
-def tile_sizes(T, S, R, mask, backward):
-    """Queries and keys of a tile."""
-    I, J = (256, 512) if not backward else (256, 512)
-    return min(T, I), min(S, J)
+def tile_sizes(T, S, H, mask, q_offset):
+    """(queries, keys) of a tile: of the sizes that fit the caches, the cheapest for this mask.
+
+    The cost, in scores, was fitted on two CPU cores: a tile costs 100,000 scores before its first,
+    and masking a third of the scores. Long masks take large tiles, narrow windows small ones.
+    """
+    static = not any(isinstance(x, jax.Array) for x in jax.tree.leaves((mask, q_offset)))
+    sizes = [
+        (I, J)
+        for I in _sizes(T, 512)
+        for J in _sizes(S, 4096)
+        if H * I * J <= TILE_SCORES or I * J <= 64 * 64
+    ]
+
+    def cost(size):
+        I, J = size
+        scores = H * I * J
+        if not static:
+            live, partial = -(-T // I) * -(-S // J), 0
+        else:
+            kinds = masks.tile_kinds(mask, T, S, I, J, q_offset)
+            live, partial = np.sum(kinds != masks.EMPTY), np.sum(kinds == masks.PARTIAL)
+        return live * (100_000 + scores) + partial * scores / 3
+
+    few = [(I, J) for I, J in sizes if (T // I) * (S // J) <= MAX_TILES]
+    if masks.segments_of(mask) is not None:
+        # Packed documents are known only when the program runs, and are often short.
+        few = [(I, J) for I, J in few if max(I, J) <= 256] or few
+    return (
+        min(few, key=cost) if few else max(sizes, key=lambda size: (size[0] * size[1], min(size)))
+    )
+
+
+def _sizes(length, most):
+    """Sizes of tiles to try: powers of two, and what cuts the length in equal tiles."""
+    sizes = set()
+    size = 64
+    while size <= most:
+        equal = -(-length // -(-length // size))
+        sizes |= {min(size, length), min(-(-equal // 16) * 16, length)}
+        size *= 2
+    return sorted(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +363,7 @@ def _over_batch(one, dbias, xs, B, size):
         return one(own_dbias if dbias is None else dbias, x)
 
     own = [a for e, a in zip(each, leaves, strict=True) if e]
-    if B * size <= SMALL:
+    if B * size <= TILE_SCORES:
         d, ys = jax.vmap(lambda own: call(None, own))(own)
         if shared_dbias:
             d = jnp.sum(d, axis=0, keepdims=True)
@@ -354,10 +396,6 @@ def _exp2_polynomial(x):
     # The exponent's bits: 0 at n = -127, which is the float 0.
     two_to_n = jax.lax.bitcast_convert_type((n.astype(jnp.int32) + 127) << 23, jnp.float32)
     return power * two_to_n
-
-
-# Scores of one tile, in all heads and sequences, up to which a batch is one batched product.
-SMALL = 2**21
 
 
 def _at(table, *index):
