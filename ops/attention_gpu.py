@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops import masks
-from pallas_kernels import gpu
+
+# pallas_kernels.gpu is imported where it is called: it takes 17 MB, and most programs on CPUs are
+# of a dtype that it doesn't take.
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 MAX_HEAD_DIM = 128
@@ -65,6 +67,8 @@ def unsupported(q, k, v, bias, mask, q_offset):
 
 def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False):
     """(o [B, T, H, P], lse [B, T, H] float32); arguments as in `ops.attention`."""
+    from pallas_kernels import gpu
+
     T, P = q.shape[1], v.shape[3]
     options = _options("forward", q, k, v, mask, q_offset)
     o, lse = gpu.flash_attention_forward(
@@ -80,6 +84,8 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False)
 
 def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, interpret=False):
     """(dq, dk, dv, None) in the dtypes and shapes of (q, k, v)."""
+    from pallas_kernels import gpu
+
     T, D = q.shape[1], q.shape[3]
     S, P = k.shape[1], v.shape[3]
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
@@ -117,6 +123,8 @@ def _interior(mask, q_offset):
 
 def _options(kernel, q, k, v, mask, q_offset):
     """Schedule, mask and block sizes of one kernel."""
+    from pallas_kernels import gpu
+
     T, S = q.shape[1], k.shape[1]
     blocks = gpu.default_blocks(kernel, q.shape[3], v.shape[3])
     static = isinstance(q_offset, (int, np.integer))
