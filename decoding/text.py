@@ -1,6 +1,5 @@
 """From text to text: a published checkpoint, its tokenizer and sampling, in one call."""
 
-import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ import numpy as np
 from data.sources import fetch
 from data.tokenizers import GGUFTokenizer, get_tokenizer
 from decoding.sampling import stream
-from models import LanguageModel, unroll_params
+from models import LanguageModel
 from models.checkpoints import load_pretrained
 
 # Checkpoints that data.sources can fetch by name.
@@ -56,10 +55,7 @@ def load_writer(path_or_source: str | pathlib.Path, *, dtype: str = "float32") -
     path = fetch(name) if name in PRETRAINED else pathlib.Path(path_or_source)
     config, params = load_pretrained(path, dtype=dtype, param_dtype=dtype)
     tokenizer = _tokenizer(path, config.vocab_size)
-    # Unrolled, a step reads the weights where they are; a scan copies each layer's first.
-    params = jax.device_put(unroll_params(config, params))
-    model = LanguageModel(dataclasses.replace(config, scan_layers=False))
-    return Writer(model, params, tokenizer)
+    return Writer(LanguageModel(config), jax.device_put(params), tokenizer)
 
 
 def _tokenizer(path: pathlib.Path, vocab_size: int):
@@ -161,4 +157,9 @@ def generate_text(
     # The first two steps compile; what follows is the steady rate.
     steady = len(times) - 4
     rate = steady / (times[-2] - times[2]) if steady > 0 else float("nan")
-    return GeneratedText(text, len(pieces), times[1] - times[0] if pieces else float("nan"), rate)
+    return GeneratedText(
+        text,
+        min(len(pieces), max_new_tokens),
+        times[1] - times[0] if pieces else float("nan"),
+        rate,
+    )

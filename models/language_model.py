@@ -234,10 +234,7 @@ def count_params(params) -> int:
 
 
 def unroll_params(config: LanguageModelConfig, params):
-    """The parameters of `scan_layers=True` as those of `scan_layers=False`.
-
-    Decoding on a CPU is faster with them: a scan copies each layer's weights before it uses them.
-    """
+    """The parameters of `scan_layers=True` as those of `scan_layers=False`, e.g. to look inside."""
     backbone = dict(nn.unbox(params)["backbone"])
     stacked = backbone.pop("layers")
     for i in range(config.repeats):
