@@ -98,6 +98,7 @@ def generate(options) -> int:
     """Continues a prompt, token by token, and says how fast."""
     from decoding.text import generate_text
 
+    print(options.prompt, end="", flush=True)
     done = generate_text(
         options.checkpoint,
         options.prompt,
