@@ -7,7 +7,7 @@ Any value of the config is overridden by its path, e.g. --config.runtime.repeats
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import harness, papers, report
@@ -37,6 +37,8 @@ def measure(config, workdir=None, only="", publish=False) -> int:
 
 
 def main(argv) -> int:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # checkpoints tell of every step at INFO
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options begin with --")
     if _CONFIG.value is None:
