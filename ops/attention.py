@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ops import attention_xla, lowering, masks
+from ops import attention_xla, masks
 from ops.decode_attention import decode_attention, merge_partials
+from ops.lowering import choose_when_lowered
 
 __all__ = ["attention", "decode_attention", "merge_partials"]
 
@@ -129,53 +130,30 @@ _attention.__wrapped__.defvjp(_attention_fwd, _attention_bwd)
 def _dispatch(direction, options, *arrays):
     """Calls `direction` of one implementation, or leaves the choice to the lowering."""
 
-    def call(module, *arrays):
-        q, k, v, bias, mask, q_offset, *rest = arrays
+    def call(module, q, k, v, bias, mask, q_offset, *rest):
         q_offset = options.q_offset if q_offset is None else q_offset
-        return getattr(module, direction)(
-            q, k, v, bias, mask, q_offset, *rest,
-            scale=options.scale, logit_cap=options.logit_cap,
-        )  # fmt: skip
+        if module is not attention_xla:
+            reason = module.unsupported(q, k, v, bias, mask, q_offset)
+            if reason is not None and options.implementation == "pallas":
+                raise ValueError(f'implementation="pallas": {reason}')
+            module = attention_xla if reason else module
+        constants = dict(scale=options.scale, logit_cap=options.logit_cap)
+        return getattr(module, direction)(q, k, v, bias, mask, q_offset, *rest, **constants)
+
+    def pick(platform):
+        if platform in _KERNELS:
+            return functools.partial(call, importlib.import_module(_KERNELS[platform]))
+        if options.implementation == "pallas":
+            raise ValueError(
+                'implementation="pallas" has kernels for TPUs and Hopper GPUs, and this program is '
+                f'lowered for {platform}; implementation="xla" or None runs anywhere'
+            )
+        return None
 
     xla = functools.partial(call, attention_xla)
     if options.implementation == "xla":
         return xla(*arrays)
-    branches = {}
-    for platform, name in _KERNELS.items():
-        module, reason = _kernel(name, options, arrays)
-        if reason is None:
-            branches[platform] = functools.partial(call, module)
-        elif options.implementation == "pallas":
-            branches[platform] = _refuse(f'implementation="pallas" on {platform}: {reason}', xla)
-    if options.implementation == "pallas":
-        default = _refuse(
-            'implementation="pallas" runs on TPUs and on Hopper and newer GPUs, and this program '
-            'is lowered for another platform; implementation="xla" or None runs anywhere',
-            xla,
-        )
-    else:
-        default = xla
-    return jax.lax.platform_dependent(*arrays, default=default, **branches)
-
-
-def _kernel(name, options, arrays):
-    """(module, None), or (None, why it cannot take these shapes)."""
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        return None, f"the kernel cannot be imported ({error})"
-    q, k, v, bias, mask, q_offset = arrays[:6]
-    q_offset = options.q_offset if q_offset is None else q_offset
-    return module, module.unsupported(q, k, v, bias, mask, q_offset)
-
-
-def _refuse(message, like):
-    """A branch with `like`'s outputs that raises ValueError(message) if it is ever lowered."""
-
-    def branch(*arrays):
-        return jax.tree.map(lambda x: lowering.refuse(x, message), like(*arrays))
-
-    return branch
+    return choose_when_lowered(pick, xla, *arrays)
 
 
 def _validate(q, k, v, bias, logit_cap, implementation):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ops import masks
+from ops.lowering import choose_when_lowered
 
 LOG2_E = math.log2(math.e)
 # Scores of a tile, in all heads (and sequences, where a batch is computed at once): 4 MiB.
@@ -383,7 +384,9 @@ def exp2(x):
     """
     if x.dtype != jnp.float32:
         return jnp.exp2(x)
-    return jax.lax.platform_dependent(x, cpu=_exp2_polynomial, default=jnp.exp2)
+    return choose_when_lowered(
+        lambda platform: None if platform == "cpu" else jnp.exp2, _exp2_polynomial, x
+    )
 
 
 def _exp2_polynomial(x):

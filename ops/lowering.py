@@ -1,25 +1,79 @@
-"""An identity that raises when a program containing it is lowered.
+"""A choice between implementations that is made when a program is lowered.
 
-Which platform a program is for is known when it is lowered, not when it is traced: this is how an
-op says then, and in words, that it has no kernel for that platform.
+`jax.lax.platform_dependent` makes the same choice, but traces all alternatives first. Kernels take
+long to trace, so here only the one that is lowered is ever traced, or even imported; and the
+choice itself may raise, in words, for a platform that has none.
 """
 
-from jax.extend.core import Primitive
+from collections.abc import Callable
+
+import jax
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 
-_refuse = Primitive("refuse_to_lower")
-_refuse.def_abstract_eval(lambda x, message: x)
+_choice = Primitive("choose_when_lowered")
+_choice.multiple_results = True
 
 
-def refuse(x, message: str):
-    """x, in a program that cannot be lowered: lowering raises ValueError(message)."""
-    return _refuse.bind(x, message=message)
+def choose_when_lowered(pick: Callable, like: Callable, *arguments):
+    """like(*arguments), computed by `pick(platform)` of the platform the program is lowered for.
+
+    Args:
+      pick: from "cpu", "tpu", "cuda" or "rocm" to a function of `arguments`, whose results have
+        `like`'s shapes and dtypes; None stands for `like` itself. What it raises is raised by the
+        lowering.
+      like: is always traced, and gives the results' structure.
+      *arguments: pytrees of arrays.
+    """
+    flat, tree = jax.tree.flatten(arguments)
+    jaxpr, shapes = jax.make_jaxpr(like, return_shape=True)(*arguments)
+
+    def pick_flat(platform):
+        function = pick(platform)
+        if function is None:
+            return None
+        return lambda *flat: jax.tree.leaves(function(*tree.unflatten(flat)))
+
+    out = _choice.bind(*flat, pick=pick_flat, like=jaxpr)
+    return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
 
-def _raise(message):
-    raise ValueError(message)
+@_choice.def_abstract_eval
+def _abstract_eval(*_, pick, like):
+    return like.out_avals
 
 
-_refuse.def_impl(lambda x, message: _raise(message))
-mlir.register_lowering(_refuse, lambda context, x, message: _raise(message))
-batching.primitive_batchers[_refuse] = lambda xs, dims, message: (refuse(*xs, message), dims[0])
+def _function(pick, like, platform):
+    return pick(platform) or jaxpr_as_fun(like)
+
+
+@_choice.def_impl
+def _run(*flat, pick, like):
+    platform = next(iter(flat[0].devices())).platform
+    return jax.jit(_function(pick, like, {"gpu": "cuda"}.get(platform, platform)))(*flat)
+
+
+def _lower(context, *flat, pick, like):
+    platforms = context.module_context.platforms
+    if len(platforms) == 1:
+        function = _function(pick, like, platforms[0])
+    else:
+        branches = {p: _function(pick, like, p) for p in platforms}
+        function = lambda *flat: jax.lax.platform_dependent(*flat, **branches)
+    return mlir.lower_fun(function, multiple_results=True)(context, *flat)
+
+
+def _batch(flat, axes, *, pick, like):
+    def batched(function):
+        return jax.vmap(function, in_axes=tuple(axes), out_axes=0)
+
+    def pick_batched(platform):
+        function = pick(platform)
+        return None if function is None else batched(function)
+
+    out = choose_when_lowered(pick_batched, batched(jaxpr_as_fun(like)), *flat)
+    return out, [0] * len(out)
+
+
+mlir.register_lowering(_choice, _lower)
+batching.primitive_batchers[_choice] = _batch

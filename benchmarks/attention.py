@@ -1,0 +1,243 @@
+"""Attention beside its peers: time, compile time and memory, all from one run.
+
+    python -m benchmarks.attention                                  # the shapes of the tables
+    python -m benchmarks.attention --shapes quick                   # a minute
+    python -m benchmarks.attention --torch-python ~/torch/bin/python --out rows.jsonl
+
+Every peer gets the same inputs. Before anything is timed its results are compared with float64
+ones; a peer whose numbers are wrong gets no time. Then all peers run in turn, so that a busy
+machine slows all of them alike: believe the ratios, not the milliseconds. Peak memory is that of
+a fresh process which does the case once. On a GPU or TPU rows also tell TFLOP/s (as
+FlashAttention-2 counts) and the share of the chip's dense bfloat16 peak.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+
+from benchmarks.attention_cases import LONGEST_DENSE, SHAPES, WINDOW, inputs, jitted
+from benchmarks.attention_flops import peak_tflops
+from benchmarks.environment import cores, environment
+from benchmarks.timing import interleaved, summary
+
+
+def float64_head(case, arrays, head):
+    """The right answers for one head of the first sequence, in float64, 512 rows at a time."""
+    q, k, v, *do = (np.asarray(x[0, :, head], np.float64) for x in arrays)
+    left = case.T if case.mask == "causal" else WINDOW
+    outputs = [np.zeros_like(q) for _ in range(4 if do else 1)]
+    scale = case.D**-0.5
+    for start in range(0, case.T, 512):
+        rows = np.arange(start, min(start + 512, case.T))
+        first = max(0, start - left)
+        keys = np.arange(first, rows[-1] + 1)
+        distance = rows[:, None] - keys
+        logits = np.where(
+            (distance >= 0) & (distance <= left), scale * q[rows] @ k[keys].T, -np.inf
+        )
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        outputs[0][rows] = p @ v[keys]
+        if do:
+            d = do[0][rows]
+            ds = p * (d @ v[keys].T - np.sum(d * outputs[0][rows], -1, keepdims=True))
+            outputs[1][rows] = scale * ds @ k[keys]
+            outputs[2][keys] += scale * ds.T @ q[rows]
+            outputs[3][keys] += p.T @ d
+    return outputs
+
+
+def error_of(results, right, head):
+    """The largest error of any result's head, relative to the largest right entry."""
+    heads = (x if head is None else x[0, :, head] for x in results)
+    pairs = zip((np.asarray(x, np.float64) for x in heads), right, strict=True)
+    return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
+
+
+class Torch:
+    """A torch process that does what it is told, so that its runs interleave with ours."""
+
+    def __init__(self, python):
+        worker = pathlib.Path(__file__).with_name("torch_worker.py")
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([python, str(worker)], **pipes)
+
+    def ask(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError("torch's process ended; its error stands above")
+        return json.loads(answer)
+
+    def prepare(self, case, arrays, head):
+        """Hands the inputs over; returns (torch's version, its results for one head)."""
+        device = {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
+        with tempfile.TemporaryDirectory() as folder:
+            sent, received = (os.path.join(folder, name) for name in ("inputs", "outputs"))
+            np.stack([np.asarray(x, np.float32) for x in arrays]).tofile(sent)
+            window = None if case.mask == "causal" else WINDOW
+            details = dict(window=window, device=device, head=head, inputs=sent, outputs=received)
+            case = dataclasses.asdict(case) | details
+            version = self.ask(do="prepare", threads=cores(), case=case)["version"]
+            results = np.fromfile(received, np.float32).reshape(-1, case["T"], case["D"])
+        return version, results
+
+    def run(self):
+        return self.ask(do="run")["seconds"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def find_torch(python):
+    """The Python with torch: the given one, else this one if it has torch, else None."""
+    candidate = python or sys.executable
+    found = subprocess.run([candidate, "-c", "import torch"], capture_output=True)
+    if found.returncode == 0:
+        return candidate
+    if python:
+        raise SystemExit(f"--torch-python {python} cannot import torch")
+    return None
+
+
+def peers_of(case):
+    names = ["tilescan"]
+    if case.T <= LONGEST_DENSE:
+        names.append("jax.nn")
+        if importable("tokamax"):
+            names.append("tokamax")
+    return names
+
+
+def importable(name):
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+def memory_in_fresh_process(peer, case):
+    """Peak resident MB of a process that makes the inputs and runs the case once."""
+    command = [sys.executable, "-m", "benchmarks.attention_cases", peer]
+    case = json.dumps(dataclasses.asdict(case))
+    # Loading other platforms' libraries would count: 90 MB for an installed libtpu.
+    environ = os.environ | {"JAX_PLATFORMS": jax.default_backend()}
+    done = subprocess.run([*command, case], capture_output=True, text=True, env=environ)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+
+
+def measure(case, torch, arguments):
+    """Rows of all peers for one case."""
+    arrays = inputs(case)
+    head = case.H // 2
+    right = float64_head(case, arrays, head)
+    tolerance = 1e-5 if case.dtype == "float32" else 3e-2
+    rows, functions = {}, {}
+
+    def judge(peer, error, function):
+        rows[peer]["relative_error"] = float(f"{error:.1e}")
+        if error > tolerance:
+            rows[peer]["refused"] = f"error {error:.1e} is above {tolerance:.0e}: not timed"
+        else:
+            functions[peer] = function
+
+    for peer in peers_of(case):
+        start = time.perf_counter()
+        compiled = jitted(peer, case).lower(*arrays).compile()
+        seconds = time.perf_counter() - start
+        error = error_of(jax.block_until_ready(compiled(*arrays)), right, head)
+        memory = compiled.memory_analysis()
+        rows[peer] = {"compile_s": round(seconds, 3)}
+        rows[peer]["xla_temp_mb"] = round(memory.temp_size_in_bytes / 1e6, 1) if memory else None
+        judge(peer, error, lambda c=compiled: jax.block_until_ready(c(*arrays)) and None)
+    if torch:
+        version, results = torch.prepare(case, arrays, head)
+        rows["torch"] = {"version": version}
+        judge("torch", error_of(results, right, None), torch.run)
+    times = interleaved(functions, repeats=arguments.repeats, seconds=arguments.seconds)
+    mine = times.get("tilescan")
+    for peer, spent in times.items():
+        rows[peer] |= summary(spent)
+        if mine and peer != "tilescan":
+            ratio = statistics.median(mine) / statistics.median(spent)
+            rows[peer]["tilescan_time_over_this"] = round(ratio, 3)
+        if jax.default_backend() != "cpu":
+            tflops = case.flops / statistics.median(spent) / 1e12
+            peak = peak_tflops(jax.devices()[0].device_kind)
+            rows[peer]["tflops"] = round(tflops, 2)
+            rows[peer]["share_of_bf16_peak"] = round(tflops / peak, 3) if peak else None
+    if not arguments.no_memory and jax.default_backend() == "cpu":
+        for peer in functions.keys() - {"torch"}:
+            rows[peer]["peak_mb"] = memory_in_fresh_process(peer, case)
+    return [
+        {"peer": p, "case": case.name, **dataclasses.asdict(case), **r} for p, r in rows.items()
+    ]
+
+
+def table_of(rows):
+    table = rich.table.Table(title="Attention: medians of interleaved runs")
+    for name in ("case", "peer", "ms", "ours / its", "compile s", "peak MB", "error", "TFLOP/s"):
+        table.add_column(name, justify="left" if name in ("case", "peer") else "right")
+    show = lambda x: "" if x is None else f"{x:g}"
+    for r in rows:
+        share = r.get("share_of_bf16_peak")
+        table.add_row(
+            r["case"], r["peer"], r.get("refused") or show(r.get("median_ms")),
+            show(r.get("tilescan_time_over_this")), show(r.get("compile_s")),
+            show(r.get("peak_mb")), show(r.get("relative_error")),
+            show(r.get("tflops")) + (f" ({share:.0%} of peak)" if share else ""),
+        )  # fmt: skip
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shapes", choices=SHAPES, default="default", help="default: T 1024, 4096, 16384")
+    add("--dtype", choices=("float32", "bfloat16"), help="float32 on CPUs, else bfloat16")
+    add("--torch-python", metavar="PATH", help="a Python with torch; default: this one, if it has")
+    add("--out", type=pathlib.Path, metavar="FILE.jsonl", help="write the rows there")
+    add("--repeats", type=int, default=15, help="rounds at most (at least 3)")
+    add("--seconds", type=float, default=20.0, help="begin no round of a case after so long")
+    add("--no-memory", action="store_true", help="skip the fresh processes for peak memory")
+    arguments = parser.parse_args()
+    dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    python = find_torch(arguments.torch_python)
+    torch = Torch(python) if python else None
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+    if torch is None:
+        console.print("torch is not here: pass --torch-python to have it beside ours")
+    where, rows = environment(), []
+    for case in SHAPES[arguments.shapes]:
+        with console.status(f"{case.name}"):
+            rows += measure(dataclasses.replace(case, dtype=dtype), torch, arguments)
+    if torch:
+        torch.close()
+    console.print(table_of(rows))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        partial = arguments.out.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(r | where) + "\n" for r in rows))
+        os.replace(partial, arguments.out)
+        console.print(f"{len(rows)} rows written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

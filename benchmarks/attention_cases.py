@@ -1,0 +1,115 @@
+"""The cases and peers of benchmarks.attention; run as a program, one of them once, for its memory.
+
+    python -m benchmarks.attention_cases tilescan '{"T": 16384, "direction": "fwd"}'
+
+imports little else, so that the peak that it prints is attention's own.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.attention_flops import attention_flops, window_flops
+from benchmarks.environment import peak_memory_mb
+from ops import attention, masks
+
+WINDOW = 512
+# jax.nn and tokamax's XLA code hold all T x T scores: 8 GB in 8 heads at 16384.
+LONGEST_DENSE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape of self-attention; mask is "causal" or "window"."""
+
+    T: int
+    direction: str
+    mask: str = "causal"
+    B: int = 1
+    H: int = 8
+    D: int = 64
+    dtype: str = "float32"
+
+    @property
+    def name(self):
+        return f"{self.mask} {self.direction} T={self.T}"
+
+    @property
+    def flops(self):
+        if self.mask == "causal":
+            shape = self.B, self.T, self.T, self.H, self.D
+            return attention_flops(*shape, causal=True, direction=self.direction)
+        return window_flops(self.B, self.T, WINDOW, self.H, self.D, direction=self.direction)
+
+
+SHAPES = {
+    "default": [
+        Case(1024, "fwd"),
+        Case(1024, "fwd+bwd"),
+        Case(4096, "fwd"),
+        Case(4096, "fwd+bwd"),
+        Case(16384, "fwd"),
+        Case(16384, "fwd", "window"),
+        Case(16384, "fwd+bwd"),
+        Case(16384, "fwd+bwd", "window"),
+    ],
+    "quick": [Case(512, "fwd"), Case(512, "fwd+bwd"), Case(2048, "fwd", "window")],
+}
+
+
+def ours(case, q, k, v):
+    mask = masks.Causal() if case.mask == "causal" else masks.SlidingWindow(WINDOW)
+    return attention(q, k, v, mask=mask)
+
+
+def jax_nn(case, q, k, v):
+    window = None if case.mask == "causal" else (WINDOW, 0)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
+
+
+def tokamax(case, q, k, v):
+    import tokamax
+
+    window = None if case.mask == "causal" else (WINDOW, 0)
+    return tokamax.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
+
+
+JAX_PEERS = {"tilescan": ours, "jax.nn": jax_nn, "tokamax": tokamax}
+
+
+def inputs(case):
+    """q, k, v and the cotangent, made one by one: they are most of the memory of a long case."""
+    rng = np.random.default_rng(0)
+    shape = (case.B, case.T, case.H, case.D)
+    make = lambda: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(case.dtype)
+    return [make() for _ in range(3 if case.direction == "fwd" else 4)]
+
+
+def jitted(peer, case):
+    """o of (q, k, v), or (o, dq, dk, dv) of (q, k, v, do)."""
+    forward = functools.partial(JAX_PEERS[peer], case)
+    if case.direction == "fwd":
+        return jax.jit(lambda q, k, v: (forward(q, k, v),))
+
+    def both(q, k, v, do):
+        o, pullback = jax.vjp(forward, q, k, v)
+        return o, *pullback(do)
+
+    return jax.jit(both)
+
+
+def main():
+    peer, case = sys.argv[1:]
+    case = Case(**json.loads(case))
+    arrays = inputs(case)
+    jax.block_until_ready(jitted(peer, case)(*arrays))
+    print(json.dumps({"peak_mb": round(peak_memory_mb(), 1)}))
+
+
+if __name__ == "__main__":
+    main()
