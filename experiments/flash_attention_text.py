@@ -31,6 +31,7 @@ def _model(section) -> dict:
 def _optimizer(section) -> dict:
     return {
         "train.steps": section.steps,
+        "train.eval_batches": section.eval_batches,
         "optimizer.learning_rate": section.learning_rate,
         "optimizer.warmup_steps": section.steps // 10,
     }

@@ -19,7 +19,6 @@ _QUIET = {
     "train.checkpoint_every": 0,
     "train.progress": False,
     "train.tensorboard": False,
-    "train.eval_batches": 0,
 }
 
 
