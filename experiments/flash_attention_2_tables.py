@@ -1,5 +1,6 @@
 """FlashAttention-2's published numbers, and the tables, claims and figures of its records."""
 
+from benchmarks.attention_flops import attention_flops
 from experiments import static_figures
 from experiments.attention_cells import FORWARD, FORWARD_BACKWARD
 from experiments.claims import Claim, judge
@@ -17,9 +18,11 @@ _TITLES = {FORWARD_BACKWARD: "forward + backward", FORWARD: "forward", BACKWARD:
 
 def flops(settings, direction: str, causal: bool) -> float:
     """The paper's count: 4 N² d per head forward, 2.5 times that backward, half if causal."""
-    pairs = settings["batch"] * settings["heads"] * settings["length"] ** 2
-    factor = {FORWARD: 1.0, BACKWARD: 2.5, FORWARD_BACKWARD: 3.5}[direction]
-    return 4 * pairs * settings["head_dim"] * factor / (2 if causal else 1)
+    batch, length, heads, head_dim = (
+        settings[name] for name in ("batch", "length", "heads", "head_dim")
+    )
+    name = {FORWARD: "fwd", BACKWARD: "bwd", FORWARD_BACKWARD: "fwd+bwd"}[direction]
+    return attention_flops(batch, length, length, heads, head_dim, causal=causal, direction=name)
 
 
 def milliseconds(record: Record, variant: str, mask: str, direction: str) -> float | None:
