@@ -239,7 +239,9 @@ def tile_sizes(T, S, H, mask, q_offset):
         (I, J)
         for I in _sizes(T, 512)
         for J in _sizes(S, 4096)
-        if H * I * J <= TILE_SCORES or I * J <= 64 * 64
+        if (H * I * J <= TILE_SCORES or I * J <= 64 * 64)
+        # A long and narrow tile costs more to fetch than it computes.
+        and (J <= 2 * I or I == T)
     ]
 
     def cost(size):
