@@ -65,7 +65,7 @@ def compile_step(config, topology: str | None = None) -> dict:
     c = config_lib.settings(config)
     mesh = sharding.make_mesh(c.mesh, devices)
     sharding.check_batch(mesh, c.data.batch_size, c.train.microbatches)
-    model = inputs.make_model(c)
+    model = inputs.make_model(c, devices=mesh.size)
     tx, rate = make_optimizer(c.optimizer, c.train.steps)
     shape = (c.data.batch_size, c.data.seq_len)
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32)
