@@ -28,6 +28,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock requirements-ao
 
 install: $(VENV)/.installed  ## create .venv with the locked packages
 
+reproduce: export JAX_PLATFORMS ?= cpu
 reproduce: $(VENV)/.installed  ## measure FlashAttention's tables on this machine and print them
 	$(BIN)/python -m experiments.run --config=configs/flash_attention.py:cpu --workdir=runs/flash_attention/cpu
 
@@ -39,6 +40,9 @@ test-slow: $(VENV)/.installed-dev  ## run the long tests as well
 
 lint: $(VENV)/.installed-dev  ## check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+notebooks: $(VENV)/.installed-dev  ## run the notebooks and keep their outputs
+	$(BIN)/python notebooks/build.py
 
 report: $(VENV)/.installed  ## rebuild RESULTS.md and results/index.html from the committed records
 	$(BIN)/python -m experiments.report

@@ -68,6 +68,8 @@ def write(paper: Paper, folder: pathlib.Path) -> None:
 def show(paper: Paper, folder: pathlib.Path) -> None:
     """Prints the claims and tables of one results folder."""
     console = rich.console.Console()
+    if not console.is_terminal:  # a log has no width: give the headings theirs
+        console = rich.console.Console(width=140)
     results = collect(paper, folder)
     for table in results.tables:
         console.print(table.to_rich(), "")

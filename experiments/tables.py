@@ -99,7 +99,9 @@ class Table:
         table = rich.table.Table(title=self.title, caption=self.note, title_justify="left")
         for column in self.columns:
             justify = "left" if column.kind == LABEL else "right"
-            table.add_column(column.heading, justify=justify, style=style.get(column.kind))
+            table.add_column(
+                column.heading, justify=justify, style=style.get(column.kind), overflow="fold"
+            )
         for row in self.texts():
             table.add_row(*row)
         return table
