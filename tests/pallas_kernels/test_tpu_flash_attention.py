@@ -196,4 +196,5 @@ def test_a_million_tokens_need_no_tables():
         assert attention_tpu.unsupported(x, x, x, None, mask, 0) is None
         plan = attention_tpu.plan_for("forward", x, x, x, mask, 0)
         assert not plan.schedule.tables
-    assert plan.schedule.steps <= 6
+    # Steps of a row follow the window, not the length.
+    assert plan.schedule.steps <= (1000 + plan.queries.block) // plan.keys.block + 2
