@@ -27,8 +27,6 @@ from ops.lowering import choose_when_lowered
 LOG2_E = math.log2(math.e)
 # Scores of a tile, in all heads (and sequences, where a batch is computed at once): 4 MiB.
 TILE_SCORES = 2**20
-# Scores of the whole matrix from which on tiles are half as large.
-LONG = 2**26
 # Tiles of the whole matrix that are worth to be looked at one by one when tracing.
 MAX_TILES = 2**17
 
@@ -234,12 +232,9 @@ def tile_sizes(T, S, H, mask, q_offset):
     """(queries, keys) of a tile: of the sizes that fit the caches, the cheapest for this mask.
 
     The cost, in scores, was fitted on two CPU cores: a tile costs 100,000 scores before its first,
-    bringing a key in place 64, and masking a third of the scores. Long masks take large tiles,
-    narrow windows small ones.
+    and masking a third of the scores. Long masks take large tiles, narrow windows small ones.
     """
     static = not any(isinstance(x, jax.Array) for x in jax.tree.leaves((mask, q_offset)))
-    # Beyond some thousand keys smaller tiles are as fast, and the memory counts.
-    limit = TILE_SCORES if T * S <= LONG else TILE_SCORES // 2
     sizes = [
         (I, J)
         for I in _sizes(T, 512)
@@ -257,7 +252,7 @@ def tile_sizes(T, S, H, mask, q_offset):
         else:
             kinds = masks.tile_kinds(mask, T, S, I, J, q_offset)
             live, partial = np.sum(kinds != masks.EMPTY), np.sum(kinds == masks.PARTIAL)
-        return live * (100_000 + scores + 64 * H * J) + partial * scores / 3
+        return live * (100_000 + scores) + partial * scores / 3
 
     few = [(I, J) for I, J in sizes if (T // I) * (S // J) <= MAX_TILES]
     if masks.segments_of(mask) is not None:
@@ -304,18 +299,21 @@ class _Logits:
         if self.logit_cap is not None:
             t = jnp.tanh(s / self.logit_cap)
             s, slope = (self.logit_cap * LOG2_E) * t, 1.0 - t * t
+        if bias is None and not masked:
+            return s, slope
         G, I, J, R = s.shape[0], self.tiles.I, self.tiles.J, self.R
+        shape = s.shape
+        s = s.reshape((G, J, R, I) if transposed else (G, R, I, J))
         if bias is not None:
             tile = self._bias_tile(bias, i, j).astype(s.dtype) * LOG2_E
             heads = (G, R) if tile.shape[0] > 1 else (1, 1)
             tile = tile.reshape(heads + tile.shape[1:])
-            tile = tile.transpose(0, 3, 1, 2) if transposed else tile
-            shape = (G, J, R, I) if transposed else (G, R, I, J)
-            s = (s.reshape(shape) + tile).reshape(s.shape)
+            s = s + (tile.transpose(0, 3, 1, 2) if transposed else tile)
         if masked:
-            visible = jnp.broadcast_to(self._visible(ids, i, j), (R, I, J)).reshape(R * I, J)
-            s = jnp.where((visible.T if transposed else visible)[None], s, -jnp.inf)
-        return s, slope
+            visible = self._visible(ids, i, j)
+            visible = visible.T[:, None] if transposed else visible
+            s = jnp.where(visible.reshape((1,) * (4 - visible.ndim) + visible.shape), s, -jnp.inf)
+        return s.reshape(shape), slope
 
     def _bias_tile(self, bias, i, j):
         for axis, index, size in ((1, i, self.tiles.I), (2, j, self.tiles.J)):
@@ -324,7 +322,7 @@ class _Logits:
         return bias
 
     def _visible(self, ids, i, j):
-        """bool [1, I, J]"""
+        """bool [I, J]"""
         tiles = self.tiles
         rows = (tiles.q_offset + i * tiles.I + jnp.arange(tiles.I))[:, None]
         keys = (j * tiles.J + jnp.arange(tiles.J))[None, :]
@@ -334,7 +332,7 @@ class _Logits:
         visible = self.mask.visible(rows, keys, *segments)
         if tiles.S % tiles.J:
             visible = visible & (keys < tiles.S)
-        return jnp.broadcast_to(visible, (tiles.I, tiles.J))[None]
+        return jnp.broadcast_to(visible, (tiles.I, tiles.J))
 
 
 def _add_bias_tile(dbias, ds, i, j, tiles, R):
