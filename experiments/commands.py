@@ -53,6 +53,7 @@ def plan(overrides: list[str], topology: str | None) -> int:
     print(
         f"operations     {6 * parameters * tokens:.3g} a step (6 x parameters x tokens, no scores)"
     )
+    print(f"Pallas kernels {', '.join(needs['kernels']) or 'none'}")
     print("bytes of each device, as the compiler says:")
     print(f"  state and batch  {mebi['argument']:,.1f} MiB")
     print(f"  temporaries      {mebi['temp']:,.1f} MiB")

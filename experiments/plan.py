@@ -1,6 +1,7 @@
 """Compiles a training step for devices that need not be here, and tells what it needs."""
 
 import os
+import re
 import time
 from importlib.util import find_spec
 
@@ -47,8 +48,9 @@ def compile_step(config, topology: str | None = None) -> dict:
       topology: a TPU slice; None takes this machine's devices.
 
     Returns:
-      {"devices", "device", "parameters", "tokens", "seconds", "argument_bytes", "temp_bytes",
-      "output_bytes", "donated_bytes"}; bytes are per device, as the compiler says.
+      {"devices", "device", "parameters", "tokens", "kernels", "seconds", "argument_bytes",
+      "temp_bytes", "output_bytes", "donated_bytes"}; kernels are the names of the Pallas kernels in
+      the compiled program, and bytes are per device, as the compiler says.
 
     Raises:
       ValueError, ImportError: as `topology_devices`; a batch or mesh that does not fit the devices.
@@ -65,7 +67,7 @@ def compile_step(config, topology: str | None = None) -> dict:
     c = config_lib.settings(config)
     mesh = sharding.make_mesh(c.mesh, devices)
     sharding.check_batch(mesh, c.data.batch_size, c.train.microbatches)
-    model = inputs.make_model(c, devices=mesh.size)
+    model = inputs.make_model(c)
     tx, rate = make_optimizer(c.optimizer, c.train.steps)
     shape = (c.data.batch_size, c.data.seq_len)
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32)
@@ -91,8 +93,17 @@ def compile_step(config, topology: str | None = None) -> dict:
         "parameters": parameters,
         "tokens": shape[0] * shape[1],
         "seconds": time.perf_counter() - start,
+        "kernels": pallas_kernels(compiled.as_text()),
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "donated_bytes": memory.alias_size_in_bytes,
     }
+
+
+def pallas_kernels(hlo: str) -> list[str]:
+    """Names of the Pallas kernels that a compiled program calls, each once."""
+    calls = re.findall(
+        r'^ *(?:ROOT )?%(\S+) = .*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"', hlo, re.M
+    )
+    return sorted({re.sub(r"(\.\d+)+$", "", name) for name in calls})

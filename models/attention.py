@@ -14,6 +14,7 @@ from models import positions as positions_lib
 from models.layers import RMSNorm, linear, scaled_fan_in
 from ops import masks
 from ops.attention import attention, decode_attention
+from ops.partitioned import partitioned
 
 # Up to this many queries against a cache are split over keys instead of over queries.
 DECODE_QUERIES = 8
@@ -75,7 +76,8 @@ class Attention(nn.Module):
       logit_cap: soft cap of the logits.
       use_bias: whether the four linear maps have biases.
       out_scale: multiplies the standard deviation of the output's initial weights.
-      implementation: of `ops.attention`.
+      implementation: of `ops.attention`, which every device of a mesh in use (`jax.set_mesh`)
+        calls for its own rows and heads; see `ops.partitioned`.
     """
 
     n_heads: int
@@ -180,7 +182,8 @@ class Attention(nn.Module):
 
     def _attend(self, q, k, v, q_ids, kv_ids, q_offset) -> Float[Array, "B T H D"]:
         mask = self.mask if q_ids is None else self.mask & masks.Segments(q_ids, kv_ids)
-        return attention(
+        return partitioned(
+            attention,
             q,
             k,
             v,

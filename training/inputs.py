@@ -1,6 +1,5 @@
 """From a configuration to batches and a model: here alone training knows data/ and models/."""
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
@@ -77,16 +76,10 @@ def make_datasets(c: Settings) -> dict[str, Iterable]:
     return {"train": train, **held_out}
 
 
-def make_model(c: Settings, datasets: dict | None = None, devices: int = 1) -> nn.Module:
-    """The model of `c.model`: a language model or, for task "classification", a classifier.
-
-    On several devices attention takes XLA's implementation unless the config insists on another:
-    the compiler cannot partition a Pallas kernel by itself.
-    """
+def make_model(c: Settings, datasets: dict | None = None) -> nn.Module:
+    """The model of `c.model`: a language model or, for task "classification", a classifier."""
     vocab_size = c.model.get("vocab_size") or tokenizers.get_tokenizer(c.data.tokenizer).vocab_size
     config = c.model_config(vocab_size)
-    if devices > 1 and config.attention_implementation is None:
-        config = dataclasses.replace(config, attention_implementation="xla")
     if c.task == "language_model":
         return LanguageModel(config)
     n_classes = c.classifier.n_classes

@@ -3,7 +3,8 @@
 Axes: `data` (copies of the model), `fsdp` (parameters cut along their embedding dimension, batch
 cut as well), `sequence` (time; not used yet) and `tensor` (heads, MLP width, vocabulary). Modules
 name the dimensions of their parameters; RULES is the one place that maps those names to mesh axes.
-The compiler inserts the communication.
+The compiler inserts the communication; attention, which may be a kernel that it cannot cut, is cut
+by ops.partitioned.
 """
 
 import jax
@@ -13,19 +14,20 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ops.partitioned import BATCH_AXES, HEAD_AXIS
 from training.settings import MeshConfig
 
 AXES = ("data", "fsdp", "sequence", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH = P(BATCH_AXES)
 
 # Logical name of a dimension -> mesh axis. A dimension that its axis does not divide stays whole.
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "time": "sequence",
     "embed": "fsdp",
     "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
+    "heads": HEAD_AXIS,
+    "kv_heads": HEAD_AXIS,
     "mlp": "tensor",
     "head_dim": None,
     "layers": None,

@@ -76,7 +76,7 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
     example = _peek(iterator)
 
     # Model.
-    model = model if model is not None else inputs.make_model(c, datasets, mesh.size)
+    model = model if model is not None else inputs.make_model(c, datasets)
     tx, rate = make_optimizer(c.optimizer, c.train.steps)
     loss = steps.make_loss(model, c.task, c.train.z_loss)
 

@@ -11,7 +11,7 @@ from data import sources
 from data.documents import Document
 from models import LanguageModel, SequenceClassifier
 from training import inputs, steps
-from training.config import ConfigError, default_config, override, settings
+from training.config import ConfigError, override, settings
 from training.metrics import read_rows
 from training.optimizers import make_optimizer
 from training.train import train
@@ -125,16 +125,3 @@ def test_rows_that_fill_a_batch_up_weigh_nothing():
     padded = inputs.pad_rows(batch, 5)
     assert jax.tree.map(np.shape, padded) == {"tokens": (5, 4), "labels": (5,), "weights": (5,)}
     assert padded["weights"].tolist() == [1, 1, 1, 0, 0]
-
-
-def test_several_devices_take_the_attention_that_can_be_partitioned():
-    c = settings(default_config())
-    assert make_implementation(c, 1) is None
-    assert make_implementation(c, 8) == "xla"
-    insisting = default_config()
-    insisting.model.attention_implementation = "pallas"
-    assert make_implementation(settings(insisting), 8) == "pallas"
-
-
-def make_implementation(c, devices):
-    return inputs.make_model(c, devices=devices).config.attention_implementation

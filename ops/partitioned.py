@@ -1,0 +1,112 @@
+"""Attention on a mesh: every device attends for its own rows of the batch and its own heads.
+
+The compiler cuts XLA's operations for the devices of a mesh by itself, but not a Pallas kernel. So
+the op is called inside `jax.shard_map`, where it sees one device's part, whatever implements it.
+Rows and heads know nothing of each other: nothing is sent but sums of gradients that devices
+share. Time stays whole.
+
+Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float
+
+from ops import masks
+
+# Names of mesh axes; a mesh may lack any of them.
+BATCH_AXES = ("data", "fsdp")
+HEAD_AXIS = "tensor"
+
+
+def partitioned(
+    op: Callable,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    *,
+    mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
+    bias: Float[Array, "#B #H #T #S"] | None = None,
+    q_offset: int | Array | None = None,
+    **options,
+):
+    """op(q, k, v, mask=mask, bias=bias, q_offset=q_offset, **options), cut for the mesh in use.
+
+    The mesh is that of `jax.set_mesh`; without one, on a single device, and where all its axes are
+    manual already, this is the call itself. Otherwise the batch is cut over those of BATCH_AXES
+    that divide it, and the heads over HEAD_AXIS if it divides H; what is not cut is whole on every
+    device. If HEAD_AXIS does not divide G, key-value heads are repeated, as few times as needed for
+    each device to hold those that its queries read.
+
+    Args:
+      op: `ops.attention.attention` or a function like it.
+      q, k, v, mask, bias, q_offset: as there.
+      **options: of `op`; no arrays.
+
+    Returns:
+      What `op` returns: arrays whose dimensions 0 and 2 are B and H.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {
+        name: mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
+    if not free or mesh.size == 1:
+        return op(q, k, v, mask=mask, bias=bias, q_offset=q_offset, **options)
+    batch, heads = _batch_axes(q.shape[0], free), None
+    parts = free.get(HEAD_AXIS, 1)
+    if parts > 1 and q.shape[2] % parts == 0:
+        heads = HEAD_AXIS
+        k, v = (_repeat_heads(x, q.shape[2], parts) for x in (k, v))
+
+    def cut(x, *axes):
+        """The spec of an array; dimensions of length 1 are broadcast, so they stay whole."""
+        return PartitionSpec(
+            *(axis if n > 1 else None for n, axis in zip(x.shape, axes, strict=False))
+        )
+
+    arrays = {"q": q, "k": k, "v": v, "mask": mask}
+    specs = {name: PartitionSpec(batch, None, heads) for name in ("q", "k", "v")}
+    specs["mask"] = jax.tree.map(lambda ids: cut(ids, batch), mask)
+    if bias is not None:
+        arrays["bias"] = bias
+        specs["bias"] = cut(bias, *(batch, heads, None, None)[-bias.ndim :])
+    if q_offset is None or isinstance(q_offset, (int, np.integer)):
+        options["q_offset"] = q_offset
+    else:
+        arrays["q_offset"], specs["q_offset"] = q_offset, PartitionSpec()
+
+    # Without check_vma: loops in Mosaic GPU don't carry the types of manual axes. Gradients of what
+    # devices share are summed over them all the same.
+    return jax.shard_map(
+        lambda arrays: op(**arrays, **options),
+        in_specs=(specs,),
+        out_specs=PartitionSpec(batch, None, heads),
+        axis_names=set(free),
+        check_vma=False,
+    )(arrays)
+
+
+def _batch_axes(B: int, sizes: dict[str, int]) -> tuple[str, ...] | None:
+    """Those of BATCH_AXES, the first ones first, whose product divides B."""
+    axes, parts = (), 1
+    for name in BATCH_AXES:
+        if name in sizes and B % (parts * sizes[name]) == 0:
+            axes, parts = (*axes, name), parts * sizes[name]
+    return axes or None
+
+
+def _repeat_heads(x: Float[Array, "B S G D"], H: int, parts: int) -> Float[Array, "B S rG D"]:
+    """x with every head r times in a row, for the least r with which `parts`, a divisor of H, cuts
+    key-value heads where it cuts query heads."""
+    B, S, G, D = x.shape
+    R = H // G
+    r = next(r for r in range(1, R + 1) if R % r == 0 and G * r % parts == 0)
+    if r == 1:
+        return x
+    return jnp.broadcast_to(x[:, :, :, None], (B, S, G, r, D)).reshape(B, S, G * r, D)

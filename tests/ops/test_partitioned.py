@@ -1,0 +1,189 @@
+"""Attention cut over a mesh is attention, and each device does its part of it."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from ops import masks
+from ops.attention import attention
+from ops.partitioned import partitioned
+
+T, D = 24, 8
+
+
+def mesh_of(**sizes):
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+
+
+def arrays(B, H, G):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(B, T, heads, D) for heads in (H, G, G, H)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def by_definition(q, k, v, bias, seen):
+    """float64, head by head; seen is bool [B, T, S]."""
+    q, k, v, bias = (np.asarray(x, np.float64) for x in (q, k, v, bias))
+    B, T, H, D = q.shape
+    bias = np.broadcast_to(bias, (B, H, T, T))
+    o = np.zeros(q.shape)
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // k.shape[2])
+            s = q[b, :, h] @ k[b, :, g].T / np.sqrt(D) + bias[b, h]
+            s = np.where(seen[b], s, -np.inf)
+            p = np.exp(s - s.max(-1, keepdims=True))
+            o[b, :, h] = p / p.sum(-1, keepdims=True) @ v[b, :, g]
+    return o
+
+
+# B, H, G and the shape of a bias, on 2 x 4 devices for batch and heads.
+CASES = {
+    "multi-head": (4, 4, 4, (1, 4, T, T)),
+    "two key-value heads": (4, 8, 2, (1, 8, 1, T)),
+    "six key-value heads": (2, 12, 6, (2, 12, 1, T)),
+    "multi-query": (2, 4, 1, (2, 1, 1, T)),
+    "three heads on four devices": (2, 3, 3, (3, 1, T)),
+    "three rows on two devices": (3, 4, 4, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_whole(case):
+    """Packed, causal, with a bias and a traced offset."""
+    B, H, G, shape = CASES[case]
+    q, k, v, do = arrays(B, H, G)
+    bias = jax.random.normal(jax.random.key(1), shape)
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (B, T)), axis=1), jnp.int32)
+
+    def run(call, q, k, v, bias, ids, offset, do):
+        def attend(*x):
+            q, k, v, bias = x
+            mask = masks.Causal() & masks.Segments(ids)
+            return call(q, k, v, mask=mask, bias=bias, q_offset=offset, return_lse=True)
+
+        (o, lse), pull = jax.vjp(attend, q, k, v, bias)
+        return o, lse, pull((do, jnp.ones_like(lse)))
+
+    inputs = (q, k, v, bias, ids, jnp.int32(0), do)
+    want = jax.jit(functools.partial(run, attention))(*inputs)
+    with jax.set_mesh(mesh_of(data=2, fsdp=1, sequence=1, tensor=4)):
+        got = jax.jit(functools.partial(run, functools.partial(partitioned, attention)))(*inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+    ids = np.asarray(ids)
+    seen = np.tril(np.ones((T, T), bool))[None] & (ids[:, :, None] == ids[:, None])
+    np.testing.assert_allclose(got[0], by_definition(q, k, v, bias, seen), atol=1e-5)
+
+
+def seen_by_a_device(mesh, B, H, G, bias=None, **options):
+    """Shapes of q, k, segment ids and bias in one device's call of the op."""
+    seen = {}
+
+    def op(q, k, v, *, mask, bias, q_offset):
+        ids = masks.segments_of(mask).q_ids
+        seen.update(q=q.shape, k=k.shape, ids=ids.shape, bias=bias.shape, q_offset=q_offset)
+        return q
+
+    def run(q, k, v, ids, bias):
+        mask = masks.Causal() & masks.Segments(ids)
+        return partitioned(op, q, k, v, mask=mask, bias=bias, **options)
+
+    q, k, v, _ = arrays(B, H, G)
+    bias = jnp.zeros((1, H, T, T) if bias is None else bias)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(run, q, k, v, jnp.zeros((B, T), jnp.int32), bias)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("sizes", "whole", "part"),
+    [
+        (dict(data=2, fsdp=2, tensor=2), (8, 4, 2), (2, 2, 1)),
+        (dict(fsdp=8), (8, 4, 2), (1, 4, 2)),
+        (dict(tensor=8), (2, 8, 8), (2, 1, 1)),
+        (dict(data=2, tensor=4), (4, 8, 2), (2, 2, 1)),  # each device one of 2 heads
+        (dict(data=2, tensor=4), (4, 12, 6), (2, 3, 3)),  # 1.5 of 6 heads: repeated
+        (dict(data=2, tensor=4), (4, 16, 1), (2, 4, 1)),
+        (dict(data=2, tensor=4), (4, 6, 2), (2, 6, 2)),  # 4 does not divide 6
+        (dict(data=2, fsdp=4), (6, 4, 4), (3, 4, 4)),  # 2 divides 6, 8 does not
+        (dict(data=4, sequence=2), (1, 4, 4), (1, 4, 4)),
+    ],
+    ids=str,
+)
+def test_each_device_gets_its_rows_and_heads(sizes, whole, part):
+    seen = seen_by_a_device(mesh_of(**sizes), *whole)
+    b, h, g = part
+    assert seen["q"] == (b, T, h, D) and seen["k"] == (b, T, g, D)
+    assert seen["ids"] == (b, T) and seen["bias"] == (1, h, T, T)
+
+
+def test_dimensions_of_a_bias_that_are_broadcast_stay_so():
+    mesh, sizes = mesh_of(data=2, tensor=4), (4, 4, 4)
+    assert seen_by_a_device(mesh, *sizes, bias=(4, 1, 1, T))["bias"] == (2, 1, 1, T)
+    assert seen_by_a_device(mesh, *sizes, bias=(4, T, 1))["bias"] == (1, T, 1)
+    assert seen_by_a_device(mesh, *sizes, bias=(T, T))["bias"] == (T, T)
+
+
+def test_an_offset_known_when_tracing_stays_known():
+    mesh = mesh_of(data=2, tensor=4)
+    assert seen_by_a_device(mesh, 4, 4, 4)["q_offset"] is None
+    assert seen_by_a_device(mesh, 4, 4, 4, q_offset=3)["q_offset"] == 3
+
+
+def test_without_devices_to_share_the_work_the_op_is_called_as_it_is():
+    q, k, v, _ = arrays(2, 4, 2)
+
+    def op(*x, **options):
+        assert x[0] is q and x[1] is k and x[2] is v
+        assert options == dict(mask=masks.Full(), bias=None, q_offset=None, scale=2.0)
+        return "called"
+
+    assert partitioned(op, q, k, v, scale=2.0) == "called"
+    one = jax.make_mesh((1, 1), ("data", "tensor"), devices=jax.devices()[:1])
+    with jax.set_mesh(one):
+        assert partitioned(op, q, k, v, scale=2.0) == "called"
+
+
+@pytest.mark.parametrize("axes", [("data", "tensor"), ("sequence",)], ids=str)
+def test_inside_a_shard_map_only_the_other_axes_are_cut(axes):
+    q, k, v, _ = arrays(4, 4, 4)
+    spec = P("data", None, "tensor") if "data" in axes else P()
+    mesh = mesh_of(data=2, sequence=2, tensor=2)
+    run = functools.partial(partitioned, attention, mask=masks.Causal())
+    outer = jax.shard_map(
+        run, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, axis_names=set(axes)
+    )
+    with jax.set_mesh(mesh):
+        got = jax.jit(outer)(q, k, v)
+    np.testing.assert_allclose(got, attention(q, k, v, mask=masks.Causal()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "target"), [("tpu", "tpu_custom_call"), ("cuda", "mosaic_gpu_v2")]
+)
+def test_lowers_to_kernels_on_each_device(platform, target):
+    """Forward and gradient, for eight devices of a platform that is not here."""
+    x = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((4, 256, 1, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+
+    def loss(q, k, v, ids):
+        mask = masks.Causal() & masks.Segments(ids)
+        return partitioned(attention, q, k, v, mask=mask).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh_of(data=4, tensor=2)):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, kv, kv, ids)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    calls = re.findall(rf"custom_call @{target}\(.*", text)
+    assert len(calls) == 3
+    # One row and two heads of each device, in the platform's own layout.
+    part = "1x2x256x64xbf16" if platform == "tpu" else "1x256x2x64xbf16"
+    assert all(part in call for call in calls)
