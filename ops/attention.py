@@ -65,12 +65,12 @@ def attention(
     Raises:
       ValueError: shapes, mask, bias or implementation that do not fit, or, when the program is
         lowered, "pallas" on a platform without a kernel for it.
-      TypeError: dtypes that are not floating or differ.
+      TypeError: dtypes that are not floating or differ, a q_offset that is no integer.
     """
     _validate(q, k, v, bias, logit_cap, implementation)
     B, T, H, D = q.shape
     S = k.shape[1]
-    masks.validate(mask, B, T, S, q_offset)
+    _validate_mask(mask, q, k, q_offset)
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     scale = D**-0.5 if scale is None else scale
@@ -82,9 +82,12 @@ def attention(
     elif isinstance(q_offset, (int, np.integer)):
         static_offset, q_offset = int(q_offset), None
     else:
-        q_offset = jnp.asarray(q_offset, jnp.int32)
+        q_offset = jnp.asarray(q_offset)
+        if not jnp.issubdtype(q_offset.dtype, jnp.integer):
+            raise TypeError(f"q_offset must be an integer, got {q_offset.dtype}")
         if q_offset.ndim:
             raise ValueError(f"q_offset must be a scalar, got shape {q_offset.shape}")
+        q_offset = q_offset.astype(jnp.int32)
     options = _Options(
         scale=float(scale),
         logit_cap=None if logit_cap is None else float(logit_cap),
@@ -190,6 +193,20 @@ def _validate(q, k, v, bias, logit_cap, implementation):
         raise ValueError(f"q has {H} heads, which k's {G} heads do not divide; {hint}")
     if bias is not None:
         _validate_bias(bias, (B, H, T, S))
+
+
+def _validate_mask(mask, q, k, q_offset):
+    B, T, H, _ = q.shape
+    try:
+        masks.validate(mask, B, T, k.shape[1], q_offset)
+    except ValueError as error:
+        segments = masks.segments_of(mask)
+        if segments is None or T == H or np.shape(segments.q_ids) != (B, H):
+            raise
+        raise ValueError(
+            f"{error}. The ids are as many as q {q.shape} has heads: q, k and v look like "
+            "[B, H, T, D], with heads and time swapped; use jnp.swapaxes(x, 1, 2)"
+        ) from None
 
 
 def _swapped(q, k, expected):

@@ -25,8 +25,8 @@ from ops import masks
 from ops.lowering import choose_when_lowered
 
 LOG2_E = math.log2(math.e)
-# Scores of a tile, in all heads (and sequences, where a batch is computed at once): 4 MiB.
-TILE_SCORES = 2**20
+# Scores of a tile, in all heads (and sequences, where a batch is computed at once): 8 MiB.
+TILE_SCORES = 2**21
 # Tiles of the whole matrix that are worth to be looked at one by one when tracing.
 MAX_TILES = 2**17
 
@@ -232,7 +232,8 @@ def tile_sizes(T, S, H, mask, q_offset):
     """(queries, keys) of a tile: of the sizes that fit the caches, the cheapest for this mask.
 
     The cost, in scores, was fitted on two CPU cores: a tile costs 100,000 scores before its first,
-    and masking a third of the scores. Long masks take large tiles, narrow windows small ones.
+    bringing a key in place 64, and masking a third of the scores. Long masks take large tiles,
+    narrow windows small ones.
     """
     static = not any(isinstance(x, jax.Array) for x in jax.tree.leaves((mask, q_offset)))
     sizes = [
@@ -252,7 +253,7 @@ def tile_sizes(T, S, H, mask, q_offset):
         else:
             kinds = masks.tile_kinds(mask, T, S, I, J, q_offset)
             live, partial = np.sum(kinds != masks.EMPTY), np.sum(kinds == masks.PARTIAL)
-        return live * (100_000 + scores) + partial * scores / 3
+        return live * (100_000 + scores + 64 * H * J) + partial * scores / 3
 
     few = [(I, J) for I, J in sizes if (T // I) * (S // J) <= MAX_TILES]
     if masks.segments_of(mask) is not None:
@@ -299,21 +300,18 @@ class _Logits:
         if self.logit_cap is not None:
             t = jnp.tanh(s / self.logit_cap)
             s, slope = (self.logit_cap * LOG2_E) * t, 1.0 - t * t
-        if bias is None and not masked:
-            return s, slope
         G, I, J, R = s.shape[0], self.tiles.I, self.tiles.J, self.R
-        shape = s.shape
-        s = s.reshape((G, J, R, I) if transposed else (G, R, I, J))
         if bias is not None:
             tile = self._bias_tile(bias, i, j).astype(s.dtype) * LOG2_E
             heads = (G, R) if tile.shape[0] > 1 else (1, 1)
             tile = tile.reshape(heads + tile.shape[1:])
-            s = s + (tile.transpose(0, 3, 1, 2) if transposed else tile)
+            tile = tile.transpose(0, 3, 1, 2) if transposed else tile
+            shape = (G, J, R, I) if transposed else (G, R, I, J)
+            s = (s.reshape(shape) + tile).reshape(s.shape)
         if masked:
-            visible = self._visible(ids, i, j)
-            visible = visible.T[:, None] if transposed else visible
-            s = jnp.where(visible.reshape((1,) * (4 - visible.ndim) + visible.shape), s, -jnp.inf)
-        return s.reshape(shape), slope
+            visible = jnp.broadcast_to(self._visible(ids, i, j), (R, I, J)).reshape(R * I, J)
+            s = jnp.where((visible.T if transposed else visible)[None], s, -jnp.inf)
+        return s, slope
 
     def _bias_tile(self, bias, i, j):
         for axis, index, size in ((1, i, self.tiles.I), (2, j, self.tiles.J)):
@@ -322,7 +320,7 @@ class _Logits:
         return bias
 
     def _visible(self, ids, i, j):
-        """bool [I, J]"""
+        """bool [1, I, J]"""
         tiles = self.tiles
         rows = (tiles.q_offset + i * tiles.I + jnp.arange(tiles.I))[:, None]
         keys = (j * tiles.J + jnp.arange(tiles.J))[None, :]
@@ -332,7 +330,7 @@ class _Logits:
         visible = self.mask.visible(rows, keys, *segments)
         if tiles.S % tiles.J:
             visible = visible & (keys < tiles.S)
-        return jnp.broadcast_to(visible, (tiles.I, tiles.J))
+        return jnp.broadcast_to(visible, (tiles.I, tiles.J))[None]
 
 
 def _add_bias_tile(dbias, ds, i, j, tiles, R):
@@ -379,10 +377,9 @@ def _over_batch(one, dbias, xs, B, size):
 
 
 def exp2(x):
-    """2^x for x <= 0, exactly 0 at -inf.
+    """2^x for x <= 0, exactly 0 at -inf and below 2^-126, right to two units of the last place.
 
-    XLA's own takes four times as long on CPUs, a sixth of the forward pass. The polynomial is the
-    Taylor series of 2^f in f log 2, |f| <= 1/2, good to the last bit or two of float32.
+    XLA's own takes four times as long on CPUs, a sixth of the forward pass.
     """
     if x.dtype != jnp.float32:
         return jnp.exp2(x)
@@ -391,16 +388,23 @@ def exp2(x):
     )
 
 
+# 2^f for |f| <= 1/2, with an error of 1e-7; the first coefficient is 1, so that 2^0 is.
+_EXP2 = np.polynomial.Chebyshev.interpolate(np.exp2, 5, domain=[-0.5, 0.5])
+_EXP2 = [1.0, *_EXP2.convert(kind=np.polynomial.Polynomial).coef[1:]]
+# Added to a float32, rounds it to a whole number, which then stands in the lowest bits.
+_ROUND = np.float32(1.5 * 2**23)
+
+
 def _exp2_polynomial(x):
-    x = jnp.maximum(x, -127.0)
-    n = jnp.round(x)
-    f = x - n
-    power = jnp.full_like(x, math.log(2) ** 7 / math.factorial(7))
-    for degree in range(6, -1, -1):
-        power = power * f + math.log(2) ** degree / math.factorial(degree)
-    # The exponent's bits: 0 at n = -127, which is the float 0.
-    two_to_n = jax.lax.bitcast_convert_type((n.astype(jnp.int32) + 127) << 23, jnp.float32)
-    return power * two_to_n
+    shifted = x + _ROUND
+    f = x - (shifted - _ROUND)
+    power = jnp.full_like(x, _EXP2[5])
+    for coefficient in _EXP2[4::-1]:
+        power = power * f + coefficient
+    # Multiplies by 2^n in the exponent's bits; at x < -126 they overflow, and so are not used.
+    bits = jax.lax.bitcast_convert_type(shifted, jnp.int32) << 23
+    bits += jax.lax.bitcast_convert_type(power, jnp.int32)
+    return jnp.where(x < -126.0, 0.0, jax.lax.bitcast_convert_type(bits, jnp.float32))
 
 
 def _at(table, *index):

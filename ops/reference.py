@@ -4,6 +4,7 @@ Letters: B batch, T query time, S key time, H heads, G key-value heads, D head d
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ops import masks
@@ -54,3 +55,97 @@ def attention(
         return o
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
     return o, jnp.moveaxis(lse[..., 0], 1, 2)
+
+
+def attention_and_gradients(
+    q, k, v, do, dlse, *, mask=None, bias=None, scale=None, logit_cap=None, q_offset=None
+):
+    """o, lse, dq, dk, dv, dbias in numpy's float64, by the formulas and not by differentiation.
+
+    Shares nothing with the rest but the mask. Args as in `attention`; do and dlse are the
+    cotangents of o and lse. With P the weights: dV = P^T dO, dS = P (dO V^T - rowsum(dO O) + dlse).
+    """
+    f64 = lambda x: np.asarray(x, np.float64)
+    q, k, v, do, dlse = map(f64, (q, k, v, do, dlse))
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    R = H // G
+    scale = D**-0.5 if scale is None else scale
+    kr, vr = np.repeat(k, R, axis=2), np.repeat(v, R, axis=2)
+    s = scale * np.einsum("bthd,bshd->bhts", q, kr)
+    slope = 1.0
+    if logit_cap is not None:
+        slope = 1.0 - np.tanh(s / logit_cap) ** 2
+        s = logit_cap * np.tanh(s / logit_cap)
+    if bias is not None:
+        b = f64(bias)
+        b = b.reshape((1,) * (4 - b.ndim) + b.shape)
+        s = s + b
+    if mask is not None:
+        s = np.where(
+            np.asarray(masks.as_array(mask, T, S, q_offset)).reshape(-1, 1, T, S), s, -np.inf
+        )
+    with np.errstate(divide="ignore"):
+        peak = np.maximum(s.max(-1), np.finfo(np.float64).min)
+        lse = peak + np.log(np.exp(s - peak[..., None]).sum(-1))
+    p = np.exp(s - np.where(np.isneginf(lse), np.inf, lse)[..., None])
+    o = np.einsum("bhts,bshp->bthp", p, vr)
+    delta = np.einsum("bthp,bthp->bht", do, o) - dlse.transpose(0, 2, 1)
+    ds = p * (np.einsum("bthp,bshp->bhts", do, vr) - delta[..., None])
+    dbias = None
+    if bias is not None:
+        dbias = ds.sum(tuple(a for a in range(4) if b.shape[a] == 1), keepdims=True)
+        dbias = dbias.reshape(np.shape(bias))
+    ds = ds * slope * scale
+    grouped = lambda x: x.reshape(B, S, G, R, -1).sum(3)
+    dq = np.einsum("bhts,bshd->bthd", ds, kr)
+    dk = grouped(np.einsum("bhts,bthd->bshd", ds, q))
+    dv = grouped(np.einsum("bhts,bthp->bshp", p, do))
+    return o, lse.transpose(0, 2, 1), dq, dk, dv, dbias
+
+
+def flash_attention_1(q, k, v, visible, block_q, block_k):
+    """FlashAttention's loops for one head, keys outside (arXiv 2205.14135, algorithm 1).
+
+    q [T, D], k [S, D], v [S, P], visible bool [T, S]; every query sees a key of the first block.
+    O, the sum and the maximum are brought up to date, O normalised, at each pair of tiles.
+    """
+    T = q.shape[0]
+    rows = [slice(i, i + block_q) for i in range(0, T, block_q)]
+    o = [jnp.zeros((q[r].shape[0], v.shape[1]), v.dtype) for r in rows]
+    total = [jnp.zeros(q[r].shape[0], v.dtype) for r in rows]
+    peak = [jnp.full(q[r].shape[0], -jnp.inf, v.dtype) for r in rows]
+    for j in range(0, k.shape[0], block_k):
+        keys = slice(j, j + block_k)
+        for i, r in enumerate(rows):
+            s = jnp.where(visible[r, keys], q[r] @ k[keys].T * q.shape[1] ** -0.5, -jnp.inf)
+            new = jnp.maximum(peak[i], s.max(1))
+            p = jnp.exp(s - new[:, None])
+            kept = jnp.exp(peak[i] - new) * total[i]
+            total[i], peak[i] = kept + p.sum(1), new
+            o[i] = (kept[:, None] * o[i] + p @ v[keys]) / total[i][:, None]
+    return jnp.concatenate(o)
+
+
+def flash_attention_2(q, k, v, visible, block_q, block_k):
+    """FlashAttention-2's loops for one head, queries outside (arXiv 2307.08691, algorithm 1).
+
+    Arguments as of `flash_attention_1`. O stays unnormalised until its last tile of keys. (The
+    paper's algorithm 1 prints an inverse at the rescaling of O, which is not there in truth.)
+    """
+    o = []
+    for i in range(0, q.shape[0], block_q):
+        q_i = q[i : i + block_q]
+        acc = jnp.zeros((q_i.shape[0], v.shape[1]), v.dtype)
+        total = jnp.zeros(q_i.shape[0], v.dtype)
+        peak = jnp.full(q_i.shape[0], -jnp.inf, v.dtype)
+        for j in range(0, k.shape[0], block_k):
+            keys = slice(j, j + block_k)
+            seen = visible[i : i + block_q, keys]
+            s = jnp.where(seen, q_i @ k[keys].T * q.shape[1] ** -0.5, -jnp.inf)
+            new = jnp.maximum(peak, s.max(1))
+            p, shrink = jnp.exp(s - new[:, None]), jnp.exp(peak - new)
+            total = shrink * total + p.sum(1)
+            acc = shrink[:, None] * acc + p @ v[keys]
+            peak = new
+        o.append(acc / total[:, None])
+    return jnp.concatenate(o)

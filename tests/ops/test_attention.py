@@ -318,6 +318,9 @@ KV = jnp.zeros((2, 8, 2, 16), jnp.float32)
         ((Q, KV, KV[:, :4]), {}, ValueError, "time"),
         ((Q, KV, KV), {"mask": masks.Segments(np.zeros((2, 5), int))}, ValueError, "Segments"),
         ((Q, KV, KV), {"mask": masks.BlockSparse(np.eye(3) > 0, 4)}, ValueError, r"\[2, 2\]"),
+        ((Q, Q, Q), {"mask": masks.Segments(np.zeros((2, 4), int))}, ValueError, "time swapped"),
+        ((Q, KV, KV), {"q_offset": jnp.float32(2.0)}, TypeError, "q_offset must be an integer"),
+        ((Q, KV, KV), {"q_offset": jnp.zeros(2, int)}, ValueError, "q_offset must be a scalar"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(arrays, options, error, words):
