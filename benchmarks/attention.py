@@ -13,6 +13,7 @@ FlashAttention-2 counts) and the share of the chip's dense bfloat16 peak.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -120,12 +121,12 @@ def peers_of(case):
         names.append("jax.nn")
         if importable("tokamax"):
             names.append("tokamax")
+    if case.mask == "causal" and importable("ringattention"):
+        names.append("ringattention")
     return names
 
 
 def importable(name):
-    import importlib.util
-
     return importlib.util.find_spec(name) is not None
 
 

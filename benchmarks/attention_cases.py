@@ -7,6 +7,7 @@ imports little else, so that the peak that it prints is attention's own.
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import sys
 
@@ -79,7 +80,35 @@ def tokamax(case, q, k, v):
     return tokamax.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
 
 
-JAX_PEERS = {"tilescan": ours, "jax.nn": jax_nn, "tokamax": tokamax}
+def ringattention(case, q, k, v):
+    """The blockwise code of the package ringattention, on a ring of one device, tiles of 512.
+
+    The package does not import with today's JAX, so its one plain file is loaded by itself.
+    """
+    package = importlib.util.find_spec("ringattention").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("_ring", f"{package}/ringattention_jax.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tile = min(512, case.T)
+    blockwise = dict(
+        causal_block_size=1, query_chunk_size=tile, key_chunk_size=tile, deterministic=True,
+        dropout_rng=None, attn_pdrop=0.0, dtype=q.dtype, precision=None, prevent_cse=False,
+        policy=jax.checkpoint_policies.nothing_saveable,
+    )  # fmt: skip
+    ring = lambda q, k, v: module.ring_attention(q, k, v, None, None, None, "ring", True, blockwise)
+    whole = jax.sharding.PartitionSpec()
+    mesh = jax.make_mesh((1,), ("ring",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(ring, mesh=mesh, in_specs=(whole,) * 3, out_specs=whole, check_vma=False)(
+        q, k, v
+    )
+
+
+JAX_PEERS = {
+    "tilescan": ours,
+    "jax.nn": jax_nn,
+    "tokamax": tokamax,
+    "ringattention": ringattention,
+}
 
 
 def inputs(case):
