@@ -70,7 +70,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     curves.batch_size = 8
     curves.steps = 100
     curves.learning_rate = 3e-3
-    curves.seeds = 2
+    curves.seeds = (0, 1)
 
     # Table 4: perplexity against context, at equal tokens.
     context = config.context = ml_collections.ConfigDict()
@@ -87,7 +87,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     context.batch_size = 4  # rows of the longest context
     context.steps = 100
     context.learning_rate = 3e-3
-    context.seeds = 3
+    context.seeds = (1, 2, 3)  # positions and the claim's criterion were chosen on a run of seed 0
 
     # Table 5: classification against how much of a document is read.
     documents = config.documents = ml_collections.ConfigDict()
@@ -104,7 +104,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     documents.batch_size = 32
     documents.steps = 60
     documents.learning_rate = 2e-3
-    documents.seeds = 3
+    documents.seeds = (0, 1, 2)
 
     if scale == "smoke":
         runtime.lengths = (64, 128)
@@ -135,7 +135,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
             section.n_heads = 2
             section.batch_size = 8
             section.steps = 2
-            section.seeds = 1
+            section.seeds = (0,)
         curves.seq_len = 32
         context.contexts = (16, 32)
         documents.lengths = ()  # no labelled text without a download

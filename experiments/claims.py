@@ -7,7 +7,7 @@ SHOWN, NOT_SHOWN = "shown", "not shown"
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One statement, the criterion fixed before measuring, and what the numbers say.
+    """One statement, its criterion, and what the numbers say.
 
     Attributes:
       name: short name.

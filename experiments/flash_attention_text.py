@@ -59,7 +59,7 @@ def _curve_cells(config) -> list[Cell]:
             seed=seed,
             seconds=30,
         )
-        for seed in range(c.seeds)
+        for seed in c.seeds
         for attention in (text_cells.STANDARD, text_cells.TILED)
     ]
 
@@ -76,7 +76,7 @@ def _context_cells(config) -> list[Cell]:
             seconds=30,
         )
         for context in c.contexts
-        for seed in range(c.seeds)
+        for seed in c.seeds
     ]
 
 
@@ -87,7 +87,7 @@ def _document_cells(config) -> list[Cell]:
         keys = {**_model(c), **_optimizer(c), **_data(c, length)}
         keys |= {"task": "classification", "model.causal": False}
         settings = {"kind": "documents", "length": length, "train": keys}
-        for seed in range(c.seeds):
+        for seed in c.seeds:
             cell_id = f"documents{length}-seed{seed}"
             seconds = 5 + 20 * length / 256
             made.append(Cell(cell_id, text_cells.run, settings, seed=seed, seconds=seconds))
@@ -246,7 +246,8 @@ def _longer_context(records: Records) -> Claim:
         "longer context",
         "A longer context lowers perplexity (Table 4: 18.2 at 1k, 17.2 at 4k).",
         "with every seed (same batches) the longest context has a lower perplexity than the "
-        f"shortest, on average by at least {100 * CONTEXT_GAIN:g}%",
+        f"shortest, on average by at least {100 * CONTEXT_GAIN:g}%; chosen, as were ALiBi's "
+        "positions, after a run of seed 0, which is not among these",
         holds,
         evidence,
     )

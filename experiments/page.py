@@ -76,7 +76,8 @@ def render(found: Sequence[Results]) -> str:
 <p><span class="published">Published</span> columns stand in the papers,
 <span class="measured">measured</span> ones were measured by this code on the machine that is named,
 <span class="static">static</span> ones come from a compiler or a formula, without running.
-Every claim has a criterion fixed before measuring, and can fail.</p>
+Every claim has a criterion that the numbers can fail; it was fixed before them, unless its row says
+which run it was chosen on.</p>
 <nav>{links}</nav>
 </header>
 <main>

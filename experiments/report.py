@@ -53,7 +53,7 @@ def markdown(results: Results, figures: str = "figures") -> str:
 def claims_table(claims: Iterable[Claim]) -> Table:
     """The claims as a table."""
     rows = [[c.name, c.statement, c.criterion, c.status, c.evidence] for c in claims]
-    titles = ("claim", "what the paper says", "criterion, fixed before measuring", "status")
+    titles = ("claim", "what the paper says", "criterion", "status")
     columns = [*(Column(title) for title in titles), Column("evidence")]
     return Table("claims", "Claims", columns, rows)
 
@@ -109,7 +109,8 @@ def results_markdown(found: Sequence[Results], root: str) -> str:
 Made by `python -m experiments.report` from the records under `results/`; a test holds that this
 file is exactly what they give. *Published* columns stand in the papers. *Measured* columns were
 measured by this code on the machine that is named. *Static* columns come from a compiler or a
-formula, without running. Every claim has a criterion fixed before measuring and can fail.
+formula, without running. Every claim has a criterion that the numbers can fail; it was fixed before
+them, unless its row says which run it was chosen on.
 
 Measure a paper again: `tilescan run flash_attention --scale=cpu --publish`.
 """
