@@ -2,17 +2,17 @@
 
 import difflib
 import importlib
-import pathlib
+from collections.abc import Sequence
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
-import configs
 from experiments.harness import Paper
+from training.config import override
 
 NAMES = ("flash_attention", "flash_attention_2")
 SCALES = ("smoke", "cpu", "accelerator")
+# Numbers of a config that 0 has a meaning for: all of them, none but itself, never.
+MAY_BE_ZERO = ("max_documents", "eval_batches", "window", "standard_up_to")
 
 
 def nearest(name: str, known) -> str:
@@ -33,11 +33,6 @@ def load(name: str) -> Paper:
     return importlib.import_module(f"experiments.{name}").PAPER
 
 
-def config_path(name: str) -> pathlib.Path:
-    """Where the paper's config file lies."""
-    return pathlib.Path(configs.__path__[0]) / f"{name}.py"
-
-
 def check_scale(scale: str) -> str:
     """`scale` itself if it is one of SCALES; config files call this first.
 
@@ -49,7 +44,7 @@ def check_scale(scale: str) -> str:
     return scale
 
 
-def load_config(name: str, scale: str, overrides: list[str] = ()) -> ml_collections.ConfigDict:
+def load_config(name: str, scale: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     """The paper's config at a scale, with overrides such as "--config.runtime.repeats=3".
 
     The config is locked: it cannot grow keys.
@@ -57,20 +52,37 @@ def load_config(name: str, scale: str, overrides: list[str] = ()) -> ml_collecti
     Raises:
       ValueError: unknown paper, scale or key (the nearest is named), or a value of a wrong type.
     """
-    load(name), check_scale(scale)
-    arguments = ["tilescan", f"--config={config_path(name)}:{scale}", *overrides]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", flag_values=values, lock_config=True, sys_argv=arguments
-    )
-    try:
-        values(arguments)
-    except (AttributeError, KeyError, TypeError, flags.Error) as error:
-        raise ValueError(f"an override does not fit configs/{name}.py: {_clean(error)}") from error
-    return values.config
+    load(name)
+    config = importlib.import_module(f"configs.{name}").get_config(check_scale(scale)).lock()
+    apply_overrides(config, overrides)
+    return config
 
 
-def _clean(error: Exception) -> str:
-    """The message in one line, without the quotes that nested exceptions collect."""
-    text = str(error.args[0] if error.args else error)
-    return " ".join(text.replace("\\n", " ").replace("\\'", "'").split()).strip("'\"")
+def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets values of a paper's config in place.
+
+    Raises:
+      ValueError: as `training.config.override`; a size below 1; or it is the paper or the scale
+        that is set, which would give the measurements another's name.
+    """
+    for assignment in overrides:
+        key = assignment.removeprefix("--config.").partition("=")[0]
+        if key in ("paper", "scale"):
+            raise ValueError(
+                f"{assignment} would misname the records: choose the paper and the scale by "
+                f"`tilescan run PAPER --scale=SCALE` or --config=configs/PAPER.py:SCALE"
+            )
+        before = config.to_dict()
+        override(config, assignment)
+        section, name = key.split(".")
+        _check_size(name, before[section][name], config[section][name])
+
+
+def _check_size(name: str, old, new) -> None:
+    """Raises ValueError for a negative number, and for 0 where that leaves nothing to measure."""
+    for item in new if isinstance(new, tuple) else (new,):
+        if not isinstance(item, int | float) or isinstance(item, bool):
+            continue
+        nothing = item == 0 and not isinstance(new, tuple) and name not in MAY_BE_ZERO
+        if item < 0 or nothing:
+            raise ValueError(f"{name}={item} must be a positive number, e.g. {old!r}")

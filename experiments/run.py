@@ -36,6 +36,30 @@ def measure(config, workdir=None, only="", publish=False) -> int:
     return 1 if outcome.failed else 0
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, after the overrides were checked: absl meets a wrong one with a traceback."""
+    overrides = [word for word in argv if word.startswith("--config.") and "=" in word]
+    config = _config_alone(argv) if overrides else None
+    if config is not None:
+        try:
+            papers.apply_overrides(config, overrides)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+    return app.parse_flags_with_usage(argv)
+
+
+def _config_alone(argv: list[str]):
+    """The config that --config names, without overrides; None if it cannot be loaded."""
+    values = flags.FlagValues()
+    words = [word for word in argv if not word.startswith("--config.")]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
+    try:
+        values(words, known_only=True)
+        return values.config
+    except (flags.Error, OSError):  # absl will tell what is wrong with the file
+        return None
+
+
 def main(argv) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # checkpoints tell of every step at INFO
@@ -50,4 +74,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

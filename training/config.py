@@ -90,10 +90,11 @@ def default_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of the default configuration, sections included."""
-    config = default_config()
-    return list(config) + [f"{s}.{k}" for s in ("model", *SECTIONS) for k in config[s]]
+def known_keys(config: ml_collections.ConfigDict | None = None) -> list[str]:
+    """Every dotted key of a configuration, by default the default one, sections included."""
+    config = default_config() if config is None else config
+    sections = [s for s in config if isinstance(config[s], ml_collections.ConfigDict)]
+    return list(config) + [f"{s}.{k}" for s in sections for k in config[s]]
 
 
 def nearest_key(key: str, known: list[str]) -> str:
@@ -125,29 +126,52 @@ def check_keys(config) -> None:
 def override(config: ml_collections.ConfigDict, assignment: str) -> None:
     """Applies one "section.key=value" in place; the value is a Python literal or a bare word.
 
+    `config` may be any configuration of sections of keys, a paper's as well.
+
     Raises:
         ConfigError: no "=", an unknown key (the nearest one is named), a value of another type.
     """
     key, equals, text = assignment.removeprefix("--").removeprefix("config.").partition("=")
     if not equals:
         raise ConfigError(f"{assignment!r} is not of the form section.key=value")
-    known = known_keys()
-    if key not in known or key in SECTIONS or key == "model":
+    known = known_keys(config)
+    if key not in known:
         raise ConfigError(f"unknown key {key!r}; did you mean {nearest_key(key, known)!r}?")
     parent, _, name = key.rpartition(".")
     section = config[parent] if parent else config
-    if isinstance(section[name], str):
-        value = text
-    else:
-        try:
-            value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-        except (ValueError, SyntaxError):
-            value = (text,) if isinstance(section[name], tuple) else text
+    if isinstance(section[name], ml_collections.ConfigDict):
+        example = next(iter(section[name]))
+        raise ConfigError(f"{key!r} is a section: set one of its keys, e.g. {key}.{example}")
+    old, kind = section[name], section.get_type(name)
+    value = text if kind is str else _literal(text)
+    if kind is tuple and not isinstance(value, tuple | list):
+        value = (value,)
+    kinds = {type(item) for item in old} if kind is tuple else set()
     try:
+        # ConfigDict takes a bool for a number, and anything for an item of a tuple.
+        if value is not None and not _fits(value, kind):
+            raise TypeError
+        if len(kinds) == 1 and not all(_fits(item, *kinds) for item in value):
+            raise TypeError
         section[name] = value
     except TypeError:
-        kind = type(section[name]).__name__
-        raise ConfigError(f"{key} must be of type {kind}, not {text!r}") from None
+        like = "" if old is None else f" like {old!r}"
+        raise ConfigError(f"{key} must be of type {kind.__name__}{like}, not {text!r}") from None
+
+
+def _literal(text: str):
+    """What a Python literal says; other text is itself."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _fits(value, kind: type) -> bool:
+    """Whether a value can be of a key's type; an int can be a float, and no bool is a number."""
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return kind not in (bool, str) or isinstance(value, kind)
 
 
 def _tuples(section: dict) -> dict:
@@ -164,6 +188,11 @@ def _build(cls, section: dict):
 
 def _group(group) -> ParamGroup:
     known = [f.name for f in dataclasses.fields(ParamGroup)]
+    if not hasattr(group, "items"):
+        raise ConfigError(
+            f"optimizer.groups holds {group!r}; each group is a dict with the keys "
+            f"{', '.join(known)}, e.g. {{'pattern': 'kernel', 'lr_multiplier': 0.1}}"
+        )
     for key in group:
         if key not in known:
             near = nearest_key(key, known)

@@ -6,6 +6,8 @@ These dataclasses are the only list of fields; `training.config` makes the edita
 
 import dataclasses
 import difflib
+import math
+import re
 from typing import Any
 
 from models import LanguageModelConfig
@@ -54,6 +56,12 @@ class DataConfig:
         _at_least("data", self, 1, "max_documents", "eval_stride")
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one source of data.sources")
+        parts = self.fractions
+        if len(parts) != 3 or min(parts) < 0 or not math.isclose(sum(parts), 1):
+            raise ConfigError(
+                f"data.fractions = {parts} must be three numbers >= 0 with sum 1: of train, "
+                "validation and test"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +91,18 @@ class OptimizerConfig:
         _one_of("optimizer.name", self.name, OPTIMIZERS)
         _one_of("optimizer.schedule", self.schedule, SCHEDULES)
         positive = ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_norm")
-        _at_least("optimizer", self, 0, *positive)
+        _at_least("optimizer", self, 0, *positive, "final_fraction", "eps")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name} = {getattr(self, name)} must be in [0, 1)")
+        for group in self.groups:
+            try:
+                re.compile(group.pattern)
+            except (re.error, TypeError) as error:
+                raise ConfigError(
+                    f"optimizer.groups: pattern = {group.pattern!r} is no regular expression: "
+                    f"{error}"
+                ) from error
         if self.name == "adam" and (self.weight_decay or any(g.weight_decay for g in self.groups)):
             raise ConfigError(
                 "optimizer.name = 'adam' does not decay weights: set weight_decay to 0, or name "

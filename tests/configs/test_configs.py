@@ -42,11 +42,20 @@ def test_module_measures_with_overrides(tmp_path):
     assert "Figure 2, left" in done.stdout
 
 
-def test_module_names_the_nearest_key(tmp_path):
-    config = "--config=configs/flash_attention.py:smoke"
-    done = run(config, "--config.runtime.repeat=3", f"--workdir={tmp_path}")
-    assert done.returncode != 0
-    assert 'Did you mean "repeats" instead of "repeat"?' in done.stderr.replace("\\n", " ")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("runtime.repeat=3", "unknown key 'runtime.repeat'; did you mean 'runtime.repeats'?"),
+        ("runtme.repeats=3", "unknown key 'runtme.repeats'; did you mean 'runtime.repeats'?"),
+        ("runtime.repeats=many", "runtime.repeats must be of type int like 1, not 'many'"),
+    ],
+)
+def test_module_names_the_key_and_what_is_right(tmp_path, override, message):
+    done = run(
+        "--config=configs/flash_attention.py:smoke", f"--config.{override}", f"--workdir={tmp_path}"
+    )
+    assert done.returncode == 1 and done.stderr.strip().endswith(f"error: {message}")
+    assert "Traceback" not in done.stderr
 
 
 def test_module_without_a_config_says_what_is_missing():

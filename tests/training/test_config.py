@@ -37,7 +37,6 @@ def test_every_field_has_a_comment():
         ("model.learning_rate=1", "optimizer.learning_rate"),
         ("optimizer.warmup=1", "optimizer.warmup_steps"),
         ("sede=1", "seed"),
-        ("train=1", "train"),
     ],
 )
 def test_override_names_the_nearest_key(wrong, right):
@@ -97,8 +96,18 @@ def test_override_reads_literals_words_and_tuples():
     assert c.optimizer.learning_rate == 1e-3 and c.data.tokenizer == "gpt2"
     assert c.data.sources == ("shakespeare",)
     assert c.optimizer.groups == (fields.ParamGroup("ssm", 0.1, None),)
-    with pytest.raises(ConfigError, match=r"train.steps must be of type int, not '3.5'"):
-        override(config, "train.steps=3.5")
+    for wrong, message in {
+        "train.steps=3.5": r"train.steps must be of type int like 7, not '3.5'",
+        "train.steps=true": r"train.steps must be of type int like 7, not 'true'",
+        "data.shuffle=1": r"data.shuffle must be of type bool like True, not '1'",
+        "data.fractions=abc": r"data.fractions must be of type tuple like \(0.9, .*not 'abc'",
+        "model.head_dim=abc": r"model.head_dim must be of type int, not 'abc'",
+        "train=1": r"'train' is a section: set one of its keys, e.g. train\.",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            override(config, wrong)
+    override(config, "train.resume_step=None")
+    assert config.train.resume_step is None
     with pytest.raises(ConfigError, match="not of the form section.key=value"):
         override(config, "train.steps")
 
@@ -112,6 +121,11 @@ def test_values_that_make_no_sense_are_refused():
         "precision.compute_dtype=bf16": r"compute_dtype = 'bf16' .*'bfloat16'",
         "optimizer.schedule=wsd": r"needs optimizer.decay_steps > 0",
         "data.sources=()": r"data.sources is empty",
+        "data.fractions=(0.5,0.2)": r"data.fractions = \(0.5, 0.2\) must be three numbers >= 0",
+        "optimizer.b1=1.0": r"optimizer.b1 = 1.0 must be in \[0, 1\)",
+        "optimizer.eps=-1.0": r"optimizer.eps = -1.0 must be at least 0",
+        "optimizer.groups=(1,)": r"optimizer.groups holds 1; each group is a dict with",
+        "optimizer.groups=({'pattern': '('},)": r"pattern = '\(' is no regular expression",
     }.items():
         config = default_config()
         override(config, assignment)
