@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import io
+import lzma
 import pathlib
 import shutil
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
+
+_DAMAGED = (zlib.error, lzma.LZMAError, subprocess.CalledProcessError)
 
 
 class ArchiveError(ValueError):
@@ -27,7 +31,7 @@ def members(path: pathlib.Path, pattern: str) -> Iterator[tuple[str, bytes]]:
     """
     try:
         found = sorted(_read(path, pattern))
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, *_DAMAGED) as error:
         raise ArchiveError(f"{path} cannot be read as an archive: {error}") from error
     if not found:
         raise ArchiveError(f"{path} has no member that matches {pattern!r}")

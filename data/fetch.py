@@ -11,12 +11,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import lzma
 import os
 import pathlib
 import shlex
 import shutil
+import struct
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 
 from data.archives import extract_member
@@ -34,6 +37,17 @@ from data.clients import (
 from data.documents import Document
 
 _STALE_SECONDS = 24 * 3600
+# What parsers meet in a damaged file: in its text, its structure or its compression.
+_BAD_CONTENT = (
+    ValueError,
+    LookupError,
+    EOFError,
+    OSError,
+    SyntaxError,  # of XML
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 class ChecksumError(SourceError):
@@ -141,9 +155,11 @@ def fetch_source(source: Source, offline: bool = False) -> pathlib.Path:
             if _off(offline):
                 raise
     if source.kind == "file":
+        given = ", ".join(_given_files())
+        but = f" (it names only {given})" if given else ""
         raise SourceError(
             f"{source.name} is in no package: give its file with TILESCAN_DATA_FILES="
-            f"{source.name}=PATH or\n  {shell_command(source)}\n{source.description}"
+            f"{source.name}=PATH{but} or\n  {shell_command(source)}\n{source.description}"
         )
     if _off(offline):
         raise SourceError(
@@ -200,11 +216,20 @@ def read_documents(source: Source, path: pathlib.Path) -> list[Document]:
     """
     try:
         documents = source.parse(path)
-    except (ValueError, LookupError, EOFError, OSError) as error:
-        raise SourceError(f"{source.name}: {path} is not what its parser knows: {error}") from error
+    except _BAD_CONTENT as error:
+        raise SourceError(
+            f"{source.name}: {path} is not what its parser knows: {error}.\n{_replace(source)}"
+        ) from error
     if not documents:
         raise SourceError(f"{source.name}: {path} holds no documents. {source.description}")
     return documents
+
+
+def _replace(source: Source) -> str:
+    """What to do about a damaged file."""
+    if source.kind in ("installed", "file"):
+        return f"{source.description}. {how_to_fetch(source)}"
+    return f"Remove it: it is then downloaded again. {how_to_fetch(source)}"
 
 
 def add_file(source: Source, given: str | os.PathLike) -> pathlib.Path:

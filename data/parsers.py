@@ -228,8 +228,10 @@ def imdb(path: pathlib.Path) -> list[Document]:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                split, label = record["split"], ("neg", "pos")[record["label"]]
+                split, label = record["split"], {0: "neg", 1: "pos"}[record["label"]]
                 identity, text = f"{split}/{label}/{record['id']}", record["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"text is {text!r}")
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise ArchiveError(
                     f"{path}, line {number}: expected a JSON object with split, label (0 or 1), "

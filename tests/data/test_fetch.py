@@ -340,6 +340,10 @@ def test_a_file_of_the_users_own(monkeypatch, cache, tmp_path):
     monkeypatch.setenv("TILESCAN_DATA_FILES", f"toy={tmp_path / 'gone'}")
     with pytest.raises(SourceError, match="gone, which does not exist"):
         fetch_source(toy)
+    monkeypatch.setenv("TILESCAN_DATA_FILES", f"tyo={mine}")
+    (cache / "toy" / "toy.jsonl.xz").unlink()
+    with pytest.raises(SourceError, match="TILESCAN_DATA_FILES=toy=PATH .it names only tyo. or"):
+        fetch_source(toy)
     monkeypatch.setenv("TILESCAN_DATA_FILES", "toy")
     with pytest.raises(SourceError, match="NAME=PATH"):
         fetch_source(toy)

@@ -12,8 +12,10 @@ import zlib
 
 import pytest
 
-from data import parsers
+from data import parsers, sources
 from data.archives import ArchiveError, members
+from data.clients import SourceError
+from data.fetch import read_documents
 from data.wikitext import strip_wikitext
 
 
@@ -258,7 +260,16 @@ def test_imdb_original_archive(tmp_path):
     assert sorted((d.id, d.label, d.split) for d in documents) == sorted(EXPECTED)
 
 
-@pytest.mark.parametrize("line", ["not json", '{"split": "train"}', '{"split":"a","label":7}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        '{"split": "train"}',
+        '{"split":"a","label":7}',
+        '{"split":"a","label":-1,"id":0,"text":"x"}',
+        '{"split":"a","label":1,"id":0,"text":3}',
+    ],
+)
 def test_imdb_names_the_bad_line(tmp_path, line):
     path = tmp_path / "imdb.jsonl"
     path.write_text(json.dumps(REVIEWS[0]) + "\n" + line + "\n")
@@ -289,3 +300,39 @@ def test_members_say_what_is_missing(tmp_path):
     (tmp_path / "x.deb").write_bytes(b"nothing")
     with pytest.raises(ArchiveError, match="not an ar archive"):
         list(members(tmp_path / "x.deb", "*"))
+
+
+@pytest.mark.parametrize("suffix, opener", [(".xz", lzma.open), (".gz", gzip.open)])
+def test_damaged_compression_is_told_with_what_to_do(monkeypatch, tmp_path, suffix, opener):
+    path = tmp_path / f"imdb.jsonl{suffix}"
+    with opener(path, "wt", encoding="utf-8") as file:
+        for i in range(2000):
+            file.write(json.dumps(REVIEWS[0] | {"text": f"{i * i * i}"}) + "\n")
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    monkeypatch.setenv("TILESCAN_DATA_FILES", f"imdb={path}")
+    with pytest.raises(SourceError, match=f"imdb: {path} is not what its parser knows") as error:
+        sources.load("imdb")
+    assert "tilescan data add imdb PATH" in str(error.value)
+
+
+def test_a_damaged_member_of_an_archive_is_told(tmp_path):
+    path = tmp_path / "x.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", b"abc" * 40_000)
+    content = bytearray(path.read_bytes())
+    content[60:100] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(ArchiveError, match="cannot be read as an archive"):
+        list(members(path, "*"))
+
+
+def test_a_damaged_novel_is_told(tmp_path):
+    packed = zlib.compress(r_object(["Emma", "", "text"], 3))
+    database = struct.pack(">i", len(packed)) + packed[:-4] + b"\xff" * 4  # a wrong sum at the end
+    path = deb(tmp_path / "r.deb", {"./x/janeaustenr/data/Rdata.rdb": database})
+    with pytest.raises(SourceError, match="austen: .* is not what its parser knows") as error:
+        read_documents(sources.get_source("austen"), path)
+    assert "apt-get download r-cran-janeaustenr" in str(error.value)
