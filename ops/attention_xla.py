@@ -27,6 +27,8 @@ from ops.lowering import choose_when_lowered
 LOG2_E = math.log2(math.e)
 # Scores of a tile, in all heads (and sequences, where a batch is computed at once): 8 MiB.
 TILE_SCORES = 2**21
+# Scores of the whole matrix from which on tiles are half as large: memory counts more there.
+LONG = 2**26
 # Tiles of the whole matrix that are worth to be looked at one by one when tracing.
 MAX_TILES = 2**17
 
@@ -236,11 +238,12 @@ def tile_sizes(T, S, H, mask, q_offset):
     narrow windows small ones.
     """
     static = not any(isinstance(x, jax.Array) for x in jax.tree.leaves((mask, q_offset)))
+    limit = TILE_SCORES if T * S <= LONG else TILE_SCORES // 2
     sizes = [
         (I, J)
         for I in _sizes(T, 512)
         for J in _sizes(S, 4096)
-        if (H * I * J <= TILE_SCORES or I * J <= 64 * 64)
+        if (H * I * J <= limit or I * J <= 64 * 64)
         # A long and narrow tile costs more to fetch than it computes.
         and (J <= 2 * I or I == T)
     ]
