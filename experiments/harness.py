@@ -106,7 +106,7 @@ def run(
     """
     console = console or rich.console.Console()
     workdir = pathlib.Path(workdir)
-    cells = list(paper.cells(config))
+    cells = _cells(paper, config)
     _check_unique(paper, cells)
     chosen = [cell for cell in cells if only in cell.id]
     if not chosen:
@@ -128,13 +128,13 @@ def run(
             try:
                 record = _measure(paper, cell, digests[cell.id], workdir)
             except Exception as error:  # one bad cell must not cost the others
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                reason = _shortened(f"{type(error).__name__}: {error}")
                 failed[cell.id] = reason
                 _keep_error(workdir, cell.id, traceback.format_exc())
                 console.print(f"[red]failed[/red] {cell.id}: {reason}", highlight=False)
             else:
                 # Outside the try: a disk that is full stops the run instead of failing each cell.
-                records_lib.write_atomically(_cell_path(workdir, cell.id), record.to_json())
+                _keep(workdir, cell.id, record)
                 (workdir / "errors" / f"{cell.id}.txt").unlink(missing_ok=True)
                 shutil.rmtree(_scratch(workdir, cell, digests[cell.id]), ignore_errors=True)
                 done.append(cell.id)
@@ -161,6 +161,33 @@ def _measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Re
     )
 
 
+def _keep(workdir: pathlib.Path, cell_id: str, record: Record) -> None:
+    try:
+        records_lib.write_atomically(_cell_path(workdir, cell_id), record.to_json())
+    except OSError as error:
+        raise OSError(
+            f"the record of {cell_id} cannot be written to workdir={str(workdir)!r} "
+            f"({error.strerror}); the cells before it are kept: make room, then run the same "
+            "command to go on"
+        ) from error
+
+
+def _shortened(text: str, most: int = 1000) -> str:
+    """One line of bounded length; the end stays, where errors say what to do."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most // 4]} ... {text[-3 * most // 4 :]}"
+
+
+def _cells(paper: Paper, config: ml_collections.ConfigDict) -> list[Cell]:
+    try:
+        return list(paper.cells(config))
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise ValueError(
+            f"the config of {paper.name!r} makes no cells ({type(error).__name__}: {error}); "
+            f"compare its values with those of configs/{paper.name}.py"
+        ) from error
+
+
 def _check_unique(paper: Paper, cells: Sequence[Cell]) -> None:
     ids = [cell.id for cell in cells]
     twice = sorted({name for name in ids if ids.count(name) > 1})
@@ -175,7 +202,13 @@ def _prepare(workdir: pathlib.Path, paper: Paper, config: ml_collections.ConfigD
         (workdir / "cells").mkdir(parents=True, exist_ok=True)
         previous = workdir / "config.json"
         if previous.exists():
-            other = records_lib.json.loads(previous.read_text(encoding="utf-8")).get("paper")
+            try:
+                other = records_lib.json.loads(previous.read_text(encoding="utf-8"))["paper"]
+            except (ValueError, TypeError, LookupError) as error:
+                raise ValueError(
+                    f"{previous} is not the config of a run ({error}); remove it, or give "
+                    "another workdir"
+                ) from error
             if other != paper.name:
                 raise ValueError(
                     f"workdir={str(workdir)!r} holds records of {other!r}, not of {paper.name!r}; "

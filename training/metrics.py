@@ -4,6 +4,7 @@ metrics.jsonl holds only what the seed determines, so that a resumed run's file 
 for byte, as an uninterrupted one's; how long things took is in timing.jsonl.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -19,11 +20,16 @@ def write_atomically(path, text: str) -> None:
     """Replaces a file in one step: a reader, or a kill, sees old or new, never half."""
     path = pathlib.Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read_rows(path) -> list[dict]:

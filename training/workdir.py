@@ -19,15 +19,13 @@ def prepare(workdir) -> pathlib.Path:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable_{jax.process_index()}"
-        write_atomically(probe, "")
+        write_atomically(probe, " " * 4096)  # an empty file fits on a full disk
         probe.unlink()
     except OSError as error:
-        why = "its disk is full" if is_full_disk(error) else error.strerror
-        raise OSError(
-            error.errno,
-            f"the workdir {workdir} cannot be written ({why}): choose another one or change its "
-            "permissions",
-        ) from error
+        why, do = error.strerror, "choose another one or change its permissions"
+        if is_full_disk(error):
+            why, do = "its disk is full", "make room, then run the same command"
+        raise OSError(f"the workdir {workdir} cannot be written ({why}): {do}") from error
     return workdir
 
 

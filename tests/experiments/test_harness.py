@@ -128,6 +128,32 @@ def test_workdir_of_another_paper_is_refused(tmp_path):
         harness.run(make_paper(power_of, name="other"), config(), tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"config": {}}'])
+def test_a_damaged_config_of_the_workdir_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json is not the config of a run .*remove it"):
+        harness.run(make_paper(power_of), config(), tmp_path)
+
+
+def test_a_config_that_makes_no_cells_is_named(tmp_path):
+    def cells(config):
+        return [harness.Cell(f"x{1 // config.power}", power_of, {})]
+
+    paper = harness.Paper("toy", "", "", cells, lambda r: [], lambda r: [])
+    with pytest.raises(ValueError, match="config of 'toy' makes no cells .*configs/toy.py"):
+        harness.run(paper, config(power=0), tmp_path)
+
+
+def test_a_long_reason_keeps_its_end(tmp_path):
+    def measure(settings, seed, folder):
+        raise RuntimeError("no network: " + "retrying " * 500 + "\nFetch it with:\n  the command")
+
+    outcome = harness.run(make_paper(measure, count=1), config(), tmp_path)
+    assert outcome.failed["x0"].startswith("RuntimeError: no network: retrying")
+    assert outcome.failed["x0"].endswith("retrying Fetch it with: the command")
+    assert len(outcome.failed["x0"]) < 1100
+
+
 def test_unwritable_workdir_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"workdir='.*file/run' cannot be written.*--workdir="):
@@ -143,7 +169,8 @@ def test_full_disk_stops_the_run_and_leaves_no_partial_record(tmp_path, monkeypa
         return real(source, target)
 
     monkeypatch.setattr(records.os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    message = r"record of x1 cannot be written to workdir='.*' \(No space left.*same command"
+    with pytest.raises(OSError, match=message):
         harness.run(make_paper(power_of), config(), tmp_path)
     assert [p.name for p in (tmp_path / "cells").iterdir()] == ["x0.json"]
 

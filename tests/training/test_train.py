@@ -146,6 +146,17 @@ def test_an_unwritable_workdir_is_refused_before_any_work(tmp_path):
         run(tmp_path / "file" / "run", datasets={"train": None})
 
 
+def test_a_full_disk_is_named_before_any_work_and_left_clean(tmp_path, monkeypatch):
+    def full(descriptor):
+        if os.fstat(descriptor).st_size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="workdir .* cannot be written .its disk is full.: make room"):
+        run(tmp_path, datasets={"train": None})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_training_data_that_end_are_named(tmp_path):
     class Short(Rows):
         def __iter__(self):
