@@ -48,11 +48,17 @@ def load_writer(path_or_source: str | pathlib.Path, *, dtype: str = "float32") -
       dtype: of computation and parameters.
 
     Raises:
-      FileNotFoundError: if a folder has no tokenizer.
+      FileNotFoundError: there is no such file, or a folder has no tokenizer.
+      ValueError: its tokenizer.json cannot be read.
       CheckpointError: see `load_pretrained`.
     """
     name = str(path_or_source)
     path = fetch(name) if name in PRETRAINED else pathlib.Path(path_or_source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: give a folder with config.json, a .gguf file, or the name "
+            f"of a source that is fetched: {', '.join(PRETRAINED)}"
+        )
     config, params = load_pretrained(path, dtype=dtype, param_dtype=dtype)
     tokenizer = _tokenizer(path, config.vocab_size)
     return Writer(LanguageModel(config), jax.device_put(params), tokenizer)
@@ -78,7 +84,10 @@ class _HuggingFaceTokenizer:
     def __init__(self, path: pathlib.Path):
         import tokenizers  # only folders need it
 
-        self._inner = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self._inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
         known = ("<|endoftext|>", "</s>", "<|end_of_text|>")
         ids = [i for i in map(self._inner.token_to_id, known) if i is not None]
         self.eos_id = ids[0] if ids else None

@@ -52,7 +52,9 @@ def load_pretrained(
     if path.is_dir():
         return _load_folder(path, dtypes)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: a folder or a .gguf file is needed")
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: a folder with config.json or a .gguf file is needed"
+        )
     if path.suffix == ".gguf":
         return _load_gguf(path, dtypes)
     raise CheckpointError(f"{path} is neither a folder with config.json nor a .gguf file")
@@ -84,7 +86,14 @@ def _load_folder(path: pathlib.Path, dtypes):
     file = path / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{path} has no config.json")
-    config = _from_hf_config(json.loads(file.read_text()), file, dtypes)
+    try:
+        config = _from_hf_config(json.loads(file.read_text()), file, dtypes)
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{file} has no {error.args[0]!r}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} describes no model: {error}") from error
     shards = _shards(path)
     where = {}
     for shard in shards:
@@ -112,7 +121,10 @@ def _canonical(name: str) -> str:
 def _shards(path: pathlib.Path) -> list[pathlib.Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} has no readable weight_map: {error!r}") from error
     else:
         names = ["model.safetensors"]
     absent = [name for name in names if not (path / name).exists()]

@@ -79,6 +79,15 @@ def test_an_empty_prompt_is_refused(config, params):
         generate_text(writer, "")
 
 
+def test_a_misspelt_source_and_a_damaged_tokenizer_are_named(config, params, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at smolm2: .* fetched: smollm2"):
+        load_writer("smolm2")
+    save_pretrained(tmp_path, config, params)
+    (tmp_path / "tokenizer.json").write_text('{"half')
+    with pytest.raises(ValueError, match="tokenizer.json is no readable tokenizer.json: "):
+        load_writer(tmp_path)
+
+
 def test_a_folder_brings_its_tokenizer(config, params, tmp_path):
     save_pretrained(tmp_path, config, params)
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer.json, and its vocabulary of"):

@@ -167,6 +167,39 @@ def test_unsupported_configurations_are_refused(changes, message, tmp_path):
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda hf: hf.pop("hidden_size"), "config.json has no 'hidden_size'"),
+        (lambda hf: hf.update(rope_parameters={"rope_type": "linear"}), "has no 'factor'"),
+        (lambda hf: hf.update(hidden_size="wide"), "config.json describes no model: "),
+        (
+            lambda hf: hf.update(num_attention_heads=3),
+            "describes no model: .*must divide n_heads=3",
+        ),
+    ],
+)
+def test_incomplete_configurations_are_named(change, message, tmp_path):
+    save_pretrained(tmp_path, LLAMA, random_params(LLAMA))
+    hf = json.loads((tmp_path / "config.json").read_text())
+    change(hf)
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_damaged_json_is_named(text, tmp_path):
+    save_pretrained(tmp_path, LLAMA, random_params(LLAMA))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(CheckpointError, match="index.json has no readable weight_map"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="config.json describes no model"):
+        load_pretrained(tmp_path)
+
+
 def test_older_places_of_rope_settings_are_read(tmp_path):
     """transformers 4 wrote rope_theta and rope_scaling side by side."""
     save_pretrained(tmp_path, LLAMA, random_params(LLAMA))
