@@ -149,14 +149,27 @@ def rebuild_command(root: pathlib.Path, source: pathlib.Path | None) -> int:
     """What `main` and `tilescan report` do: publish `source` if given, rebuild, list the files."""
     try:
         if source is not None:
-            config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-            publish(papers.load(config["paper"]), source, root)
+            publish(papers.load(_paper_of(source)), source, root)
         for path in write_all(root):
             print(path)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: --results={root} cannot be written: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _paper_of(source: pathlib.Path) -> str:
+    """The paper whose records lie in a workdir; ValueError if it is no workdir."""
+    try:
+        return json.loads((source / "config.json").read_text(encoding="utf-8"))["paper"]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"--from={source} is not the workdir of a run: its config.json cannot be read "
+            f"({error}); give the folder that `tilescan run` named, e.g. runs/flash_attention/cpu"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -168,6 +168,14 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
     assert status == 130 and "run the same command to continue" in err
 
 
+def test_report_names_the_folder_that_is_wrong(capsys, tmp_path):
+    status, err = fails(capsys, "report", f"--from={tmp_path}")
+    assert status == 1 and f"--from={tmp_path} is not the workdir of a run" in err
+    (tmp_path / "file").write_text("")
+    status, err = fails(capsys, "report", f"--results={tmp_path}/file")
+    assert status == 1 and f"--results={tmp_path}/file cannot be written" in err
+
+
 def test_hints_are_for_what_was_meant(capsys):
     _, err = fails(capsys, "generate", "--prompt=a", "--temp=3")
     assert "did you mean '--temperature'?" in err
