@@ -224,7 +224,7 @@ def _causal_gain(records: Records) -> Claim:
         "(section 3.1.1).",
         "full / causal between 1.5 and 2 at the longest length, forward, smallest head dim",
         None if gain is None else 1.5 <= gain <= 2.0,
-        "" if gain is None else f"{gain:.2f} at length {record.settings['length']}",
+        "" if gain is None else f"{gain:.3f} at length {record.settings['length']}",
     )
 
 
