@@ -3,6 +3,7 @@
 Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -149,3 +150,55 @@ def flash_attention_2(q, k, v, visible, block_q, block_k):
             peak = new
         o.append(acc / total[:, None])
     return jnp.concatenate(o)
+
+
+def linear_recurrence(a, b, *, initial_state=None, segment_ids=None, reverse=False):
+    """h_t = a_t h_{t-1} + b_t one step after the other; takes what `ops.linear_recurrence` takes.
+
+    Computed in the inputs' own precision; differentiated by JAX.
+    """
+    B, T, *D = b.shape
+    if a.ndim == b.ndim - 2:
+        a = a[None, None]
+    a = jnp.broadcast_to(a, b.shape)
+    h = jnp.zeros((B, *D), jnp.promote_types(a.dtype, b.dtype))
+    if initial_state is not None:
+        h = h + initial_state
+    starts = np.zeros((B, T), bool)
+    if segment_ids is not None:
+        ids = np.asarray(segment_ids)
+        changes = ids[:, 1:] != ids[:, :-1]
+        n = changes.shape[1]
+        starts[:, slice(0, n) if reverse else slice(T - n, T)] = changes
+
+    def step(h, x):
+        a_t, b_t, start = x
+        h = a_t * jnp.where(start.reshape(B, *(1 for _ in D)), 0.0, h) + b_t
+        return h, h
+
+    xs = (jnp.moveaxis(x, 1, 0) for x in (a, b, jnp.asarray(starts)))
+    h, out = jax.lax.scan(step, h, tuple(xs), reverse=reverse)
+    return jnp.moveaxis(out, 0, 1), h
+
+
+def selective_scan(
+    x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=False, initial_state=None,
+    segment_ids=None,
+):  # fmt: skip
+    """Mamba-1's recurrence one step after the other; takes what `ops.selective_scan` takes.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t and y_t = C_t h_t + D x_t, times silu(z_t).
+    """
+    dt = dt if dt_bias is None else dt + dt_bias[None, None]
+    dt = jnp.logaddexp(dt, 0.0) if dt_softplus else dt
+    decay = jnp.exp(dt[..., None] * A[None, None])
+    h, last = linear_recurrence(
+        decay,
+        (dt * x)[..., None] * B[:, :, None, :],
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+    )
+    y = jnp.einsum("bten,btn->bte", h, C, precision="highest")
+    y = y if D is None else y + x * D[None, None]
+    y = y if z is None else y * z / (1 + jnp.exp(-z))
+    return y, last

@@ -1,0 +1,166 @@
+"""h_t = a_t h_{t-1} + b_t by elements: the scan that the diagonal recurrences share.
+
+One pair (decay, state) stands for a stretch of time, and a later pair after an earlier one is
+(a2 a1, a2 b1 + b2). CPUs walk through time one step at a time, which there beats the associative
+scan several times over; other platforms scan the pairs within chunks, in log2(CHUNK) rounds.
+
+The backward pass is the same scan in the other direction, so derivatives exist to any order, and
+what is kept for it is the inputs and the output. No decay is ever divided by: one that is 0 is
+as good as any other.
+
+Letters: B batch, T time, D any number of axes of channels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ops.attention_xla import varying
+from ops.lowering import choose_when_lowered
+
+# Steps that are scanned at once where the scan is associative.
+CHUNK = 256
+
+
+def scan(a, b, state, *, reverse=False):
+    """(h [B, T, *D] in b's dtype, the last h [B, *D] in `state`'s) of h_t = a_t h_{t-1} + b_t.
+
+    Args:
+      a: decays [B or 1, T or 1, *(D or 1)].
+      b: inputs [B, T, *D].
+      state: [B, *D], the h before the first step; its dtype is that of the computation.
+      reverse: from the last step to the first, h_t = a_t h_{t+1} + b_t.
+    """
+    # Under shard_map a derivative must vary over the same devices as its argument.
+    a, b, state = varying((a, b, state), (a, b, state))
+    return _scan(a, b, state, reverse, False)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _scan(a, b, state, reverse, after):
+    """`scan`, or where the decay acts `after` the output: o_t = s_{t-1} + b_t, s_t = a_t o_t."""
+
+    def on(platform):
+        return functools.partial(
+            sequential if platform == "cpu" else associative, reverse=reverse, after=after
+        )
+
+    return choose_when_lowered(
+        lambda platform: None if platform == "cpu" else on(platform), on("cpu"), a, b, state
+    )
+
+
+def _scan_fwd(a, b, state, reverse, after):
+    h, last = _scan(a, b, state, reverse, after)
+    return (h, last), (a, h, state)
+
+
+def _scan_bwd(reverse, after, residuals, cotangents):
+    # The transpose of a scan is the scan in the other direction, its decay on the other side of
+    # its output: dh_t = dy_t + a_{t+1} dh_{t+1}, da_t = h_{t-1} dh_t.
+    a, h, state = residuals
+    dh, dlast = cotangents
+    db, dstate = _scan(a, dh, dlast, not reverse, not after)
+    wide = lambda x: x.astype(state.dtype)
+    if after:
+        da = wide(h) * _previous(wide(db), dlast, not reverse)
+    else:
+        da = _previous(wide(h), state, reverse) * wide(db)
+    axes = tuple(i for i, n in enumerate(a.shape) if n == 1)
+    return jnp.sum(da, axes, keepdims=True).astype(a.dtype), db, dstate
+
+
+_scan.__wrapped__.defvjp(_scan_fwd, _scan_bwd)
+
+
+def sequential(a, b, state, *, reverse, after):
+    """One step after the other, in place: rows of any batch are read where they lie."""
+    T = b.shape[1]
+
+    def row(x, t):
+        return x if x.shape[1] == 1 else jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1)
+
+    def step(t, carry):
+        s, h = carry
+        t = T - 1 - t if reverse else t
+        o, s = _step(row(a, t).astype(s.dtype), row(b, t).astype(s.dtype), s, after)
+        return s, jax.lax.dynamic_update_slice_in_dim(h, o.astype(h.dtype), t, axis=1)
+
+    carry = state[:, None], varying(jnp.zeros(b.shape, b.dtype), b)
+    last, h = jax.lax.fori_loop(0, T, step, carry)
+    return h, last[:, 0]
+
+
+def _step(a, b, s, after):
+    """(output, next state)"""
+    if after:
+        return s + b, a * (s + b)
+    h = a * s + b
+    return h, h
+
+
+def associative(a, b, state, *, reverse, after):
+    """Chunks of CHUNK steps one after the other, each by an associative scan of its pairs."""
+    T = b.shape[1]
+    C = min(CHUNK, T)
+    n = -(-T // C)
+    a = jnp.broadcast_to(a, b.shape)
+
+    def chunks(x, value):
+        # Steps after the end change nothing: (1, 0) is the identity of the pairs.
+        pad = [(0, n * C - T if axis == 1 else 0) for axis in range(x.ndim)]
+        x = jnp.pad(x, pad, constant_values=value)
+        return jnp.moveaxis(x.reshape(x.shape[0], n, C, *x.shape[2:]), 1, 0)
+
+    def chunk(s, x):
+        a, b = (y.astype(s.dtype) for y in x)
+        pair = a, a * b if after else b
+        decay, h = jax.lax.associative_scan(combine, pair, axis=1, reverse=reverse)
+        h = decay * s[:, None] + h
+        o = _previous(h, s, reverse) + b if after else h
+        return h[:, 0 if reverse else -1], o
+
+    last, o = jax.lax.scan(chunk, state, (chunks(a, 1), chunks(b, 0)), reverse=reverse)
+    o = jnp.moveaxis(o, 0, 1).reshape(b.shape[0], n * C, *b.shape[2:])
+    return o[:, :T].astype(b.dtype), last
+
+
+def combine(earlier, later):
+    """The pair of two stretches of time, one after the other."""
+    a1, b1 = earlier
+    a2, b2 = later
+    return a2 * a1, a2 * b1 + b2
+
+
+def _previous(h, state, reverse):
+    """The states that steps start from: h, one step later, and `state` at the first."""
+    if reverse:
+        return jnp.concatenate([h[:, 1:], state[:, None]], axis=1)
+    return jnp.concatenate([state[:, None], h[:, :-1]], axis=1)
+
+
+def resets(segment_ids, B, T, reverse=False):
+    """bool [B, T]: the steps that start a segment, at which the state before them is dropped.
+
+    Args:
+      segment_ids: integers [B, T], where the first step goes on with the segment that the initial
+        state was left in; or [B, 1 + T] that name that segment too, first ([B, T + 1], last, if
+        reverse). A segment starts wherever neighbours differ.
+
+    Raises:
+      ValueError, TypeError: ids of another shape, or that are no integers.
+    """
+    ids = jnp.asarray(segment_ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids must be integers, got {ids.dtype}")
+    if ids.shape not in ((B, T), (B, T + 1)):
+        raise ValueError(
+            f"segment_ids must be [B, T] = {(B, T)}, or {(B, T + 1)} with the initial state's "
+            f"segment {'after the last' if reverse else 'before the first'} step; got {ids.shape}"
+        )
+    if ids.shape[1] == T:
+        edge = ids[:, -1:] if reverse else ids[:, :1]
+        ids = jnp.concatenate([ids, edge] if reverse else [edge, ids], axis=1)
+    return ids[:, 1:] != ids[:, :-1]

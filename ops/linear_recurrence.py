@@ -1,0 +1,105 @@
+"""The diagonal linear recurrence h_t = a_t h_{t-1} + b_t, real or complex, over any length.
+
+What S4D, S5 (arXiv 2208.04933) and the RG-LRU (2402.19427) run on. Time is walked through step by
+step on CPUs and scanned associatively in chunks elsewhere; memory is linear in the length, forward
+and backward (`ops.diagonal_scan`).
+
+Letters: B batch, T time, D any number of axes of channels.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact, Int
+
+from ops import diagonal_scan
+
+
+def linear_recurrence(
+    a: Inexact[Array, "*aD"],
+    b: Inexact[Array, "B T *D"],
+    *,
+    initial_state: Inexact[Array, "B *D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    reverse: bool = False,
+    implementation: str | None = None,
+):
+    """h_t = a_t h_{t-1} + b_t, by elements.
+
+    Args:
+      a: decays, [B, T, *D] with 1 wherever they are shared, or [*D] for all of time. Any value:
+        0 forgets, and nothing is ever divided by a decay.
+      b: inputs [B, T, *D]; any number of axes D, also none.
+      initial_state: h before the first step, [B, *D]; zeros when None.
+      segment_ids: integers [B, T], or [B, 1 + T] with the segment of initial_state first. Where
+        neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
+        first step goes on with initial_state's segment.
+      reverse: run from the last step to the first, h_t = a_t h_{t+1} + b_t: initial_state then
+        stands after the last step (its segment last among [B, T + 1] ids), and final_state is
+        h at the first.
+      implementation: "xla" or None, the same until there are kernels.
+
+    Returns:
+      h [B, T, *D] in b's dtype (complex if a is), and final_state [B, *D], to be given as
+      the next call's initial_state, in the dtype of the computation: float32 or complex64 at
+      least.
+
+    Gradients reach a, b and initial_state from both results, to any order of reverse mode.
+
+    Raises:
+      ValueError: shapes or an implementation that do not fit.
+      TypeError: dtypes that are neither floating nor complex, ids that are no integers.
+    """
+    check_implementation(implementation)
+    for name, x in (("a", a), ("b", b), ("initial_state", initial_state)):
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise TypeError(f"{name} must be floating or complex, got {x.dtype}")
+    if b.ndim < 2:
+        raise ValueError(f"b must be [B, T, *D], got shape {b.shape}")
+    B, T, *D = b.shape
+    check_length(T, b.shape)
+    a = _aligned(a, b.shape)
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        a, b = a.astype(dtype), b.astype(dtype)
+    if initial_state is None:
+        initial_state = jnp.zeros((B, *D), dtype)
+    elif initial_state.shape != (B, *D):
+        raise ValueError(
+            f"initial_state must be [B, *D] = {(B, *D)} for b {b.shape}, got {initial_state.shape}"
+        )
+    elif jnp.promote_types(initial_state.dtype, dtype) != dtype:
+        raise TypeError(
+            f"initial_state is {initial_state.dtype}, a and b are computed in {dtype}: "
+            "cast one of them"
+        )
+    if segment_ids is not None:
+        first = diagonal_scan.resets(segment_ids, B, T, reverse)
+        first = first.reshape(B, T, *(1 for _ in D))
+        a = jnp.where(first, jnp.zeros((), a.dtype), a)
+    return diagonal_scan.scan(a, b, initial_state.astype(dtype), reverse=reverse)
+
+
+def _aligned(a, shape):
+    """a with the rank of b: [*D] becomes [1, 1, *D]."""
+    full = a.reshape(1, 1, *a.shape) if a.ndim == len(shape) - 2 else a
+    if full.ndim != len(shape) or any(
+        n not in (1, m) for n, m in zip(full.shape, shape, strict=True)
+    ):
+        raise ValueError(
+            f"a {a.shape} must be [B, T, *D], or [*D], with 1 where it is shared, for b {shape}"
+        )
+    return full
+
+
+def check_implementation(implementation):
+    """Raises ValueError unless `implementation` is one that scans have."""
+    if implementation not in ("xla", None):
+        raise ValueError(
+            f'implementation={implementation!r}: this op has implementation="xla" (or None, which '
+            "takes it); it runs on every platform"
+        )
+
+
+def check_length(T, shape):
+    """Raises ValueError where steps cannot be counted by an int32, or there are none."""
+    if not 0 < T < 2**31:
+        raise ValueError(f"time must have from 1 to 2^31 - 1 steps, got {T} in shape {shape}")
