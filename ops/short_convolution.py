@@ -1,0 +1,109 @@
+"""Depthwise causal convolution with a short kernel, and the few inputs that it must remember.
+
+Letters: B batch, T time, E embedding (channels), W kernel width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ops import diagonal_scan
+
+__all__ = ["short_convolution"]
+
+
+def short_convolution(
+    x: Float[Array, "B T E"],
+    weight: Float[Array, "W E"],
+    *,
+    bias: Float[Array, " E"] | None = None,
+    activation: str | None = None,
+    initial_state: Float[Array, "B W-1 E"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+):
+    """y_t = activation(bias + sum_j weight_j x_(t - (W-1) + j)), each channel by itself.
+
+    The last row of `weight` meets the present input, as in torch's padded Conv1d. Any T >= 1 is
+    right, shorter than W - 1 too: state and gradients then keep the older inputs of the state.
+
+    Args:
+      x: inputs [B, T, E].
+      weight: kernel [W, E].
+      bias: [E], added before the activation.
+      activation: None or "silu".
+      initial_state: the W - 1 inputs before x, oldest first, [B, W - 1, E]; zeros when None.
+      segment_ids: integers [B, T], or [B, 1 + T] with the segment of initial_state first. Where
+        neighbours differ a segment starts, which sees no input before it. By [B, T] ids the first
+        step goes on with initial_state's segment.
+      implementation: "xla" or None, which is the same.
+
+    Returns:
+      y [B, T, E] in x's dtype, summed in float32 (float64 for float64); final_state [B, W - 1, E]
+      in x's dtype, the last W - 1 inputs, with zeros for those of segments before the last.
+
+    Raises:
+      ValueError: shapes, activation or implementation that do not fit.
+      TypeError: dtypes that are not floating, segment_ids that are not integers.
+    """
+    _validate(x, weight, bias, activation, initial_state, implementation)
+    B, T, E = x.shape
+    W = weight.shape[0]
+    if initial_state is None:
+        initial_state = jnp.zeros((B, W - 1, E), x.dtype)
+    inputs = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
+    runs = None
+    if segment_ids is not None:
+        starts = diagonal_scan.resets(segment_ids, B, T)
+        runs = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+        runs = jnp.pad(runs, ((0, 0), (W - 1, 0)))
+    # The backward pass recomputes the sums: otherwise the W shifted products would all be kept.
+    y = jax.checkpoint(_convolve, static_argnums=4)(inputs, weight, bias, runs, activation)
+    # The slice takes part of the initial state when T < W - 1.
+    final_state = inputs[:, inputs.shape[1] - (W - 1) :]
+    if runs is not None:
+        same = runs[:, runs.shape[1] - (W - 1) :] == runs[:, -1:]
+        final_state = jnp.where(same[..., None], final_state, 0)
+    return y, final_state
+
+
+def _convolve(inputs, weight, bias, runs, activation):
+    W, E = weight.shape
+    T = inputs.shape[1] - (W - 1)
+    dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+    y = jnp.zeros((1, 1, E), dtype) if bias is None else bias.astype(dtype).reshape(1, 1, E)
+    for j in range(W):
+        x = inputs[:, j : j + T].astype(dtype)
+        if runs is not None:
+            x = jnp.where((runs[:, j : j + T] == runs[:, W - 1 :])[..., None], x, 0)
+        y = y + x * weight[j].astype(dtype).reshape(1, 1, E)
+    if activation == "silu":
+        y = jax.nn.silu(y)
+    return y.astype(inputs.dtype)
+
+
+def _validate(x, weight, bias, activation, initial_state, implementation):
+    if implementation not in ("xla", None):
+        raise ValueError(
+            f"implementation={implementation!r}: short_convolution has no such implementation; "
+            'it must be "xla" or None'
+        )
+    if activation not in ("silu", None):
+        raise ValueError(f'activation must be "silu" or None, got {activation!r}')
+    named = dict(x=x, weight=weight, bias=bias, initial_state=initial_state)
+    for name, a in named.items():
+        if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {a.dtype}")
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x must be [B, T, E], none of them 0, got shape {x.shape}")
+    B, T, E = x.shape
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != E:
+        raise ValueError(f"weight must be [W, E] with x's E = {E}, got shape {weight.shape}")
+    W = weight.shape[0]
+    if bias is not None and bias.shape != (E,):
+        raise ValueError(f"bias must be [E] = {(E,)}, got shape {bias.shape}")
+    if initial_state is not None and initial_state.shape != (B, W - 1, E):
+        raise ValueError(
+            f"initial_state must be [B, W - 1, E] = {(B, W - 1, E)}, got shape "
+            f"{initial_state.shape}"
+        )
