@@ -9,5 +9,18 @@
 
 from ops import masks
 from ops.attention import attention, decode_attention, merge_partials
+from ops.linear_recurrence import linear_recurrence
+from ops.long_convolution import long_convolution
+from ops.selective_scan import selective_scan
+from ops.short_convolution import short_convolution
 
-__all__ = ["attention", "decode_attention", "masks", "merge_partials"]
+__all__ = [
+    "attention",
+    "decode_attention",
+    "linear_recurrence",
+    "long_convolution",
+    "masks",
+    "merge_partials",
+    "selective_scan",
+    "short_convolution",
+]
