@@ -1,0 +1,313 @@
+"""State space kernels: S4 (arXiv 2111.00396) by Cauchy products, S4D (2206.11893) by Vandermonde.
+
+A system x' = A x + B u, y = C x, with a step dt of its own per channel, is a convolution with
+K_l = C Abar^l Bbar or the recurrence x_t = Abar x_(t-1) + Bbar u_t, y_t = C x_t. States come in
+conjugate pairs and half of each is stored: N here counts the half, and every output is twice a
+real part. A is diagonal (S4D), or Lambda - P P* over the whole of the pairs (S4, "DPLR").
+
+Letters: B batch, L kernel length, H channels, N half of the state dim.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+
+__all__ = [
+    "dplr_discretize",
+    "dplr_truncate",
+    "hippo_legs",
+    "hippo_legs_nplr",
+    "s4_dplr_kernel",
+    "s4_dplr_step",
+    "s4d_discretize",
+    "s4d_init",
+    "s4d_kernel",
+    "s4d_step",
+]
+
+DISCRETIZATIONS = ("zoh", "bilinear")
+_HIGHEST = jax.lax.Precision.HIGHEST
+# Nodes of the Cauchy product that are computed at a time: [H, N, nodes] is its memory.
+_NODES = 256
+
+
+def s4d_kernel(
+    log_dt: Float[Array, " H"],
+    A: Complex[Array, "H N"],
+    B: Complex[Array, "H N"],
+    C: Complex[Array, "H N"],
+    length: int,
+    discretization: str = "zoh",
+) -> Float[Array, "L H"]:
+    """K_l = 2 Re sum_n C_n Bbar_n Abar_n^l for l < length: a Vandermonde product.
+
+    Powers are factored, l = i c + j: two real matmuls of [L/c, N] and [N, c] tables per channel,
+    c about the root of L, so that memory is O(H N sqrt(L)) beside the kernel.
+
+    Args:
+      log_dt: log of each channel's step [H].
+      A, B, C: diagonal systems [H, N] or [1, N], complex, Re A < 0.
+      length: L.
+      discretization: "zoh" or "bilinear".
+
+    Returns:
+      [L, H], float32 (float64 for complex128): `long_convolution`'s kernel.
+
+    Raises:
+      ValueError: shapes, length or discretization that do not fit.
+      TypeError: A, B or C that are not complex, a log_dt that is not floating.
+    """
+    _validate(log_dt, A=A, B=B, C=C)
+    _validate_length(length)
+    H, N = log_dt.shape[0], A.shape[1]
+    log_decay, angle, Bbar = _discretize(log_dt, A, B, discretization)
+    weight = jnp.broadcast_to(C * Bbar, (H, N))
+    c = 2 ** math.ceil(math.log2(length) / 2)
+
+    def power(l):
+        # exp(l log Abar) in real parts; a decayed power's angle is rounded, but not its size.
+        l = jnp.asarray(l, log_decay.dtype).reshape(1, 1, -1)
+        size, turn = jnp.exp(log_decay[..., None] * l), angle[..., None] * l
+        return size * jnp.cos(turn), size * jnp.sin(turn)
+
+    far_re, far_im = power(c * np.arange(-(-length // c)))
+    re, im = weight.real[..., None], weight.imag[..., None]
+    far = jnp.stack([far_re * re - far_im * im, -(far_re * im + far_im * re)])
+    near = jnp.stack(power(np.arange(c)))
+    kernel = 2 * jnp.einsum("phni,phnj->ijh", far, near, precision=_HIGHEST)
+    return kernel.reshape(-1, H)[:length]
+
+
+def s4d_discretize(log_dt, A, B, discretization="zoh"):
+    """Abar, Bbar [H, N], complex: x_t = Abar x_(t-1) + Bbar u_t; arguments as of `s4d_kernel`."""
+    _validate(log_dt, A=A, B=B)
+    log_decay, angle, Bbar = _discretize(log_dt, A, B, discretization)
+    return jax.lax.complex(jnp.exp(log_decay), jnp.zeros_like(angle)) * jnp.exp(1j * angle), Bbar
+
+
+def s4d_step(state, u, Abar, Bbar, C):
+    """One step of the recurrence: the new state [B, H, N], and y [B, H].
+
+    Args:
+      state: [B, H, N], complex; zeros at the start.
+      u: inputs [B, H], real.
+      Abar, Bbar: of `s4d_discretize`; C [H, N].
+    """
+    state = Abar[None] * state + Bbar[None] * u[..., None]
+    return state, 2 * (C[None] * state).sum(-1).real
+
+
+def s4_dplr_kernel(
+    log_dt: Float[Array, " H"],
+    Lambda: Complex[Array, "H N"],
+    P: Complex[Array, "H N"],
+    B: Complex[Array, "H N"],
+    C: Complex[Array, "H N"],
+    length: int,
+    *,
+    truncated: bool = False,
+) -> Float[Array, "L H"]:
+    """K_l = C Abar^l Bbar of A = Lambda - P P*, bilinear, by Cauchy products at roots of unity.
+
+    The paper's K(omega) = 2 / (1 + omega) (k_CB - k_CP k_PB / (1 + k_PP)) has a pole of its
+    parametrisation at omega = -1. With omega = exp(-i theta), c = cos(theta / 2) and
+    s = sin(theta / 2), multiplied out, it has none:
+
+      K = exp(i theta / 2) (q_CB - c q_CP q_PB / (1 + c q_PP)),
+      q_vw = sum_n v_n w_n / (2 i s / dt - c Lambda_n) over both of each pair.
+
+    Args:
+      log_dt: log of each channel's step [H].
+      Lambda, P, B, C: [H, N] or [1, N], complex, Re Lambda < 0.
+      length: L.
+      truncated: C is already C (I - Abar^L) of this length, as where that is what is trained;
+        otherwise `dplr_truncate` computes it, which takes powers of dense matrices.
+
+    Returns:
+      [L, H], float32 (float64 for complex128). Memory is O(H (N nodes + L)), not O(H N L), also
+      in the backward pass.
+
+    Raises:
+      ValueError, TypeError: as `s4d_kernel`.
+    """
+    _validate(log_dt, Lambda=Lambda, P=P, B=B, C=C)
+    _validate_length(length)
+    if not truncated:
+        C = dplr_truncate(log_dt, Lambda, P, C, length)
+    shape = (log_dt.shape[0], Lambda.shape[1])
+    dtype = log_dt.dtype
+    pairs = jnp.stack(
+        [jnp.broadcast_to(v * w, shape) for v in (C, P.conj()) for w in (B, P)]
+    )  # [4, H, N]: CB, CP, P*B, P*P
+    rate = 2 * jnp.exp(-log_dt)[:, None, None]
+    nodes = length // 2 + 1
+    half = np.pi * np.arange(nodes) / length  # theta / 2
+    # The last node of an even length has a cosine of exactly 0.
+    cosine = np.where(2 * np.arange(nodes) == length, 0.0, np.cos(half))
+    chunk = min(_NODES, nodes)
+    extra = -nodes % chunk
+    tiled = lambda x: jnp.asarray(np.pad(x, (0, extra), "edge").reshape(-1, chunk), dtype)
+
+    @jax.checkpoint
+    def at_nodes(nodes):
+        c, s = nodes
+        Lc = Lambda[..., None] * c.reshape(1, 1, -1)
+        pole = 1j * rate * s.reshape(1, 1, -1)
+        one = jnp.einsum("phn,hnl->phl", pairs, 1 / (pole - Lc), precision=_HIGHEST)
+        other = jnp.einsum("phn,hnl->phl", pairs.conj(), 1 / (pole - Lc.conj()), precision=_HIGHEST)
+        CB, CP, PB, PP = one + other
+        c = c.reshape(1, -1)
+        return (CB - c * CP * PB / (1 + c * PP)) * (c + 1j * s.reshape(1, -1))
+
+    spectrum = jax.lax.map(at_nodes, (tiled(cosine), tiled(np.sin(half))))
+    spectrum = jnp.moveaxis(spectrum, 0, 1).reshape(shape[0], -1)[:, :nodes]
+    return jnp.fft.irfft(spectrum, length).T
+
+
+def dplr_discretize(log_dt, Lambda, P, B):
+    """Abar [H, 2N, 2N] and Bbar [H, 2N], dense and bilinear, over both halves of the pairs.
+
+    States are [x, conj x]. For powers and tests; `s4_dplr_step` steps in O(N).
+    """
+    _validate(log_dt, Lambda=Lambda, P=P, B=B)
+    shape = (log_dt.shape[0], Lambda.shape[1])
+    both = lambda x: (
+        jnp.concatenate([jnp.broadcast_to(x, shape)] * 2, -1)
+        .at[:, shape[1] :]
+        .set(jnp.broadcast_to(x, shape).conj())
+    )
+    Lambda, P, B = both(Lambda), both(P), both(B)
+    eye = jnp.eye(2 * shape[1], dtype=Lambda.dtype)[None]
+    A = Lambda[..., None] * eye - P[:, :, None] * P[:, None, :].conj()
+    dt = jnp.exp(log_dt)[:, None, None]
+    right = jnp.concatenate([eye + dt / 2 * A, dt * B[..., None]], axis=-1)
+    solved = jnp.linalg.solve(eye - dt / 2 * A, right)
+    return solved[..., :-1], solved[..., -1]
+
+
+def dplr_truncate(log_dt, Lambda, P, C, length):
+    """C (I - Abar^length), [H, N]: O(N^3 log length) per channel, for once and not every step."""
+    _validate(log_dt, Lambda=Lambda, P=P, C=C)
+    _validate_length(length)
+    shape = (log_dt.shape[0], Lambda.shape[1])
+    with jax.default_matmul_precision("highest"):
+        Abar, _ = dplr_discretize(log_dt, Lambda, P, C)
+        C = jnp.broadcast_to(C, shape)
+        row = jnp.concatenate([C, C.conj()], axis=-1)
+        tail = jnp.einsum("hn,hnm->hm", row, jnp.linalg.matrix_power(Abar, length))
+    return C - tail[:, : shape[1]]
+
+
+def s4_dplr_step(state, u, log_dt, Lambda, P, B, C):
+    """One bilinear step of A = Lambda - P P*, by Woodbury: new state [B, H, N], and y [B, H].
+
+    (2/dt - A) x' = (2/dt + A) x + 2 B u, in O(N). C is the system's own, not a truncated one.
+    """
+    _validate(log_dt, Lambda=Lambda, P=P, B=B, C=C)
+    rate = 2 * jnp.exp(-log_dt)[:, None]
+    both = lambda x: 2 * x.sum(-1, keepdims=True).real  # over both of each pair
+    right = (rate + Lambda)[None] * state - P[None] * both(P.conj()[None] * state)
+    right = right + 2 * B[None] * u[..., None]
+    inverse = 1 / (rate - Lambda)
+    solved = inverse[None] * right
+    low_rank = both(P.conj()[None] * solved) / (1 + both(P.conj() * inverse * P))[None]
+    state = solved - (inverse * P)[None] * low_rank
+    return state, 2 * (C[None] * state).sum(-1).real
+
+
+def hippo_legs(N):
+    """HiPPO-LegS (arXiv 2008.07669): A [N, N] and B [N], numpy float64."""
+    n = np.arange(N, dtype=np.float64)
+    root = np.sqrt(2 * n + 1)
+    return -np.tril(root[:, None] * root[None, :], -1) - np.diag(n + 1), root
+
+
+def hippo_legs_nplr(N):
+    """HiPPO-LegS as normal plus low rank: A = V (diag Lambda - P P*) V* over conjugate pairs.
+
+    A + p p^T = -1/2 + a skew matrix, p_n = sqrt(n + 1/2): a Hermitian eigenproblem, whereas A's own
+    eigenvectors are exponentially ill-conditioned (2111.00396, section 3 and appendix C).
+
+    Args:
+      N: the whole state dim, even.
+
+    Returns:
+      Lambda, P, B [N/2] and V [N, N/2], numpy complex128, of the halves with Im Lambda > 0 in
+      rising order; B = V* B_n.
+
+    Raises:
+      ValueError: N that is odd or not positive.
+    """
+    if N < 2 or N % 2:
+        raise ValueError(f"N must be even and positive (states come in conjugate pairs), got {N}")
+    A, B = hippo_legs(N)
+    p = np.sqrt(np.arange(N) + 0.5)
+    skew = A + np.outer(p, p) + 0.5 * np.eye(N)
+    frequencies, V = np.linalg.eigh(-1j * skew)
+    V = V[:, N // 2 :]
+    return -0.5 + 1j * frequencies[N // 2 :], V.conj().T @ p, V.conj().T @ B, V
+
+
+def s4d_init(N, kind="lin"):
+    """A of S4D (2206.11893, section 4): the halves of N states, [N/2], numpy complex128.
+
+    kind: "lin", -1/2 + i pi n; "inv", -1/2 + i (N / pi) (N / (2n + 1) - 1), N the whole state dim;
+    "legs", Lambda of `hippo_legs_nplr`.
+    """
+    if N < 2 or N % 2:
+        raise ValueError(f"N must be even and positive (states come in conjugate pairs), got {N}")
+    n = np.arange(N // 2)
+    if kind == "lin":
+        return -0.5 + 1j * np.pi * n
+    if kind == "inv":
+        return -0.5 + 1j * N / np.pi * (N / (2 * n + 1) - 1)
+    if kind == "legs":
+        return hippo_legs_nplr(N)[0]
+    raise ValueError(f'kind must be "lin", "inv" or "legs", got {kind!r}')
+
+
+def _discretize(log_dt, A, B, discretization):
+    """log |Abar| and arg Abar [H, N], real, and Bbar [H, N], complex."""
+    dt = jnp.exp(log_dt)[:, None]
+    z = dt * A
+    if discretization == "zoh":
+        # (exp(z) - 1) / z without the cancellation at small z: exp(z/2) sinh(z/2) / (z/2).
+        half = z / 2
+        sinh = jax.lax.complex(
+            jnp.sinh(half.real) * jnp.cos(half.imag), jnp.cosh(half.real) * jnp.sin(half.imag)
+        )
+        tiny = jnp.abs(half) < 1e-12
+        ratio = jnp.where(tiny, 1.0, sinh / jnp.where(tiny, 1.0, half))
+        return z.real, z.imag, jnp.exp(half) * ratio * dt * B
+    if discretization == "bilinear":
+        # |1 + z/2|^2 / |1 - z/2|^2 = 1 + 2 Re z / |1 - z/2|^2
+        below = (1 - z.real / 2) ** 2 + z.imag**2 / 4
+        log_decay = 0.5 * jnp.log1p(2 * z.real / below)
+        angle = jnp.arctan2(z.imag, 1 - (z.real**2 + z.imag**2) / 4)
+        return log_decay, angle, dt * B / (1 - z / 2)
+    raise ValueError(f'discretization must be "zoh" or "bilinear", got {discretization!r}')
+
+
+def _validate(log_dt, **systems):
+    if not jnp.issubdtype(log_dt.dtype, jnp.floating):
+        raise TypeError(f"log_dt must be floating, got {log_dt.dtype}")
+    if log_dt.ndim != 1:
+        raise ValueError(f"log_dt must be [H], got shape {log_dt.shape}")
+    H, N = log_dt.shape[0], next(iter(systems.values())).shape[-1]
+    for name, x in systems.items():
+        if not jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{name} must be complex, half of each conjugate pair of states, got {x.dtype}"
+            )
+        if x.ndim != 2 or x.shape not in ((H, N), (1, N)):
+            raise ValueError(
+                f"{name} must be [H, N] or [1, N] with H = {H}, N = {N}, got shape {x.shape}"
+            )
+
+
+def _validate_length(length):
+    if not isinstance(length, (int, np.integer)) or length < 1:
+        raise ValueError(f"length must be a positive integer, got {length!r}")

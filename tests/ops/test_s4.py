@@ -1,0 +1,250 @@
+"""S4's kernels against dense float64 powers, scipy's discretisations and their recurrences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.signal
+
+from ops import s4
+from ops.long_convolution import long_convolution
+
+LOG_DT = np.log([0.001, 0.02, 0.1])
+LENGTHS = [1, 2, 3, 31, 64, 100]
+
+
+def system(N=8, H=3, seed=0):
+    """Lambda, P, B of LegS, and a random C, [H, N/2], complex128."""
+    rng = np.random.default_rng(seed)
+    Lambda, P, B, _ = s4.hippo_legs_nplr(N)
+    C = rng.standard_normal((H, N // 2)) + 1j * rng.standard_normal((H, N // 2))
+    return *(np.broadcast_to(x, C.shape) for x in (Lambda, P, B)), C
+
+
+def dense(log_dt, Lambda, P, B, C, method):
+    """Abar, Bbar and C of one channel over both halves, by scipy."""
+    both = lambda x: np.concatenate([x, x.conj()])
+    A = np.diag(both(Lambda)) - np.outer(both(P), both(P).conj())
+    # A is similar to a real matrix: scipy takes real systems only.
+    n = len(Lambda)
+    eye = np.eye(n)
+    V = np.block([[eye, eye], [1j * eye, -1j * eye]]) / np.sqrt(2)
+    real = lambda x: np.real_if_close(x, tol=1e6)
+    A, B, C = (real(x) for x in (V @ A @ V.conj().T, V @ both(B), both(C) @ V.conj().T))
+    assert not any(np.iscomplexobj(x) for x in (A, B, C))
+    zero = np.zeros((1, 1))
+    Abar, Bbar, *_ = scipy.signal.cont2discrete(
+        (A, B[:, None], C[None], zero), np.exp(log_dt), method=method
+    )
+    return Abar, Bbar[:, 0], C
+
+
+def powers(log_dt, Lambda, P, B, C, length, method):
+    """[length, H]: C Abar^l Bbar, one power at a time."""
+    kernel = np.zeros((length, len(log_dt)))
+    for h in range(len(log_dt)):
+        Abar, x, row = dense(log_dt[h], Lambda[h], P[h], B[h], C[h], method)
+        for l in range(length):
+            kernel[l, h] = row @ x
+            x = Abar @ x
+    return kernel
+
+
+def close(x, y, tolerance):
+    np.testing.assert_allclose(x, y, atol=tolerance * np.abs(y).max())
+
+
+def single(*arrays):
+    return [jnp.asarray(x, jnp.complex64 if np.iscomplexobj(x) else jnp.float32) for x in arrays]
+
+
+def test_hippo_has_the_papers_numbers():
+    A, B = s4.hippo_legs(3)
+    want = [[-1, 0, 0], [-1.7320508, -2, 0], [-2.2360680, -3.8729833, -3]]
+    np.testing.assert_allclose(A, want, atol=1e-7)
+    np.testing.assert_allclose(B, [1, 1.7320508, 2.2360680], atol=1e-7)
+    Lambda, P, B, V = s4.hippo_legs_nplr(8)
+    np.testing.assert_allclose(
+        Lambda.imag, [0.42748871, 1.95779415, 5.35420852, 19.85741037], atol=1e-7
+    )
+    np.testing.assert_array_equal(Lambda.real, -0.5)
+    V, P, Lambda = (np.concatenate([x, x.conj()], -1) for x in (V, P, Lambda))
+    A, full_B = s4.hippo_legs(8)
+    rebuilt = V @ (np.diag(Lambda) - np.outer(P, P.conj())) @ V.conj().T
+    np.testing.assert_allclose(rebuilt, A, atol=1e-12)
+    np.testing.assert_allclose(V @ np.concatenate([B, B.conj()]), full_B, atol=1e-12)
+
+
+def test_initialisations():
+    np.testing.assert_allclose(s4.s4d_init(6), [-0.5, -0.5 + 1j * np.pi, -0.5 + 2j * np.pi])
+    inverse = s4.s4d_init(4, "inv")
+    np.testing.assert_allclose(inverse.imag, [4 / np.pi * 3, 4 / np.pi * (4 / 3 - 1)])
+    np.testing.assert_array_equal(s4.s4d_init(8, "legs"), s4.hippo_legs_nplr(8)[0])
+
+
+@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_vandermonde_equals_powers(length, discretization):
+    Lambda, P, B, C = system()
+    want = powers(LOG_DT, Lambda, 0 * P, B, C, length, discretization)
+    got = s4.s4d_kernel(*single(LOG_DT, Lambda, B, C), length, discretization)
+    assert got.dtype == jnp.float32 and got.shape == (length, 3)
+    close(got, want, 3e-6)
+    with jax.enable_x64(True):
+        got = s4.s4d_kernel(*map(jnp.asarray, (LOG_DT, Lambda, B, C)), length, discretization)
+        close(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_cauchy_equals_powers(length):
+    Lambda, P, B, C = system()
+    want = powers(LOG_DT, Lambda, P, B, C, length, "bilinear")
+    with jax.enable_x64(True):
+        got = s4.s4_dplr_kernel(*map(jnp.asarray, (LOG_DT, Lambda, P, B, C)), length)
+        close(got, want, 1e-11)
+    got = s4.s4_dplr_kernel(*single(LOG_DT, Lambda, P, B, C), length)
+    assert got.dtype == jnp.float32 and got.shape == (length, 3)
+    close(got, want, 3e-4)
+
+
+def test_cauchy_of_rank_zero_equals_vandermonde_also_in_pieces(monkeypatch):
+    monkeypatch.setattr(s4, "_NODES", 7)
+    Lambda, P, B, C = single(*system(16))
+    log_dt = jnp.asarray(LOG_DT, jnp.float32)
+    got = s4.s4_dplr_kernel(log_dt, Lambda, 0 * P, B, C, 200)
+    want = s4.s4d_kernel(log_dt, Lambda, B, C, 200, "bilinear")
+    close(got, want, 1e-4)
+
+
+def test_one_pair_by_hand():
+    one = jnp.ones((1, 1), jnp.complex64)
+    kernel = s4.s4d_kernel(jnp.log(jnp.asarray([0.1])), -0.5 * one, one, one, 20)[:, 0]
+    np.testing.assert_allclose(kernel[0], 0.195082, atol=1e-6)
+    np.testing.assert_allclose(kernel[1:] / kernel[:-1], np.exp(-0.05), rtol=1e-5)
+
+
+def naive_cauchy(log_dt, Lambda, P, B, C, length):
+    """The paper's formula over the whole matrix [H, N, L] of full poles, odd lengths only."""
+    both = lambda x: jnp.concatenate([x, x.conj()], -1)
+    Lambda, P, B, C = map(both, (Lambda, P, B, C))
+    omega = jnp.exp(-2j * jnp.pi * jnp.arange(length) / length)
+    g = 2 * jnp.exp(-log_dt)[:, None] * ((1 - omega) / (1 + omega))[None]
+    k = lambda v, w: ((v * w)[..., None] / (g[:, None] - Lambda[..., None])).sum(1)
+    low_rank = k(C, P) * k(P.conj(), B) / (1 + k(P.conj(), P))
+    return jnp.fft.ifft(2 / (1 + omega)[None] * (k(C, B) - low_rank)).real.T
+
+
+def test_cauchy_gradients_equal_those_of_the_naive_sum():
+    with jax.enable_x64(True):
+        arguments = tuple(map(jnp.asarray, (LOG_DT, *system())))
+        wave = jnp.cos(jnp.arange(33.0 * 3)).reshape(33, 3)
+        f = functools.partial(s4.s4_dplr_kernel, length=33, truncated=True)
+        g = functools.partial(naive_cauchy, length=33)
+        got, want = (
+            jax.grad(lambda *a, f=f: (f(*a) * wave).sum(), range(5))(*arguments) for f in (f, g)
+        )
+        for x, y in zip(got, want, strict=True):
+            close(x, y, 1e-10)
+
+
+@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+def test_vandermonde_gradients_equal_those_of_the_powers(discretization):
+    with jax.enable_x64(True):
+        log_dt, Lambda, _, B, C = map(jnp.asarray, (LOG_DT, *system()))
+        wave = jnp.cos(jnp.arange(33.0 * 3)).reshape(33, 3)
+
+        def naive(log_dt, A, B, C):
+            z = jnp.exp(log_dt)[:, None] * A
+            if discretization == "zoh":
+                Abar, Bbar = jnp.exp(z), (jnp.exp(z) - 1) / A * B
+            else:
+                Abar, Bbar = (1 + z / 2) / (1 - z / 2), jnp.exp(log_dt)[:, None] * B / (1 - z / 2)
+            table = Abar[None] ** jnp.arange(33).reshape(-1, 1, 1)
+            return 2 * ((C * Bbar)[None] * table).sum(-1).real
+
+        fast = functools.partial(s4.s4d_kernel, length=33, discretization=discretization)
+        got, want = (
+            jax.grad(lambda *a, f=f: (f(*a) * wave).sum(), range(4))(log_dt, Lambda, B, C)
+            for f in (fast, naive)
+        )
+        for x, y in zip(got, want, strict=True):
+            close(x, y, 1e-10)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_convolution_equals_recurrence(low_rank):
+    """The kernel as one convolution, in pieces with state, and the system step by step."""
+    log_dt, Lambda, P, B, C = single(LOG_DT, *system(16))
+    T = 50
+    u = jnp.asarray(np.random.default_rng(3).standard_normal((2, T, 3)), jnp.float32)
+    if low_rank:
+        kernel = s4.s4_dplr_kernel(log_dt, Lambda, P, B, C, T)
+        step = lambda x, u: s4.s4_dplr_step(x, u, log_dt, Lambda, P, B, C)
+    else:
+        kernel = s4.s4d_kernel(log_dt, Lambda, B, C, T)
+        Abar, Bbar = s4.s4d_discretize(log_dt, Lambda, B)
+        step = lambda x, u: s4.s4d_step(x, u, Abar, Bbar, C)
+    state = jnp.zeros((2, 3, 8), jnp.complex64)
+    _, stepped = jax.lax.scan(step, state, jnp.moveaxis(u, 1, 0))
+    stepped = jnp.moveaxis(stepped, 0, 1)
+    y, _ = long_convolution(u, kernel)
+    close(y, stepped, 1e-4 if low_rank else 1e-5)
+    first, state = long_convolution(u[:, :20], kernel)
+    second, _ = long_convolution(u[:, 20:], kernel, initial_state=state)
+    close(jnp.concatenate([first, second], 1), np.asarray(y), 1e-5)
+
+
+def test_dense_system_equals_scipys():
+    arguments = (LOG_DT, *system())
+    with jax.enable_x64(True):
+        Abar, Bbar = s4.dplr_discretize(*map(jnp.asarray, arguments[:-1]))
+    C = arguments[-1]
+    row = np.concatenate([C, C.conj()], -1)
+    for h in range(3):
+        want_A, want_B, want_C = dense(LOG_DT[h], *(x[h] for x in arguments[1:]), "bilinear")
+        for l in (0, 1, 5):
+            got = row[h] @ np.linalg.matrix_power(np.asarray(Abar[h]), l) @ np.asarray(Bbar[h])
+            np.testing.assert_allclose(got, want_C @ np.linalg.matrix_power(want_A, l) @ want_B)
+
+
+def test_long_kernels_stay_accurate_and_small():
+    """float32 at 16,384 steps and 64 states, without a table of [H, N, L]."""
+    A = np.broadcast_to(s4.s4d_init(64), (2, 32))
+    rng = np.random.default_rng(0)
+    C = rng.standard_normal((2, 32)) + 1j * rng.standard_normal((2, 32))
+    B = np.ones_like(A)
+    log_dt = np.log([0.001, 0.1])
+    length = 16384
+    z = np.exp(log_dt)[:, None] * A
+    weight = C * (np.exp(z) - 1) / A
+    want = np.stack(
+        [2 * (weight[h] * np.exp(z[h] * np.arange(length)[:, None])).sum(-1).real for h in (0, 1)],
+        axis=-1,
+    )
+    f = jax.jit(functools.partial(s4.s4d_kernel, length=length))
+    arguments = single(log_dt, A, B, C)
+    close(f(*arguments), want, 2e-5)
+    np.testing.assert_array_equal(f(*arguments), f(*arguments))
+    memory = f.lower(*arguments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 2 * 32 * length / 4
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda l, A, z: s4.s4d_kernel(l, A.real, A, A, 8), TypeError, "A must be complex"),
+        (lambda l, A, z: s4.s4d_kernel(l, A, A[:, :3], A, 8), ValueError, "B must be"),
+        (lambda l, A, z: s4.s4d_kernel(l, A, A, A, 0), ValueError, "length must be"),
+        (lambda l, A, z: s4.s4d_kernel(l, A, A, A, 8, "euler"), ValueError, '"zoh" or "bilinear"'),
+        (lambda l, A, z: s4.s4d_kernel(l[None], A, A, A, 8), ValueError, "log_dt must be"),
+        (lambda l, A, z: s4.s4_dplr_kernel(l, A, z, A, A, 8), ValueError, "P must be"),
+        (lambda l, A, z: s4.hippo_legs_nplr(7), ValueError, "N must be even"),
+        (lambda l, A, z: s4.s4d_init(8, "random"), ValueError, "kind must be"),
+    ],
+)
+def test_errors_name_the_argument(call, error, words):
+    A = jnp.ones((3, 4), jnp.complex64)
+    with pytest.raises(error, match=words):
+        call(jnp.zeros(3), A, A[:, 0])
