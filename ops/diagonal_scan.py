@@ -47,9 +47,7 @@ def _scan(a, b, state, reverse, after):
             sequential if platform == "cpu" else associative, reverse=reverse, after=after
         )
 
-    return choose_when_lowered(
-        lambda platform: None if platform == "cpu" else on(platform), on("cpu"), a, b, state
-    )
+    return choose_when_lowered(on, on("cpu"), a, b, state)
 
 
 def _scan_fwd(a, b, state, reverse, after):
@@ -94,10 +92,11 @@ def sequential(a, b, state, *, reverse, after):
 
 
 def _step(a, b, s, after):
-    """(output, next state)"""
+    """(output, next state). The barrier keeps XLA from computing what both need twice."""
     if after:
-        return s + b, a * (s + b)
-    h = a * s + b
+        o = jax.lax.optimization_barrier(s + b)
+        return o, a * o
+    h = jax.lax.optimization_barrier(a * s + b)
     return h, h
 
 

@@ -1,0 +1,284 @@
+"""Mamba's selective scan: a diagonal recurrence whose decays the input selects.
+
+arXiv 2312.00752, algorithm 2.
+
+The states of all steps, [T, N, E], never exist at once. Time is cut into chunks; forward keeps the
+state at the start of each, and backward recomputes a chunk's states from there and walks back
+through them. CPUs take a chunk's steps one by one, other platforms by an associative scan.
+
+Letters: B batch, T time, E channels, N state dim, C chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ops import diagonal_scan
+from ops.attention_xla import varying
+from ops.linear_recurrence import check_implementation, check_length
+from ops.lowering import choose_when_lowered
+
+# Steps of a chunk, whose states and decays exist at once in the backward pass.
+CHUNK = 64
+
+
+def selective_scan(
+    x: Float[Array, "B T E"],
+    dt: Float[Array, "B T E"],
+    A: Float[Array, "E N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    *,
+    D: Float[Array, "E"] | None = None,
+    z: Float[Array, "B T E"] | None = None,
+    dt_bias: Float[Array, "E"] | None = None,
+    dt_softplus: bool = False,
+    initial_state: Float[Array, "B E N"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+):
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t and y_t = C_t h_t + D x_t, times silu(z_t).
+
+    Args:
+      x: inputs [B, T, E].
+      dt: step sizes [B, T, E]; 0 leaves the state as it is. Any floating dtype, as all below.
+      A: rates [E, N], negative where the state is to decay. Decays are exp(dt A), never divided
+        by: a dt that makes them 0 is as good as any other.
+      B, C: into and out of the state, [B, T, N].
+      D: factor of the direct path, [E].
+      z: gate [B, T, E]; y is multiplied by silu(z).
+      dt_bias: added to dt, [E].
+      dt_softplus: dt becomes log(1 + exp(dt)), after the bias.
+      initial_state: h before the first step, [B, E, N]; zeros when None.
+      segment_ids: integers [B, T], or [B, 1 + T] with the segment of initial_state first. Where
+        neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
+        first step goes on with initial_state's segment.
+      implementation: "xla" or None, the same until there are kernels.
+
+    Returns:
+      y [B, T, E] in x's dtype, and final_state [B, E, N], to be given as the next call's
+      initial_state, in float32 (float64 for float64), in which all is computed.
+
+    First derivatives reach every input from both results.
+
+    Raises:
+      ValueError: shapes or an implementation that do not fit.
+      TypeError: dtypes that are not floating, ids that are no integers.
+    """
+    check_implementation(implementation)
+    _validate(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    (b, T, E), N = x.shape, A.shape[1]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    wide = lambda v: v.astype(dtype)
+    dt = wide(dt)
+    if dt_bias is not None:
+        dt = dt + wide(dt_bias)[None, None]
+    if dt_softplus:
+        dt = jax.nn.softplus(dt)
+    first = None if segment_ids is None else diagonal_scan.resets(segment_ids, b, T)
+    h = jnp.zeros((b, E, N), dtype) if initial_state is None else wide(initial_state)
+    arrays = x, dt, wide(A).T, B, C, jnp.swapaxes(h, 1, 2), first
+    # Under shard_map a derivative must vary over the same devices as its argument.
+    y, h = _core(*varying(arrays, arrays))
+    if D is not None:
+        y = y + wide(D)[None, None] * wide(x)
+    if z is not None:
+        y = y * jax.nn.silu(wide(z))
+    return y.astype(x.dtype), jnp.swapaxes(h, 1, 2)
+
+
+@jax.jit
+@jax.custom_vjp
+def _core(x, dt, A, B, C, h, first):
+    """(y [B, T, E] without D and z, h [B, N, E]) for A [N, E] and h [B, N, E]."""
+    return _core_fwd(x, dt, A, B, C, h, first)[0]
+
+
+def _core_fwd(x, dt, A, B, C, h, first):
+    y, h, starts = _on_platform(_forward, (_loop, _tree), x, dt, A, B, C, h, first)
+    return (y, h), (x, dt, A, B, C, first, starts)
+
+
+def _core_bwd(residuals, cotangents):
+    grads = _on_platform(_backward, (_loop_vjp, _tree_vjp), *residuals, *cotangents)
+    return *grads, None
+
+
+_core.__wrapped__.defvjp(_core_fwd, _core_bwd)
+
+
+def _on_platform(f, chunks, *arrays):
+    """f(chunk, *arrays), where chunk is the first of `chunks` on CPUs, the second elsewhere."""
+    loop, tree = (functools.partial(f, chunk) for chunk in chunks)
+    return choose_when_lowered(lambda p: loop if p == "cpu" else tree, loop, *arrays)
+
+
+def _forward(chunk, x, dt, A, B, C, h, first):
+    """(y, the last h, h at the start of each chunk [T / C, B, N, E])"""
+    T = x.shape[1]
+    steps = jax.tree.map(_padded, (x, dt, B, C, first))
+
+    def step(carry, i):
+        h, y = carry
+        new, y_i = chunk(A, h, *_cut(steps, i))
+        return (new, _paste(y, y_i, i)), h
+
+    y = varying(jnp.zeros(steps[0].shape, h.dtype), h)
+    (h, y), starts = jax.lax.scan(step, (h, y), jnp.arange(y.shape[1] // _size(T)))
+    return y[:, :T], h, starts
+
+
+def _backward(chunk_vjp, x, dt, A, B, C, first, starts, dy, dh):
+    """Cotangents of x, dt, A, B, C and the first h."""
+    T = x.shape[1]
+    steps = jax.tree.map(_padded, (x, dt, B, C, first, dy))
+
+    def step(carry, x):
+        dh, dA, grads = carry
+        i, h = x
+        *steps_i, dy_i = _cut(steps, i)
+        dh, dA_i, *grads_i = chunk_vjp(A, h, *steps_i, dh, dy_i)
+        grads = tuple(_paste(g, g_i, i) for g, g_i in zip(grads, grads_i, strict=True))
+        return (dh, dA + dA_i, grads), None
+
+    zeros = (jnp.zeros_like(A), tuple(jnp.zeros_like(v) for v in steps[:4]))
+    carry = dh, *varying(zeros, dh)
+    (dh, dA, grads), _ = jax.lax.scan(
+        step, carry, (jnp.arange(starts.shape[0]), starts), reverse=True
+    )
+    dx, ddt, dB, dC = (g[:, :T] for g in grads)
+    return dx, ddt, dA, dB, dC, dh
+
+
+def _loop(A, h, x, dt, B, C, first):
+    """(h after a chunk, y [B, C, E]), a step at a time."""
+
+    def step(t, carry):
+        h, y = carry
+        _, h = _step(A, h, *_at((x, dt, B, first), t))
+        return h, _put(y, jnp.sum(h * _at(C, t, h)[..., None], axis=1), t)
+
+    return jax.lax.fori_loop(0, x.shape[1], step, (h, varying(jnp.zeros(x.shape, h.dtype), h)))
+
+
+def _loop_vjp(A, h, x, dt, B, C, first, dh, dy):
+    """Cotangents (dh, dA, dx, ddt, dB, dC) of a chunk, from those of its last h and of y."""
+    size = x.shape[1]
+
+    def remember(t, carry):
+        h, before, decays = carry
+        decay, after = _step(A, h, *_at((x, dt, B, first), t))
+        return after, before.at[t].set(h), decays.at[t].set(decay)
+
+    empty = varying(jnp.zeros((size, *h.shape), h.dtype), h)
+    h, before, decays = jax.lax.fori_loop(0, size, remember, (h, empty, empty))
+
+    def step(i, carry):
+        t = size - 1 - i
+        dh, h, dA, (dx, ddt, dB, dC) = carry
+        x_t, dt_t, B_t, C_t, dy_t = _at((x, dt, B, C, dy), t, h)
+        dh = dh + C_t[..., None] * dy_t[:, None]
+        du = jnp.sum(dh * B_t[..., None], axis=1)
+        dB = _put(dB, jnp.einsum("bne,be->bn", dh, dt_t * x_t), t)
+        dC = _put(dC, jnp.einsum("bne,be->bn", h, dy_t), t)
+        # The log-decay's cotangent: the decay comes first, so that 0 * inf cannot arise.
+        dh = decays[t] * dh
+        h = before[t]
+        dlog = dh * h
+        ddt = _put(ddt, jnp.sum(dlog * A[None], axis=1) + x_t * du, t)
+        dx = _put(dx, dt_t * du, t)
+        return dh, h, dA + dlog * dt_t[:, None], (dx, ddt, dB, dC)
+
+    grads = tuple(jnp.zeros(v.shape, h.dtype) for v in (x, dt, B, C))
+    dA, grads = varying((jnp.zeros_like(h), grads), h)
+    dh, _, dA, grads = jax.lax.fori_loop(0, size, step, (dh, h, dA, grads))
+    return dh, jnp.sum(dA, axis=0), *grads
+
+
+def _step(A, h, x, dt, B, first):
+    """(decay, next h), [B, N, E]"""
+    x, dt, B = (v.astype(h.dtype) for v in (x, dt, B))
+    decay = _forget(jnp.exp(dt[:, None] * A[None]), first)
+    return decay, decay * h + (dt * x)[:, None] * B[..., None]
+
+
+def _tree(A, h, x, dt, B, C, first):
+    """As `_loop`, by an associative scan."""
+    x, dt, B, C = (v.astype(h.dtype) for v in (x, dt, B, C))
+    decay = _forget(jnp.exp(dt[:, :, None] * A[None, None]), first)
+    inputs = (dt * x)[:, :, None] * B[..., None]
+    h, last = diagonal_scan.scan(decay, inputs, h)
+    return last, jnp.einsum("btne,btn->bte", h, C, precision="highest")
+
+
+def _tree_vjp(A, h, x, dt, B, C, first, dh, dy):
+    chunk = lambda A, h, x, dt, B, C: _tree(A, h, x, dt, B, C, first)
+    A = varying(A, h)
+    dA, dh, *grads = jax.vjp(chunk, A, h, x, dt, B, C)[1]((dh, dy))
+    return dh, dA, *grads
+
+
+def _forget(decay, first):
+    """decay [B, ..., N, E], 0 where a segment starts, `first` [B, ...] or None."""
+    return decay if first is None else jnp.where(first[..., None, None], 0.0, decay)
+
+
+def _size(T):
+    return min(CHUNK, T)
+
+
+def _padded(v):
+    """Whole chunks of steps: dt = 0 in those after the end, which leaves the state as it is."""
+    T = v.shape[1]
+    extra = -T % _size(T)
+    return jnp.pad(v, ((0, 0), (0, extra), *[(0, 0)] * (v.ndim - 2))) if extra else v
+
+
+def _cut(steps, i):
+    """The i-th chunk of arrays [B, T, ...] of whole chunks; None stays."""
+    size = _size(steps[0].shape[1])
+    cut = lambda v: jax.lax.dynamic_slice_in_dim(v, i * size, size, axis=1)
+    return jax.tree.map(cut, steps)
+
+
+def _paste(v, chunk, i):
+    return jax.lax.dynamic_update_slice_in_dim(v, chunk.astype(v.dtype), i * chunk.shape[1], axis=1)
+
+
+def _at(steps, t, like=None):
+    """Step t of arrays [B, C, ...], in `like`'s dtype."""
+    dtype = lambda v: v.dtype if like is None else like.dtype
+    at = lambda v: jax.lax.dynamic_index_in_dim(v, t, axis=1, keepdims=False).astype(dtype(v))
+    return jax.tree.map(at, steps)
+
+
+def _put(v, step, t):
+    return jax.lax.dynamic_update_index_in_dim(v, step, t, axis=1)
+
+
+def _validate(x, dt, A, B, C, D, z, dt_bias, initial_state):
+    arguments = dict(
+        x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state
+    )
+    arguments = {name: v for name, v in arguments.items() if v is not None}
+    for name, v in arguments.items():
+        if not jnp.issubdtype(v.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {v.dtype}")
+    if x.ndim != 3:
+        raise ValueError(f"x must be [B, T, E], got shape {x.shape}")
+    b, T, E = x.shape
+    check_length(T, x.shape)
+    if A.ndim != 2 or A.shape[0] != E:
+        raise ValueError(f"A must be [E, N] with E = {E} from x {x.shape}, got shape {A.shape}")
+    N = A.shape[1]
+    btn, bte = ("[B, T, N]", (b, T, N)), ("[B, T, E]", (b, T, E))
+    expected = dict(dt=bte, B=btn, C=btn, z=bte, D=("[E]", (E,)), dt_bias=("[E]", (E,)))
+    expected["initial_state"] = "[B, E, N]", (b, E, N)
+    for name, (letters, shape) in expected.items():
+        v = arguments.get(name)
+        if v is not None and v.shape != shape:
+            raise ValueError(
+                f"{name} must be {letters} = {shape} for x {x.shape} and A {A.shape}, got {v.shape}"
+            )
