@@ -202,3 +202,31 @@ def selective_scan(
     y = y if D is None else y + x * D[None, None]
     y = y if z is None else y * z / (1 + jnp.exp(-z))
     return y, last
+
+
+def linear_attention(q, k, v, log_decay=None, beta=None, *, scale=None, state=None, starts=None):
+    """(o [B, T, H, P], S_T [B, H, D, P]) of gated linear attention and the delta rules, by steps.
+
+    S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t; beta [B, T, H] puts
+    beta_t (v_t - (decayed S_{t-1})^T k_t) in v_t's place. Arguments as of
+    `ops.gated_linear_attention`; starts, bool [B, T], are the steps that forget what was before.
+    """
+    (B, T, H, D), P = q.shape, v.shape[3]
+    k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
+    decay = jnp.ones((B, T, H, 1), q.dtype) if log_decay is None else jnp.exp(log_decay)
+    decay = decay.reshape(B, T, H, -1)
+    if starts is not None:
+        decay = jnp.where(starts[:, :, None, None], 0.0, decay)
+    S = jnp.zeros((B, H, D, P), q.dtype) if state is None else state
+
+    def step(S, x):
+        q, k, v, decay, beta = x
+        S = decay[..., None] * S
+        if beta is not None:
+            v = beta[..., None] * (v - jnp.einsum("bhdp,bhd->bhp", S, k))
+        S = S + k[..., :, None] * v[..., None, :]
+        return S, jnp.einsum("bhdp,bhd->bhp", S, q)
+
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, decay, beta))
+    S, o = jax.lax.scan(step, S, xs)
+    return jnp.moveaxis(o, 0, 1) * (D**-0.5 if scale is None else scale), S

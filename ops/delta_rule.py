@@ -1,0 +1,234 @@
+"""The delta rule, plain and gated: a state that replaces what it held for a key.
+
+In chunks by the WY form (arXiv 2406.06484, section 3.2; gated, 2412.06464, section 3.3). With b
+the cumulative decay and S_in the chunk's first state, the values that are written solve
+
+    u_i + beta_i sum_{j < i} (b_i / b_j) (k_i . k_j) u_j = beta_i (v_i - b_i S_in^T k_i)
+
+a unit triangular system; from there on u is the v of `ops.chunked_scan`.
+
+Letters: B batch, T time, H heads, G key-value heads (H is a multiple of G), D head dim,
+P value dim, C chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ops.chunked_scan import (
+    Chunks,
+    decay_gradient,
+    decays,
+    fit,
+    on_platform,
+    over_chunks,
+    score_gradients,
+    scores,
+    transpose,
+)
+from ops.recurrence_arguments import (
+    check_chunk,
+    check_floating,
+    check_heads,
+    check_implementation,
+    check_segments,
+    check_state,
+    forget_at_starts,
+    state_dtype,
+)
+
+
+def delta_rule(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T G D"],
+    v: Float[Array, "B T G P"],
+    beta: Float[Array, "B T H"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B H D P"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk: int | None = None,
+    implementation: str | None = None,
+):
+    """S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T and o_t = scale S_t^T q_t.
+
+    `gated_delta_rule` without decay: arguments, results and errors are described there.
+    """
+    check_implementation("delta_rule", implementation)
+    return _checked(q, k, v, beta, None, scale, initial_state, segment_ids, chunk)
+
+
+def gated_delta_rule(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T G D"],
+    v: Float[Array, "B T G P"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B H D P"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk: int | None = None,
+    implementation: str | None = None,
+):
+    """S_t = S' + beta_t k_t (v_t - S'^T k_t)^T with S' = exp(log_decay_t) S_{t-1}.
+
+    The output is o_t = scale S_t^T q_t.
+
+    Args:
+      q, k, v: queries [B, T, H, D], keys [B, T, G, D], values [B, T, G, P], of one floating
+        dtype. Query head h reads key-value head h // (H // G). Keys are taken as they come; the
+        rule is stable where beta |k|^2 <= 2, so models normalise them to length 1.
+      beta: how much is replaced, [B, T, H].
+      log_decay: log of the decay, at most 0: [B, T, H]. -inf forgets the state.
+      scale: factor of the output, D**-0.5 when None.
+      initial_state: [B, H, D, P]; zeros when None.
+      segment_ids: [B, T]; where an id differs from the one before, the state starts from zero.
+        The first step always goes on from `initial_state`, whatever its id: pass zeros (or None)
+        where a row starts a new document.
+      chunk: steps that are computed by matrix products, a multiple of 16; by platform when None.
+      implementation: "xla" or None.
+
+    Returns:
+      o [B, T, H, P] in q's dtype, and the state after the last step [B, H, D, P], float32
+      (float64 for float64). Both are differentiable in all inputs and in initial_state.
+
+    Raises:
+      ValueError: shapes, chunk or implementation that do not fit.
+      TypeError: dtypes that are not floating or differ, ids that are not integers.
+    """
+    check_implementation("gated_delta_rule", implementation)
+    return _checked(q, k, v, beta, log_decay, scale, initial_state, segment_ids, chunk)
+
+
+def _checked(q, k, v, beta, log_decay, scale, initial_state, segment_ids, chunk):
+    B, T, H, D, P = check_heads(q, k, v)
+    dtype = state_dtype(q)
+    for name, x in (("beta", beta), ("log_decay", log_decay)):
+        if x is not None and x.shape != (B, T, H):
+            raise ValueError(f"{name} must be [B, T, H] = {(B, T, H)}, got shape {x.shape}")
+        if x is not None:
+            check_floating(**{name: x})
+    check_chunk(chunk)
+    check_segments(segment_ids, B, T)
+    initial_state = check_state(initial_state, (B, H, D, P), "B, H, D, P", dtype)
+    if log_decay is None:
+        log_decay = jnp.zeros((B, T, 1), dtype)
+    log_decay = forget_at_starts(log_decay.astype(dtype), segment_ids)[..., None]
+    q = q * jnp.asarray(D**-0.5 if scale is None else scale, q.dtype)
+    return _delta(q, k, v, log_decay, beta[..., None], initial_state, chunk)
+
+
+@functools.partial(jax.jit, static_argnums=6)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _delta(q, k, v, log_decay, beta, initial_state, chunk):
+    return on_platform(_forward, chunk, q, k, v, log_decay, beta, initial_state)
+
+
+def _delta_fwd(*arguments):
+    return _delta(*arguments), arguments[:-1]
+
+
+def _delta_bwd(chunk, inputs, cotangents):
+    return on_platform(_backward, chunk, *inputs, *cotangents)
+
+
+_delta.__wrapped__.defvjp(_delta_fwd, _delta_bwd)
+
+
+def _forward(q, k, v, log_decay, beta, S0, *, chunk, cached):
+    cut = Chunks.of(q, k, v, S0, chunk, cached)
+    q, k, v, a, S0 = cut.inputs(q, k, v, log_decay, S0)
+    _, U, S_in, S_out = _states(k, v, a, cut.split(beta), S0)
+
+    def outputs(x):
+        q, k, a, U, S_in = x
+        q, k, d = q.astype(U.dtype), k.astype(U.dtype), decays(a)
+        return (scores(q, k, d) @ U + (q * d.into) @ S_in).astype(cut.dtype)
+
+    return cut.join(jax.lax.map(outputs, (q, k, a, U, S_in))), cut.join_state(S_out)
+
+
+def _states(k, v, a, beta, S0):
+    """(W, out k, whole), u and the state at each chunk's start, and the state at the end.
+
+    u = u_0 - W S_in, where u_0 and W solve the system for beta v and for beta b k.
+    """
+
+    def local(x):
+        k, v, a, beta = x
+        k, v, beta = (y.astype(a.dtype) for y in (k, v, beta))
+        d = decays(a)
+        both = jnp.concatenate([beta * v, beta * d.into * k], -1)
+        both = _solve(_system(k, beta, d), both)
+        P = v.shape[-1]
+        return both[..., :P], (both[..., P:], k * d.out, transpose(d.whole))
+
+    def step(S, x):
+        U0, (W, k_out, whole) = x
+        U = U0 - W @ S
+        return whole * S + transpose(k_out) @ U, (S, U)
+
+    U0, transitions = jax.lax.map(local, (k, v, a, beta))
+    (S_in, U), S_out = over_chunks(step, S0, (U0, transitions))
+    return transitions, U, S_in, S_out
+
+
+def _system(k, beta, d):
+    """The strictly lower part of the triangular system, [..., C, C]."""
+    return beta * jnp.tril(scores(k, k, d), -1)
+
+
+def _solve(A, x, transposed=False):
+    return jax.lax.linalg.triangular_solve(
+        A, x, left_side=True, lower=True, unit_diagonal=True, transpose_a=transposed
+    )
+
+
+def _backward(q, k, v, log_decay, beta, S0, do, dS, *, chunk, cached):
+    inputs = q, k, v, log_decay, beta, S0
+    cut = Chunks.of(q, k, v, S0, chunk, cached)
+    q, k, v, a, S0 = cut.inputs(q, k, v, log_decay, S0)
+    beta, do, dS = cut.split(beta), cut.split(do), cut.split_state(dS)
+    transitions, U, S_in, _ = _states(k, v, a, beta, S0)
+
+    def local(x):
+        q, k, a, do = x
+        q, k, do = (y.astype(a.dtype) for y in (q, k, do))
+        d = decays(a)
+        return transpose(scores(q, k, d)) @ do, transpose(q * d.into) @ do
+
+    def step(dS, x):
+        dU, own, (W, k_out, whole) = x
+        dU = dU + k_out @ dS
+        return whole * dS + own - transpose(W) @ dU, (dS, dU)
+
+    dU, own = jax.lax.map(local, (q, k, a, do))
+    (dS_out, dU), dS0 = over_chunks(step, dS, (dU, own, transitions), reverse=True)
+
+    def gradients(x):
+        q, k, v, a, beta, do, U, dU, S_in, dS_out = x
+        q_, k_, v_, beta_, do = (y.astype(a.dtype) for y in (q, k, v, beta, do))
+        d = decays(a)
+        _, dq, dk, dlog = score_gradients(q_, k_, do @ transpose(U), d)
+        # Of u = beta (v - b k S_in - A u), solved: dr is the cotangent of what beta multiplies,
+        # but for beta.
+        dr = _solve(_system(k_, beta_, d), dU, transposed=True)
+        dv = beta_ * dr
+        A, dk_i, dk_j, dlog_k = score_gradients(k_, k_, jnp.tril(-dv @ transpose(U), -1), d)
+        left = v_ - (d.into * k_) @ S_in - jnp.tril(A, -1) @ U
+        dbeta = jnp.sum(dr * left, -1, keepdims=True)
+        dq_state = (do @ transpose(S_in)) * d.into
+        dk_start = -(dv @ transpose(S_in)) * d.into
+        dk_end = (U @ transpose(dS_out)) * d.out
+        whole = d.whole * jnp.sum(S_in * dS_out, -1)[..., None, :]
+        into, out = q_ * dq_state + k_ * dk_start, k_ * dk_end
+        da = decay_gradient(dlog + dlog_k, into, out, whole, a)
+        dk = sum(fit(g, k) for g in (dk, dk_i, dk_j, dk_start, dk_end))
+        return fit(dq + dq_state, q), dk, fit(dv, v), da, dbeta
+
+    xs = q, k, v, a, beta, do, U, dU, S_in, dS_out
+    grads = [cut.join(g) for g in jax.lax.map(gradients, xs)]
+    return *(g.astype(y.dtype) for g, y in zip(grads, inputs, strict=False)), cut.join_state(dS0)

@@ -1,0 +1,78 @@
+"""Checks that the ops with a matrix as state share; the errors name the argument."""
+
+import jax.numpy as jnp
+
+from ops.chunked_scan import SUBCHUNK
+
+
+def check_implementation(op, implementation):
+    if implementation not in ("xla", None):
+        raise ValueError(
+            f'{op} is implemented in "xla" (or None), got implementation={implementation!r}'
+        )
+
+
+def check_floating(**arrays):
+    """All of one floating dtype."""
+    for name, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {x.dtype}")
+    dtypes = {name: x.dtype.name for name, x in arrays.items()}
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(f"{', '.join(dtypes)} must have one dtype, got {dtypes}")
+
+
+def check_heads(q, k, v):
+    """(B, T, H, D, P) of queries [B, T, H, D], keys [B, T, G, D] and values [B, T, G, P]."""
+    check_floating(q=q, k=k, v=v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, T, heads, features], got shape {x.shape}")
+    B, T, H, D = q.shape
+    G, P = v.shape[2:]
+    if k.shape != (B, T, G, D) or v.shape[:2] != (B, T):
+        raise ValueError(
+            "q [B, T, H, D], k [B, T, G, D] and v [B, T, G, P] must agree in B, T, G and D, "
+            f"got {q.shape}, {k.shape} and {v.shape}"
+        )
+    if G == 0 or H % G:
+        raise ValueError(f"q's heads must be a multiple of k's and v's, got {H} and {G}")
+    return B, T, H, D, P
+
+
+def check_chunk(chunk):
+    if chunk is not None and (not isinstance(chunk, int) or chunk <= 0 or chunk % SUBCHUNK):
+        raise ValueError(f"chunk must be a positive multiple of {SUBCHUNK}, got {chunk}")
+
+
+def check_state(state, shape, letters, dtype):
+    """The state in its dtype, zeros for None."""
+    if state is None:
+        return jnp.zeros(shape, dtype)
+    if state.shape != shape:
+        raise ValueError(f"initial_state must be [{letters}] = {shape}, got shape {state.shape}")
+    check_floating(initial_state=state)
+    return state.astype(dtype)
+
+
+def check_segments(segment_ids, B, T):
+    if segment_ids is None:
+        return
+    if segment_ids.shape != (B, T):
+        raise ValueError(f"segment_ids must be [B, T] = {(B, T)}, got shape {segment_ids.shape}")
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype}")
+
+
+def state_dtype(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def forget_at_starts(log_decay, segment_ids):
+    """log_decay [B, T, ...] with -inf where a segment starts, save at the first step."""
+    if segment_ids is None:
+        return log_decay
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = jnp.pad(starts, ((0, 0), (1, 0)))
+    starts = starts.reshape(*starts.shape, *(1,) * (log_decay.ndim - 2))
+    return jnp.where(starts, -jnp.inf, log_decay)
