@@ -1,0 +1,80 @@
+"""Linear attention with a decaying state, by scalar, by vector, or not at all.
+
+Letters: B batch, T time, H heads, G key-value heads (H is a multiple of G), D head dim,
+P value dim.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ops.chunked_scan import chunked_scan
+from ops.recurrence_arguments import (
+    check_chunk,
+    check_floating,
+    check_heads,
+    check_implementation,
+    check_segments,
+    check_state,
+    forget_at_starts,
+    state_dtype,
+)
+
+
+def gated_linear_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T G D"],
+    v: Float[Array, "B T G P"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H D"] | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B H D P"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk: int | None = None,
+    implementation: str | None = None,
+):
+    """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T and o_t = scale S_t^T q_t.
+
+    Linear attention (arXiv 2006.16236, without its normaliser), retention and lightning attention
+    with one decay for a head, GLA (arXiv 2312.06635) with one for each key dimension.
+
+    Args:
+      q, k, v: queries [B, T, H, D], keys [B, T, G, D], values [B, T, G, P], of one floating
+        dtype. Query head h reads key-value head h // (H // G).
+      log_decay: log of the decay, at most 0: [B, T, H], or [B, T, H, D]; None decays nothing.
+        -inf forgets the state. Keep it in float32 where the inputs are bfloat16.
+      scale: factor of the output, D**-0.5 when None.
+      initial_state: [B, H, D, P]; zeros when None.
+      segment_ids: [B, T]; where an id differs from the one before, the state starts from zero.
+        The first step always goes on from `initial_state`, whatever its id: pass zeros (or None)
+        where a row starts a new document.
+      chunk: steps that are computed by matrix products, a multiple of 16; by platform when None.
+      implementation: "xla" or None.
+
+    Returns:
+      o [B, T, H, P] in q's dtype, and the state after the last step [B, H, D, P], float32
+      (float64 for float64). Both are differentiable in all inputs and in initial_state.
+
+    Raises:
+      ValueError: shapes, chunk or implementation that do not fit.
+      TypeError: dtypes that are not floating or differ, ids that are not integers.
+    """
+    check_implementation("gated_linear_attention", implementation)
+    B, T, H, D, P = check_heads(q, k, v)
+    dtype = state_dtype(q)
+    check_chunk(chunk)
+    if log_decay is None:
+        log_decay = jnp.zeros((B, T, 1, 1), dtype)
+    else:
+        check_floating(log_decay=log_decay)
+        if log_decay.shape not in ((B, T, H), (B, T, H, D)):
+            raise ValueError(
+                f"log_decay must be [B, T, H] = {(B, T, H)} or [B, T, H, D] = {(B, T, H, D)}, "
+                f"got shape {log_decay.shape}"
+            )
+        log_decay = log_decay.reshape(B, T, H, -1).astype(dtype)
+    initial_state = check_state(initial_state, (B, H, D, P), "B, H, D, P", dtype)
+    check_segments(segment_ids, B, T)
+    scale = D**-0.5 if scale is None else scale
+    log_decay = forget_at_starts(log_decay, segment_ids)
+    q = q * jnp.asarray(scale, q.dtype)
+    return chunked_scan(q, k, v, log_decay, initial_state, chunk=chunk)

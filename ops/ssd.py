@@ -1,0 +1,101 @@
+"""Mamba-2's state space duality: scalar decays that the input selects (arXiv 2405.21060).
+
+Letters: B batch, T time, H heads, G groups of heads that share B and C, P head dim, N state dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ops.chunked_scan import chunked_scan
+from ops.recurrence_arguments import (
+    check_chunk,
+    check_floating,
+    check_implementation,
+    check_segments,
+    check_state,
+    forget_at_starts,
+    state_dtype,
+)
+
+
+def ssd(
+    x: Float[Array, "B T H P"],
+    dt: Float[Array, "B T H"],
+    A: Float[Array, "H"],
+    B: Float[Array, "B T G N"],
+    C: Float[Array, "B T G N"],
+    *,
+    D: Float[Array, "H"] | None = None,
+    dt_bias: Float[Array, "H"] | None = None,
+    dt_softplus: bool = False,
+    initial_state: Float[Array, "B H P N"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk: int | None = None,
+    implementation: str | None = None,
+):
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T and y_t = h_t C_t + D x_t.
+
+    Args:
+      x: inputs [B, T, H, P]. B and C have its dtype; dt, A, D and dt_bias may have another.
+      dt: step sizes [B, T, H], at least 0 after dt_bias and softplus.
+      A: [H], negative.
+      B, C: input and output projections [B, T, G, N]; head h reads group h // (H // G).
+      D: [H], a way round the state.
+      dt_bias: [H], added to dt.
+      dt_softplus: whether dt becomes log(1 + exp(dt)), after the bias.
+      initial_state: [B, H, P, N]; zeros when None.
+      segment_ids: [B, T]; where an id differs from the one before, the state starts from zero.
+        The first step always goes on from `initial_state`, whatever its id: pass zeros (or None)
+        where a row starts a new document.
+      chunk: steps that are computed by matrix products, a multiple of 16; by platform when None.
+      implementation: "xla" or None.
+
+    Returns:
+      y [B, T, H, P] in x's dtype, and the state after the last step [B, H, P, N], float32
+      (float64 for float64). Both are differentiable in all inputs and in initial_state.
+
+    Raises:
+      ValueError: shapes, chunk or implementation that do not fit.
+      TypeError: dtypes that are not floating, x, B and C that differ in theirs, ids that are not
+        integers.
+    """
+    check_implementation("ssd", implementation)
+    check_floating(x=x, B=B, C=C)
+    if x.ndim != 4:
+        raise ValueError(f"x must be [B, T, H, P], got shape {x.shape}")
+    batch, T, H, P = x.shape
+    if B.ndim != 4 or B.shape[:2] != (batch, T) or C.shape != B.shape:
+        raise ValueError(
+            f"B and C must be [B, T, G, N] with [B, T] = {(batch, T)}, got {B.shape} and {C.shape}"
+        )
+    G, N = B.shape[2:]
+    if G == 0 or H % G:
+        raise ValueError(f"x's heads must be a multiple of B's and C's groups, got {H} and {G}")
+    if dt.shape != (batch, T, H):
+        raise ValueError(f"dt must be [B, T, H] = {(batch, T, H)}, got shape {dt.shape}")
+    for name, a in (("A", A), ("D", D), ("dt_bias", dt_bias)):
+        if a is not None and a.shape != (H,):
+            raise ValueError(f"{name} must be [H] = {(H,)}, got shape {a.shape}")
+        if a is not None:
+            check_floating(**{name: a})
+    check_floating(dt=dt)
+    check_chunk(chunk)
+    check_segments(segment_ids, batch, T)
+    dtype = state_dtype(x)
+    state = check_state(initial_state, (batch, H, P, N), "B, H, P, N", dtype)
+
+    dt = dt.astype(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.astype(dtype)[None, None]
+    if dt_softplus:
+        dt = jax.nn.softplus(dt)
+    log_decay = forget_at_starts(dt * A.astype(dtype)[None, None], segment_ids)
+    steps = (x.astype(dtype) * dt[..., None]).astype(x.dtype)
+    state = jnp.swapaxes(state, 2, 3)
+    y, state = chunked_scan(C, B, steps, log_decay[..., None], state, chunk=chunk)
+    if D is not None:
+        y = (y.astype(dtype) + D.astype(dtype)[None, None, :, None] * x.astype(dtype)).astype(
+            x.dtype
+        )
+    return y, jnp.swapaxes(state, 2, 3)
