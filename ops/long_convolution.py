@@ -208,19 +208,26 @@ class _FFT:
 
     def __init__(self, points, dtype):
         self.M = _smooth(points)
-        complex_dtype = jnp.promote_types(dtype, jnp.complex64)
         w = np.exp(0.5j * np.pi / self.M * np.arange(self.M)).reshape(1, 1, -1)
-        self.weights, self.unweights = (jnp.asarray(w, complex_dtype) for w in (w, w.conj()))
+        self.cos, self.sin = jnp.asarray(w.real, dtype), jnp.asarray(w.imag, dtype)
 
     def __call__(self, x):
-        re, im = _fold(x, self.M)
-        re = jnp.swapaxes(re, 1, 2)
-        z = re if im is None else jax.lax.complex(re, jnp.swapaxes(im, 1, 2))
-        return jnp.fft.fft(z * self.weights)
+        re, im = (a if a is None else _alone(jnp.swapaxes(a, 1, 2)) for a in _fold(x, self.M))
+        if im is None:
+            return jnp.fft.fft(jax.lax.complex(re * self.cos, re * self.sin))
+        weights = jax.lax.complex(self.cos, self.sin)
+        return jnp.fft.fft(jax.lax.complex(re, im) * weights)
 
     def inverse(self, z, length):
-        z = jnp.fft.ifft(z) * self.unweights
-        return _unfold(jnp.swapaxes(z.real, 1, 2), jnp.swapaxes(z.imag, 1, 2), length)
+        z = jnp.fft.ifft(z)
+        re = z.real * self.cos + z.imag * self.sin
+        im = z.imag * self.cos - z.real * self.sin
+        return _unfold(*(jnp.swapaxes(_alone(a), 1, 2) for a in (re, im)), length)
+
+
+def _alone(x):
+    """x, not fused with what uses it: on CPUs a transpose is fast alone, and slow within a loop."""
+    return jax.lax.optimization_barrier(x)
 
 
 class _Matmul:
