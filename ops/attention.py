@@ -94,6 +94,9 @@ def attention(
         q_offset=static_offset,
         implementation=implementation,
     )
+    # Inside shard_map, what devices share must be theirs before its gradient can differ by device.
+    arrays = (q, k, v, bias)
+    q, k, v, bias = attention_xla.varying(arrays, (arrays, mask, q_offset))
     o, lse = _attention(q, k, v, bias, mask, q_offset, options)
     return (o, lse) if return_lse else o
 

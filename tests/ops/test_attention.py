@@ -271,6 +271,16 @@ def test_shard_map_over_batch_and_heads_is_the_whole():
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def test_shard_map_sums_the_gradient_of_a_bias_that_devices_share():
+    q, k, v, bias = inputs(4, 40, 40, 2, 1, 16, 16, bias=(1, 2, 40, 40))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    run = lambda q, k, v, bias: attention(q, k, v, bias=bias, mask=masks.Causal())
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(rows,) * 3 + (whole,), out_specs=rows)
+    gradient = lambda f: jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), 3))(q, k, v, bias)
+    np.testing.assert_allclose(gradient(sharded), gradient(run), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "mask", [masks.Full(), masks.Causal(), masks.SlidingWindow(100), masks.Lambda(4, 100)], ids=repr
 )
