@@ -312,8 +312,9 @@ plot(memory, "temporary memory, forward and backward, MiB")
 for name, numbers in memory.items():
     print(f"{name:21s}", ", ".join(f"{m:.3g}" for m in numbers), "MiB")
 
-assert memory["tiles, causal"][-1] < memory["dense, causal"][-1] / 4
-if not SMALL:  # twice the length: four times the square, twice the tiles
+assert memory["tiles, causal"][-1] < memory["dense, causal"][-1]
+if not SMALL:  # there are many tiles; twice the length: four times the square, twice the tiles
+    assert memory["tiles, causal"][-1] < memory["dense, causal"][-1] / 4
     doubling = {name: numbers[-1] / numbers[-2] for name, numbers in memory.items()}
     assert doubling["dense, causal"] > 3.5 and doubling["tiles, causal"] < 2.5
 
