@@ -83,15 +83,25 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.config = config
         self._saving: int | None = None
+        self._remove_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "meta"),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                cleanup_tmp_directories=True,  # what a killed run left half-written
                 enable_async_checkpointing=True,
             ),
         )
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a killed run left half-written.
+
+        Orbax's own cleaning goes on in a thread that close() does not wait for.
+        """
+        if jax.process_index() == 0:
+            for path in self.directory.iterdir():
+                if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
+                    shutil.rmtree(path)
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""

@@ -115,6 +115,16 @@ def test_sampled_tokens_follow_the_models_distribution():
     np.testing.assert_allclose(np.exp(out.logprobs[:, 0]), p[out.tokens[:, 0]], atol=1e-5)
 
 
+def test_every_step_draws_anew():
+    """Nearly uniform draws: the same noise at each step would give one token again and again."""
+    model, params = make("llama")
+    key = jax.random.key(7)
+    out = generate(model, params, PROMPT, max_new_tokens=20, temperature=1e6, key=key)
+    for row in np.asarray(out.tokens):
+        assert len(set(row)) > 8  # of 20 draws of 23 tokens about 13 differ
+    assert len({tuple(row) for row in np.asarray(out.tokens)}) == 3
+
+
 def reference(logits, temperature, top_k, top_p):
     """The definition, one token after another, in float64."""
     logits = np.asarray(logits, np.float64) / temperature
@@ -149,6 +159,9 @@ def test_ties_and_extremes_of_the_nucleus():
     # A p smaller than any probability leaves the most probable token.
     tiny = filter_logits(jnp.asarray([[0.0, 3.0, 1.0]]), 1.0, None, 1e-9)
     np.testing.assert_array_equal(tiny, [[-np.inf, 0.0, -np.inf]])
+    # Of two halves the first one reaches a half.
+    half = filter_logits(jnp.zeros((1, 2)), 1.0, None, 0.5)
+    np.testing.assert_array_equal(half, [[0.0, -np.inf]])
     whole = filter_logits(logits, 1.0, None, 1.0)
     np.testing.assert_allclose(whole, logits, atol=1e-6)
 

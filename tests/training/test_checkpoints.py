@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import json
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +81,22 @@ def test_only_the_newest_are_kept(tmp_path, opened):
     saver.wait()
     assert saver.steps() == [3, 4]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "4"]
+
+
+def test_what_a_killed_save_left_is_removed_before_anything_else(saved, opened):
+    for name in ("3.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-17"):
+        (saved / name / "state").mkdir(parents=True)
+        (saved / name / "state" / "half").write_text("x")
+    (saved / "mine").mkdir()
+    assert opened(saved).steps() == [1, 2]
+    assert sorted(p.name for p in saved.iterdir()) == ["1", "2", "mine"]
+
+
+def test_opening_and_closing_leaves_no_thread_at_work(saved):
+    before = set(threading.enumerate())
+    Checkpoints(saved).close()
+    left = [t.name for t in threading.enumerate() if t not in before and not t.daemon]
+    assert [name for name in left if "_target_setting_result" in name] == []
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(saved):
@@ -161,6 +179,16 @@ def test_damage_is_named_with_the_step_that_remains(saved, kind, opened):
     jax.tree.map(
         np.testing.assert_array_equal, saver.restore(1, abstract(some_state())), some_state(1)
     )
+
+
+def test_values_other_than_the_saved_ones_are_found(saved, opened):
+    """Damage that the files' own checks do not see: here, the sum that was kept is another."""
+    file = saved / "2" / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    meta["arrays"]["params/w"][2] += 1
+    file.write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match="values of params/w are not .*Step 1 is intact"):
+        opened(saved).restore(2, abstract(some_state()), Rows())
 
 
 def test_damage_everywhere_says_that_nothing_remains(saved, opened):
