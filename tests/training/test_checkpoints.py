@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import shutil
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -90,13 +89,6 @@ def test_what_a_killed_save_left_is_removed_before_anything_else(saved, opened):
     (saved / "mine").mkdir()
     assert opened(saved).steps() == [1, 2]
     assert sorted(p.name for p in saved.iterdir()) == ["1", "2", "mine"]
-
-
-def test_opening_and_closing_leaves_no_thread_at_work(saved):
-    before = set(threading.enumerate())
-    Checkpoints(saved).close()
-    left = [t.name for t in threading.enumerate() if t not in before and not t.daemon]
-    assert [name for name in left if "_target_setting_result" in name] == []
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(saved):
