@@ -33,7 +33,6 @@ from ops.recurrence_arguments import (
     check_floating,
     check_heads,
     check_implementation,
-    check_segments,
     check_state,
     forget_at_starts,
     state_dtype,
@@ -85,9 +84,9 @@ def gated_delta_rule(
       log_decay: log of the decay, at most 0: [B, T, H]. -inf forgets the state.
       scale: factor of the output, D**-0.5 when None.
       initial_state: [B, H, D, P]; zeros when None.
-      segment_ids: [B, T]; where an id differs from the one before, the state starts from zero.
-        The first step always goes on from `initial_state`, whatever its id: pass zeros (or None)
-        where a row starts a new document.
+      segment_ids: integers [B, T], or [B, 1 + T] with the segment of initial_state first. Where
+        neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
+        first step goes on with initial_state's segment.
       chunk: steps that are computed by matrix products, a multiple of 16; by platform when None.
       implementation: "xla" or None.
 
@@ -112,7 +111,6 @@ def _checked(q, k, v, beta, log_decay, scale, initial_state, segment_ids, chunk)
         if x is not None:
             check_floating(**{name: x})
     check_chunk(chunk)
-    check_segments(segment_ids, B, T)
     initial_state = check_state(initial_state, (B, H, D, P), "B, H, D, P", dtype)
     if log_decay is None:
         log_decay = jnp.zeros((B, T, 1), dtype)

@@ -13,7 +13,6 @@ from ops.recurrence_arguments import (
     check_floating,
     check_heads,
     check_implementation,
-    check_segments,
     check_state,
     forget_at_starts,
     state_dtype,
@@ -44,9 +43,9 @@ def gated_linear_attention(
         -inf forgets the state. Keep it in float32 where the inputs are bfloat16.
       scale: factor of the output, D**-0.5 when None.
       initial_state: [B, H, D, P]; zeros when None.
-      segment_ids: [B, T]; where an id differs from the one before, the state starts from zero.
-        The first step always goes on from `initial_state`, whatever its id: pass zeros (or None)
-        where a row starts a new document.
+      segment_ids: integers [B, T], or [B, 1 + T] with the segment of initial_state first. Where
+        neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
+        first step goes on with initial_state's segment.
       chunk: steps that are computed by matrix products, a multiple of 16; by platform when None.
       implementation: "xla" or None.
 
@@ -73,7 +72,6 @@ def gated_linear_attention(
             )
         log_decay = log_decay.reshape(B, T, H, -1).astype(dtype)
     initial_state = check_state(initial_state, (B, H, D, P), "B, H, D, P", dtype)
-    check_segments(segment_ids, B, T)
     scale = D**-0.5 if scale is None else scale
     log_decay = forget_at_starts(log_decay, segment_ids)
     q = q * jnp.asarray(scale, q.dtype)

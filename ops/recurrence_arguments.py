@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from ops.chunked_scan import SUBCHUNK
+from ops.diagonal_scan import resets
 
 
 def check_implementation(op, implementation):
@@ -55,24 +56,14 @@ def check_state(state, shape, letters, dtype):
     return state.astype(dtype)
 
 
-def check_segments(segment_ids, B, T):
-    if segment_ids is None:
-        return
-    if segment_ids.shape != (B, T):
-        raise ValueError(f"segment_ids must be [B, T] = {(B, T)}, got shape {segment_ids.shape}")
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype}")
-
-
 def state_dtype(x):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def forget_at_starts(log_decay, segment_ids):
-    """log_decay [B, T, ...] with -inf where a segment starts, save at the first step."""
+    """log_decay [B, T, ...] with -inf where a segment starts, by ids as of `resets`."""
     if segment_ids is None:
         return log_decay
-    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = jnp.pad(starts, ((0, 0), (1, 0)))
+    starts = resets(segment_ids, *log_decay.shape[:2])
     starts = starts.reshape(*starts.shape, *(1,) * (log_decay.ndim - 2))
     return jnp.where(starts, -jnp.inf, log_decay)

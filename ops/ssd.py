@@ -12,7 +12,6 @@ from ops.recurrence_arguments import (
     check_chunk,
     check_floating,
     check_implementation,
-    check_segments,
     check_state,
     forget_at_starts,
     state_dtype,
@@ -45,9 +44,9 @@ def ssd(
       dt_bias: [H], added to dt.
       dt_softplus: whether dt becomes log(1 + exp(dt)), after the bias.
       initial_state: [B, H, P, N]; zeros when None.
-      segment_ids: [B, T]; where an id differs from the one before, the state starts from zero.
-        The first step always goes on from `initial_state`, whatever its id: pass zeros (or None)
-        where a row starts a new document.
+      segment_ids: integers [B, T], or [B, 1 + T] with the segment of initial_state first. Where
+        neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
+        first step goes on with initial_state's segment.
       chunk: steps that are computed by matrix products, a multiple of 16; by platform when None.
       implementation: "xla" or None.
 
@@ -81,7 +80,6 @@ def ssd(
             check_floating(**{name: a})
     check_floating(dt=dt)
     check_chunk(chunk)
-    check_segments(segment_ids, batch, T)
     dtype = state_dtype(x)
     state = check_state(initial_state, (batch, H, P, N), "B, H, P, N", dtype)
 

@@ -109,6 +109,18 @@ def test_packed_segments_equal_separate_sequences():
     assert_close(got, expected(arrays, starts))
 
 
+def test_the_first_id_of_one_more_tells_whether_the_state_goes_on():
+    arrays = inputs(2, 40, 2, 1, 8, 8)
+    ids = jnp.asarray([[1] * 21 + [2] * 20, [7] + [1] * 40])
+    got = results(functools.partial(op, segment_ids=ids), arrays)
+    assert_close(got, expected(arrays, np.diff(ids) != 0))
+    assert np.any(got["dinitial_state"][0]) and not np.any(got["dinitial_state"][1])
+    q, k, v, beta, _, S = arrays
+    plain = functools.partial(delta_rule, q, k, v, beta)
+    o, _ = plain(initial_state=S, segment_ids=ids)
+    np.testing.assert_array_equal(o[1], plain(initial_state=S.at[1].set(0.0))[0][1])
+
+
 def test_a_split_sequence_equals_the_whole():
     arrays = inputs(2, 100, 2, 2, 8, 8)
     whole = op(*arrays)

@@ -122,6 +122,16 @@ def test_segments_reset_what_does_not_decay():
     np.testing.assert_allclose(final, want[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("decay", ["none", "vector"])
+def test_the_first_id_of_one_more_tells_whether_the_state_goes_on(decay):
+    arrays = inputs(2, 40, 2, 1, 8, 8, decay, strength=-3.0)
+    ids = jnp.asarray([[1] * 21 + [2] * 20, [7] + [1] * 40])
+    starts = np.diff(ids) != 0
+    got = results(functools.partial(op, segment_ids=ids), arrays)
+    assert_close(got, expected(arrays, starts))
+    assert np.any(got[6][0]) and not np.any(got[6][1])
+
+
 @pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
 def test_a_split_sequence_equals_the_whole(decay):
     arrays = inputs(2, 100, 2, 2, 8, 8, decay, strength=-2.0)
@@ -221,7 +231,7 @@ def test_errors_name_the_argument():
         (ValueError, "log_decay", dict(log_decay=a[:, :4])),
         (ValueError, "initial_state", dict(initial_state=S[:, :2])),
         (ValueError, "chunk", dict(chunk=10)),
-        (ValueError, "segment_ids", dict(segment_ids=jnp.zeros((1, 9), int))),
+        (ValueError, "segment_ids", dict(segment_ids=jnp.zeros((1, 10), int))),
         (TypeError, "segment_ids", dict(segment_ids=jnp.zeros((1, 8)))),
         (ValueError, "heads", dict(q=q[:, :, :3])),
         (ValueError, "agree", dict(k=k[:, :4])),

@@ -115,6 +115,23 @@ def test_packed_segments_equal_separate_sequences():
     np.testing.assert_allclose(h, last, atol=1e-5)
 
 
+def test_the_first_id_of_one_more_tells_whether_the_state_goes_on():
+    """Segments cut at any step, each part given the id before it, equal the whole."""
+    arrays = inputs(2, 40, 2, 1, 8, 8)
+    state = arrays.pop("initial_state")
+    ids = jnp.asarray([[1] * 21 + [2] * 20, [7] + [1] * 40])
+    y, h = op(**arrays, initial_state=state, segment_ids=ids)
+    fresh = op(**arrays, initial_state=jnp.zeros_like(state), segment_ids=ids[:, 1:])
+    np.testing.assert_array_equal(y[1], fresh[0][1])
+    parts = []
+    for s in (slice(0, 20), slice(20, 40)):
+        part = {n: a[:, s] if a.ndim > 2 else a for n, a in arrays.items()}
+        out, state = op(**part, initial_state=state, segment_ids=ids[:, s.start : s.stop + 1])
+        parts.append(out)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), y, atol=3e-6 * np.abs(y).max())
+    np.testing.assert_allclose(state, h, atol=3e-6 * np.abs(h).max())
+
+
 def test_a_split_sequence_equals_the_whole():
     arrays = inputs(2, 100, 2, 1, 8, 8)
     state = arrays.pop("initial_state")
