@@ -5,9 +5,11 @@ A mixer is a Linen module with
     __call__(x [B, T, E], *, state=None, positions=None, segment_ids=None) -> (y [B, T, E], state)
     init_state(batch, max_len) -> a pytree, or None if it carries nothing over time
 
-A new one is a line in BLOCKS.
+The attributes of a recurrent mixer are its options, each with a default, which
+`LanguageModelConfig.mixers` changes; a new one is a line in MIXERS.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -53,11 +55,32 @@ def _mlp(config: LanguageModelConfig, name: str | None) -> MLP:
     )
 
 
+# Blocks with a recurrent mixer.
+MIXERS: dict[str, type[nn.Module]] = {}
+
+# All other blocks.
 BLOCKS: dict[str, Callable[[LanguageModelConfig, str | None], nn.Module]] = {
     "attention": lambda config, name=None: _attention(config, config.attention_mask, name),
     "local_attention": lambda config, name=None: _attention(config, config.local_mask, name),
     "mlp": lambda config, name=None: _mlp(config, name),
 }
+
+
+def make_mixer(config: LanguageModelConfig, kind: str, name: str | None = None) -> nn.Module:
+    """The mixer of a block, with the options that the configuration gives it."""
+    if kind in BLOCKS:
+        return BLOCKS[kind](config, name)
+    mixer = MIXERS[kind]
+    shared = dict(
+        d_model=config.d_model,
+        norm_eps=config.norm_eps,
+        out_scale=config.n_blocks**-0.5,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+    )
+    fields = {field.name for field in dataclasses.fields(mixer)}
+    shared = {key: value for key, value in shared.items() if key in fields}
+    return mixer(**shared, **config.mixers.get(kind, {}), name=name)
 
 
 def make_norm(config: LanguageModelConfig, name: str) -> nn.Module:
@@ -75,7 +98,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, *, state=None, positions=None, segment_ids=None) -> tuple[Any, Any]:
         config = self.config
-        mixer = BLOCKS[self.kind](config, "mixer")
+        mixer = make_mixer(config, self.kind, "mixer")
         y, state = mixer(
             make_norm(config, "norm")(x), state=state, positions=positions, segment_ids=segment_ids
         )
@@ -102,7 +125,7 @@ class Repeat(nn.Module):
 
 def init_state(config: LanguageModelConfig, batch: int, max_len: int) -> tuple[Any, ...]:
     """The state of one `Repeat` before the first token, one entry per block of the pattern."""
-    return tuple(BLOCKS[kind](config, None).init_state(batch, max_len) for kind in config.pattern)
+    return tuple(make_mixer(config, kind).init_state(batch, max_len) for kind in config.pattern)
 
 
 def block_name(index: int, kind: str) -> str:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
+from models import mixer_options
 from models.layers import MLP_KINDS, NORMS
 from models.positions import POSITION_KINDS, RopeScaling
 from ops import masks
@@ -20,8 +22,13 @@ class LanguageModelConfig:
 
     Attributes:
       vocab_size, d_model: V and E.
-      pattern: names of blocks (keys of `models.blocks.BLOCKS`) that repeat `repeats` times.
+      pattern: names of blocks (keys of `models.blocks.BLOCKS` and `MIXERS`) that repeat `repeats`
+        times.
       repeats: how often; these layers are one `nn.scan` unless `scan_layers` is False.
+      mixers: options of recurrent blocks, {"mamba2": {"state_dim": 64}}: attributes of their
+        modules. Those that have their default value are left out.
+      input_features: F of inputs [B, T, F] of real numbers, which a linear map takes to E in
+        place of an embedding; None for tokens.
       n_heads, n_kv_heads, head_dim: H, G (default H) and D (default E / H).
       causal: False lets "attention" see the whole text and "local_attention" both sides.
       mask: what a query of "attention" sees, instead of Causal() or Full().
@@ -53,6 +60,8 @@ class LanguageModelConfig:
     d_model: int = 512
     pattern: tuple[str, ...] = ("attention", "mlp")
     repeats: int = 6
+    mixers: Mapping[str, Mapping[str, Any]] = FrozenDict()
+    input_features: int | None = None
     n_heads: int = 8
     n_kv_heads: int | None = None
     head_dim: int | None = None
@@ -96,12 +105,12 @@ class LanguageModelConfig:
         if self.n_kv_heads is None:
             set_("n_kv_heads", self.n_heads)
         if self.head_dim is None:
-            if self.d_model % self.n_heads:
+            if self.d_model % self.n_heads and self._attends:
                 raise ValueError(
                     f"n_heads={self.n_heads} does not divide d_model={self.d_model}; choose one "
                     "that does, or set head_dim"
                 )
-            set_("head_dim", self.d_model // self.n_heads)
+            set_("head_dim", max(1, self.d_model // self.n_heads))
         if self.mlp_dim is None:
             _one_of("mlp", self.mlp, MLP_KINDS)
             gated = MLP_KINDS[self.mlp][1]
@@ -110,14 +119,17 @@ class LanguageModelConfig:
 
     def _validate(self):
         # blocks.py imports this module for its factories' types.
-        from models.blocks import BLOCKS
+        from models.blocks import BLOCKS, MIXERS
 
         for name in ("n_kv_heads", "head_dim", "mlp_dim"):
             _positive(name, getattr(self, name))
         if not self.pattern:
             raise ValueError("pattern is empty; for example ('attention', 'mlp')")
         for block in self.pattern:
-            _one_of("a block of pattern", block, BLOCKS)
+            _one_of("a block of pattern", block, [*BLOCKS, *MIXERS])
+        object.__setattr__(self, "mixers", mixer_options.checked(self.mixers, MIXERS))
+        if self.input_features is not None:
+            _positive("input_features", self.input_features)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}: every group of "
@@ -127,7 +139,7 @@ class LanguageModelConfig:
         _one_of("mlp", self.mlp, MLP_KINDS)
         _one_of("norm", self.norm, NORMS)
         _one_of("remat", self.remat, REMAT_KINDS)
-        if self.position.startswith("rope") and self.head_dim % 2:
+        if self._attends and self.position.startswith("rope") and self.head_dim % 2:
             raise ValueError(
                 f"position={self.position!r} turns pairs of channels, but "
                 f"head_dim={self.head_dim} is odd"
@@ -146,6 +158,10 @@ class LanguageModelConfig:
             )
         if self.mask is not None and masks.segments_of(self.mask) is not None:
             raise ValueError("mask can't hold Segments: segment_ids are an argument of the model")
+
+    @property
+    def _attends(self) -> bool:
+        return any("attention" in block for block in self.pattern)
 
     @property
     def attention_mask(self) -> masks.Mask:

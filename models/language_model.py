@@ -42,15 +42,14 @@ class Backbone(nn.Module):
 
     def setup(self):
         config = self.config
-        self.embed = Embedding(config.vocab_size, config.d_model, config.dtype, config.param_dtype)
+        dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype)
+        if config.input_features is None:
+            self.embed = Embedding(config.vocab_size, config.d_model, **dtypes)
+        else:
+            self.embed = linear(config.d_model, ("inputs", "embed"), use_bias=True, **dtypes)
         if config.position == "learned":
-            self.position = Embedding(
-                config.max_len,
-                config.d_model,
-                config.dtype,
-                config.param_dtype,
-                ("position", "embed"),
-            )
+            axes = ("position", "embed")
+            self.position = Embedding(config.max_len, config.d_model, axes=axes, **dtypes)
         body = Repeat
         if config.remat != "none":
             policy = REMAT_POLICIES[config.remat]
@@ -58,7 +57,7 @@ class Backbone(nn.Module):
         if config.scan_layers:
             self.layers = nn.scan(
                 body,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 out_axes=0,
@@ -71,7 +70,7 @@ class Backbone(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array, "B T"] | Float[Array, "B T F"],
         *,
         state: ModelState | None = None,
         positions: Int[Array, "B T"] | None = None,
@@ -79,7 +78,7 @@ class Backbone(nn.Module):
     ) -> tuple[Float[Array, "B T E"], ModelState | None]:
         config = self.config
         _check(config, tokens, positions=positions, segment_ids=segment_ids)
-        B, T = tokens.shape
+        B, T = tokens.shape[:2]
         if positions is None:
             carried = (None, None) if state is None else (state.position, state.segment)
             positions = token_positions(B, T, segment_ids, *carried)
@@ -121,6 +120,11 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         config = self.config
+        if config.input_features is not None and config.tie_embeddings:
+            raise ValueError(
+                f"input_features={config.input_features} leaves no embedding to tie the head to; "
+                "set tie_embeddings=False"
+            )
         self.backbone = Backbone(config)
         if not config.tie_embeddings:
             self.head = linear(
@@ -132,7 +136,7 @@ class LanguageModel(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array, "B T"] | Float[Array, "B T F"],
         *,
         state: ModelState | None = None,
         positions: Int[Array, "B T"] | None = None,
@@ -141,7 +145,8 @@ class LanguageModel(nn.Module):
         """Reads T tokens.
 
         Args:
-          tokens: ids below vocab_size; beyond it the output is NaN.
+          tokens: ids below vocab_size; beyond it the output is NaN. With `input_features`, real
+            numbers [B, T, F].
           state: from `init_state` or an earlier call.
           positions: default: counted from the state on, anew in each segment.
           segment_ids: tokens see only those of their own id. With a state give them at every
@@ -151,7 +156,8 @@ class LanguageModel(nn.Module):
           (float32 logits, the new state or None).
 
         Raises:
-          ValueError: for shapes that are not [B, T], or more tokens than learned positions.
+          ValueError: for shapes that are not [B, T] (or [B, T, F]), or more tokens than learned
+            positions.
         """
         x, state = self.backbone(tokens, state=state, positions=positions, segment_ids=segment_ids)
         return self.logits(x), state
@@ -197,19 +203,22 @@ class SequenceClassifier(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array, "B T"] | Float[Array, "B T F"],
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B n_classes"]:
-        """Classifies one text per row; `segment_ids` is 0 where a row is padding, 1 elsewhere."""
+        """Classifies one text per row; `segment_ids` is 0 where a row is padding, 1 elsewhere.
+
+        With `input_features` a text is a sequence of vectors [B, T, F] of real numbers.
+        """
         if self.pooling not in ("mean", "last"):
             raise ValueError(f"pooling={self.pooling!r} is unknown; it can be 'mean' or 'last'")
         config = self.config
         x, _ = Backbone(config, name="backbone")(
             tokens, positions=positions, segment_ids=segment_ids
         )
-        real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+        real = jnp.ones(tokens.shape[:2], bool) if segment_ids is None else segment_ids > 0
         if self.pooling == "mean":
             weights = real.astype(jnp.float32)
         else:
@@ -243,14 +252,22 @@ def unroll_params(config: LanguageModelConfig, params):
 
 
 def _check(config: LanguageModelConfig, tokens, **per_token) -> None:
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    F = config.input_features
+    if F is None and (tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer)):
         raise ValueError(
             f"tokens must be integers [batch, time], got {tokens.dtype} of shape {tokens.shape}"
         )
+    if F is not None and (
+        tokens.ndim != 3 or tokens.shape[2] != F or not jnp.issubdtype(tokens.dtype, jnp.floating)
+    ):
+        raise ValueError(
+            f"with input_features={F}, tokens must be real numbers [batch, time, {F}], got "
+            f"{tokens.dtype} of shape {tokens.shape}"
+        )
     for name, value in per_token.items():
-        if value is not None and value.shape != tokens.shape:
+        if value is not None and value.shape != tokens.shape[:2]:
             raise ValueError(
-                f"{name} must be [batch, time] = {tokens.shape} like tokens, got {value.shape}"
+                f"{name} must be [batch, time] = {tokens.shape[:2]} like tokens, got {value.shape}"
             )
     if config.position == "learned" and tokens.shape[1] > config.max_len:
         raise ValueError(

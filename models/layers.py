@@ -23,6 +23,11 @@ LOGICAL_AXES = (
     "position",
     "classes",
     "layers",
+    "inputs",  # features of real-valued inputs
+    "inner",  # channels or heads of a recurrent mixer
+    "state",  # state dim
+    "rank",  # of a low-rank projection
+    "window",  # of a short convolution
 )
 
 Dtype = Any

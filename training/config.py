@@ -12,14 +12,17 @@ which is what the rest of the code sees. A `ConfigDict` goes no further than `tr
 import ast
 import dataclasses
 import difflib
+import functools
 import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
 import numpy as np
 from ml_collections import config_dict
 
-from models import LanguageModelConfig
+from models import LanguageModelConfig, mixer_options
+from models.blocks import MIXERS
 from ops import masks
 from training.settings import (
     SECTIONS,
@@ -49,7 +52,7 @@ def _plain(value):
         return {"mask": type(value).__name__} | _fields(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _fields(value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, np.ndarray):
         return value.tolist()
@@ -78,12 +81,18 @@ def _section(cls, leave_out=()) -> dict[str, Any]:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Returns every key with its default, locked; the dataclasses above say what they mean."""
+    """Returns every key with its default, locked; the dataclasses above say what they mean.
+
+    `model.mixers` has a section per recurrent block, of the options of its mixer.
+    """
+    model = _section(LanguageModelConfig, leave_out=("dtype", "param_dtype", "mixers"))
+    leave_out = mixer_options.SHARED + mixer_options.LINEN
+    mixers = {block: _section(mixer, leave_out) for block, mixer in MIXERS.items()}
     config = ml_collections.ConfigDict(
         {
             "seed": 0,
             "task": "language_model",
-            "model": _section(LanguageModelConfig, leave_out=("dtype", "param_dtype")),
+            "model": model | {"mixers": mixers},
             **{name: _section(cls) for name, cls in SECTIONS.items()},
         }
     )
@@ -92,9 +101,14 @@ def default_config() -> ml_collections.ConfigDict:
 
 def known_keys(config: ml_collections.ConfigDict | None = None) -> list[str]:
     """Every dotted key of a configuration, by default the default one, sections included."""
-    config = default_config() if config is None else config
-    sections = [s for s in config if isinstance(config[s], ml_collections.ConfigDict)]
-    return list(config) + [f"{s}.{k}" for s in sections for k in config[s]]
+
+    def keys(section, prefix="") -> Iterator[str]:
+        yield from (prefix + key for key in section)
+        for key, value in section.items():
+            if isinstance(value, ml_collections.ConfigDict):
+                yield from keys(value, f"{prefix}{key}.")
+
+    return list(keys(default_config() if config is None else config))
 
 
 def nearest_key(key: str, known: list[str]) -> str:
@@ -111,16 +125,19 @@ def check_keys(config) -> None:
     A locked `default_config()` cannot get such a key; one that was built by hand or read from a
     file can.
     """
-    known = known_keys()
-    for name, value in config.items():
-        keys = [name]
-        if name == "model" or name in SECTIONS:
-            if not hasattr(value, "items"):
-                raise ConfigError(f"{name!r} is a section of the configuration, not {value!r}")
-            keys += [f"{name}.{key}" for key in value]
-        for key in keys:
-            if key not in known:
+    known, default = known_keys(), default_config()
+
+    def check(section, default, prefix=""):
+        for name, value in section.items():
+            key = prefix + name
+            if name not in default:
                 raise ConfigError(f"unknown key {key!r}; did you mean {nearest_key(key, known)!r}?")
+            if isinstance(default[name], ml_collections.ConfigDict):
+                if not hasattr(value, "items"):
+                    raise ConfigError(f"{key!r} is a section of the configuration, not {value!r}")
+                check(value, default[name], f"{key}.")
+
+    check(config, default)
 
 
 def override(config: ml_collections.ConfigDict, assignment: str) -> None:
@@ -137,8 +154,8 @@ def override(config: ml_collections.ConfigDict, assignment: str) -> None:
     known = known_keys(config)
     if key not in known:
         raise ConfigError(f"unknown key {key!r}; did you mean {nearest_key(key, known)!r}?")
-    parent, _, name = key.rpartition(".")
-    section = config[parent] if parent else config
+    *parents, name = key.split(".")
+    section = functools.reduce(lambda section, parent: section[parent], parents, config)
     if isinstance(section[name], ml_collections.ConfigDict):
         example = next(iter(section[name]))
         raise ConfigError(f"{key!r} is a section: set one of its keys, e.g. {key}.{example}")
@@ -176,7 +193,13 @@ def _fits(value, kind: type) -> bool:
 
 def _tuples(section: dict) -> dict:
     """Lists, which is what JSON and a config file may hold, to tuples, which is what we hold."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
+
+    def tuples(value):
+        if isinstance(value, Mapping):
+            return {k: tuples(v) for k, v in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return tuples(section)
 
 
 def _build(cls, section: dict):

@@ -71,6 +71,13 @@ class ParamGroup:
     weight_decay: float | None = None  # None: optimizer.weight_decay
 
 
+# Decays, step sizes and state matrices of recurrent mixers: small numbers with a meaning, which
+# weight decay would pull to another one.
+RECURRENCE = (
+    r"(^|/)(A_log|A|Lambda|log_A|log_decay|dt_bias|log_dt|log_step|B|P|D)(_re|_im|_real|_imag)?$"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     name: str = "adamw"  # adamw, adam (adamw that must not decay), sgd, lion
@@ -84,8 +91,12 @@ class OptimizerConfig:
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decoupled: p -= learning rate * weight_decay * p
     clip_norm: float = 1.0  # bound on the global norm of the gradient; 0: no clipping
-    # The first group that matches a parameter holds. Scales and biases are not decayed.
-    groups: tuple[ParamGroup, ...] = (ParamGroup(r"(^|/)(scale|bias)$", 1.0, 0.0),)
+    # The first group that matches a parameter holds. Scales, biases and what a recurrence is made
+    # of are not decayed. A rate of its own: ParamGroup(RECURRENCE, 0.1, 0.0) in front.
+    groups: tuple[ParamGroup, ...] = (
+        ParamGroup(r"(^|/)(scale|bias)$", 1.0, 0.0),
+        ParamGroup(RECURRENCE, 1.0, 0.0),
+    )
 
     def __post_init__(self):
         _one_of("optimizer.name", self.name, OPTIMIZERS)

@@ -1,7 +1,8 @@
 """The mesh, and where each array lives on it.
 
 Axes: `data` (copies of the model), `fsdp` (parameters cut along their embedding dimension, batch
-cut as well), `sequence` (time; not used yet) and `tensor` (heads, MLP width, vocabulary). Modules
+cut as well), `sequence` (time; not used yet) and `tensor` (heads, MLP width, recurrent channels,
+vocabulary). Modules
 name the dimensions of their parameters; RULES is the one place that maps those names to mesh axes.
 The compiler inserts the communication; attention, which may be a kernel that it cannot cut, is cut
 by ops.partitioned.
@@ -34,6 +35,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "classes": None,
     "norm": None,
     "position": None,
+    "inputs": None,
+    "inner": "tensor",
+    "state": None,
+    "rank": None,
+    "window": None,
 }
 
 

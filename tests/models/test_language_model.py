@@ -283,3 +283,51 @@ def test_a_prompt_longer_than_the_cache_is_refused():
 def test_pooling_is_checked():
     with pytest.raises(ValueError, match="pooling='max' is unknown; it can be 'mean' or 'last'"):
         SequenceClassifier(SMALL, 2, pooling="max").init(jax.random.key(0), TOKENS)
+
+
+def test_real_inputs_take_the_place_of_tokens():
+    """One-hot vectors give what an embedding with the linear map's rows gives."""
+    fields = FIELDS | dict(tie_embeddings=False, n_kv_heads=2)
+    of_tokens = LanguageModel(LanguageModelConfig(**fields))
+    of_vectors = LanguageModel(LanguageModelConfig(**fields, input_features=31))
+    params, ids = init("llama"), jnp.asarray([[1] * 7 + [2] * 12] * 2)
+    rows = params["backbone"]["embed"]["embedding"]
+    embed = {"kernel": 2 * rows, "bias": -rows.mean(0)}
+    vector_params = params | {"backbone": params["backbone"] | {"embed": embed}}
+    shifted = params["backbone"] | {"embed": {"embedding": 2 * rows - rows.mean(0)[None]}}
+    want = run(of_tokens, params | {"backbone": shifted}, segment_ids=ids)
+    one_hot = jax.nn.one_hot(TOKENS, 31)
+    got = run(of_vectors, vector_params, one_hot, segment_ids=ids)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    shapes = jax.eval_shape(of_vectors.init, jax.random.key(0), one_hot)["params"]
+    assert shapes["backbone"]["embed"]["kernel"].names == ("inputs", "embed")
+    assert jax.tree.map(jnp.shape, nn.unbox(shapes)) == jax.tree.map(jnp.shape, vector_params)
+
+
+def test_a_classifier_reads_real_inputs():
+    config = dataclasses.replace(SMALL, input_features=3, causal=False)
+    model = SequenceClassifier(config, n_classes=4)
+    x = jax.random.normal(jax.random.key(2), (2, 9, 3))
+    real = jnp.arange(9)[None] < jnp.asarray([[5], [9]])
+    params = model.init(jax.random.key(0), x)
+    scores = model.apply(params, x, segment_ids=real.astype(jnp.int32))
+    np.testing.assert_allclose(scores[0], model.apply(params, x[:1, :5])[0], atol=1e-5)
+
+
+def test_bad_real_inputs_are_named():
+    config = dataclasses.replace(SMALL, input_features=3)
+    with pytest.raises(ValueError, match="input_features=3 leaves no embedding to tie"):
+        LanguageModel(config).init(jax.random.key(0), jnp.ones((2, 5, 3)))
+    model = LanguageModel(dataclasses.replace(config, tie_embeddings=False))
+    for bad in (TOKENS, jnp.ones((2, 5, 4)), jnp.ones((2, 5, 3), jnp.int32)):
+        with pytest.raises(ValueError, match=r"input_features=3.*\[batch, time, 3\], got"):
+            model.init(jax.random.key(0), bad)
+    with pytest.raises(ValueError, match=r"segment_ids must be \[batch, time\] = \(2, 5\)"):
+        model.init(jax.random.key(0), jnp.ones((2, 5, 3)), segment_ids=jnp.ones((2, 5, 3), int))
+    with pytest.raises(ValueError, match="input_features=0 must be at least 1"):
+        dataclasses.replace(SMALL, input_features=0)
+
+
+def test_heads_must_fit_only_where_there_is_attention():
+    config = LanguageModelConfig(vocab_size=7, d_model=10, n_heads=8, pattern=("mlp",))
+    assert config.head_dim == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from training.optimizers import check_groups, group_of, make_optimizer, make_schedule
-from training.settings import ConfigError, OptimizerConfig, ParamGroup
+from training.settings import RECURRENCE, ConfigError, OptimizerConfig, ParamGroup
 
 STEPS, WARMUP = 40, 7
 
@@ -158,3 +158,13 @@ def test_unknown_names_get_the_nearest():
         OptimizerConfig(schedule="cosin")
     with pytest.raises(ConfigError, match="'adam' does not decay weights"):
         OptimizerConfig(name="adam", weight_decay=0.1)
+
+
+def test_recurrences_and_scales_are_not_decayed_by_default():
+    undecayed = ("scale", "bias", "A_log", "dt_bias", "D", "log_dt", "Lambda_re", "Lambda_im", "B")
+    for name in undecayed:
+        assert group_of(f"backbone/layers/s_0/mixer/{name}", OptimizerConfig()).weight_decay == 0
+    for name in ("kernel", "embedding", "conv/weight", "D/kernel", "AB"):
+        assert group_of(f"backbone/layers/s_0/mixer/{name}", OptimizerConfig()).weight_decay == 0.1
+    slower = OptimizerConfig(groups=(ParamGroup(RECURRENCE, 0.1, 0.0),))
+    assert group_of("mixer/A_log", slower).lr_multiplier == 0.1
