@@ -33,6 +33,7 @@ from ops.recurrence_arguments import (
     check_floating,
     check_heads,
     check_implementation,
+    check_shape,
     check_state,
     forget_at_starts,
     state_dtype,
@@ -106,10 +107,8 @@ def _checked(q, k, v, beta, log_decay, scale, initial_state, segment_ids, chunk)
     B, T, H, D, P = check_heads(q, k, v)
     dtype = state_dtype(q)
     for name, x in (("beta", beta), ("log_decay", log_decay)):
-        if x is not None and x.shape != (B, T, H):
-            raise ValueError(f"{name} must be [B, T, H] = {(B, T, H)}, got shape {x.shape}")
-        if x is not None:
-            check_floating(**{name: x})
+        check_shape(name, x, "B, T, H", (B, T, H))
+    check_floating(beta=beta, log_decay=log_decay)
     check_chunk(chunk)
     initial_state = check_state(initial_state, (B, H, D, P), "B, H, D, P", dtype)
     if log_decay is None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
 from ops import diagonal_scan
+from ops.recurrence_arguments import check_implementation, check_shape, check_time
 
 
 def linear_recurrence(
@@ -48,25 +49,22 @@ def linear_recurrence(
       ValueError: shapes or an implementation that do not fit.
       TypeError: dtypes that are neither floating nor complex, ids that are no integers.
     """
-    check_implementation(implementation)
+    check_implementation("linear_recurrence", implementation)
     for name, x in (("a", a), ("b", b), ("initial_state", initial_state)):
         if x is not None and not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(f"{name} must be floating or complex, got {x.dtype}")
     if b.ndim < 2:
         raise ValueError(f"b must be [B, T, *D], got shape {b.shape}")
     B, T, *D = b.shape
-    check_length(T, b.shape)
+    check_time(b=b)
     a = _aligned(a, b.shape)
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         a, b = a.astype(dtype), b.astype(dtype)
     if initial_state is None:
         initial_state = jnp.zeros((B, *D), dtype)
-    elif initial_state.shape != (B, *D):
-        raise ValueError(
-            f"initial_state must be [B, *D] = {(B, *D)} for b {b.shape}, got {initial_state.shape}"
-        )
-    elif jnp.promote_types(initial_state.dtype, dtype) != dtype:
+    check_shape("initial_state", initial_state, "B, *D", (B, *D))
+    if jnp.promote_types(initial_state.dtype, dtype) != dtype:
         raise TypeError(
             f"initial_state is {initial_state.dtype}, a and b are computed in {dtype}: "
             "cast one of them"
@@ -88,18 +86,3 @@ def _aligned(a, shape):
             f"a {a.shape} must be [B, T, *D], or [*D], with 1 where it is shared, for b {shape}"
         )
     return full
-
-
-def check_implementation(implementation):
-    """Raises ValueError unless `implementation` is one that scans have."""
-    if implementation not in ("xla", None):
-        raise ValueError(
-            f'implementation={implementation!r}: this op has implementation="xla" (or None, which '
-            "takes it); it runs on every platform"
-        )
-
-
-def check_length(T, shape):
-    """Raises ValueError where steps cannot be counted by an int32, or there are none."""
-    if not 0 < T < 2**31:
-        raise ValueError(f"time must have from 1 to 2^31 - 1 steps, got {T} in shape {shape}")

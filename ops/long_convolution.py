@@ -22,6 +22,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ops.lowering import choose_when_lowered
+from ops.recurrence_arguments import (
+    check_floating,
+    check_implementation,
+    check_shape,
+    check_time,
+)
 
 __all__ = ["long_convolution"]
 
@@ -291,20 +297,14 @@ def _smooth(n):
 
 
 def _validate(u, kernel, D, pre_gate, post_gate, initial_state, method, implementation):
-    if implementation not in ("xla", None):
-        raise ValueError(
-            f"implementation={implementation!r}: long_convolution has no such implementation; "
-            'it must be "xla" or None'
-        )
+    check_implementation("long_convolution", implementation)
     if method not in METHODS:
         raise ValueError(
             f"method={method!r} is unknown; it must be one of " + ", ".join(map(repr, METHODS))
         )
     named = dict(u=u, kernel=kernel, D=D, initial_state=initial_state)
     named |= dict(pre_gate=pre_gate, post_gate=post_gate)
-    for name, a in named.items():
-        if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating, got {a.dtype}")
+    check_floating(**named)
     if u.ndim != 3 or 0 in u.shape:
         raise ValueError(f"u must be [B, T, E], none of them 0, got shape {u.shape}")
     B, T, E = u.shape
@@ -312,10 +312,8 @@ def _validate(u, kernel, D, pre_gate, post_gate, initial_state, method, implemen
         raise ValueError(f"kernel must be [K, E] with u's E = {E}, got shape {kernel.shape}")
     K = kernel.shape[0]
     shapes = dict(D=(E,), initial_state=(B, K - 1, E), pre_gate=u.shape, post_gate=u.shape)
-    letters = dict(D="[E]", initial_state="[B, K - 1, E]")
+    letters = dict(D="E", initial_state="B, K - 1, E")
     for name, shape in shapes.items():
-        a = named[name]
-        if a is not None and a.shape != shape:
-            raise ValueError(
-                f"{name} must be {letters.get(name, '[B, T, E]')} = {shape}, got shape {a.shape}"
-            )
+        check_shape(name, named[name], letters.get(name, "B, T, E"), shape)
+    # What is computed has all T + K - 1 outputs.
+    check_time(u=u, outputs=jax.ShapeDtypeStruct((B, T + K - 1, E), u.dtype))

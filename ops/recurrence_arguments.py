@@ -1,4 +1,6 @@
-"""Checks that the ops with a matrix as state share; the errors name the argument."""
+"""Checks that the ops along time share; the errors name the argument. None is never checked."""
+
+import math
 
 import jax.numpy as jnp
 
@@ -9,23 +11,46 @@ from ops.diagonal_scan import resets
 def check_implementation(op, implementation):
     if implementation not in ("xla", None):
         raise ValueError(
-            f'{op} is implemented in "xla" (or None), got implementation={implementation!r}'
+            f'{op} has implementation="xla" or None, which runs everywhere, '
+            f"got implementation={implementation!r}"
         )
 
 
 def check_floating(**arrays):
-    """All of one floating dtype."""
     for name, x in arrays.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating, got {x.dtype}")
+
+
+def check_one_dtype(**arrays):
+    """All of one floating dtype."""
+    check_floating(**arrays)
     dtypes = {name: x.dtype.name for name, x in arrays.items()}
     if len(set(dtypes.values())) > 1:
         raise TypeError(f"{', '.join(dtypes)} must have one dtype, got {dtypes}")
 
 
+def check_shape(name, x, letters, shape):
+    if x is not None and x.shape != shape:
+        raise ValueError(f"{name} must be [{letters}] = {shape}, got shape {x.shape}")
+
+
+def check_time(**arrays):
+    """Arrays [B, T, ...] have steps, and none that an offset of 32 bits cannot reach."""
+    for name, x in arrays.items():
+        if x.shape[1] == 0:
+            raise ValueError(f"{name} must have from 1 step on, got shape {x.shape}")
+        count = math.prod(x.shape[1:])
+        if count >= 2**31:
+            raise ValueError(
+                f"{name} {x.shape} has {count} elements in a sequence, offsets of 32 bits reach "
+                "2^31 - 1: cut the time, and hand final_state on as the next part's initial_state"
+            )
+
+
 def check_heads(q, k, v):
     """(B, T, H, D, P) of queries [B, T, H, D], keys [B, T, G, D] and values [B, T, G, P]."""
-    check_floating(q=q, k=k, v=v)
+    check_one_dtype(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be [B, T, heads, features], got shape {x.shape}")
@@ -36,9 +61,14 @@ def check_heads(q, k, v):
             "q [B, T, H, D], k [B, T, G, D] and v [B, T, G, P] must agree in B, T, G and D, "
             f"got {q.shape}, {k.shape} and {v.shape}"
         )
-    if G == 0 or H % G:
-        raise ValueError(f"q's heads must be a multiple of k's and v's, got {H} and {G}")
+    check_groups("q's heads", H, "k's and v's", G)
+    check_time(q=q, k=k, v=v)
     return B, T, H, D, P
+
+
+def check_groups(heads, H, groups, G):
+    if G == 0 or H % G:
+        raise ValueError(f"{heads} must be a multiple of {groups}, got {H} and {G}")
 
 
 def check_chunk(chunk):
@@ -50,8 +80,7 @@ def check_state(state, shape, letters, dtype):
     """The state in its dtype, zeros for None."""
     if state is None:
         return jnp.zeros(shape, dtype)
-    if state.shape != shape:
-        raise ValueError(f"initial_state must be [{letters}] = {shape}, got shape {state.shape}")
+    check_shape("initial_state", state, letters, shape)
     check_floating(initial_state=state)
     return state.astype(dtype)
 

@@ -6,7 +6,7 @@ The states of all steps, [T, N, E], never exist at once. Time is cut into chunks
 state at the start of each, and backward recomputes a chunk's states from there and walks back
 through them. CPUs take a chunk's steps one by one, other platforms by an associative scan.
 
-Letters: B batch, T time, E channels, N state dim, C chunk.
+Letters: B batch, T time, E channels, G groups of channels that share B and C, N state dim, C chunk.
 """
 
 import functools
@@ -17,8 +17,14 @@ from jaxtyping import Array, Float, Int
 
 from ops import diagonal_scan
 from ops.attention_xla import varying
-from ops.linear_recurrence import check_implementation, check_length
 from ops.lowering import choose_when_lowered
+from ops.recurrence_arguments import (
+    check_floating,
+    check_groups,
+    check_implementation,
+    check_shape,
+    check_time,
+)
 
 # Steps of a chunk, whose states and decays exist at once in the backward pass.
 CHUNK = 64
@@ -28,8 +34,8 @@ def selective_scan(
     x: Float[Array, "B T E"],
     dt: Float[Array, "B T E"],
     A: Float[Array, "E N"],
-    B: Float[Array, "B T N"],
-    C: Float[Array, "B T N"],
+    B: Float[Array, "B T N"] | Float[Array, "B T G N"],
+    C: Float[Array, "B T N"] | Float[Array, "B T G N"],
     *,
     D: Float[Array, "E"] | None = None,
     z: Float[Array, "B T E"] | None = None,
@@ -46,7 +52,8 @@ def selective_scan(
       dt: step sizes [B, T, E]; 0 leaves the state as it is. Any floating dtype, as all below.
       A: rates [E, N], negative where the state is to decay. Decays are exp(dt A), never divided
         by: a dt that makes them 0 is as good as any other.
-      B, C: into and out of the state, [B, T, N].
+      B, C: into and out of the state, [B, T, N]; or [B, T, G, N], and channel e reads group
+        e // (E // G).
       D: factor of the direct path, [E].
       z: gate [B, T, E]; y is multiplied by silu(z).
       dt_bias: added to dt, [E].
@@ -67,7 +74,7 @@ def selective_scan(
       ValueError: shapes or an implementation that do not fit.
       TypeError: dtypes that are not floating, ids that are no integers.
     """
-    check_implementation(implementation)
+    check_implementation("selective_scan", implementation)
     _validate(x, dt, A, B, C, D, z, dt_bias, initial_state)
     (b, T, E), N = x.shape, A.shape[1]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -80,13 +87,28 @@ def selective_scan(
     first = None if segment_ids is None else diagonal_scan.resets(segment_ids, b, T)
     h = jnp.zeros((b, E, N), dtype) if initial_state is None else wide(initial_state)
     arrays = x, dt, wide(A).T, B, C, jnp.swapaxes(h, 1, 2), first
+    scan = _core if B.ndim == 3 else _by_groups(B.shape[2])
     # Under shard_map a derivative must vary over the same devices as its argument.
-    y, h = _core(*varying(arrays, arrays))
+    y, h = scan(*varying(arrays, arrays))
     if D is not None:
         y = y + wide(D)[None, None] * wide(x)
     if z is not None:
         y = y * jax.nn.silu(wide(z))
     return y.astype(x.dtype), jnp.swapaxes(h, 1, 2)
+
+
+def _by_groups(G):
+    """`_core` for B and C [B, T, G, N]."""
+
+    def scan(x, dt, A, B, C, h, first):
+        cut = lambda v: v.reshape(*v.shape[:-1], G, -1)
+        axes = 2, 2, 1, 2, 2, 2, None
+        y, h = jax.vmap(_core, in_axes=axes, out_axes=2)(
+            cut(x), cut(dt), cut(A), B, C, cut(h), first
+        )
+        return y.reshape(x.shape), h.reshape(*h.shape[:2], -1)
+
+    return scan
 
 
 @jax.jit
@@ -259,26 +281,24 @@ def _put(v, step, t):
 
 
 def _validate(x, dt, A, B, C, D, z, dt_bias, initial_state):
-    arguments = dict(
+    check_floating(
         x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state
     )
-    arguments = {name: v for name, v in arguments.items() if v is not None}
-    for name, v in arguments.items():
-        if not jnp.issubdtype(v.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating, got {v.dtype}")
     if x.ndim != 3:
         raise ValueError(f"x must be [B, T, E], got shape {x.shape}")
     b, T, E = x.shape
-    check_length(T, x.shape)
+    check_time(x=x)
     if A.ndim != 2 or A.shape[0] != E:
         raise ValueError(f"A must be [E, N] with E = {E} from x {x.shape}, got shape {A.shape}")
     N = A.shape[1]
-    btn, bte = ("[B, T, N]", (b, T, N)), ("[B, T, E]", (b, T, E))
-    expected = dict(dt=bte, B=btn, C=btn, z=bte, D=("[E]", (E,)), dt_bias=("[E]", (E,)))
-    expected["initial_state"] = "[B, E, N]", (b, E, N)
-    for name, (letters, shape) in expected.items():
-        v = arguments.get(name)
-        if v is not None and v.shape != shape:
-            raise ValueError(
-                f"{name} must be {letters} = {shape} for x {x.shape} and A {A.shape}, got {v.shape}"
-            )
+    groups = B.shape[2:3] if B.ndim == 4 else ()
+    for name, v in (("B", B), ("C", C)):
+        letters = "B, T, G, N" if groups else "B, T, N"
+        check_shape(name, v, letters, (b, T, *groups, N))
+    if groups:
+        check_groups("x's channels", E, "B's and C's groups", *groups)
+    for name, v in (("dt", dt), ("z", z)):
+        check_shape(name, v, "B, T, E", x.shape)
+    for name, v in (("D", D), ("dt_bias", dt_bias)):
+        check_shape(name, v, "E", (E,))
+    check_shape("initial_state", initial_state, "B, E, N", (b, E, N))

@@ -8,6 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ops import diagonal_scan
+from ops.recurrence_arguments import (
+    check_floating,
+    check_implementation,
+    check_shape,
+    check_time,
+)
 
 __all__ = ["short_convolution"]
 
@@ -83,27 +89,16 @@ def _convolve(inputs, weight, bias, runs, activation):
 
 
 def _validate(x, weight, bias, activation, initial_state, implementation):
-    if implementation not in ("xla", None):
-        raise ValueError(
-            f"implementation={implementation!r}: short_convolution has no such implementation; "
-            'it must be "xla" or None'
-        )
+    check_implementation("short_convolution", implementation)
     if activation not in ("silu", None):
         raise ValueError(f'activation must be "silu" or None, got {activation!r}')
-    named = dict(x=x, weight=weight, bias=bias, initial_state=initial_state)
-    for name, a in named.items():
-        if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating, got {a.dtype}")
+    check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must be [B, T, E], none of them 0, got shape {x.shape}")
     B, T, E = x.shape
+    check_time(x=x)
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != E:
         raise ValueError(f"weight must be [W, E] with x's E = {E}, got shape {weight.shape}")
     W = weight.shape[0]
-    if bias is not None and bias.shape != (E,):
-        raise ValueError(f"bias must be [E] = {(E,)}, got shape {bias.shape}")
-    if initial_state is not None and initial_state.shape != (B, W - 1, E):
-        raise ValueError(
-            f"initial_state must be [B, W - 1, E] = {(B, W - 1, E)}, got shape "
-            f"{initial_state.shape}"
-        )
+    check_shape("bias", bias, "E", (E,))
+    check_shape("initial_state", initial_state, "B, W - 1, E", (B, W - 1, E))

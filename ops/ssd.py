@@ -11,8 +11,12 @@ from ops.chunked_scan import chunked_scan
 from ops.recurrence_arguments import (
     check_chunk,
     check_floating,
+    check_groups,
     check_implementation,
+    check_one_dtype,
+    check_shape,
     check_state,
+    check_time,
     forget_at_starts,
     state_dtype,
 )
@@ -60,7 +64,8 @@ def ssd(
         integers.
     """
     check_implementation("ssd", implementation)
-    check_floating(x=x, B=B, C=C)
+    check_one_dtype(x=x, B=B, C=C)
+    check_floating(dt=dt, A=A, D=D, dt_bias=dt_bias)
     if x.ndim != 4:
         raise ValueError(f"x must be [B, T, H, P], got shape {x.shape}")
     batch, T, H, P = x.shape
@@ -69,16 +74,11 @@ def ssd(
             f"B and C must be [B, T, G, N] with [B, T] = {(batch, T)}, got {B.shape} and {C.shape}"
         )
     G, N = B.shape[2:]
-    if G == 0 or H % G:
-        raise ValueError(f"x's heads must be a multiple of B's and C's groups, got {H} and {G}")
-    if dt.shape != (batch, T, H):
-        raise ValueError(f"dt must be [B, T, H] = {(batch, T, H)}, got shape {dt.shape}")
+    check_groups("x's heads", H, "B's and C's groups", G)
+    check_time(x=x, B=B)
+    check_shape("dt", dt, "B, T, H", (batch, T, H))
     for name, a in (("A", A), ("D", D), ("dt_bias", dt_bias)):
-        if a is not None and a.shape != (H,):
-            raise ValueError(f"{name} must be [H] = {(H,)}, got shape {a.shape}")
-        if a is not None:
-            check_floating(**{name: a})
-    check_floating(dt=dt)
+        check_shape(name, a, "H", (H,))
     check_chunk(chunk)
     dtype = state_dtype(x)
     state = check_state(initial_state, (batch, H, P, N), "B, H, P, N", dtype)

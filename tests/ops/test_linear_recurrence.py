@@ -272,7 +272,7 @@ def test_lowers_for_every_platform(platform):
         (dict(a=jnp.ones(3)), ValueError, "where it is shared"),
         (dict(a=jnp.ones(4, jnp.int32)), TypeError, "a must be floating or complex"),
         (dict(b=jnp.ones(5)), ValueError, r"b must be \[B, T, \*D\]"),
-        (dict(b=jnp.ones((2, 0, 4))), ValueError, "from 1 to 2"),
+        (dict(b=jnp.ones((2, 0, 4))), ValueError, "from 1 step on"),
         (dict(initial_state=jnp.ones((2, 5, 4))), ValueError, "initial_state must be"),
         (dict(initial_state=jnp.ones((2, 4), jnp.complex64)), TypeError, "cast one"),
         (dict(segment_ids=jnp.ones((2, 7), jnp.int32)), ValueError, "segment_ids must be"),
@@ -283,9 +283,3 @@ def test_errors_name_the_argument(change, error, words):
     arguments = dict(a=jnp.ones(4), b=jnp.ones((2, 5, 4))) | change
     with pytest.raises(error, match=words):
         linear_recurrence(**arguments)
-
-
-def test_lengths_past_int32_are_an_error():
-    b = jax.ShapeDtypeStruct((1, 2**31, 1), jnp.bfloat16)
-    with pytest.raises(ValueError, match="from 1 to 2"):
-        jax.eval_shape(linear_recurrence, jax.ShapeDtypeStruct((1,), jnp.bfloat16), b)

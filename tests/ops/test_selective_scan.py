@@ -92,6 +92,32 @@ def test_equals_the_definition(problem):
     assert_matches_reference(selective_scan, arrays, **options)
 
 
+def test_groups_of_channels_share_B_and_C():
+    """As many scans as groups, each with its part of the channels."""
+    arrays = inputs(2, 70, 6, 2)
+    rng = np.random.default_rng(3)
+    arrays |= {k: jnp.asarray(rng.standard_normal((2, 70, 3, 2)), jnp.float32) for k in "BC"}
+    ids = np.sort(rng.integers(0, 4, (2, 71)), axis=1)
+    options = dict(dt_softplus=True, segment_ids=ids)
+
+    def by_groups(**a):
+        parts = []
+        for g in range(3):
+            e = slice(2 * g, 2 * g + 2)
+            last = {k: a[k][..., e] for k in ("x", "dt", "z", "D", "dt_bias")}
+            last |= dict(A=a["A"][e], initial_state=a["initial_state"][:, e])
+            last |= {k: a[k][:, :, g] for k in "BC"}
+            parts.append(selective_scan(**last, **options))
+        y, h = zip(*parts, strict=True)
+        return jnp.concatenate(y, 2), jnp.concatenate(h, 1)
+
+    got = value_and_gradients(selective_scan, arrays, **options)
+    want = value_and_gradients(by_groups, arrays)
+    for name, v in want.items():
+        error = float(jnp.max(jnp.abs(got[name] - v)))
+        assert error <= 1e-5 * float(jnp.max(jnp.abs(v))), name
+
+
 @pytest.mark.parametrize("T", [63, 64, 100, 129])
 def test_equals_the_definition_over_several_chunks(T):
     assert_matches_reference(selective_scan, inputs(1, T, 3, 2))
@@ -261,11 +287,13 @@ def test_lowers_for_every_platform(platform):
     [
         (dict(implementation="pallas"), ValueError, 'implementation="xla"'),
         (dict(x=jnp.ones((2, 3))), ValueError, r"x must be \[B, T, E\]"),
-        (dict(x=jnp.ones((1, 0, 3))), ValueError, "from 1 to 2"),
+        (dict(x=jnp.ones((1, 0, 3))), ValueError, "from 1 step on"),
         (dict(dt=jnp.ones((1, 5, 2))), ValueError, r"dt must be \[B, T, E\]"),
         (dict(A=jnp.ones((2, 3))), ValueError, r"A must be \[E, N\]"),
         (dict(B=jnp.ones((1, 5, 4))), ValueError, r"B must be \[B, T, N\]"),
         (dict(C=jnp.ones((1, 4, 2))), ValueError, r"C must be \[B, T, N\]"),
+        (dict(C=jnp.ones((1, 5, 3, 2))), ValueError, r"C must be \[B, T, N\]"),
+        (dict(B=jnp.ones((1, 5, 2, 2)), C=jnp.ones((1, 5, 2, 2))), ValueError, "groups, got 3 and"),
         (dict(D=jnp.ones(2)), ValueError, r"D must be \[E\]"),
         (dict(z=jnp.ones((1, 5, 2))), ValueError, r"z must be \[B, T, E\]"),
         (dict(dt_bias=jnp.ones(2)), ValueError, r"dt_bias must be \[E\]"),
