@@ -20,7 +20,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 import jax
@@ -30,8 +29,9 @@ import rich.table
 
 from benchmarks.attention_cases import LONGEST_DENSE, SHAPES, WINDOW, inputs, jitted
 from benchmarks.attention_flops import peak_tflops
-from benchmarks.environment import cores, environment
+from benchmarks.environment import environment
 from benchmarks.timing import interleaved, summary
+from benchmarks.torch_process import Torch, find_torch
 
 
 def float64_head(case, arrays, head):
@@ -65,54 +65,6 @@ def error_of(results, right, head):
     heads = (x if head is None else x[0, :, head] for x in results)
     pairs = zip((np.asarray(x, np.float64) for x in heads), right, strict=True)
     return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
-
-
-class Torch:
-    """A torch process that does what it is told, so that its runs interleave with ours."""
-
-    def __init__(self, python):
-        worker = pathlib.Path(__file__).with_name("torch_worker.py")
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen([python, str(worker)], **pipes)
-
-    def ask(self, **request):
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError("torch's process ended; its error stands above")
-        return json.loads(answer)
-
-    def prepare(self, case, arrays, head):
-        """Hands the inputs over; returns (torch's version, its results for one head)."""
-        device = {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
-        with tempfile.TemporaryDirectory() as folder:
-            sent, received = (os.path.join(folder, name) for name in ("inputs", "outputs"))
-            np.stack([np.asarray(x, np.float32) for x in arrays]).tofile(sent)
-            window = None if case.mask == "causal" else WINDOW
-            details = dict(window=window, device=device, head=head, inputs=sent, outputs=received)
-            case = dataclasses.asdict(case) | details
-            version = self.ask(do="prepare", threads=cores(), case=case)["version"]
-            results = np.fromfile(received, np.float32).reshape(-1, case["T"], case["D"])
-        return version, results
-
-    def run(self):
-        return self.ask(do="run")["seconds"]
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def find_torch(python):
-    """The Python with torch: the given one, else this one if it has torch, else None."""
-    candidate = python or sys.executable
-    found = subprocess.run([candidate, "-c", "import torch"], capture_output=True)
-    if found.returncode == 0:
-        return candidate
-    if python:
-        raise SystemExit(f"--torch-python {python} cannot import torch")
-    return None
 
 
 def peers_of(case):
@@ -167,9 +119,11 @@ def measure(case, torch, arguments):
         rows[peer]["xla_temp_mb"] = round(memory.temp_size_in_bytes / 1e6, 1) if memory else None
         judge(peer, error, lambda c=compiled: jax.block_until_ready(c(*arrays)) and None)
     if torch:
-        version, results = torch.prepare(case, arrays, head)
+        window = None if case.mask == "causal" else WINDOW
+        details = dict(window=window, head=head)
+        version, results = torch.prepare("attention", arrays, **details)
         rows["torch"] = {"version": version}
-        judge("torch", error_of(results, right, None), torch.run)
+        judge("torch", error_of(results, right, None), lambda: torch.run("attention"))
     times = interleaved(functions, repeats=arguments.repeats, seconds=arguments.seconds)
     mine = times.get("tilescan")
     for peer, spent in times.items():

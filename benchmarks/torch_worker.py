@@ -1,38 +1,108 @@
-"""Times torch's scaled_dot_product_attention on request, in a Python that has torch.
+"""Times torch on request, in a Python that has torch.
 
-Started by benchmarks.attention with `--torch-python`; it reads one JSON object per line and
-answers with one, so that its runs can be interleaved with those of the other peers. It imports
-torch alone, since that Python may hold nothing else of this project.
+Started by the benchmarks with `--torch-python`; it reads one JSON object per line and answers with
+one, so that its runs can be interleaved with those of the other peers. It imports torch alone,
+since that Python may hold nothing else of this project.
+
+A peer is a function of (case, arrays) which returns the inputs to differentiate, the output's
+cotangent if the case has a backward pass, and a function of the inputs.
+
+Letters: B batch, T time, H heads, D head dim, P value dim, N state dim, E channels, C chunk.
 """
 
 import json
+import math
 import sys
 import time
 
 import torch
 
 
-def prepare(case):
-    """A function that does the case's work once: o, or o, dq, dk and dv, [B, H, T, D]."""
-    B, T, H, D = case["B"], case["T"], case["H"], case["D"]
-    device, dtype = case["device"], getattr(torch, case["dtype"])
-    backward, window = case["direction"] != "fwd", case["window"]
-    count = 4 if backward else 3
-    data = torch.from_file(case["inputs"], size=count * B * T * H * D, dtype=torch.float32)
-    arrays = data.reshape(count, B, T, H, D).transpose(2, 3).to(device, dtype, copy=True)
-    q, k, v, *do = (x.contiguous() for x in arrays)
-    for x in (q, k, v):
-        x.requires_grad_(backward)
+def attention(case, arrays):
+    """scaled_dot_product_attention of q, k, v [B, T, H, D], which it wants as [B, H, T, D]."""
+    T = arrays[0].shape[1]
+    *inputs, do = [x.transpose(1, 2).contiguous() for x in arrays] + [None] * (len(arrays) == 3)
     options = dict(is_causal=True)
-    if window is not None:
-        i = torch.arange(T, device=device)
+    if case["window"] is not None:
+        i = torch.arange(T, device=arrays[0].device)
         distance = i[:, None] - i[None, :]
-        options = dict(attn_mask=(distance >= 0) & (distance <= window))
+        options = dict(attn_mask=(distance >= 0) & (distance <= case["window"]))
+    function = torch.nn.functional.scaled_dot_product_attention
+    return inputs, do, lambda q, k, v: function(q, k, v, **options)
+
+
+def fft_convolution(case, arrays):
+    """The causal convolution of u [B, T, E] with kernel [T, E], by FFTs along time as it lies."""
+    u, kernel, *dy = arrays
+    T = u.shape[1]
+
+    def run(u, kernel):
+        spectrum = torch.fft.rfft(u, 2 * T, dim=1) * torch.fft.rfft(kernel, 2 * T, dim=0)
+        return torch.fft.irfft(spectrum, 2 * T, dim=1)[:, :T]
+
+    return [u, kernel], *(dy or [None]), run
+
+
+def fft_convolution_last_axis(case, arrays):
+    """As `fft_convolution`, transposed so that FFTs run along the last axis."""
+    u, kernel, *dy = arrays
+    T = u.shape[1]
+
+    def run(u, kernel):
+        transform = lambda x: torch.fft.rfft(x, 2 * T)
+        spectrum = transform(u.transpose(1, 2)) * transform(kernel.T)
+        return torch.fft.irfft(spectrum, 2 * T)[..., :T].transpose(1, 2)
+
+    return [u, kernel], *(dy or [None]), run
+
+
+def ssd(case, arrays):
+    """Mamba-2's blocks (arXiv 2405.21060, section 6): x [B, T, H, P], dt, A, B and C [B, T, H, N].
+
+    In float32, as many steps as case["chunk"] at once, all chunks in one batched product.
+    """
+    x, dt, A, B, C, *dy = arrays
+    c = case["chunk"]
+
+    def run(x, dt, A, B, C):
+        cut = lambda v: v.unflatten(1, (-1, c)).transpose(2, 3)  # [B, T/C, H, C, ...]
+        v, k, q = (cut(a) for a in (x * dt[..., None], B, C))
+        a = torch.cumsum(cut(dt * A), -1)
+        lower = torch.ones(c, c, dtype=torch.bool, device=x.device).tril()
+        ratios = torch.exp((a[..., :, None] - a[..., None, :]).masked_fill(~lower, -math.inf))
+        y = (q @ k.transpose(-1, -2) * ratios) @ v
+        own = (k * torch.exp(a[..., -1:] - a)[..., None]).transpose(-1, -2) @ v
+        whole = torch.exp(a[..., -1])[..., None, None]
+        S, starts = torch.zeros_like(own[:, 0]), []
+        for i in range(own.shape[1]):
+            starts.append(S)
+            S = whole[:, i] * S + own[:, i]
+        y = y + (q * torch.exp(a)[..., None]) @ torch.stack(starts, 1)
+        return y.transpose(2, 3).flatten(1, 2)
+
+    return [x, dt, A, B, C], *(dy or [None]), run
+
+
+PEERS = {f.__name__: f for f in (attention, fft_convolution, fft_convolution_last_axis, ssd)}
+
+
+def prepare(peer, case):
+    """A function that does the case's work once: the output, and the gradients if it has them."""
+    sizes = [math.prod(shape) for shape in case["shapes"]]
+    data = torch.from_file(case["inputs"], size=sum(sizes), dtype=torch.float32)
+    details = zip(data.split(sizes), case["shapes"], case["dtypes"], strict=True)
+    arrays = [
+        x.reshape(shape).to(case["device"], getattr(torch, dtype), copy=True)
+        for x, shape, dtype in details
+    ]
+    inputs, dy, function = PEERS[peer](case, arrays)
+    for x in inputs:
+        x.requires_grad_(dy is not None)
 
     def run():
-        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
-        results = (o, *torch.autograd.grad(o, (q, k, v), do)) if backward else (o,)
-        if device != "cpu":
+        y = function(*inputs)
+        results = (y,) if dy is None else (y, *torch.autograd.grad(y, inputs, dy))
+        if case["device"] != "cpu":
             torch.cuda.synchronize()
         return results
 
@@ -40,23 +110,24 @@ def prepare(case):
 
 
 def main():
-    run = None
+    runs = {}
     for line in sys.stdin:
         request = json.loads(line)
-        answer = {}
+        answer, peer = {}, request["peer"]
         if request["do"] == "prepare":
             torch.set_num_threads(request["threads"])
             case = request["case"]
-            run = prepare(case)
-            # The results of one head, for the asker to judge.
-            results = [x.detach()[0, case["head"]].float().cpu().clone() for x in run()]
+            runs[peer] = prepare(peer, case)
+            results = [x.detach() for x in runs[peer]()]
+            if case.get("head") is not None:  # one head, as all would be long to judge
+                results = [x[0, case["head"]] for x in results]
             with open(case["outputs"], "wb") as f:
                 for x in results:
-                    f.write(bytes(x.untyped_storage()))
-            answer = {"version": torch.__version__}
+                    f.write(bytes(x.float().cpu().contiguous().clone().untyped_storage()))
+            answer = {"version": torch.__version__, "shapes": [list(x.shape) for x in results]}
         elif request["do"] == "run":
             start = time.perf_counter()
-            run()
+            runs[peer]()
             answer = {"seconds": time.perf_counter() - start}
         print(json.dumps(answer), flush=True)
 

@@ -1,0 +1,76 @@
+"""A torch process that does what it is told, so that its runs interleave with ours."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+
+from benchmarks.environment import cores
+
+
+class Torch:
+    """benchmarks.torch_worker, run by a Python that has torch."""
+
+    def __init__(self, python):
+        worker = pathlib.Path(__file__).with_name("torch_worker.py")
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([python, str(worker)], **pipes)
+
+    def ask(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError("torch's process ended; its error stands above")
+        return json.loads(answer)
+
+    def prepare(self, peer, arrays, **case):
+        """Hands a peer of the worker its inputs, and the output's cotangent if it has a backward.
+
+        Args:
+          peer: a function of benchmarks.torch_worker.
+          arrays: the inputs, in their order.
+          **case: what the peer reads besides.
+
+        Returns:
+          (torch's version, the results as float32 arrays: the output and the gradients).
+        """
+        device = {"gpu": "cuda"}.get(jax.default_backend(), "cpu")
+        with tempfile.TemporaryDirectory() as folder:
+            sent, received = (os.path.join(folder, name) for name in ("inputs", "outputs"))
+            with open(sent, "wb") as f:
+                for x in arrays:
+                    np.asarray(x, np.float32).tofile(f)
+            details = dict(
+                shapes=[x.shape for x in arrays], dtypes=[x.dtype.name for x in arrays],
+                device=device, inputs=sent, outputs=received,
+            )  # fmt: skip
+            answer = self.ask(do="prepare", peer=peer, threads=cores(), case=case | details)
+            flat = np.fromfile(received, np.float32)
+        ends = np.cumsum([np.prod(s) for s in answer["shapes"]])[:-1]
+        parts = zip(np.split(flat, ends), answer["shapes"], strict=True)
+        return answer["version"], [x.reshape(shape) for x, shape in parts]
+
+    def run(self, peer):
+        """Seconds of one run."""
+        return self.ask(do="run", peer=peer)["seconds"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def find_torch(python):
+    """The Python with torch: the given one, else this one if it has torch, else None."""
+    candidate = python or sys.executable
+    found = subprocess.run([candidate, "-c", "import torch"], capture_output=True)
+    if found.returncode == 0:
+        return candidate
+    if python:
+        raise SystemExit(f"--torch-python {python} cannot import torch")
+    return None
