@@ -10,7 +10,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-Sums = dict[str, Any]  # sums over tokens: "loss", "nll", "correct", "weight"
+# Sums over tokens: "loss", "nll", "correct", "weight"; over rows: "exact", "rows".
+Sums = dict[str, Any]
 
 
 @flax.struct.dataclass
@@ -53,19 +54,27 @@ def cross_entropy(
     """Sums of weighted -log softmax(logits)[target], in float32 whatever the logits are.
 
     With z_loss, "loss" has + z_loss * logsumexp(logits)^2 per token, which holds the normaliser
-    near 1 (PaLM, Chowdhery et al. 2022, section 5); "nll" is without it.
+    near 1 (PaLM, Chowdhery et al. 2022, section 5); "nll" is without it. "rows" counts the rows
+    (the last axis) with any weight and "exact" those whose weighted tokens are all right: as greedy
+    decoding would write them, since up to the first mistake it reads the targets.
     """
     logits = logits.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = log_z - picked
-    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    hit = jnp.argmax(logits, axis=-1) == targets
+    counts = weights > 0
+    by_row = lambda a: a if a.ndim < 2 else jnp.any(a, axis=-1)
+    rows, wrong = by_row(counts), by_row(counts & ~hit)
+    correct = hit.astype(jnp.float32)
     weights = weights.astype(jnp.float32)
     return {
         "loss": jnp.sum(weights * (nll + z_loss * jnp.square(log_z))),
         "nll": jnp.sum(weights * nll),
         "correct": jnp.sum(weights * correct),
         "weight": jnp.sum(weights),
+        "exact": jnp.sum((rows & ~wrong).astype(jnp.float32)),
+        "rows": jnp.sum(rows.astype(jnp.float32)),
     }
 
 
@@ -133,14 +142,16 @@ def means(sums: Sums) -> dict[str, Float[Array, ""]]:
         "loss": sums["loss"] * scale,
         "nll": sums["nll"] * scale,
         "accuracy": sums["correct"] * scale,
+        "exact": sums["exact"] / jnp.maximum(sums["rows"], 1.0),
     }
 
 
 def make_train_step(loss: Callable, tx, rate: Callable, microbatches: int = 1) -> Callable:
     """Returns `step(state, batch) -> (state, metrics)`, to be jitted with the caller's shardings.
 
-    metrics: loss, nll, accuracy (means over weighted tokens), weight (tokens that counted),
-    grad_norm before clipping, update_norm, param_norm, learning_rate.
+    metrics: loss, nll, accuracy (means over weighted tokens), exact (share of rows that are right
+    as a whole), weight (tokens that counted), grad_norm before clipping, update_norm, param_norm,
+    learning_rate.
     """
 
     def train_step(state: TrainState, batch: dict):

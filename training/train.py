@@ -275,6 +275,7 @@ def eval_metrics(sums: dict[str, float], split: str) -> dict[str, float]:
         "loss": nll,
         "perplexity": math.exp(min(nll, 700.0)),
         "accuracy": sums["correct"] / sums["weight"],
+        "exact": sums["exact"] / sums["rows"],
         "weight": sums["weight"],
     }
 

@@ -44,6 +44,16 @@ def test_cross_entropy_is_its_definition(z_loss):
     assert float(got["weight"]) == pytest.approx(weights.sum(), rel=1e-6)
 
 
+def test_exact_rows_are_those_without_a_weighted_mistake():
+    targets = jnp.array([[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]])
+    guesses = jnp.array([[0, 1, 2], [1, 1, 2], [1, 1, 2], [1, 0, 0]])
+    weights = jnp.array([[1, 1, 0.5], [0, 1, 1], [1, 1, 1], [0, 0, 0]])
+    got = steps.cross_entropy(jax.nn.one_hot(guesses, 3), targets, weights)
+    assert float(got["exact"]) == 2 and float(got["rows"]) == 3
+    classes = steps.cross_entropy(jax.nn.one_hot(guesses[:, 0], 3), targets[:, 0], weights[:, 0])
+    assert float(classes["exact"]) == 1 and float(classes["rows"]) == 2
+
+
 def test_loss_of_bfloat16_logits_is_computed_in_float32():
     logits = jnp.linspace(-3, 3, 64, dtype=jnp.bfloat16).reshape(1, 64)
     got = steps.cross_entropy(logits, jnp.array([5]), jnp.ones(1))
