@@ -16,6 +16,7 @@ C chunk, N chunks, M chunks that are computed together.
 """
 
 import functools
+import importlib
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ from ops.lowering import choose_when_lowered
 
 # Steps of a chunk where none are asked for.
 CHUNK = {"cpu": 64, "cuda": 64, "rocm": 64, "tpu": 128}
+IMPLEMENTATIONS = ("xla", "pallas", None)
+KERNELS = {"tpu": "ops.chunked_scan_tpu"}
 SUBCHUNK = 16
 # Floats of the C x C matrices that are computed together on CPUs, so that they stay in a cache.
 CACHED = 2**15
@@ -33,7 +36,7 @@ CACHED = 2**15
 MILD = 24.0
 
 
-def chunked_scan(q, k, v, log_decay, initial_state, *, chunk=None):
+def chunked_scan(q, k, v, log_decay, initial_state, *, chunk=None, implementation="xla"):
     """(o [B, T, H, P], final_state [B, H, D, P]) of S_t = diag(a_t) S_{t-1} + k_t v_t^T.
 
     Args:
@@ -43,25 +46,64 @@ def chunked_scan(q, k, v, log_decay, initial_state, *, chunk=None):
         of D or of the heads share it, 1 in their place.
       initial_state: [B, H, D, P]; its dtype is that of the computation.
       chunk: C, a multiple of 16; by platform when None.
+      implementation: "xla", "pallas", or None: the Pallas kernels where the platform that the
+        program is lowered for has them for these arguments, "xla" elsewhere.
     """
-    return _scan(q, k, v, log_decay, initial_state, chunk)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; it must be one of "
+            + ", ".join(map(repr, IMPLEMENTATIONS))
+        )
+    return _scan(q, k, v, log_decay, initial_state, chunk, implementation)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _scan(q, k, v, log_decay, initial_state, chunk):
-    return on_platform(forward, chunk, q, k, v, log_decay, initial_state)
+@functools.partial(jax.jit, static_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _scan(q, k, v, log_decay, initial_state, chunk, implementation):
+    return _dispatch("forward", chunk, implementation, q, k, v, log_decay, initial_state)
 
 
-def _scan_fwd(q, k, v, log_decay, initial_state, chunk):
-    return _scan(q, k, v, log_decay, initial_state, chunk), (q, k, v, log_decay, initial_state)
+def _scan_fwd(q, k, v, log_decay, initial_state, chunk, implementation):
+    inputs = q, k, v, log_decay, initial_state
+    return _scan(*inputs, chunk, implementation), inputs
 
 
-def _scan_bwd(chunk, inputs, cotangents):
-    return on_platform(backward, chunk, *inputs, *cotangents)
+def _scan_bwd(chunk, implementation, inputs, cotangents):
+    return _dispatch("backward", chunk, implementation, *inputs, *cotangents)
 
 
 _scan.__wrapped__.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _dispatch(direction, chunk, implementation, *arrays):
+    """Calls `direction` of one implementation, or leaves the choice to the lowering."""
+    xla = {"forward": forward, "backward": backward}[direction]
+
+    def on(platform):
+        return functools.partial(xla, chunk=chunk or CHUNK[platform], cached=platform == "cpu")
+
+    def kernel(platform, *arrays):
+        module = importlib.import_module(KERNELS[platform])
+        reason = module.unsupported(*arrays[:5], chunk)
+        if reason is None:
+            return getattr(module, direction)(*arrays, chunk=chunk)
+        if implementation == "pallas":
+            raise ValueError(
+                f'implementation="pallas": {reason}; implementation="xla" has no limit'
+            )
+        return on(platform)(*arrays)
+
+    def pick(platform):
+        if implementation != "xla" and platform in KERNELS:
+            return functools.partial(kernel, platform)
+        if implementation == "pallas":
+            raise ValueError(
+                f'implementation="pallas" has kernels for {", ".join(KERNELS)}, and this program '
+                f'is lowered for {platform}; implementation="xla" or None runs anywhere'
+            )
+        return None if platform == "cpu" else on(platform)
+
+    return choose_when_lowered(pick, on("cpu"), *arrays)
 
 
 def on_platform(f, chunk, *arrays):

@@ -12,7 +12,6 @@ from ops.recurrence_arguments import (
     check_chunk,
     check_floating,
     check_heads,
-    check_implementation,
     check_state,
     forget_at_starts,
     state_dtype,
@@ -47,17 +46,18 @@ def gated_linear_attention(
         neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
         first step goes on with initial_state's segment.
       chunk: steps that are computed by matrix products, a multiple of 16; by platform when None.
-      implementation: "xla" or None.
+      implementation: "xla", "pallas" (TPU), or None, which takes the Pallas kernels where the
+        platform the program is lowered for has them for these arguments, and "xla" elsewhere.
 
     Returns:
       o [B, T, H, P] in q's dtype, and the state after the last step [B, H, D, P], float32
       (float64 for float64). Both are differentiable in all inputs and in initial_state.
 
     Raises:
-      ValueError: shapes, chunk or implementation that do not fit.
+      ValueError: shapes, chunk or implementation that do not fit, or, when the program is lowered,
+        "pallas" on a platform without a kernel for it.
       TypeError: dtypes that are not floating or differ, ids that are not integers.
     """
-    check_implementation("gated_linear_attention", implementation)
     B, T, H, D, P = check_heads(q, k, v)
     dtype = state_dtype(q)
     check_chunk(chunk)
@@ -75,4 +75,6 @@ def gated_linear_attention(
     scale = D**-0.5 if scale is None else scale
     log_decay = forget_at_starts(log_decay, segment_ids)
     q = q * jnp.asarray(scale, q.dtype)
-    return chunked_scan(q, k, v, log_decay, initial_state, chunk=chunk)
+    return chunked_scan(
+        q, k, v, log_decay, initial_state, chunk=chunk, implementation=implementation
+    )

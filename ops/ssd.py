@@ -12,7 +12,6 @@ from ops.recurrence_arguments import (
     check_chunk,
     check_floating,
     check_groups,
-    check_implementation,
     check_one_dtype,
     check_shape,
     check_state,
@@ -52,18 +51,19 @@ def ssd(
         neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
         first step goes on with initial_state's segment.
       chunk: steps that are computed by matrix products, a multiple of 16; by platform when None.
-      implementation: "xla" or None.
+      implementation: "xla", "pallas" (TPU), or None, which takes the Pallas kernels where the
+        platform the program is lowered for has them for these arguments, and "xla" elsewhere.
 
     Returns:
       y [B, T, H, P] in x's dtype, and the state after the last step [B, H, P, N], float32
       (float64 for float64). Both are differentiable in all inputs and in initial_state.
 
     Raises:
-      ValueError: shapes, chunk or implementation that do not fit.
+      ValueError: shapes, chunk or implementation that do not fit, or, when the program is lowered,
+        "pallas" on a platform without a kernel for it.
       TypeError: dtypes that are not floating, x, B and C that differ in theirs, ids that are not
         integers.
     """
-    check_implementation("ssd", implementation)
     check_one_dtype(x=x, B=B, C=C)
     check_floating(dt=dt, A=A, D=D, dt_bias=dt_bias)
     if x.ndim != 4:
@@ -91,7 +91,9 @@ def ssd(
     log_decay = forget_at_starts(dt * A.astype(dtype)[None, None], segment_ids)
     steps = (x.astype(dtype) * dt[..., None]).astype(x.dtype)
     state = jnp.swapaxes(state, 2, 3)
-    y, state = chunked_scan(C, B, steps, log_decay[..., None], state, chunk=chunk)
+    y, state = chunked_scan(
+        C, B, steps, log_decay[..., None], state, chunk=chunk, implementation=implementation
+    )
     if D is not None:
         y = (y.astype(dtype) + D.astype(dtype)[None, None, :, None] * x.astype(dtype)).astype(
             x.dtype
