@@ -10,6 +10,8 @@ from models.language_model import (
     unroll_params,
 )
 from models.layers import LOGICAL_AXES
+from models.mamba import Mamba, MambaState
+from models.mamba2 import Mamba2, Mamba2State
 from models.positions import RopeScaling
 
 __all__ = [
@@ -18,6 +20,10 @@ __all__ = [
     "KVCache",
     "LanguageModel",
     "LanguageModelConfig",
+    "Mamba",
+    "Mamba2",
+    "Mamba2State",
+    "MambaState",
     "ModelState",
     "RopeScaling",
     "SequenceClassifier",

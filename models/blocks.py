@@ -18,6 +18,8 @@ from flax import linen as nn
 from models.attention import Attention
 from models.config import LanguageModelConfig
 from models.layers import MLP, NORMS
+from models.mamba import Mamba
+from models.mamba2 import Mamba2
 from ops import masks
 
 
@@ -56,7 +58,10 @@ def _mlp(config: LanguageModelConfig, name: str | None) -> MLP:
 
 
 # Blocks with a recurrent mixer.
-MIXERS: dict[str, type[nn.Module]] = {}
+MIXERS: dict[str, type[nn.Module]] = {
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+}
 
 # All other blocks.
 BLOCKS: dict[str, Callable[[LanguageModelConfig, str | None], nn.Module]] = {

@@ -83,6 +83,34 @@ class RMSNorm(nn.Module):
         return (x * _trailing(scale, x.ndim)).astype(self.dtype)
 
 
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of x silu(z), the gate before the norm (Mamba-2, arXiv 2405.21060, section 7.1).
+
+    Attributes:
+      groups: in how many parts the last axis is normalised, each by itself.
+    """
+
+    groups: int = 1
+    eps: float = 1e-5
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... E"], z: Float[Array, "... E"]) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("inner",))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        x = x.astype(wide) * jax.nn.silu(z.astype(wide))
+        parts = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
+        # In units of the largest: x is a product of many factors, and its square may overflow.
+        unit = jax.lax.stop_gradient(jnp.max(jnp.abs(parts), axis=-1, keepdims=True))
+        unit = jnp.maximum(unit, 1.0)
+        parts = parts / unit
+        mean = jnp.mean(jnp.square(parts), axis=-1, keepdims=True)
+        parts = parts * jax.lax.rsqrt(mean + self.eps / unit / unit)
+        return (parts.reshape(x.shape) * _trailing(scale, x.ndim)).astype(self.dtype)
+
+
 class LayerNorm(nn.Module):
     """(x - mean) / std * scale + bias over the last axis; statistics in float32."""
 

@@ -5,6 +5,8 @@ from adapters import attention_op
 from suite import cases, linen
 
 from models.attention import Attention
+from models.mamba import Mamba
+from models.mamba2 import Mamba2
 from ops.masks import Causal, Full, SlidingWindow
 
 MIXERS = [
@@ -13,6 +15,8 @@ MIXERS = [
     attention_op("op-full", Full(), causal=False),
     linen("attention", Attention(n_heads=4, n_kv_heads=2, head_dim=8)),
     linen("attention-window", Attention(4, 4, 8, SlidingWindow(20), position="alibi"), reach=21),
+    linen("mamba", Mamba(d_model=32, state_dim=4)),
+    linen("mamba2", Mamba2(d_model=32, state_dim=8, head_dim=16, n_groups=2)),
 ]
 
 

@@ -28,6 +28,13 @@ MESHES = {
 LANGUAGE_MODELS = {
     "grouped": ("all", dict(n_heads=4, n_kv_heads=2, norm="layernorm")),
     "alibi": ("tensor", dict(n_heads=8, n_kv_heads=2, position="alibi")),
+    "recurrent": (
+        "all",
+        dict(
+            pattern=("mamba2", "mlp", "mamba"),
+            mixers=dict(mamba2=dict(head_dim=4, state_dim=4), mamba=dict(state_dim=4)),
+        ),
+    ),
 }
 
 

@@ -1,0 +1,104 @@
+"""What recurrent mixers share: initial values, the short convolution, segments across calls.
+
+Letters: B batch, T time, E embedding or channels, W kernel width.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from ops.short_convolution import short_convolution
+
+
+def check_mixer_inputs(x, *, positions=None, segment_ids=None) -> None:
+    """Raises ValueError unless x is [B, T, E] and what belongs to its tokens [B, T]."""
+    if x.ndim != 3:
+        raise ValueError(f"a mixer's x is [batch, time, d_model]; got shape {x.shape}")
+    for name, value in (("positions", positions), ("segment_ids", segment_ids)):
+        if value is not None and value.shape != x.shape[:2]:
+            raise ValueError(
+                f"{name} must be [batch, time] = {x.shape[:2]} like x, got {value.shape}"
+            )
+
+
+def carried_segments(
+    segment_ids: Int[Array, "B T"] | None, last: Int[Array, " B"] | None
+) -> tuple[Int[Array, "B 1+T"] | Int[Array, "B T"] | None, Int[Array, " B"] | None]:
+    """(ids as ops take them, with those of the state first; the last token's id for the next).
+
+    Args:
+      segment_ids: of this call's tokens, or None.
+      last: of the token before them, kept in the mixer's state; None if there is no state.
+    """
+    if segment_ids is None or last is None:
+        return segment_ids, last
+    ids = segment_ids.astype(last.dtype)
+    return jnp.concatenate([last[:, None], ids], axis=1), ids[:, -1]
+
+
+def uniform_fan_in(scale: float = 1.0):
+    """U(-scale/sqrt(fan_in), scale/sqrt(fan_in)), torch's default for linear maps."""
+    return nn.initializers.variance_scaling(scale**2 / 3, "fan_in", "uniform")
+
+
+def step_size_bias(low: float, high: float, floor: float = 1e-4):
+    """b with softplus(b) log-uniform in [low, high] (arXiv 2312.00752, section 3.6)."""
+
+    def init(key, shape, dtype):
+        dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(low), math.log(high)))
+        dt = jnp.maximum(dt, floor)
+        return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
+
+    return init
+
+
+def exact_dtype(param_dtype) -> Any:
+    """Of decays and step sizes: at least float32, in which a small update still moves them."""
+    return jnp.promote_types(param_dtype, jnp.float32)
+
+
+class ShortConvolution(nn.Module):
+    """`ops.short_convolution` with its weights, [W, E] and [E].
+
+    Attributes:
+      width: W.
+      activation: None or "silu".
+    """
+
+    width: int = 4
+    use_bias: bool = True
+    activation: str | None = "silu"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        *,
+        state: Float[Array, "B W-1 E"] | None = None,
+        segment_ids: Int[Array, "B T"] | Int[Array, "B 1+T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "B W-1 E"]]:
+        named, E = nn.with_logical_partitioning, x.shape[-1]
+        bound = self.width**-0.5  # torch's default: a channel sees W inputs
+
+        def init(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        axes = ("window", "inner")
+        kernel = self.param("kernel", named(init, axes), (self.width, E), self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", named(init, axes[1:]), (E,), self.param_dtype)
+        return short_convolution(
+            x.astype(self.dtype),
+            kernel,
+            bias=bias,
+            activation=self.activation,
+            initial_state=state,
+            segment_ids=segment_ids,
+        )
