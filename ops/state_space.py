@@ -1,0 +1,344 @@
+"""Linear time-invariant state spaces over any length, with states and segments, in chunks.
+
+A convolution by FFT is the fastest way through a whole sequence, but it knows no segments, and
+every output has rounding errors of the whole. Here a sequence is cut into chunks of C steps. With
+x the state before a chunk,
+
+    y_i = sum_(j <= i) K_(i-j) u_j + C Abar^(i+1) x
+    x'  = Abar^C x + sum_j Abar^(C-1-j) Bbar u_j
+
+are matrix products with tables that all chunks share (state passing, arXiv 2212.14052, section
+4.2). Powers of Abar come by repeated squaring, so a chunk of one step is the recurrence, and all
+chunk sizes agree to rounding. In packed sequences no state enters another segment, and the sums
+within a chunk are taken lag by lag.
+
+Complex states come in conjugate pairs, of which half is stored (`ops.s4`): N half of the state
+dim, and S = 2N real numbers.
+
+Letters: B batch, T time, H systems, R channels of a system, N half of the state dim, S = 2N,
+C chunk, n chunks.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float, Int
+
+from ops import diagonal_scan, s4
+from ops.short_convolution import short_convolution
+
+__all__ = ["diagonal_state_space", "dplr_kernel", "dplr_state_space"]
+
+# Steps of a chunk; in packed ones every step is a lag.
+CHUNK, PACKED_CHUNK = 64, 16
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def diagonal_state_space(
+    u: Float[Array, "B T H"] | Float[Array, "B T H R"],
+    log_dt: Float[Array, " H"],
+    A: Complex[Array, "H N"],
+    B: Complex[Array, "H N"],
+    C: Complex[Array, "H N"],
+    *,
+    discretization: str = "zoh",
+    initial_state: Float[Array, "B H S"] | Float[Array, "B H R S"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk: int | None = None,
+):
+    """S4D (arXiv 2206.11893): x_t = Abar x_(t-1) + Bbar u_t and y_t = 2 Re(C x_t).
+
+    Args:
+      u: inputs [B, T, H], or [B, T, H, R] for R channels by each of the systems.
+      log_dt, A, B, C, discretization: as of `s4.s4d_kernel`.
+      initial_state: real parts and then imaginary parts of x before the first step, [B, H, S] or
+        [B, H, R, S]; zeros when None.
+      segment_ids: integers [B, T], or [B, 1 + T] with the segment of initial_state first. Where
+        neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
+        first step goes on with initial_state's segment.
+      chunk: C, a power of 2; by default 64, or 16 with segment_ids.
+
+    Returns:
+      y in u's shape and dtype, and the state after the last step, float32 (float64 for float64).
+
+    Raises:
+      ValueError, TypeError: shapes, dtypes, discretization or chunk that do not fit.
+    """
+    chunk = _checked_chunk(u, log_dt, chunk, segment_ids)
+    Abar, Bbar = s4.s4d_discretize(log_dt, A, B, discretization)
+    Abar, Bbar, C = jnp.broadcast_arrays(Abar, Bbar, C)
+    powers, squares = jnp.ones((*Abar.shape, 1), Abar.dtype), [Abar]
+    while powers.shape[-1] < chunk:
+        powers = jnp.concatenate([powers, powers * squares[-1][..., None]], -1)
+        squares.append(squares[-1] * squares[-1])
+    kernel = 2 * jnp.einsum("hn,hnl->hl", C * Bbar, powers, precision=_HIGHEST).real
+    into = _parts(powers[..., ::-1] * Bbar[..., None], axis=1)
+    out = _parts(2 * (powers * (C * Abar)[..., None]).conj(), axis=1)
+    tables = _Tables(kernel, into.swapaxes(1, 2), out, squares)
+    return _scan(u, tables, initial_state, segment_ids)
+
+
+def dplr_state_space(
+    u: Float[Array, "B T H"],
+    log_dt: Float[Array, " H"],
+    Lambda: Complex[Array, "H N"],
+    P: Complex[Array, "H N"],
+    B: Complex[Array, "H N"],
+    C: Complex[Array, "H N"],
+    *,
+    initial_state: Float[Array, "B H S"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk: int | None = None,
+):
+    """S4 (arXiv 2111.00396): the bilinear recurrence of A = Lambda - P P*, y_t = 2 Re(C x_t).
+
+    As `diagonal_state_space`, without channels R. From chunk to chunk leads a dense real matrix,
+    whose powers cost O(H S^3 log C). A single step is O(S), by Woodbury.
+    """
+    if u.ndim != 3:
+        raise ValueError(f"u must be [B, T, H], got shape {u.shape}")
+    chunk = _checked_chunk(u, log_dt, chunk, segment_ids)
+    if u.shape[1] == 1:
+        return _dplr_step(u, (log_dt, Lambda, P, B, C), initial_state, segment_ids)
+    A, b, c = _dplr_real(log_dt, Lambda, P, B, C)
+    squares = _squares(A, chunk)
+    columns = _orbit(b, [A.swapaxes(1, 2) for A in squares], chunk)
+    rows = _orbit(_times(c[:, None], A)[:, 0], squares, chunk)
+    kernel = jnp.einsum("hs,hls->hl", c, columns, precision=_HIGHEST)
+    tables = _Tables(kernel, columns[:, ::-1], rows.swapaxes(1, 2), squares)
+    return _scan(u, tables, initial_state, segment_ids)
+
+
+def dplr_kernel(
+    log_dt: Float[Array, " H"],
+    Lambda: Complex[Array, "H N"],
+    P: Complex[Array, "H N"],
+    B: Complex[Array, "H N"],
+    C: Complex[Array, "H N"],
+    length: int,
+) -> Float[Array, "L H"]:
+    """What `s4.s4_dplr_kernel` computes, by powers: K_(i + r j) = (c A^i) (A^(r j) b).
+
+    With c A^i for i < r, about the root of L, and as many A^(r j) b it takes O(H S^3 log L) real
+    operations, fewer than the truncation of C that Cauchy products need.
+    """
+    if not isinstance(length, (int, np.integer)) or length < 1:
+        raise ValueError(f"length must be a positive integer, got {length!r}")
+    A, b, c = _dplr_real(log_dt, Lambda, P, B, C)
+    r = 2 ** ((int(length) - 1).bit_length() // 2)
+    columns = -(-length // r)
+    squares = _squares(A, r)
+    rows = _orbit(c, squares, r)
+    squares = [A.swapaxes(1, 2) for A in _squares(squares[-1], columns)]
+    columns = _orbit(b, squares, columns)
+    kernel = jnp.einsum("his,hjs->jih", rows, columns, precision=_HIGHEST)
+    return kernel.reshape(-1, log_dt.shape[0])[:length]
+
+
+class _Tables(NamedTuple):
+    """What a chunk of C steps does in each of H systems."""
+
+    kernel: Array  # K_l [H, C]
+    into: Array  # of u_j in the state after the chunk, Abar^(C-1-j) Bbar [H, C, S]
+    out: Array  # of the state before the chunk in y_i, C Abar^(i+1) [H, S, C]
+    squares: list  # Abar^(2^k), k = 0 ... log2 C: [H, N] complex, or [H, S, S] real
+
+
+def _scan(u, tables, initial_state, segment_ids):
+    shape, out_dtype = u.shape, u.dtype
+    dtype = jnp.promote_types(u.dtype, tables.kernel.dtype)
+    (B, T, H), (C, S) = shape[:3], tables.into.shape[1:]
+    R = shape[3] if len(shape) == 4 else 1
+    n = -(-T // C)
+    x = _checked_state(initial_state, (B, *shape[2:], S), dtype)
+    x = x.reshape(B, H, R, S).swapaxes(0, 1)
+    u = u.reshape(B, T, H * R).astype(dtype)
+    U = _cut(u, H, R, n, C)
+    keep = None
+    if segment_ids is None:
+        both = _times(U, jnp.concatenate([_toeplitz(tables.kernel), tables.into], -1))
+        near, d = jnp.split(_alone(both), [C], -1)
+    else:
+        runs, entered, left = _segments(segment_ids, n, C, (B, T), dtype)
+        keep = entered[..., -1].T
+        near, U = _lag_by_lag(u, tables.kernel, R, runs), U * left[None, :, None]
+        d = _times(U, tables.into)
+
+    def step(x, now):
+        d, keep = now
+        return _after(tables.squares[-1:], 1, x, keep) + d, x
+
+    last, x = jax.lax.scan(step, x, (_alone(jnp.moveaxis(d, 3, 0)), keep))
+    if T % C:
+        # The padding behind the last step is no time that passes.
+        r = T % C
+        last = _after(tables.squares, r, x[-1], None if keep is None else keep[-1])
+        last = last + _times(U[..., -1, :r], tables.into[:, C - r :])
+    far = _times(_alone(jnp.moveaxis(x, 0, 3)), tables.out)
+    if segment_ids is None:
+        y = _joined(near + far, T)
+    else:
+        y = _joined(far * entered[None, :, None], T) + near
+    last = last.swapaxes(0, 1).reshape(B, *shape[2:], S)
+    return y.reshape(shape).astype(out_dtype), last
+
+
+def _dplr_step(u, system, initial_state, segment_ids):
+    dtype = jnp.promote_types(u.dtype, system[0].dtype)
+    B, _, H = u.shape
+    N = system[1].shape[1]
+    x = _checked_state(initial_state, (B, H, 2 * N), dtype)
+    if segment_ids is not None:
+        start = diagonal_scan.resets(segment_ids, B, 1)
+        x = jnp.where(start[..., None], 0, x)
+    x, y = s4.s4_dplr_step(jax.lax.complex(x[..., :N], x[..., N:]), u[:, 0].astype(dtype), *system)
+    return y[:, None].astype(u.dtype), _parts(x, axis=2)
+
+
+def _dplr_real(log_dt, Lambda, P, B, C):
+    """Abar [H, S, S], Bbar [H, S] and C [H, S] over the real and the imaginary parts of x.
+
+    There A is D - 2 p p^T with D = diag(Lambda), and Abar = 2 (1 - dt/2 A)^-1 - 1. With
+    G = (1 - dt/2 D)^-1 the inverse is G - dt (G p) (G^T p)^T / (1 + dt p^T G p).
+    """
+    shape = (log_dt.shape[0], Lambda.shape[1])
+    s4.s4d_discretize(log_dt, Lambda, P)  # raises for what does not fit
+    s4.s4d_discretize(log_dt, B, C)
+    P, B, C = (jnp.broadcast_to(x, shape) for x in (P, B, C))
+    dt = jnp.exp(log_dt)[:, None]
+    g = 1 / (1 - dt / 2 * Lambda)
+    Gp, pG = _parts(g * P, axis=1), _parts(g.conj() * P, axis=1)
+    low_rank = dt / (1 + dt * ((P * P.conj()).real * g.real).sum(-1, keepdims=True)) * Gp
+    diagonal = lambda x: x[..., None] * jnp.eye(shape[1], dtype=x.dtype)[None]
+    re, im = diagonal(g.real), diagonal(g.imag)
+    G = jnp.block([[re, -im], [im, re]])
+    inverse = G - low_rank[..., None] * pG[:, None]
+    b = _parts(B, axis=1)
+    b = dt * (_parts(g * B, axis=1) - low_rank * (pG * b).sum(-1, keepdims=True))
+    eye = jnp.eye(2 * shape[1], dtype=inverse.dtype)[None]
+    return 2 * inverse - eye, b, _parts(2 * C.conj(), axis=1)
+
+
+def _squares(A, count):
+    """A^1, A^2, A^4 ... A^c of the least power of two c >= count."""
+    squares = [A]
+    for _ in range((count - 1).bit_length()):
+        squares.append(_times(squares[-1], squares[-1]))
+    return squares
+
+
+def _orbit(x, squares, count):
+    """x, x A, ... x A^(count-1), [H, count, S], by doubling."""
+    x = x[:, None]
+    for A in squares:
+        if x.shape[1] >= count:
+            break
+        x = jnp.concatenate([x, _times(x, A)], 1)
+    return x[:, :count]
+
+
+def _after(squares, steps, x, keep):
+    """Abar^steps x of states x [H, B, R, S], times keep [B] (None: 1)."""
+    for k, A in enumerate(squares):
+        if not steps >> k & 1:
+            continue
+        if jnp.iscomplexobj(A):
+            re, im = jnp.split(x, 2, -1)
+            a, b = A.real[:, None, None], A.imag[:, None, None]
+            x = jnp.concatenate([a * re - b * im, a * im + b * re], -1)
+        else:
+            x = _times(x, A.swapaxes(1, 2))
+    return x if keep is None else x * keep[None, :, None, None]
+
+
+def _times(x, table):
+    """x [H, ..., K] times [H, K, M], [H, ..., M]."""
+    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    rows = jnp.einsum("hmk,hkl->hml", rows, table, precision=_HIGHEST)
+    return rows.reshape(*x.shape[:-1], table.shape[-1])
+
+
+def _toeplitz(kernel):
+    """[H, j, i] = kernel_(i - j), or 0: rows of the padded kernel, each shifted by one."""
+    H, C = kernel.shape
+    rows = jnp.broadcast_to(jnp.pad(kernel, ((0, 0), (0, C)))[:, None], (H, C, 2 * C))
+    rows = rows.reshape(H, -1)[:, : C * (2 * C - 1)]
+    return rows.reshape(H, C, 2 * C - 1)[..., :C]
+
+
+def _cut(u, H, R, n, C):
+    """u [B, T, H R] as [H, B, R, n, C], padded with zeros."""
+    B, T, _ = u.shape
+    u = _alone(u.swapaxes(1, 2))
+    u = _alone(jnp.pad(u, ((0, 0), (0, 0), (0, n * C - T))))
+    u = _alone(u.reshape(B, H, R, n * C).swapaxes(0, 1))
+    return u.reshape(H, B, R, n, C)
+
+
+def _joined(y, T):
+    """[H, B, R, n, C] as [B, T, H R]."""
+    H, B, R = y.shape[:3]
+    y = _alone(y.reshape(H, B, R, -1)[..., :T])
+    y = _alone(y.swapaxes(0, 1)).reshape(B, H * R, T)
+    return _alone(y.swapaxes(1, 2))
+
+
+def _alone(x):
+    """x, not fused with what uses it: transposes are fast on CPUs only alone."""
+    return jax.lax.optimization_barrier(x)
+
+
+def _segments(segment_ids, n, C, shape, dtype):
+    """Of each step in its chunk [B, n, C]: the number of its segment, and two factors 0 or 1.
+
+    The first is 1 where the state before the chunk still counts, the second where the step counts
+    in the state after it.
+    """
+    (B, T), pad = shape, n * C - shape[1]
+    starts = diagonal_scan.resets(segment_ids, B, T)
+    runs = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+    runs = jnp.pad(runs, ((0, 0), (0, pad)), mode="edge").reshape(B, n, C)
+    before = jnp.pad(runs[:, :-1, -1], ((0, 0), (1, 0)))[..., None]
+    return runs, (runs == before).astype(dtype), (runs == runs[..., -1:]).astype(dtype)
+
+
+def _lag_by_lag(u, kernel, R, runs):
+    """The sums within chunks and segments: [B, T, H R] of u like it."""
+    B, T, E = u.shape
+    _, n, C = runs.shape
+    u = jnp.pad(u, ((0, 0), (0, n * C - T), (0, 0))).reshape(B * n, C, E)
+    weight = jnp.repeat(kernel, R, axis=0).T[::-1]
+    y, _ = short_convolution(u, weight, segment_ids=runs.reshape(B * n, C))
+    return y.reshape(B, n * C, E)[:, :T]
+
+
+def _parts(x, axis):
+    return jnp.concatenate([x.real, x.imag], axis)
+
+
+def _checked_chunk(u, log_dt, chunk, segment_ids):
+    if not jnp.issubdtype(u.dtype, jnp.floating):
+        raise TypeError(f"u must be floating, got {u.dtype}")
+    if u.ndim not in (3, 4) or 0 in u.shape or u.shape[2] != log_dt.shape[0]:
+        raise ValueError(
+            f"u must be [B, T, H] or [B, T, H, R], none of them 0, with log_dt's H = "
+            f"{log_dt.shape[0]}, got shape {u.shape}"
+        )
+    if chunk is None:
+        chunk = CHUNK if segment_ids is None else PACKED_CHUNK
+    if not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1):
+        raise ValueError(f"chunk must be a power of 2, got {chunk!r}")
+    return min(chunk, 2 ** (u.shape[1] - 1).bit_length())
+
+
+def _checked_state(state, shape, dtype):
+    if state is None:
+        return jnp.zeros(shape, dtype)
+    if state.shape != shape:
+        letters = "B, H, S" if len(shape) == 3 else "B, H, R, S"
+        raise ValueError(f"initial_state must be [{letters}] = {shape}, got shape {state.shape}")
+    if not jnp.issubdtype(state.dtype, jnp.floating):
+        raise TypeError(f"initial_state must be floating, got {state.dtype}")
+    return state.astype(dtype)

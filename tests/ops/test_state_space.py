@@ -1,0 +1,183 @@
+"""State spaces in chunks against their recurrences, one float64 step after the other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import s4
+from ops.state_space import diagonal_state_space, dplr_kernel, dplr_state_space
+
+H, N = 3, 4
+RNG = np.random.default_rng(0)
+LOG_DT = np.log([0.003, 0.02, 0.1])
+LAMBDA, P, B, _ = (np.broadcast_to(x, (H, N)) for x in s4.hippo_legs_nplr(2 * N)[:3] + (0j,))
+C = RNG.standard_normal((H, N)) + 1j * RNG.standard_normal((H, N))
+SYSTEMS = {
+    "zoh": (LOG_DT, LAMBDA, B, C),
+    "bilinear": (LOG_DT, LAMBDA, B, C),
+    "dplr": (LOG_DT, LAMBDA, P, B, C),
+}
+SEGMENTS = np.repeat([[3, 4, 4, 1, 7, 2]], [5, 16, 1, 30, 2, 6], axis=1)
+
+
+def op(kind):
+    if kind == "dplr":
+        return dplr_state_space
+    return functools.partial(diagonal_state_space, discretization=kind)
+
+
+def single(tree):
+    narrow = lambda x: jnp.asarray(x, jnp.complex64 if np.iscomplexobj(x) else jnp.float32)
+    return jax.tree.map(narrow, tree)
+
+
+def recurrence(kind, u, x, starts):
+    """y [B, T, H] and the last state [B, H, N], complex128, by the dense system of each channel."""
+    system = SYSTEMS[kind]
+    if kind == "dplr":
+        A = np.stack([np.diag(np.concatenate([LAMBDA[h], LAMBDA[h].conj()])) for h in range(H)])
+        p = np.concatenate([P, P.conj()], 1)
+        A = A - p[:, :, None] * p[:, None].conj()
+        dt, eye = np.exp(LOG_DT)[:, None, None], np.eye(2 * N)
+        b = np.concatenate([B, B.conj()], 1)[..., None]
+        A, b = (
+            np.linalg.solve(eye - dt / 2 * A, eye + dt / 2 * A),
+            np.linalg.solve(eye - dt / 2 * A, dt * b)[..., 0],
+        )
+    else:
+        z = np.exp(LOG_DT)[:, None] * LAMBDA
+        decay = np.exp(z) if kind == "zoh" else (1 + z / 2) / (1 - z / 2)
+        b = B * ((decay - 1) / LAMBDA if kind == "zoh" else np.exp(LOG_DT)[:, None] / (1 - z / 2))
+        A = np.stack([np.diag(np.concatenate([a, a.conj()])) for a in decay])
+        b = np.concatenate([b, b.conj()], 1)
+    c = np.concatenate([system[-1], system[-1].conj()], 1)
+    x, ys = np.concatenate([x, x.conj()], -1), []
+    for t in range(u.shape[1]):
+        x = np.where(starts[:, t, None, None], 0, x)
+        x = np.einsum("hij,bhj->bhi", A, x) + b * u[:, t, :, None]
+        ys.append(np.einsum("hi,bhi->bh", c, x).real)
+    return np.stack(ys, 1), x[..., :N]
+
+
+def inputs(T):
+    rng = np.random.default_rng(T)
+    x = rng.standard_normal((2, H, N)) + 1j * rng.standard_normal((2, H, N))
+    return rng.standard_normal((2, T, H)), x
+
+
+def split(x):
+    return np.concatenate([x.real, x.imag], -1)
+
+
+def close(actual, expected, tolerance=2e-5):
+    np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", SYSTEMS)
+@pytest.mark.parametrize("T,chunk", [(1, None), (2, 2), (60, None), (60, 1), (64, 16), (100, 8)])
+def test_chunks_equal_the_recurrence(kind, T, chunk):
+    u, x = inputs(T)
+    y, last = op(kind)(*single((u, *SYSTEMS[kind])), initial_state=single(split(x)), chunk=chunk)
+    expected, state = recurrence(kind, u, x, np.zeros(u.shape[:2], bool))
+    close(y, expected)
+    close(last, split(state))
+
+
+@pytest.mark.parametrize("kind", SYSTEMS)
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("before", [None, 3, 9])
+def test_segments_start_from_nothing(kind, chunk, before):
+    """Segments begin within chunks, at their borders, and several in one chunk."""
+    ids = np.concatenate([SEGMENTS, SEGMENTS[:, ::-1]])
+    u, x = inputs(ids.shape[1])
+    first = ids[:, :1] if before is None else np.full((2, 1), before)
+    padded = np.concatenate([first, ids], 1)
+    expected, state = recurrence(kind, u, x, padded[:, 1:] != padded[:, :-1])
+    y, last = op(kind)(
+        *single((u, *SYSTEMS[kind])),
+        initial_state=single(split(x)),
+        segment_ids=ids if before is None else padded,
+        chunk=chunk,
+    )
+    close(y, expected)
+    close(last, split(state))
+
+
+def test_a_step_at_a_segment_start_forgets_the_state():
+    u, x = inputs(1)
+    ids = np.array([[3, 4], [5, 5]])
+    y, last = dplr_state_space(
+        *single((u, *SYSTEMS["dplr"])), initial_state=single(split(x)), segment_ids=ids
+    )
+    expected, state = recurrence("dplr", u, x, np.array([[True], [False]]))
+    close(y, expected)
+    close(last, split(state))
+
+
+def test_channels_share_a_system():
+    """[B, T, H, R] is R calls, with and without segments."""
+    u = np.random.default_rng(1).standard_normal((2, 60, H, 2))
+    x = np.random.default_rng(2).standard_normal((2, H, 2, 2 * N))
+    ids = np.repeat(SEGMENTS, 2, axis=0)
+    for segment_ids in (None, ids):
+        run = lambda u, x, ids=segment_ids: diagonal_state_space(
+            *single((u, *SYSTEMS["zoh"])), initial_state=single(x), segment_ids=ids
+        )
+        y, last = run(u, x)
+        for r in range(2):
+            y_r, last_r = run(u[..., r], x[:, :, r])
+            close(y[..., r], y_r, 1e-6)
+            close(last[:, :, r], last_r, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["zoh", "dplr"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients(kind, packed):
+    """By autodiff of the chunks and of the recurrence, steps of one chunk each, in float64."""
+    ids = np.concatenate([SEGMENTS, SEGMENTS[:, ::-1]]) if packed else None
+    u, x = inputs(SEGMENTS.shape[1])
+    with jax.enable_x64(True):
+        arguments = jax.tree.map(jnp.asarray, (u, split(x), *SYSTEMS[kind]))
+        weights = jax.tree.map(jnp.asarray, (inputs(60)[0], split(inputs(7)[1])))
+
+        def loss(u, x, *system, chunk):
+            y, last = op(kind)(u, *system, initial_state=x, segment_ids=ids, chunk=chunk)
+            return jnp.sum(y * weights[0]) + jnp.sum(last * weights[1])
+
+        gradient = lambda chunk: jax.jit(
+            jax.grad(functools.partial(loss, chunk=chunk), range(len(arguments)))
+        )(*arguments)
+        for actual, expected in zip(gradient(16), gradient(1), strict=True):
+            close(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 31, 64, 100])
+def test_dplr_kernel_by_powers_equals_that_by_cauchy_products(length):
+    system = SYSTEMS["dplr"]
+    with jax.enable_x64(True):
+        system = jax.tree.map(jnp.asarray, system)
+        actual, expected = dplr_kernel(*system, length), s4.s4_dplr_kernel(*system, length)
+        close(actual, expected, 1e-9)
+    close(dplr_kernel(*single(system), length), expected)
+
+
+@pytest.mark.parametrize(
+    "error,message,change",
+    [
+        (ValueError, "chunk must be a power of 2, got 24", dict(chunk=24)),
+        (ValueError, r"u must be \[B, T, H\].*log_dt's H = 3", dict(u=jnp.zeros((2, 5, 4)))),
+        (TypeError, "u must be floating", dict(u=jnp.zeros((2, 5, 3), jnp.int32))),
+        (ValueError, r"initial_state must be \[B, H, S\] = \(2, 3, 8\)",
+         dict(initial_state=jnp.zeros((2, 3, 4)))),
+        (ValueError, "discretization must be", dict(discretization="euler")),
+        (ValueError, "segment_ids must be", dict(segment_ids=jnp.zeros((2, 3), jnp.int32))),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(error, message, change):
+    arguments = dict(zip(("log_dt", "A", "B", "C"), single(SYSTEMS["zoh"]), strict=True))
+    arguments |= dict(u=jnp.zeros((2, 5, 3))) | change
+    with pytest.raises(error, match=message):
+        diagonal_state_space(**arguments)
