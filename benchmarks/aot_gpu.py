@@ -14,6 +14,7 @@ the plugin where the current one has not.
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import os
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = Path(__file__).with_name("h100.txtpb")
 INSTALL = (
     "pip install jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 "
-    "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm absl-py"
+    "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm absl-py jaxtyping"
 )
 NEEDS = (
     "compiling for CUDA needs an interpreter with XLA's CUDA plugin, and without nvidia-nvjitlink "
@@ -54,9 +55,12 @@ def cuda_python(python: str | None = None) -> str | None:
 def compile_jobs(jobs: list[dict], python: str | None = None, timeout: float = 600) -> list[dict]:
     """Compile each job for an H100; one report a job, in order.
 
-    A job is {"kernel": "forward" | "dkv" | "dq" | "stock_forward" | "stock_backward", "batch",
-    "length", "heads", "kv_heads", "head_dim", "dtype", "mask": "full" | "causal", "blocks": {...}
-    or absent}. A report is {"kernels": [...], "versions": {...}} or {"error": text}.
+    A job is {"kernel": "forward" | "dkv" | "dk" | "dv" | "dq" | "stock_forward" |
+    "stock_backward", "batch", "length", "heads", "kv_heads", "head_dim", "dtype", "mask": "full" |
+    "causal", "blocks": {...} or absent}; or {"kernel": "op", ...} for all the kernels that
+    `ops.attention_gpu` picks, with "mask" a name of `masks_of` and, where wanted, "value_dim",
+    "logit_cap" and "bias" (its shape; it is float32). A report is {"kernels": [...], "versions":
+    {...}} or {"error": text}.
 
     Raises:
         RuntimeError: no interpreter with the plugin (the text says how to get one), or the child
@@ -203,11 +207,16 @@ def read_dump(dump: str) -> list[dict]:
     kernels = []
     for path in sorted(glob.glob(f"{dump}/*.ptxas")):
         log = Path(path).read_text(errors="ignore")
-        resources = Path(path.replace(".ptxas", ".resources.txt")).read_text()
+        name = re.sub(r"_\d+$", "", Path(path).stem)
+        # Several kernels are compiled in another order than the one their launches are numbered by.
+        launches = glob.glob(f"{dump}/{name}_*.resources.txt")
+        same_number = path.replace(".ptxas", ".resources.txt")
+        resources = Path(launches[0] if len(launches) == 1 else same_number).read_text()
         listing = Path(path.replace(".ptxas", ".sass_ctrl")).read_text(errors="ignore")
         spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         kernels.append(
             {
+                "name": name,
                 "registers": int(re.search(r"Used (\d+) registers", log)[1]),
                 "spill_stores": int(spill[1]),
                 "spill_loads": int(spill[2]),
@@ -232,6 +241,8 @@ def _build(job: dict):
     kv = shape((batch, length, job["kv_heads"], dim), dtype)
     if job["kernel"].startswith("stock"):
         return _build_stock(job, q, kv)
+    if job["kernel"] == "op":
+        return _build_op(job, q, kv)
 
     from pallas_kernels import gpu
 
@@ -243,7 +254,7 @@ def _build(job: dict):
         return k_index <= q_index
 
     def options(kind: str, table):
-        transposed = kind == "dkv"
+        transposed = kind in ("dkv", "dk", "dv")
         schedule = gpu.attention_schedule(
             length, length, table, before=None, after=0 if causal else None, transposed=transposed
         )
@@ -261,8 +272,58 @@ def _build(job: dict):
     if kind == "forward":
         return lambda *a: gpu.flash_attention_forward(*a, **options(kind, table)), (q, kv, kv)
     rows = shape((batch, heads, length), jnp.float32)
-    kernel = {"dkv": gpu.flash_attention_dkv, "dq": gpu.flash_attention_dq}[kind]
+    kernel = gpu.flash_attention_dq
+    if kind != "dq":
+        wanted = {"want_dk": "k" in kind, "want_dv": "v" in kind}
+        kernel = functools.partial(gpu.flash_attention_dkv, **wanted)
     return lambda *a: kernel(*a, **options(kind, table)), (q, kv, kv, q, rows, rows)
+
+
+def masks_of(length: int, ids) -> dict:
+    """Masks by name, one for each way in which the kernels ask one; ids int32 [B, length]."""
+    import numpy as np
+
+    from ops import masks
+
+    layout = np.tri(-(-length // 128), dtype=bool)
+    layout[2:, 0] = False
+    return {
+        "full": masks.Full(),
+        "causal": masks.Causal(),
+        "window": masks.SlidingWindow(200, 70),
+        "prefix": masks.Causal() | masks.Prefix(150),
+        "lambda": masks.Lambda(30, 200),
+        "packed": masks.Causal() & masks.Segments(ids),
+        "packed_window": masks.SlidingWindow(200, 70) & masks.Segments(ids),
+        "sparse": masks.Causal() & masks.BlockSparse(layout, 128),
+    }
+
+
+def _build_op(job: dict, q, kv):
+    """Forward and backward as the op calls them; the last query's position is traced."""
+    import jax
+    import jax.numpy as jnp
+
+    from ops import attention_gpu
+
+    shape = jax.ShapeDtypeStruct
+    value_dim = job.get("value_dim", job["head_dim"])
+    v, o = shape((*kv.shape[:3], value_dim), q.dtype), shape((*q.shape[:3], value_dim), q.dtype)
+    row = shape(q.shape[:3], jnp.float32)
+    bias = shape(tuple(job["bias"]), jnp.float32) if job.get("bias") else None
+    numbers = shape(q.shape[:2], jnp.int32), shape((), jnp.int32)
+    options = {"scale": 0.1, "logit_cap": job.get("logit_cap")}
+
+    def run(q, k, v, o, lse, do, bias, ids, offset):
+        mask = masks_of(q.shape[1], ids)[job["mask"]]
+        arguments = q, k, v, bias, mask, 0 if job["mask"] == "sparse" else offset
+        reason = attention_gpu.unsupported(*arguments)
+        if reason is not None:
+            raise ValueError(reason)
+        forward = attention_gpu.forward(*arguments, **options)
+        return forward, attention_gpu.backward(*arguments, o, lse, do, lse, **options)
+
+    return run, (q, kv, v, o, row, o, bias, *numbers)
 
 
 def _build_stock(job: dict, q, kv):
@@ -296,6 +357,11 @@ def _child() -> None:
     )
     device = topology.devices[0]
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=132, platform="gpu")
+    sharding = SingleDeviceSharding(device)
+
+    def on_device(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
     versions = {
         name: metadata.version(name)
         for name in ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm")
@@ -305,10 +371,7 @@ def _child() -> None:
             os.remove(path)
         try:
             function, shapes = _build(json.loads(line))
-            args = [
-                jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=SingleDeviceSharding(device))
-                for s in shapes
-            ]
+            args = jax.tree.map(on_device, shapes)
             with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
                 lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
             lowered.compile()

@@ -53,7 +53,7 @@ def attention(
       q_offset: position of the first query among the keys; S - T when None, so that the last
         query stands at the last key. May be a traced integer.
       return_lse: also return the log of each row's sum of exponentials.
-      implementation: "xla", "pallas" (TPU, or Hopper and newer GPUs), or None, which takes
+      implementation: "xla", "pallas" (TPUs and Hopper GPUs), or None, which takes
         the Pallas kernel where the platform the program is lowered for has one for these shapes,
         and "xla" elsewhere.
 

@@ -7,27 +7,35 @@ Letters: B batch, T query time, S key time, H heads, G key-value heads, D head d
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops import masks
+from ops import attention_xla, masks
 
 # pallas_kernels.gpu is imported where it is called: it takes 17 MB, and most programs on CPUs are
 # of a dtype that it doesn't take.
 
 DTYPES = (jnp.bfloat16, jnp.float16)
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 256
+# Wider heads leave registers for one accumulator: dK and dV come from two runs.
+MAX_HEAD_DIM_OF_BOTH = 128
+XLA = 'implementation="xla" or None takes any'
 # Tables of live tiles lie in global memory; beyond this they would outweigh the activations.
 TABLE_LIMIT = 256 * 2**20
 
 
-def is_hopper_or_newer() -> bool:
-    """Whether the kernels' instructions (wgmma, TMA) exist on the GPU at hand.
+def is_hopper() -> bool:
+    """Whether the GPU that the program is lowered for has the kernels' instructions.
 
-    Without a CUDA backend a program is lowered for a GPU elsewhere, which is taken to be a Hopper.
+    That is the abstract device of the mesh in use, if it has one, or else the GPU at hand. Without
+    a CUDA backend a program is lowered for a GPU elsewhere, which is taken to be a Hopper.
     """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return re.search(r"\bG?H\d+", device.device_kind) is not None  # H100, H200, H20, GH200
     if jax.default_backend() not in ("gpu", "cuda"):
         return True
     capability = jax.devices()[0].compute_capability
@@ -38,21 +46,25 @@ def is_hopper_or_newer() -> bool:
 def unsupported(q, k, v, bias, mask, q_offset):
     """Why the kernels can't take these arguments, in words that say what would work; or None."""
     if q.dtype not in DTYPES:
-        return f"q, k and v are {q.dtype}; bfloat16 and float16 have a kernel"
+        return f"q, k and v are {q.dtype}; bfloat16 and float16 have a kernel, and {XLA}"
     for name, size in (("D", q.shape[3]), ("P", v.shape[3])):
         if size > MAX_HEAD_DIM:
-            return f"head dim {name}={size}; up to {MAX_HEAD_DIM} has a kernel"
-    if bias is not None:
-        return "a bias has no kernel on GPUs; leave it out, or express it as a mask"
-    if not is_hopper_or_newer():
+            return f"head dim {name}={size}; up to {MAX_HEAD_DIM} has a kernel, and {XLA}"
+    if bias is not None and bias.shape[2:] != (q.shape[1], k.shape[1]):
         return (
-            "this GPU is not a Hopper (compute capability 9.0), whose instructions the kernels use"
+            f"bias {bias.shape} is broadcast over queries or keys, which has no kernel; "
+            f"one of [B or 1, H or 1, {q.shape[1]}, {k.shape[1]}] has, and {XLA}"
+        )
+    if not is_hopper():
+        return (
+            "this GPU is not a Hopper (compute capability 9.0), whose instructions the kernels "
+            f"use; {XLA}"
         )
     static = isinstance(q_offset, (int, np.integer))
     if _interior(mask, q_offset if static else None) is None:
         return (
             "BlockSparse has a kernel if its block is a multiple of 128, q_offset a static "
-            "multiple of 128, and it is combined with other masks by one & or |"
+            f"multiple of 128, and it is combined with other masks by one & or |; {XLA}"
         )
     if _window(mask) is None:
         rows = 1 if masks.segments_of(mask) is None else q.shape[0]
@@ -60,7 +72,7 @@ def unsupported(q, k, v, bias, mask, q_offset):
         if size > TABLE_LIMIT:
             return (
                 f"the mask's table of live tiles may take {size} bytes, of which {TABLE_LIMIT} are "
-                "allowed; shorten the sequences or lower the batch"
+                f"allowed; shorten the sequences or lower the batch; {XLA}"
             )
     return None
 
@@ -70,7 +82,7 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False)
     from pallas_kernels import gpu
 
     T, P = q.shape[1], v.shape[3]
-    options = _options("forward", q, k, v, mask, q_offset)
+    options = _options("forward", q, k, v, bias, mask, q_offset, logit_cap)
     o, lse = gpu.flash_attention_forward(
         *map(_pad, (q, k, v)),
         **options,
@@ -83,7 +95,10 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False)
 
 
 def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, interpret=False):
-    """(dq, dk, dv, None) in the dtypes and shapes of (q, k, v)."""
+    """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias).
+
+    dbias comes from the XLA implementation, which the compiler drops where dbias is not used.
+    """
     from pallas_kernels import gpu
 
     T, D = q.shape[1], q.shape[3]
@@ -92,11 +107,22 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
     lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * math.log2(math.e))
     args = (*map(_pad, (q, k, v, do.astype(q.dtype))), lse2.swapaxes(1, 2), delta.swapaxes(1, 2))
     common = {"scale": scale, "logit_cap": logit_cap, "interpret": interpret}
-    options = _options("dkv", q, k, v, mask, q_offset)
-    dk, dv = gpu.flash_attention_dkv(*args, **options, **common)
-    options = _options("dq", q, k, v, mask, q_offset)
+
+    def dkv(kernel, **wanted):
+        options = _options(kernel, q, k, v, bias, mask, q_offset, logit_cap)
+        return gpu.flash_attention_dkv(*args, **options, **common, **wanted)
+
+    if max(D, P) <= MAX_HEAD_DIM_OF_BOTH:
+        dk, dv = dkv("dkv")
+    else:
+        dk, dv = dkv("dk", want_dv=False)[0], dkv("dv", want_dk=False)[1]
+    options = _options("dq", q, k, v, bias, mask, q_offset, logit_cap)
     dq = gpu.flash_attention_dq(*args, **options, **common, k_length=S)
-    return dq[:, :T, :, :D], dk[:, :S, :, :D], dv[:, :S, :, :P], None
+    dbias = None
+    if bias is not None:
+        residuals = (q, k, v, bias, mask, q_offset, o, lse, do, dlse)
+        dbias = attention_xla.backward(*residuals, scale=scale, logit_cap=logit_cap)[3]
+    return dq[:, :T, :, :D], dk[:, :S, :, :D], dv[:, :S, :, :P], dbias
 
 
 def _pad(x):
@@ -104,6 +130,16 @@ def _pad(x):
     take."""
     time, dim = -x.shape[1] % 8, -x.shape[3] % 16
     return jnp.pad(x, ((0, 0), (0, time), (0, 0), (0, dim))) if time or dim else x
+
+
+def _pad_bias(bias):
+    """bias with both times padded to a multiple of 8, in a dtype that the kernels take."""
+    if bias is None:
+        return None
+    if bias.dtype not in (*DTYPES, jnp.float32):
+        bias = bias.astype(jnp.float32)
+    times = [(0, -n % 8) for n in bias.shape[2:]]
+    return jnp.pad(bias, ((0, 0), (0, 0), *times)) if any(n for _, n in times) else bias
 
 
 def _window(mask):
@@ -121,15 +157,17 @@ def _interior(mask, q_offset):
     return masks.within_live_tiles(mask, 128, 128, q_offset)
 
 
-def _options(kernel, q, k, v, mask, q_offset):
+def _options(kernel, q, k, v, bias, mask, q_offset, logit_cap):
     """Schedule, mask and block sizes of one kernel."""
     from pallas_kernels import gpu
 
     T, S = q.shape[1], k.shape[1]
-    blocks = gpu.default_blocks(kernel, q.shape[3], v.shape[3])
+    segments = masks.segments_of(mask)
+    heavy = logit_cap is not None or segments is not None
+    blocks = gpu.default_blocks(kernel, q.shape[3], v.shape[3], heavy=heavy, bias=bias is not None)
     static = isinstance(q_offset, (int, np.integer))
     interior = _interior(mask, q_offset if static else None)
-    window, transposed = _window(mask), kernel == "dkv"
+    window, transposed = _window(mask), kernel in ("dkv", "dk", "dv")
     if window is not None:
         schedule = gpu.attention_schedule(
             T, S, blocks, before=window[0], after=window[1], offset=q_offset, transposed=transposed
@@ -137,7 +175,6 @@ def _options(kernel, q, k, v, mask, q_offset):
     else:
         kinds = masks.tile_kinds(mask, T, S, blocks.block_q, blocks.block_k, q_offset)
         schedule = gpu.list_schedule(kinds.swapaxes(1, 2) if transposed else kinds)
-    segments = masks.segments_of(mask)
     ids = None
     if segments is not None:
         ids = tuple(jnp.asarray(x, jnp.int32) for x in segments.both(T, S))
@@ -146,5 +183,6 @@ def _options(kernel, q, k, v, mask, q_offset):
         "visible": None if isinstance(interior, masks.Full) else interior.visible,
         "q_offset": q_offset,
         "segments": ids,
+        "bias": _pad_bias(bias),
         "blocks": blocks,
     }

@@ -24,27 +24,58 @@ class BlockSizes:
 
 
 # (kernel, largest head dim) -> tiles. Chosen by the static report of benchmarks/gpu_static.py:
-# shared memory within 227 KiB, nothing spilled in the loop over full tiles, few issue cycles. With
-# 128 wide heads the dK/dV kernel holds two 64 x 128 accumulators and needs every register there is.
+# shared memory within 227 KiB, nothing spilled, few issue cycles. With 128 wide heads the dK/dV
+# kernel holds two 64 x 128 accumulators and needs every register there is; wider ones come from two
+# runs of it, each with one accumulator of 64 x 256.
+_WIDE = {"compute_registers": 240, "producer_registers": 24}
 _TABLE = {
     ("forward", 64): BlockSizes(128, 128, 2),
     ("forward", 128): BlockSizes(128, 128, 2),
+    ("forward", 256): BlockSizes(128, 64, 2, **_WIDE),
     ("dkv", 64): BlockSizes(64, 128, 2),
-    ("dkv", 128): BlockSizes(64, 128, 2, compute_registers=240, producer_registers=24),
+    ("dkv", 128): BlockSizes(64, 128, 2, **_WIDE),
+    ("dk", 192): BlockSizes(64, 128, 2, **_WIDE),
+    ("dk", 256): BlockSizes(32, 128, 2, **_WIDE),
+    ("dv", 256): BlockSizes(64, 128, 2, **_WIDE),
     ("dq", 64): BlockSizes(128, 128, 2),
     ("dq", 128): BlockSizes(128, 64, 2),
+    ("dq", 192): BlockSizes(128, 64, 2, **_WIDE),
+    ("dq", 256): BlockSizes(128, 32, 2, **_WIDE),
 }
-MAX_HEAD_DIM = 128
+# More values a tile element than a position: those of a soft cap's slope, of segment ids.
+_HEAVY = {
+    ("dq", 64): BlockSizes(128, 64, 2),
+    ("dq", 192): BlockSizes(128, 32, 2, **_WIDE),
+}
+# For a float32 bias, whose tiles take as much shared memory as those of keys 256 wide.
+_BIASED = {
+    ("dkv", 128): BlockSizes(32, 128, 2, **_WIDE),
+    ("forward", 128): BlockSizes(128, 64, 2),
+    ("forward", 256): BlockSizes(128, 32, 2, **_WIDE),
+    ("dk", 192): BlockSizes(32, 128, 2, **_WIDE),
+    ("dv", 256): BlockSizes(32, 128, 2, **_WIDE),
+}
+MAX_HEAD_DIM = 256
 
 
-def default_blocks(kernel: str, head_dim: int, value_dim: int) -> BlockSizes:
-    """Block sizes of `kernel` ("forward", "dkv" or "dq") for head dims up to MAX_HEAD_DIM.
+def default_blocks(
+    kernel: str, head_dim: int, value_dim: int, *, heavy: bool = False, bias: bool = False
+) -> BlockSizes:
+    """Block sizes of `kernel` ("forward", "dkv", "dk", "dv" or "dq") for head dims up to
+    MAX_HEAD_DIM, "dkv" up to 128.
+
+    Args:
+        heavy: the logits are capped, or the mask holds segments.
+        bias: a bias is added to the logits.
 
     Raises:
         ValueError: a head dim above that.
     """
     widest = max(head_dim, value_dim)
-    for (name, limit), blocks in _TABLE.items():
-        if name == kernel and widest <= limit:
-            return blocks
+    # Where the dims differ the result has a buffer of its own, which the widest leave no room for.
+    crowded = bias or (head_dim != value_dim and head_dim + value_dim >= 448)
+    table = _TABLE | (_HEAVY if heavy or bias else {}) | (_BIASED if crowded else {})
+    limits = [limit for name, limit in table if name == kernel and widest <= limit]
+    if limits:
+        return table[kernel, min(limits)]
     raise ValueError(f"the {kernel} kernel takes head dims up to {MAX_HEAD_DIM}, got {widest}")

@@ -26,22 +26,55 @@ PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COL = plgpu.Layout.WGMMA.reduce(0)
 
 
-def tma_transforms(width: int) -> tuple:
-    """Tiling and swizzle of a 16-bit tile whose rows are `width` long, as TMA and wgmma want
-    them."""
+def tma_transforms(width: int, rows: int) -> tuple:
+    """Tiling and swizzle of a 16-bit tile of `rows` x `width`, as TMA and wgmma want them."""
     for columns in (64, 32, 16):
-        if width % columns == 0:
+        # A product over the tile's rows goes by steps of the swizzle.
+        if width % columns == 0 and rows % columns == 0:
             tiling, swizzle = (
                 plgpu.TilingTransform((8, columns)),
                 plgpu.SwizzleTransform(2 * columns),
             )
             return tiling, swizzle
-    raise ValueError(f"a tile's rows must be a multiple of 16 elements long, got {width}")
+    raise ValueError(f"a tile must be a multiple of 16 elements wide and long, got {width}, {rows}")
 
 
-def smem_tile(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
-    """A shared-memory buffer of 16-bit tiles that TMA fills and wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=tma_transforms(shape[-1]))
+def smem_tile(shape: tuple[int, ...], dtype, rows: int | None = None) -> plgpu.SMEM:
+    """A shared-memory buffer of 16-bit tiles that TMA fills and wgmma reads.
+
+    `rows`, if fewer than the tile's own, are those of the tiles it is multiplied with: both
+    operands of a product have to be swizzled alike.
+    """
+    return plgpu.SMEM(shape, dtype, transforms=tma_transforms(shape[-1], rows or shape[-2]))
+
+
+def bias_tiles(bias, block: int, stages: int):
+    """The ring of a bias's tiles, one of 64 x block for each compute warpgroup; None without."""
+    if bias is None:
+        return None
+    columns = min(block, 128 // bias.dtype.itemsize)
+    transforms = (
+        plgpu.TilingTransform((8, columns)),
+        plgpu.SwizzleTransform(columns * bias.dtype.itemsize),
+    )
+    shape = (stages, COMPUTE_WARPGROUPS, WG_ROWS, block)
+    return plgpu.SMEM(shape, bias.dtype, transforms=transforms)
+
+
+def bring_bias(ref, smem, ready, slot, place, row_start, col_start) -> None:
+    """Have TMA fill a slot of `bias_tiles`; `place` is (batch, head), of which either may be one
+    for all."""
+    place = tuple(x if n > 1 else 0 for x, n in zip(place, ref.shape[:2], strict=True))
+    for wg in range(COMPUTE_WARPGROUPS):
+        rows = pl.ds(row_start + wg * WG_ROWS, WG_ROWS)
+        source = ref.at[(*place, rows, pl.ds(col_start, smem.shape[-1]))]
+        plgpu.copy_gmem_to_smem(source, smem.at[slot, wg], ready.at[slot])
+
+
+def add_bias(x: jax.Array, factor: float, smem) -> tuple[jax.Array, float]:
+    """(x, factor) of `base2_logits` with a tile of the bias, in shared memory, added."""
+    bias = plgpu.load(smem, layout=MATRIX).astype(jnp.float32)
+    return x * factor + bias * LOG2E, 1.0
 
 
 def zeros(shape: tuple[int, ...], layout=MATRIX) -> jax.Array:
@@ -91,27 +124,35 @@ def accumulate_all(accs: tuple, terms: list[tuple], staging) -> tuple:
     return tuple(sums)
 
 
-def produce(n_steps, stages: int, source_of, rings) -> None:
+def unhoisted(wg, step, count):
+    """wg, as an expression that changes with the loop's step as far as the compiler can tell.
+
+    Descriptors of the warpgroup's own operands would else be computed before the loop, one for each
+    16 elements of a head dim, and held in registers that wide heads don't leave. `count` is any
+    number read from memory that is at least 0: of the step alone the compiler knows as much.
+    """
+    return jnp.where(step + count >= 0, wg, 0)
+
+
+def produce(n_steps, stages: int, rings) -> None:
     """The producer's loop: keep a ring of slots filled by TMA.
 
     Args:
         n_steps, stages: tiles to bring and slots to bring them to.
-        source_of: step -> index into the global arrays.
-        rings: (global array, shared ring, ready barriers, free barriers) of each operand.
+        rings: (bring, free barriers) of each operand, where bring(step, slot) starts its copies.
     """
 
     @pl.loop(0, n_steps)
     def _(step):
         slot = lax.rem(step, jnp.int32(stages))
-        source = source_of(step)
-        for ref, smem, ready, free in rings:
+        for bring, free in rings:
             pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-            plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], ready.at[slot])
+            bring(step, slot)
 
     @pl.loop(jnp.maximum(n_steps - stages, 0), n_steps)
     def _(step):
         slot = lax.rem(step, jnp.int32(stages))
-        for *_, free in rings:
+        for _, free in rings:
             plgpu.barrier_wait(free.at[slot])
 
 

@@ -11,6 +11,7 @@ Letters: B batch, T queries, S keys, H query heads, G key-value heads, D head di
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ def flash_attention_forward(
     visible: Callable | None,
     q_offset: jax.Array | int,
     segments: tuple[jax.Array, jax.Array] | None = None,
+    bias: jax.Array | None = None,
     scale: float,
     logit_cap: float | None = None,
     blocks: BlockSizes,
@@ -49,6 +51,7 @@ def flash_attention_forward(
             mask.
         q_offset: int32 scalar added to query indices before `visible`.
         segments: int32 ids [B, T] and [B, S] given (gathered) to `visible`, or None.
+        bias: [B or 1, H or 1, T, S], float32 or 16-bit, added to the logits; S a multiple of 8.
         k_length: number of real keys, S if None; the schedule must call a tile with others partial.
         interpret: run on the CPU in GPU interpret mode.
 
@@ -63,21 +66,23 @@ def flash_attention_forward(
     block_k, stages = blocks.block_k, blocks.stages
     rows = schedule.rows
     padded = rows * blocks.block_q
-    dtype = q.dtype
+    dtype, wide = q.dtype, max(head_dim, value_dim) > 128
 
     inputs = {"q": q, "k": k, "v": v, "bounds": jnp.asarray(schedule.bounds)}
     inputs["offset"] = jnp.asarray(q_offset, jnp.int32).reshape(1)
     if schedule.tiles is not None:
         inputs["tiles"] = jnp.asarray(schedule.tiles)
+    if bias is not None:
+        inputs["bias"] = bias
     if segments is not None:
         inputs["q_ids"] = common.pad_axis(segments[0], 1, padded)
         inputs["k_ids"] = common.pad_axis(segments[1], 1, pl.cdiv(k_len, block_k) * block_k)
 
-    def kernel(*refs):
+    def flash_forward(*refs):
         gmem = dict(zip(inputs, refs, strict=False))
         o_ref, lse_ref = refs[len(inputs) : len(inputs) + 2]
-        q_smem, k_smem, v_smem, o_smem, lse_smem, staging, *barriers = refs[len(inputs) + 2 :]
-        q_bar, k_bar, v_bar, k_free, v_free, turn = barriers
+        q_smem, k_smem, v_smem, o_smem, lse_smem, staging, *rest = refs[len(inputs) + 2 :]
+        q_bar, k_bar, v_bar, k_free, v_free, turn, bias_smem, bias_bar, bias_free = rest
         wg = lax.axis_index("wg")
 
         def place():
@@ -90,13 +95,24 @@ def flash_attention_forward(
         @pl.when(wg == COMPUTE_WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(blocks.producer_registers, action="decrease")
-            b, h, _, _, n_live, tile_of = place()
+            b, h, row, _, n_live, tile_of = place()
             g = lax.div(h, jnp.int32(group))
 
-            rings = ((gmem["k"], k_smem, k_bar, k_free), (gmem["v"], v_smem, v_bar, v_free))
-            common.produce(
-                n_live, stages, lambda i: (b, pl.ds(tile_of(i) * block_k, block_k), g), rings
-            )
+            def bring(name, smem, ready, i, slot):
+                source = gmem[name].at[b, pl.ds(tile_of(i) * block_k, block_k), g]
+                plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
+
+            def bring_bias(i, slot):
+                start = row * blocks.block_q, tile_of(i) * block_k
+                common.bring_bias(gmem["bias"], bias_smem, bias_bar, slot, (b, h), *start)
+
+            rings = [
+                (partial(bring, "k", k_smem, k_bar), k_free),
+                (partial(bring, "v", v_smem, v_bar), v_free),
+            ]
+            if bias is not None:
+                rings.insert(1, (bring_bias, bias_free))
+            common.produce(n_live, stages, rings)
 
         @pl.when(wg < COMPUTE_WARPGROUPS)
         def _compute():
@@ -119,13 +135,18 @@ def flash_attention_forward(
                 plgpu.barrier_wait(k_bar.at[slot])
 
                 def scores(ref):
-                    plgpu.wgmma(ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                    own = q_smem.at[common.unhoisted(wg, step, n_live) if wide else wg]
+                    plgpu.wgmma(ref, own, k_smem.at[slot].transpose((1, 0)))
                     take_turns()
                     return ref[...]
 
                 dots = pl.run_scoped(scores, plgpu.ACC((WG_ROWS, block_k), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 x, factor, _ = common.base2_logits(dots, scale, logit_cap)
+                if bias is not None:
+                    plgpu.barrier_wait(bias_bar.at[slot])
+                    x, factor = common.add_bias(x, factor, bias_smem.at[slot, wg])
+                    plgpu.barrier_arrive(bias_free.at[slot])
                 if masked:
                     k_start = tile_of(step) * block_k
                     ids = common.tile_ids(gmem, b, q_start, k_start, x.shape)
@@ -174,13 +195,13 @@ def flash_attention_forward(
     ring = plgpu.Barrier(num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
     o, lse = plgpu.kernel(
-        kernel,
+        flash_forward,
         out_type=(
             jax.ShapeDtypeStruct((batch, q_len, heads, value_dim), dtype),
             jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32),
         ),
         scratch_types=[
-            common.smem_tile((*pair, head_dim), dtype),
+            common.smem_tile((*pair, head_dim), dtype, block_k),
             common.smem_tile((stages, block_k, head_dim), dtype),
             common.smem_tile((stages, block_k, value_dim), dtype),
             None if value_dim == head_dim else common.smem_tile((*pair, value_dim), dtype),
@@ -192,6 +213,9 @@ def flash_attention_forward(
             free,
             free,
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            common.bias_tiles(bias, block_k, stages),
+            None if bias is None else free,
+            None if bias is None else free,
         ],
         **common.launch((heads, rows, batch), interpret),
     )(*inputs.values())

@@ -15,6 +15,7 @@ Letters: B batch, T queries, S keys, H query heads, G key-value heads, D head di
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ from pallas_kernels.gpu.common import COMPUTE_WARPGROUPS, WG_ROWS
 from pallas_kernels.gpu.tiles import TileSchedule
 
 
-def _inputs(q, k, v, do, lse2, delta, schedule, q_offset, segments, q_padded, k_padded) -> dict:
+def _inputs(
+    q, k, v, do, lse2, delta, schedule, q_offset, segments, bias, q_padded, k_padded
+) -> dict:
     """The kernels' operands by name; statistics and ids padded to whole tiles."""
     inputs = {"q": q, "k": k, "v": v, "do": do, "bounds": jnp.asarray(schedule.bounds)}
     inputs["lse"] = common.pad_axis(lse2, 2, q_padded, jnp.inf)
@@ -36,6 +39,8 @@ def _inputs(q, k, v, do, lse2, delta, schedule, q_offset, segments, q_padded, k_
     inputs["offset"] = jnp.asarray(q_offset, jnp.int32).reshape(1)
     if schedule.tiles is not None:
         inputs["tiles"] = jnp.asarray(schedule.tiles)
+    if bias is not None:
+        inputs["bias"] = bias
     if segments is not None:
         inputs["q_ids"] = common.pad_axis(segments[0], 1, q_padded)
         inputs["k_ids"] = common.pad_axis(segments[1], 1, k_padded)
@@ -86,6 +91,7 @@ def flash_attention_dkv(
     visible: Callable | None,
     q_offset: jax.Array | int,
     segments: tuple[jax.Array, jax.Array] | None = None,
+    bias: jax.Array | None = None,
     scale: float,
     logit_cap: float | None = None,
     blocks: BlockSizes,
@@ -100,6 +106,7 @@ def flash_attention_dkv(
         lse2, delta: [B, H, T] float32, see the module's text.
         schedule: live query tiles of every key tile.
         want_dk, want_dv: which to compute. Both accumulators fit the registers up to D + P = 256.
+        bias: as in flash_attention_forward, with T a multiple of 8 too; a copy is transposed.
         visible, q_offset, segments, scale, logit_cap, interpret: as in flash_attention_forward.
 
     Returns:
@@ -112,8 +119,13 @@ def flash_attention_dkv(
     rows = schedule.rows
     q_padded = pl.cdiv(q.shape[1], block_q) * block_q
     dtype = q.dtype
+    heavy = logit_cap is not None or segments is not None
+    wide = max(head_dim, value_dim) > (96 if heavy else 128)
+    if bias is not None:
+        bias = bias.swapaxes(2, 3)
+    k_padded = rows * blocks.block_k
     inputs = _inputs(
-        q, k, v, do, lse2, delta, schedule, q_offset, segments, q_padded, rows * blocks.block_k
+        q, k, v, do, lse2, delta, schedule, q_offset, segments, bias, q_padded, k_padded
     )
     inputs["q_index"] = jnp.arange(q_padded, dtype=jnp.int32) + inputs.pop("offset")
     outputs = {}
@@ -123,13 +135,16 @@ def flash_attention_dkv(
         outputs["v"] = jax.ShapeDtypeStruct(v.shape, dtype)
     n_out = len(outputs)
 
-    def kernel(*refs):
+    def flash_dkv(*refs):
         gmem = dict(zip(inputs, refs, strict=False))
         out = dict(zip(outputs, refs[len(inputs) :], strict=False))
-        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, index_smem, *rest = refs[
-            len(inputs) + n_out :
-        ]
-        ids_smem, staging, own_bar, ready, free = rest
+        k_smem, v_smem, q_smem, do_smem, floats_smem, ints_smem, *rest = refs[len(inputs) + n_out :]
+        # Buffers start at multiples of 1024 bytes: one for every two lines of numbers a query.
+        lse_smem, delta_smem = floats_smem.at[0], floats_smem.at[1] if want_dk else None
+        index_smem, ids_smem = ints_smem.at[0], None if segments is None else ints_smem.at[1]
+        # Without dK no values are needed, and where keys are as wide, dV leaves by their buffer.
+        dv_smem = k_smem if v_smem is None else v_smem
+        bias_smem, staging, own_bar, ready, free = rest
         wg = lax.axis_index("wg")
 
         def place():
@@ -140,7 +155,7 @@ def flash_attention_dkv(
         @pl.when(wg == COMPUTE_WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(blocks.producer_registers, action="decrease")
-            b, g, _, _, n_live, tile_of = place()
+            b, g, row, _, n_live, tile_of = place()
 
             @pl.loop(0, n_live * group)
             def _(step):
@@ -160,6 +175,9 @@ def flash_attention_dkv(
                         continue
                     source = gmem[name].at[source]
                     plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
+                if bias is not None:
+                    start = row * blocks.block_k, tile_of(i) * block_q
+                    common.bring_bias(gmem["bias"], bias_smem, ready, slot, (b, h), *start)
 
             @pl.loop(jnp.maximum(n_live * group - stages, 0), n_live * group)
             def _(step):
@@ -172,7 +190,8 @@ def flash_attention_dkv(
             k_start = row * blocks.block_k + wg * WG_ROWS
             own = (b, pl.ds(k_start, WG_ROWS), g)
             plgpu.copy_gmem_to_smem(gmem["k"].at[own], k_smem.at[wg], own_bar.at[wg])
-            plgpu.copy_gmem_to_smem(gmem["v"].at[own], v_smem.at[wg], own_bar.at[wg])
+            if want_dk:
+                plgpu.copy_gmem_to_smem(gmem["v"].at[own], v_smem.at[wg], own_bar.at[wg])
             plgpu.barrier_wait(own_bar.at[wg])
             my_staging = None if staging is None else staging.at[wg]
             shape = (WG_ROWS, block_q)
@@ -188,6 +207,8 @@ def flash_attention_dkv(
 
                 def x_of_dots(dots):
                     x, factor, slope = common.base2_logits(dots, scale, logit_cap)
+                    if bias is not None:
+                        x, factor = common.add_bias(x, factor, bias_smem.at[slot, wg])
                     if masked and visible is not None:
                         k_index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.MATRIX)
                         ids = (None, None)
@@ -200,14 +221,20 @@ def flash_attention_dkv(
                     return x, factor, slope
 
                 plgpu.barrier_wait(ready.at[slot])
-                left = (k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
-                right = (v_smem.at[wg], do_smem.at[slot].transpose((1, 0)))
+                own_tile = common.unhoisted(wg, step, n_live) if wide else wg
+                left = (k_smem.at[own_tile], q_smem.at[slot].transpose((1, 0)))
+                right = want_dk and (v_smem.at[own_tile], do_smem.at[slot].transpose((1, 0)))
 
                 def ds_of(p, dp, slope):
                     ds = p * (dp - per_query(delta_smem))
                     return (ds if slope is None else ds * slope).astype(dtype)
 
-                if masked and want_dk and want_dv:
+                if not want_dk:
+                    x, factor, _ = x_of_dots(common.matmul(*left, shape))
+                    p = jnp.exp2(x * factor - per_query(lse_smem))
+                    term = (p.astype(dtype), do_smem.at[slot])
+                    carry = common.accumulate_all(carry, [term], my_staging)
+                elif masked and want_dv:
                     # One product after the other, which needs the fewest registers.
                     dk, dv = carry
                     x, factor, slope = x_of_dots(common.matmul(*left, shape))
@@ -221,9 +248,7 @@ def flash_attention_dkv(
                     p, dp, slope = _weights_and_dp(
                         left, right, x_of_dots, lambda: per_query(lse_smem), shape, not masked
                     )
-                    terms = []
-                    if want_dk:
-                        terms.append((ds_of(p, dp, slope), q_smem.at[slot]))
+                    terms = [(ds_of(p, dp, slope), q_smem.at[slot])]
                     if want_dv:
                         terms.append((p.astype(dtype), do_smem.at[slot]))
                     carry = common.accumulate_all(carry, terms, my_staging)
@@ -242,30 +267,35 @@ def flash_attention_dkv(
                 )
 
             for name, grad in zip(outputs, carry, strict=True):
-                smem = (k_smem if name == "k" else v_smem).at[wg]
+                smem = (k_smem if name == "k" else dv_smem).at[wg]
                 smem[...] = (grad * scale if name == "k" else grad).astype(dtype)
             plgpu.commit_smem()
             for name in outputs:
-                smem = (k_smem if name == "k" else v_smem).at[wg]
+                smem = (k_smem if name == "k" else dv_smem).at[wg]
                 plgpu.copy_smem_to_gmem(smem, out[name].at[own])
             plgpu.wait_smem_to_gmem(0)
 
+    copies = 4 + want_dk + (segments is not None)
+    copies += 0 if bias is None else COMPUTE_WARPGROUPS
+    # Profilers and compilers' logs show the kernel by this name.
+    flash_dkv.__name__ = "flash_d" + "k" * want_dk + "v" * want_dv
     pair = (COMPUTE_WARPGROUPS, WG_ROWS)
     results = plgpu.kernel(
-        kernel,
+        flash_dkv,
         out_type=tuple(outputs.values()),
         scratch_types=[
-            common.smem_tile((*pair, head_dim), dtype),
-            common.smem_tile((*pair, value_dim), dtype),
+            common.smem_tile((*pair, head_dim), dtype, block_q),
+            None
+            if value_dim == head_dim and not want_dk
+            else common.smem_tile((*pair, value_dim), dtype, block_q),
             common.smem_tile((stages, block_q, head_dim), dtype),
             common.smem_tile((stages, block_q, value_dim), dtype),
-            plgpu.SMEM((stages, block_q), jnp.float32),
-            plgpu.SMEM((stages, block_q), jnp.float32),
-            plgpu.SMEM((stages, block_q), jnp.int32),
-            None if segments is None else plgpu.SMEM((stages, block_q), jnp.int32),
+            plgpu.SMEM((1 + want_dk, stages, block_q), jnp.float32),
+            plgpu.SMEM((1 + (segments is not None), stages, block_q), jnp.int32),
+            common.bias_tiles(bias, block_q, stages),
             common.smem_tile((*pair, block_q), dtype) if interpret else None,
-            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
-            plgpu.Barrier(num_arrivals=5 if segments is None else 6, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1 + want_dk, num_barriers=COMPUTE_WARPGROUPS),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
         ],
         **common.launch((kv_heads, rows, batch), interpret),
@@ -286,6 +316,7 @@ def flash_attention_dq(
     visible: Callable | None,
     q_offset: jax.Array | int,
     segments: tuple[jax.Array, jax.Array] | None = None,
+    bias: jax.Array | None = None,
     scale: float,
     logit_cap: float | None = None,
     blocks: BlockSizes,
@@ -302,19 +333,21 @@ def flash_attention_dq(
     group = heads // kv_heads
     block_k, stages = blocks.block_k, blocks.stages
     rows = schedule.rows
-    k_padded = pl.cdiv(k_len, block_k) * block_k
+    q_padded, k_padded = rows * blocks.block_q, pl.cdiv(k_len, block_k) * block_k
     dtype = q.dtype
+    heavy = logit_cap is not None or segments is not None
+    wide = max(head_dim, value_dim) > (96 if heavy else 128)
     inputs = _inputs(
-        q, k, v, do, lse2, delta, schedule, q_offset, segments, rows * blocks.block_q, k_padded
+        q, k, v, do, lse2, delta, schedule, q_offset, segments, bias, q_padded, k_padded
     )
 
-    def kernel(*refs):
+    def flash_dq(*refs):
         gmem = dict(zip(inputs, refs, strict=False))
         dq_ref = refs[len(inputs)]
-        q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, staging, *barriers = refs[
+        q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, staging, *rest = refs[
             len(inputs) + 1 :
         ]
-        own_bar, k_bar, v_bar, k_free, v_free = barriers
+        own_bar, k_bar, v_bar, k_free, v_free, bias_smem, bias_bar, bias_free = rest
         wg = lax.axis_index("wg")
 
         def place():
@@ -325,12 +358,24 @@ def flash_attention_dq(
         @pl.when(wg == COMPUTE_WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(blocks.producer_registers, action="decrease")
-            b, h, _, _, n_live, tile_of = place()
+            b, h, row, _, n_live, tile_of = place()
             g = lax.div(h, jnp.int32(group))
-            rings = ((gmem["k"], k_smem, k_bar, k_free), (gmem["v"], v_smem, v_bar, v_free))
-            common.produce(
-                n_live, stages, lambda i: (b, pl.ds(tile_of(i) * block_k, block_k), g), rings
-            )
+
+            def bring(name, smem, ready, i, slot):
+                source = gmem[name].at[b, pl.ds(tile_of(i) * block_k, block_k), g]
+                plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
+
+            def bring_bias(i, slot):
+                start = row * blocks.block_q, tile_of(i) * block_k
+                common.bring_bias(gmem["bias"], bias_smem, bias_bar, slot, (b, h), *start)
+
+            rings = [
+                (partial(bring, "k", k_smem, k_bar), k_free),
+                (partial(bring, "v", v_smem, v_bar), v_free),
+            ]
+            if bias is not None:
+                rings.insert(1, (bring_bias, bias_free))
+            common.produce(n_live, stages, rings)
 
         @pl.when(wg < COMPUTE_WARPGROUPS)
         def _compute():
@@ -346,18 +391,24 @@ def flash_attention_dq(
             ):
                 plgpu.copy_gmem_to_smem(gmem[name].at[source], smem.at[wg], own_bar.at[wg])
             plgpu.barrier_wait(own_bar.at[wg])
-            lse = plgpu.load(lse_smem.at[wg], layout=common.PER_ROW)
-            row_delta = plgpu.load(delta_smem.at[wg], layout=common.PER_ROW)
             my_staging = None if staging is None else staging.at[wg]
             offset = gmem["offset"][0]
             shape = (WG_ROWS, block_k)
 
-            def step_tile(i, carry, *, masked):
-                dq, lse, row_delta = carry
+            def per_row(smem):
+                # Loaded in each step: the widest heads leave no registers to hold it.
+                line = plgpu.load(smem.at[wg], layout=common.PER_ROW)
+                return common.along_rows(line, shape)
+
+            def step_tile(i, dq, *, masked):
                 slot = lax.rem(i, jnp.int32(stages))
 
                 def x_of_dots(dots):
                     x, factor, slope = common.base2_logits(dots, scale, logit_cap)
+                    if bias is not None:
+                        plgpu.barrier_wait(bias_bar.at[slot])
+                        x, factor = common.add_bias(x, factor, bias_smem.at[slot, wg])
+                        plgpu.barrier_arrive(bias_free.at[slot])
                     if masked:
                         k_start = tile_of(i) * block_k
                         ids = common.tile_ids(gmem, b, q_start, k_start, shape)
@@ -366,28 +417,27 @@ def flash_attention_dq(
 
                 plgpu.barrier_wait(k_bar.at[slot])
                 plgpu.barrier_wait(v_bar.at[slot])
+                own_tile = common.unhoisted(wg, i, n_live) if wide else wg
                 p, dp, slope = _weights_and_dp(
-                    (q_smem.at[wg], k_smem.at[slot].transpose((1, 0))),
-                    (do_smem.at[wg], v_smem.at[slot].transpose((1, 0))),
+                    (q_smem.at[own_tile], k_smem.at[slot].transpose((1, 0))),
+                    (do_smem.at[own_tile], v_smem.at[slot].transpose((1, 0))),
                     x_of_dots,
-                    lambda: common.along_rows(lse, shape),
+                    lambda: per_row(lse_smem),
                     shape,
                     overlap=not masked,
                 )
                 plgpu.barrier_arrive(v_free.at[slot])
-                ds = p * (dp - common.along_rows(row_delta, shape))
+                ds = p * (dp - per_row(delta_smem))
                 ds = ds if slope is None else ds * slope
                 (dq,) = common.accumulate_all(
                     (dq,), [(ds.astype(dtype), k_smem.at[slot])], my_staging
                 )
                 plgpu.barrier_arrive(k_free.at[slot])
-                return dq, lse, row_delta
+                return dq
 
-            carry = (common.zeros((WG_ROWS, head_dim)), lse, row_delta)
-            carry = lax.fori_loop(0, n_full, lambda i, c: step_tile(i, c, masked=False), carry)
-            dq, _, _ = lax.fori_loop(
-                n_full, n_live, lambda i, c: step_tile(i, c, masked=True), carry
-            )
+            dq = common.zeros((WG_ROWS, head_dim))
+            dq = lax.fori_loop(0, n_full, lambda i, c: step_tile(i, c, masked=False), dq)
+            dq = lax.fori_loop(n_full, n_live, lambda i, c: step_tile(i, c, masked=True), dq)
             q_smem.at[wg][...] = (dq * scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[b, queries, h])
@@ -397,11 +447,11 @@ def flash_attention_dq(
     ring = plgpu.Barrier(num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
     return plgpu.kernel(
-        kernel,
+        flash_dq,
         out_type=jax.ShapeDtypeStruct(q.shape, dtype),
         scratch_types=[
-            common.smem_tile((*pair, head_dim), dtype),
-            common.smem_tile((*pair, value_dim), dtype),
+            common.smem_tile((*pair, head_dim), dtype, block_k),
+            common.smem_tile((*pair, value_dim), dtype, block_k),
             common.smem_tile((stages, block_k, head_dim), dtype),
             common.smem_tile((stages, block_k, value_dim), dtype),
             plgpu.SMEM(pair, jnp.float32),
@@ -412,6 +462,9 @@ def flash_attention_dq(
             ring,
             free,
             free,
+            common.bias_tiles(bias, block_k, stages),
+            None if bias is None else free,
+            None if bias is None else free,
         ],
         **common.launch((heads, rows, batch), interpret),
     )(*inputs.values())

@@ -6,6 +6,7 @@ from benchmarks import aot_gpu
 
 BASE = {"batch": 1, "length": 1024, "heads": 2, "kv_heads": 2, "dtype": "bfloat16"}
 LIMIT = 232448  # bytes of shared memory that a thread block may have
+BIAS = (1, 2, 1024, 1024)
 
 
 def compile_one(**job):
@@ -14,13 +15,30 @@ def compile_one(**job):
     return aot_gpu.compile_jobs([{**BASE, **job}])[0]
 
 
-@pytest.mark.parametrize("kernel", ["forward", "dkv", "dq"])
-def test_compiles_without_spills(kernel):
-    (report,) = compile_one(kernel=kernel, head_dim=128, mask="causal")["kernels"]
-    assert report["spill_stores"] == report["spill_loads"] == 0
-    assert report["shared_memory"] <= LIMIT
-    assert report["loop"]["hgmma"] > 0
-    assert not report["warnings"]
+@pytest.mark.parametrize(
+    ("dim", "job"),
+    [
+        (64, {"mask": "packed", "logit_cap": 30.0}),
+        (128, {"mask": "causal"}),
+        (128, {"mask": "packed", "logit_cap": 30.0}),
+        (128, {"mask": "packed", "logit_cap": 30.0, "bias": BIAS}),
+        (192, {"mask": "prefix", "value_dim": 128}),
+        (192, {"mask": "causal", "value_dim": 128, "bias": BIAS}),
+        (240, {"mask": "causal", "value_dim": 256}),
+        (256, {"mask": "packed", "logit_cap": 30.0}),
+        (256, {"mask": "packed", "logit_cap": 30.0, "bias": BIAS}),
+    ],
+    ids=str,
+)
+def test_compiles_without_spills(dim, job):
+    kernels = compile_one(kernel="op", head_dim=dim, **job)["kernels"]
+    names = ["dkv", "dq", "forward"] if dim <= 128 else ["dk", "dq", "dv", "forward"]
+    assert sorted(report["name"] for report in kernels) == [f"flash_{name}" for name in names]
+    for report in kernels:
+        assert report["spill_stores"] == report["spill_loads"] == 0, report
+        assert report["shared_memory"] <= LIMIT
+        assert report["loop"]["hgmma"] > 0
+        assert not report["warnings"]
 
 
 def test_too_much_shared_memory_is_reported():

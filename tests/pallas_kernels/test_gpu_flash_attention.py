@@ -1,18 +1,21 @@
 """The Mosaic GPU attention kernels in interpret mode, against a float64 dense oracle."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from ops import attention_gpu, masks
+from ops import attention, attention_gpu, masks
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+A100 = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
 
 
-def oracle(q, k, v, do, dlse, visible, scale, logit_cap):
-    """(o, lse, dq, dk, dv) in float64 numpy; visible is bool [B, T, S]."""
+def oracle(q, k, v, do, dlse, visible, scale, logit_cap, bias=None):
+    """(o, lse, dq, dk, dv, dbias) in float64 numpy; visible is bool [B, T, S]."""
     q, k, v, do, dlse = (np.asarray(x, np.float64) for x in (q, k, v, do, dlse))
     group = q.shape[2] // k.shape[2]
     kr, vr = np.repeat(k, group, 2), np.repeat(v, group, 2)
@@ -21,7 +24,8 @@ def oracle(q, k, v, do, dlse, visible, scale, logit_cap):
     if logit_cap is not None:
         tanh = np.tanh(logits / logit_cap)
         logits, slope = logit_cap * tanh, 1 - tanh**2
-    logits = np.where(visible[:, None], logits, -np.inf)
+    bias = np.zeros((1, 1, 1, 1)) if bias is None else np.asarray(bias, np.float64)
+    logits = np.where(visible[:, None], logits + bias, -np.inf)
     peak = np.maximum(logits.max(-1, keepdims=True), -1e300)
     weights = np.exp(logits - peak)
     total = weights.sum(-1, keepdims=True)
@@ -32,11 +36,14 @@ def oracle(q, k, v, do, dlse, visible, scale, logit_cap):
     o = np.einsum("bhts,bshd->bthd", p, vr)
     dp = np.einsum("bthd,bshd->bhts", do, vr)
     delta = np.einsum("bthd,bthd->bht", do, o)[..., None] - dlse.swapaxes(1, 2)[..., None]
-    ds = p * (dp - delta) * slope * scale
+    ds = p * (dp - delta)
+    broadcast = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
+    dbias = ds.sum(broadcast, keepdims=True)
+    ds = ds * slope * scale
     B, S, G, _ = k.shape
     dk = np.einsum("bhts,bthd->bshd", ds, q).reshape(B, S, G, group, -1).sum(3)
     dv = np.einsum("bhts,bthd->bshd", p, do).reshape(B, S, G, group, -1).sum(3)
-    return o, lse.swapaxes(1, 2), np.einsum("bhts,bshd->bthd", ds, kr), dk, dv
+    return o, lse.swapaxes(1, 2), np.einsum("bhts,bshd->bthd", ds, kr), dk, dv, dbias
 
 
 def close(name, got, want, bound=0.02):
@@ -47,43 +54,53 @@ def close(name, got, want, bound=0.02):
     assert error <= bound * max(1.0, np.abs(want[finite]).max(initial=0)), (name, error)
 
 
+PREFIX = masks.Prefix(30)
 PACKED = masks.Segments(jnp.asarray([[1] * 60 + [2] * 70 + [0] * 10], jnp.int32))
 CASES = {
-    # mask, T, S, H, G, D, dtype, logit_cap
-    "full": (masks.Full(), 70, 130, 2, 2, 64, jnp.bfloat16, None),
-    "causal_grouped": (masks.Causal(), 140, 140, 2, 1, 64, jnp.float16, None),
-    "unseen_rows": (masks.Causal(), 90, 40, 1, 1, 64, jnp.bfloat16, None),
-    "window_capped": (masks.SlidingWindow(20, 5), 150, 150, 1, 1, 48, jnp.bfloat16, 2.0),
-    "prefix_lists": (masks.Causal() | masks.Prefix(30), 140, 140, 1, 1, 64, jnp.bfloat16, None),
-    "packed": (masks.Causal() & PACKED, 140, 140, 1, 1, 64, jnp.bfloat16, None),
+    # mask, T, S, H, G, D, P, dtype, logit_cap, bias
+    "full": (masks.Full(), 70, 130, 2, 2, 64, 64, jnp.bfloat16, None, None),
+    "causal_grouped": (masks.Causal(), 140, 140, 2, 1, 64, 64, jnp.float16, None, None),
+    "unseen_rows": (masks.Causal(), 90, 40, 1, 1, 64, 64, jnp.bfloat16, None, None),
+    "window_capped": (masks.SlidingWindow(20, 5), 150, 150, 1, 1, 48, 48, jnp.bfloat16, 2.0, None),
+    "prefix_lists": (masks.Causal() | PREFIX, 140, 140, 1, 1, 64, 64, jnp.bfloat16, None, None),
+    "packed": (masks.Causal() & PACKED, 140, 140, 1, 1, 64, 64, jnp.bfloat16, None, None),
+    # Above 128 dK and dV come from two kernels, of tiles of 32 queries or keys at 256.
+    "wide": (masks.Causal(), 40, 70, 1, 1, 256, 256, jnp.bfloat16, None, None),
+    "wide_keys": (masks.Causal(), 40, 40, 2, 1, 192, 80, jnp.bfloat16, 3.0, None),
+    "bias": (masks.Full(), 60, 70, 2, 1, 64, 64, jnp.bfloat16, None, ((1, 2), jnp.float32)),
+    "wide_bias": (masks.Causal(), 40, 40, 1, 1, 256, 64, jnp.float16, 3.0, ((1, 1), jnp.float16)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_backward_match_dense(case):
-    mask, T, S, H, G, D, dtype, cap = CASES[case]
-    keys = jax.random.split(jax.random.key(len(case)), 5)
-    shapes = ((1, T, H, D), (1, S, G, D), (1, S, G, D), (1, T, H, D))
+    mask, T, S, H, G, D, P, dtype, cap, bias = CASES[case]
+    keys = jax.random.split(jax.random.key(len(case)), 6)
+    shapes = ((1, T, H, D), (1, S, G, D), (1, S, G, P), (1, T, H, P))
     q, k, v, do = (
         jax.random.normal(key, s).astype(dtype) for key, s in zip(keys, shapes, strict=False)
     )
     dlse = jax.random.normal(keys[4], (1, T, H))
+    if bias is not None:
+        bias = 2 * jax.random.normal(keys[5], (*bias[0], T, S)).astype(bias[1])
     offset, scale = S - T, 0.7 * D**-0.5
-    assert attention_gpu.unsupported(q, k, v, None, mask, offset) is None
+    assert attention_gpu.unsupported(q, k, v, bias, mask, offset) is None
     options = {"scale": scale, "logit_cap": cap, "interpret": True}
-    o, lse = attention_gpu.forward(q, k, v, None, mask, offset, **options)
+    o, lse = attention_gpu.forward(q, k, v, bias, mask, offset, **options)
     visible = np.asarray(masks.as_array(mask, T, S, offset))
     visible = np.broadcast_to(visible, (1, T, S))
-    want = oracle(q, k, v, do, dlse, visible, scale, cap)
+    want = oracle(q, k, v, do, dlse, visible, scale, cap, bias)
     close("o", o, want[0])
     close("lse", lse, want[1], 1e-3)
-    grads = attention_gpu.backward(q, k, v, None, mask, offset, o, lse, do, dlse, **options)
-    for name, got, exact in zip(("dq", "dk", "dv"), grads, want[2:], strict=False):
-        assert got.dtype == dtype
-        close(name, got, exact)
+    grads = attention_gpu.backward(q, k, v, bias, mask, offset, o, lse, do, dlse, **options)
+    assert (grads[3] is None) == (bias is None)
+    for name, got, exact in zip(("dq", "dk", "dv", "dbias"), grads, want[2:], strict=True):
+        if got is not None:
+            assert got.dtype == (dtype if name != "dbias" else bias.dtype)
+            close(name, got, exact)
 
 
-@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("dim", [80, 128, 256])
 def test_lowers_for_cuda(dim):
     q = jax.ShapeDtypeStruct((1, 300, 4, dim), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((1, 300, 2, dim), jnp.bfloat16)
@@ -100,7 +117,49 @@ def test_lowers_for_cuda(dim):
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         lowered = jax.jit(run).trace(q, kv, kv, q, row, offset).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("mosaic_gpu") >= 3
+    kernels = {"forward", "dq", "dkv"} if dim <= 128 else {"forward", "dq", "dk", "dv"}
+    text = lowered.as_text()
+    assert text.count("custom_call @mosaic_gpu_v2") == len(kernels)
+    # Each call carries its kernel as bytecode, whose strings end in a zero byte.
+    assert set(re.findall(r"\\00flash_([a-z]+)_mosaic_gpu\\00", text)) == kernels
+
+
+def lower_gradient(device, x, **options):
+    """Text of attention and its gradient, lowered for a GPU that is not here."""
+
+    def loss(q):
+        return attention(q, q, q, **options).astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        traced = jax.jit(jax.grad(loss)).trace(x)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("device", [A100, H100], ids=["A100", "H100"])
+def test_the_device_decides_where_none_is_asked_for(device):
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    assert ("mosaic_gpu" in lower_gradient(device, x)) == (device is H100)
+    if device is A100:
+        with pytest.raises(ValueError, match="not a Hopper.*None takes any"):
+            lower_gradient(device, x, implementation="pallas")
+
+
+SPARSE = masks.BlockSparse(np.eye(4, dtype=bool), 64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mask", "message"),
+    [
+        (jnp.float32, masks.Full(), "float32; bfloat16 and float16.*None takes any"),
+        (jnp.bfloat16, SPARSE, "multiple of 128.*None takes any"),
+    ],
+    ids=["float32", "small_blocks"],
+)
+def test_what_has_no_kernel_takes_xla_or_says_why(dtype, mask, message):
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), dtype)
+    assert "mosaic_gpu" not in lower_gradient(H100, x, mask=mask)
+    with pytest.raises(ValueError, match=message):
+        lower_gradient(H100, x, mask=mask, implementation="pallas")
 
 
 def test_unsupported_says_what_would_work():
@@ -110,8 +169,10 @@ def test_unsupported_says_what_would_work():
 
     assert reason() is None
     assert "bfloat16 and float16" in reason(jnp.float32)
-    assert "up to 128" in reason(D=256)
-    assert "leave it out" in reason(bias=1)
+    assert "up to 256" in reason(D=272)
+    assert reason(D=256) is None
+    assert "queries or keys" in reason(bias=jnp.zeros((1, 2, 1, 128)))
+    assert reason(bias=jnp.zeros((1, 2, 128, 128))) is None
     layout = np.eye(4, dtype=bool)
     assert "multiple of 128" in reason(mask=masks.BlockSparse(layout, 32))
     assert reason(mask=masks.BlockSparse(layout, 128)) is None
