@@ -2,7 +2,8 @@
 
 One pair (decay, state) stands for a stretch of time, and a later pair after an earlier one is
 (a2 a1, a2 b1 + b2). CPUs walk through time one step at a time, which there beats the associative
-scan several times over; other platforms scan the pairs within chunks, in log2(CHUNK) rounds.
+scan several times over; TPUs have a kernel (ops/linear_recurrence_tpu.py); other platforms scan the
+pairs within chunks, in log2(CHUNK) rounds.
 
 The backward pass is the same scan in the other direction, so derivatives exist to any order, and
 what is kept for it is the inputs and the output. No decay is ever divided by: one that is 0 is
@@ -12,6 +13,7 @@ Letters: B batch, T time, D any number of axes of channels.
 """
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +23,11 @@ from ops.lowering import choose_when_lowered
 
 # Steps that are scanned at once where the scan is associative.
 CHUNK = 256
+IMPLEMENTATIONS = ("xla", "pallas", None)
+_KERNELS = {"tpu": "ops.linear_recurrence_tpu"}
 
 
-def scan(a, b, state, *, reverse=False):
+def scan(a, b, state, *, reverse=False, implementation="xla"):
     """(h [B, T, *D] in b's dtype, the last h [B, *D] in `state`'s) of h_t = a_t h_{t-1} + b_t.
 
     Args:
@@ -31,15 +35,26 @@ def scan(a, b, state, *, reverse=False):
       b: inputs [B, T, *D].
       state: [B, *D], the h before the first step; its dtype is that of the computation.
       reverse: from the last step to the first, h_t = a_t h_{t+1} + b_t.
+      implementation: "xla", "pallas" or None, as of `ops.linear_recurrence`.
     """
+    check_implementation(implementation)
     # Under shard_map a derivative must vary over the same devices as its argument.
     a, b, state = varying((a, b, state), (a, b, state))
-    return _scan(a, b, state, reverse, False)
+    return _scan(a, b, state, reverse, False, implementation)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _scan(a, b, state, reverse, after):
+def check_implementation(implementation):
+    """Raises ValueError unless `implementation` is one that scans have."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; it must be one of "
+            + ", ".join(map(repr, IMPLEMENTATIONS))
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _scan(a, b, state, reverse, after, implementation):
     """`scan`, or where the decay acts `after` the output: o_t = s_{t-1} + b_t, s_t = a_t o_t."""
 
     def on(platform):
@@ -47,20 +62,33 @@ def _scan(a, b, state, reverse, after):
             sequential if platform == "cpu" else associative, reverse=reverse, after=after
         )
 
-    return choose_when_lowered(on, on("cpu"), a, b, state)
+    def kernel(module):
+        return functools.partial(module.scan, reverse=reverse, after=after)
+
+    return choose(implementation, _KERNELS, on, kernel, a, b, state)
 
 
-def _scan_fwd(a, b, state, reverse, after):
-    h, last = _scan(a, b, state, reverse, after)
+def _scan_fwd(a, b, state, reverse, after, implementation):
+    h, last = _scan(a, b, state, reverse, after, implementation)
     return (h, last), (a, h, state)
 
 
-def _scan_bwd(reverse, after, residuals, cotangents):
-    # The transpose of a scan is the scan in the other direction, its decay on the other side of
-    # its output: dh_t = dy_t + a_{t+1} dh_{t+1}, da_t = h_{t-1} dh_t.
-    a, h, state = residuals
-    dh, dlast = cotangents
-    db, dstate = _scan(a, dh, dlast, not reverse, not after)
+def _scan_bwd(reverse, after, implementation, residuals, cotangents):
+    if after:
+        return _pullback(*residuals, *cotangents, reverse, after, implementation)
+    return _gradient(*residuals, *cotangents, reverse, implementation)
+
+
+_scan.__wrapped__.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _pullback(a, h, state, dh, dlast, reverse, after, implementation):
+    """(da, db, dstate) by another scan.
+
+    The transpose of a scan is the scan in the other direction, its decay on the other side of its
+    output: dh_t = dy_t + a_{t+1} dh_{t+1}, da_t = h_{t-1} dh_t.
+    """
+    db, dstate = _scan(a, dh, dlast, not reverse, not after, implementation)
     wide = lambda x: x.astype(state.dtype)
     if after:
         da = wide(h) * _previous(wide(db), dlast, not reverse)
@@ -70,7 +98,64 @@ def _scan_bwd(reverse, after, residuals, cotangents):
     return jnp.sum(da, axes, keepdims=True).astype(a.dtype), db, dstate
 
 
-_scan.__wrapped__.defvjp(_scan_fwd, _scan_bwd)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _gradient(a, h, state, dh, dlast, reverse, implementation):
+    """`_pullback` for a decay before the output, which a kernel computes in one pass."""
+
+    def on(platform):
+        del platform  # `_pullback`'s scan sees to it
+        return lambda *arrays: _pullback(*arrays, reverse, False, "xla")
+
+    def kernel(module):
+        return functools.partial(module.gradient, reverse=reverse)
+
+    return choose(implementation, _KERNELS, on, kernel, a, h, state, dh, dlast)
+
+
+def _gradient_fwd(*arguments):
+    *arrays, reverse, implementation = arguments
+    return _gradient(*arrays, reverse, implementation), arrays
+
+
+def _gradient_bwd(reverse, implementation, arrays, cotangents):
+    pullback = lambda *arrays: _pullback(*arrays, reverse, False, implementation)
+    return jax.vjp(pullback, *arrays)[1](cotangents)
+
+
+_gradient.defvjp(_gradient_fwd, _gradient_bwd)
+
+
+def choose(implementation, kernels, xla, kernel, *arrays):
+    """`kernel(module)(*arrays)` or `xla(platform)(*arrays)`, chosen when the program is lowered.
+
+    Args:
+      implementation: "xla", "pallas" or None.
+      kernels: {platform: name of the module that has its kernels}. The module's `unsupported` says
+        of the arrays why it can't take them, or None.
+    """
+
+    def try_kernel(module, platform, *arrays):
+        reason = module.unsupported(*arrays)
+        if reason is None:
+            return kernel(module)(*arrays)
+        if implementation == "pallas":
+            raise ValueError(f'implementation="pallas": {reason}; implementation="xla" takes all')
+        return xla(platform)(*arrays)
+
+    def pick(platform):
+        if implementation == "xla":
+            return xla(platform)
+        if platform in kernels:
+            module = importlib.import_module(kernels[platform])
+            return functools.partial(try_kernel, module, platform)
+        if implementation == "pallas":
+            raise ValueError(
+                'implementation="pallas" has a kernel for TPUs, and this program is lowered for '
+                f'{platform}; implementation="xla" or None runs anywhere'
+            )
+        return xla(platform)
+
+    return choose_when_lowered(pick, xla("cpu"), *arrays)
 
 
 def sequential(a, b, state, *, reverse, after):

@@ -1,8 +1,8 @@
 """The diagonal linear recurrence h_t = a_t h_{t-1} + b_t, real or complex, over any length.
 
 What S4D, S5 (arXiv 2208.04933) and the RG-LRU (2402.19427) run on. Time is walked through step by
-step on CPUs and scanned associatively in chunks elsewhere; memory is linear in the length, forward
-and backward (`ops.diagonal_scan`).
+step on CPUs, by a kernel on TPUs, and scanned associatively in chunks elsewhere; memory is linear
+in the length, forward and backward (`ops.diagonal_scan`).
 
 Letters: B batch, T time, D any number of axes of channels.
 """
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
 from ops import diagonal_scan
-from ops.recurrence_arguments import check_implementation, check_shape, check_time
+from ops.recurrence_arguments import check_shape, check_time
 
 
 def linear_recurrence(
@@ -36,7 +36,9 @@ def linear_recurrence(
       reverse: run from the last step to the first, h_t = a_t h_{t+1} + b_t: initial_state then
         stands after the last step (its segment last among [B, T + 1] ids), and final_state is
         h at the first.
-      implementation: "xla" or None, the same until there are kernels.
+      implementation: "xla", "pallas" (TPU), or None, which takes the Pallas kernel where the
+        platform that the program is lowered for has one for these shapes and dtypes, and "xla"
+        elsewhere.
 
     Returns:
       h [B, T, *D] in b's dtype (complex if a is), and final_state [B, *D], to be given as
@@ -46,10 +48,10 @@ def linear_recurrence(
     Gradients reach a, b and initial_state from both results, to any order of reverse mode.
 
     Raises:
-      ValueError: shapes or an implementation that do not fit.
+      ValueError: shapes or an implementation that do not fit, or, when the program is lowered,
+        "pallas" on a platform without a kernel for them.
       TypeError: dtypes that are neither floating nor complex, ids that are no integers.
     """
-    check_implementation("linear_recurrence", implementation)
     for name, x in (("a", a), ("b", b), ("initial_state", initial_state)):
         if x is not None and not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(f"{name} must be floating or complex, got {x.dtype}")
@@ -73,7 +75,8 @@ def linear_recurrence(
         first = diagonal_scan.resets(segment_ids, B, T, reverse)
         first = first.reshape(B, T, *(1 for _ in D))
         a = jnp.where(first, jnp.zeros((), a.dtype), a)
-    return diagonal_scan.scan(a, b, initial_state.astype(dtype), reverse=reverse)
+    state = initial_state.astype(dtype)
+    return diagonal_scan.scan(a, b, state, reverse=reverse, implementation=implementation)
 
 
 def _aligned(a, shape):

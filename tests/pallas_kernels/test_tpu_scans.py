@@ -1,0 +1,238 @@
+"""The TPU kernels of diagonal scans: interpreted on a CPU against their definition in float64, and
+compiled ahead of time for TPUs that are not here.
+"""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from benchmarks import aot_tpu
+from benchmarks.aot_tpu import Job
+from ops import linear_recurrence_tpu, reference
+from ops.linear_recurrence import linear_recurrence
+from pallas_kernels.tpu import linear_scan
+
+needs_libtpu = pytest.mark.skipif(
+    not aot_tpu.available(), reason="libtpu is not installed (extra dev)"
+)
+# Largest accepted errors, relative to the largest entry of the reference.
+TOLERANCE = {"float32": 1e-5, "complex64": 1e-5, "bfloat16": 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of 32 steps, small enough for tests to have several."""
+    monkeypatch.setattr(linear_scan, "strips_for", lambda T: linear_scan.Strips(1, 4))
+
+
+def random(shape, dtype, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    if dtype == "complex64":
+        x = x + 1j * rng.standard_normal(shape)
+    return jnp.asarray(x, dtype)
+
+
+def decays(shape, dtype, seed=0):
+    """Of modulus up to 1, some of them exactly 0, as where a segment starts, and some tiny."""
+    rng = np.random.default_rng(seed)
+    a = rng.uniform(-0.2, 1.0, shape)
+    a = np.where(rng.random(shape) < 0.1, rng.choice([0.0, 1e-30, 1.0], shape), a)
+    if dtype == "complex64":
+        a = a * np.exp(1j * rng.standard_normal(shape))
+    return jnp.asarray(a, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def interpreted(a, b, state, dh, dlast, reverse):
+    """h, the last state, and the cotangents of a, b and state."""
+    options = dict(reverse=reverse, interpret=True)
+    h, last = linear_recurrence_tpu.scan(a, b, state, after=False, **options)
+    return h, last, *linear_recurrence_tpu.gradient(a, h, state, dh, dlast, **options)
+
+
+def assert_close(names, got, want, tolerance):
+    for name, x, y in zip(names, got, want, strict=True):
+        assert x.shape == y.shape, name
+        y = np.asarray(y)
+        error = np.max(np.abs(np.asarray(x).astype(y.dtype) - y))
+        bound = tolerance * max(1.0, np.max(np.abs(y)))
+        assert error <= bound, f"{name}: error {error:.2e} above {bound:.2e}"
+
+
+def assert_linear_scan_is_right(B, T, D, a_shape, dtype, reverse=False, a=None):
+    wide = "float32" if dtype == "bfloat16" else dtype
+    a = decays(a_shape, dtype) if a is None else a
+    b, dh = (random((B, T, *D), dtype, seed) for seed in (1, 2))
+    state, dlast = (random((B, *D), wide, seed) for seed in (3, 4))
+    got = interpreted(a, b, state, dh, dlast, reverse)
+    assert [x.dtype.name for x in got] == [dtype, wide, dtype, dtype, wide]
+    with jax.enable_x64(True):
+        double = np.complex128 if dtype == "complex64" else np.float64
+        a, b, state, dh, dlast = (
+            jnp.asarray(np.asarray(x).astype(double)) for x in (a, b, state, dh, dlast)
+        )
+        run = lambda a, b, state: reference.linear_recurrence(
+            a, b, initial_state=state, reverse=reverse
+        )
+        values, pullback = jax.vjp(run, a, b, state)
+        want = [np.asarray(x) for x in (*values, *pullback((dh, dlast)))]
+    assert_close(("h", "last", "da", "db", "dstate"), got, want, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("T", [1, 2, 63, 100])
+def test_linear_scan_equals_the_definition(T):
+    assert_linear_scan_is_right(2, T, (130,), (2, T, 130), "float32")
+
+
+@st.composite
+def problems(draw):
+    B, T = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 32, 40, 63, 100]))
+    D = draw(st.sampled_from([(64,), (130,), (3, 50)]))
+    one = tuple(1 for _ in D)
+    a_shape = draw(st.sampled_from([(B, T, *D), (1, T, *D), (1, 1, *D), (B, 1, *D), (B, T, *one)]))
+    dtype = draw(st.sampled_from(["float32", "complex64", "bfloat16"]))
+    return dict(B=B, T=T, D=D, a_shape=a_shape, dtype=dtype, reverse=draw(st.booleans()))
+
+
+@hypothesis.settings(
+    max_examples=8,
+    phases=[hypothesis.Phase.generate],
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(problems())
+def test_linear_scan_of_any_shape_equals_the_definition(problem):
+    assert_linear_scan_is_right(**problem)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def strips_interpreted(a, b, state, dh, dlast, reverse, strips):
+    options = dict(reverse=reverse, strips=strips, interpret=True)
+    (h,), (last,) = linear_scan.scan((a,), (b,), (state,), **options)
+    gradients = linear_scan.gradient((a,), (h,), (state,), (dh,), (dlast,), **options)
+    return h, last, *(x for (x,) in gradients)
+
+
+def test_linear_scan_with_several_groups_of_strips():
+    """As long sequences have, and an incomplete chunk in either direction."""
+    strips = linear_scan.Strips(3, 2)
+    for reverse, constant in ((False, True), (True, False)):
+        a = decays((1, 1 if constant else 70, 8), "float32")
+        b, dh = (random((1, 70, 8), "float32", seed) for seed in (1, 2))
+        state, dlast = (random((1, 8), "float32", seed) for seed in (3, 4))
+        got = strips_interpreted(a, b, state, dh, dlast, reverse, strips)
+        run = lambda a, b, s: reference.linear_recurrence(a, b, initial_state=s, reverse=reverse)  # noqa: B023
+        values, pullback = jax.vjp(run, a, b, state)
+        want = (*values, *pullback((dh, dlast)))
+        assert_close(("h", "last", "da", "db", "dstate"), got, want, 1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-30, 1.0, -1.0])
+def test_linear_scan_of_extreme_decays(decay):
+    a = jnp.full((1, 40, 64), decay)
+    assert_linear_scan_is_right(1, 40, (64,), a.shape, "float32", a=a)
+
+
+def test_linear_scan_keeps_its_state_in_float32():
+    """4,096 times 1/256 is 16 in float32; a bfloat16 state would stop at 1."""
+    b = jnp.full((1, 4096, 64), 2.0**-8, jnp.bfloat16)
+    a = jnp.ones((1, 1, 64), jnp.bfloat16)
+    h, last = linear_recurrence_tpu.scan(
+        a, b, jnp.zeros((1, 64)), reverse=False, after=False, interpret=True
+    )
+    assert last[0, 0] == h[0, -1, 0] == 16.0
+
+
+def test_linear_scan_under_vmap():
+    a, b = decays((3, 1, 40, 64), "float32"), random((3, 1, 40, 64), "float32", 1)
+    state = random((3, 1, 64), "float32", 2)
+    run = functools.partial(linear_recurrence_tpu.scan, reverse=False, after=False, interpret=True)
+    h, last = jax.vmap(run)(a, b, state)
+    want = [reference.linear_recurrence(a[i], b[i], initial_state=state[i]) for i in range(3)]
+    assert_close(("h", "last"), (h, last), map(np.stack, zip(*want, strict=True)), 1e-5)
+
+
+# Choosing the kernel.
+
+
+def lowered(function, *arrays, platform="tpu"):
+    return jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+
+
+def loss(*arrays, **options):
+    h, last = linear_recurrence(*arrays, **options)
+    return jnp.sum(jnp.abs(h)) + jnp.sum(jnp.abs(last))
+
+
+def test_linear_recurrence_takes_the_kernel_on_tpus():
+    x = jax.ShapeDtypeStruct((2, 50, 64), jnp.float32)
+    text = lowered(jax.grad(loss, (0, 1)), x, x)
+    assert 'kernel_name = "linear_scan"' in text
+    assert 'kernel_name = "linear_scan_gradient"' in text
+    vmapped = jax.vmap(jax.grad(lambda a, b: loss(a[None], b[None])))
+    assert "tpu_custom_call" in lowered(vmapped, x, x)
+    assert "tpu_custom_call" not in lowered(functools.partial(loss, implementation="xla"), x, x)
+    assert "tpu_custom_call" not in lowered(loss, x, x, platform="cuda")
+
+
+def test_linear_recurrence_takes_the_kernel_inside_shard_map():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, none = PartitionSpec("data"), PartitionSpec()
+    for a_shape, spec in (((4, 50, 64), rows), ((64,), none)):
+        a, b = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (a_shape, (4, 50, 64)))
+        run = jax.shard_map(
+            linear_recurrence, mesh=mesh, in_specs=(spec, rows), out_specs=(rows, rows)
+        )
+        pullback = lambda a, b, run=run: jax.vjp(run, a, b)[1]((b, b[:, 0]))
+        assert "tpu_custom_call" in lowered(pullback, a, b)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, words", [((1, 9, 3), "float32", "64 and more"), ((1, 9, 64), "float16", "a is")]
+)
+def test_what_the_kernel_cannot_do_is_named_and_none_takes_xla(shape, dtype, words):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    assert "tpu_custom_call" not in lowered(loss, x, x)
+    with pytest.raises(ValueError, match=words):
+        lowered(functools.partial(loss, implementation="pallas"), x, x)
+
+
+def test_pallas_on_a_cpu_is_an_error_that_names_what_would_run():
+    with pytest.raises(ValueError, match='TPUs.*lowered for cpu.*"xla"'):
+        linear_recurrence(jnp.ones(64), jnp.ones((1, 9, 64)), implementation="pallas")
+
+
+# Compiled for TPUs.
+
+
+def job(op, arrays, **options):
+    return Job("benchmarks.scans_tpu_static:gradient", dict(op=op, **arrays, **options))
+
+
+CASES = {
+    "by time": dict(B=1, T=3000, D=256, dtype="float32"),
+    "constant": dict(B=2, T=3000, D=200, dtype="bfloat16", constant=True),
+    "complex": dict(B=1, T=1300, D=128, dtype="complex64"),
+    "one step": dict(B=2, T=1, D=64, dtype="float32"),
+    "packed": dict(B=2, T=100, D=130, dtype="bfloat16", segments=True),
+}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+def test_linear_recurrence_compiles(generation):
+    """Forward and gradient; all cases on one generation only, for time."""
+    names = list(CASES) if generation == "v5e" else ["by time", "complex"]
+    jobs = [job("linear_recurrence", CASES[name]) for name in names]
+    results = aot_tpu.compile_jobs(jobs, generation, profile=False)
+    for name, result in zip(names, results, strict=True):
+        assert "custom_calls" in result, (name, result)
+        calls = {call.split(".")[0] for call in result["custom_calls"]}
+        assert calls >= {"linear_scan", "linear_scan_gradient"}, name
+        assert 0 < result["vmem"] <= 16 * 2**20, name
