@@ -1,10 +1,9 @@
-"""Published checkpoints: GPT-2 and Llama folders of Hugging Face, and GGUF llama files.
+"""Published checkpoints: folders of Hugging Face (GPT-2, Llama, Mamba, Mamba-2), GGUF llama files.
 
 config, params = load_pretrained("SmolLM2-135M-Instruct.Q4_1.gguf")
 logits, _ = LanguageModel(config).apply({"params": params}, tokens)
 """
 
-import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -19,12 +18,19 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from models import weight_names
+from models.checkpoint_configs import from_hf_config, layout, to_hf_config
 from models.config import LanguageModelConfig
 from models.language_model import LanguageModel
 from models.weight_names import CheckpointError
 
 # Buffers that older exports store beside the weights: masks and rotary tables.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "rope_freqs.weight")
+_ENTRIES = {
+    "gpt2": weight_names.gpt2_entries,
+    "llama": weight_names.llama_entries,
+    "mamba": weight_names.mamba_entries,
+    "mamba2": weight_names.mamba_entries,
+}
 
 
 def load_pretrained(
@@ -61,13 +67,13 @@ def load_pretrained(
 
 
 def save_pretrained(path: str | pathlib.Path, config: LanguageModelConfig, params) -> None:
-    """Writes config.json and model.safetensors in Hugging Face's layout of GPT-2 or Llama.
+    """Writes config.json and model.safetensors in the layout of Hugging Face that fits.
 
     Raises:
-      CheckpointError: if the model is neither of the two.
+      CheckpointError: if the model is no GPT-2, Llama, Mamba or Mamba-2.
     """
     path = pathlib.Path(path)
-    hf = _to_hf_config(config)
+    hf = to_hf_config(config)
     flat = {"/".join(k): np.asarray(v) for k, v in flatten_dict(nn.unbox(params)).items()}
     tensors = {}
     for entry, names in weight_names.file_names(_ENTRIES[hf["model_type"]](config), config.repeats):
@@ -87,7 +93,7 @@ def _load_folder(path: pathlib.Path, dtypes):
     if not file.exists():
         raise FileNotFoundError(f"{path} has no config.json")
     try:
-        config = _from_hf_config(json.loads(file.read_text()), file, dtypes)
+        config = from_hf_config(json.loads(file.read_text()), file, dtypes)
     except CheckpointError:
         raise
     except KeyError as error:
@@ -109,7 +115,7 @@ def _load_folder(path: pathlib.Path, dtypes):
         shard, stored = where[name]
         return np.asarray(opened[shard].get_tensor(stored))
 
-    entries = _ENTRIES["gpt2" if config.position == "learned" else "llama"](config)
+    entries = _ENTRIES[layout(config)](config)
     return config, _read(config, entries, set(where), read, str(path))
 
 
@@ -140,150 +146,6 @@ def _open(shard: pathlib.Path):
         raise CheckpointError(
             f"{shard} ({shard.stat().st_size} bytes) is truncated or no safetensors file: {error}"
         ) from error
-
-
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-_ENTRIES = {"gpt2": weight_names.gpt2_entries, "llama": weight_names.llama_entries}
-
-
-def _from_hf_config(hf: dict[str, Any], file: pathlib.Path, dtypes) -> LanguageModelConfig:
-    kind = hf.get("model_type")
-    if kind == "gpt2":
-        fields = _from_gpt2(hf, file)
-    elif kind == "llama":
-        fields = _from_llama(hf, file)
-    else:
-        raise CheckpointError(f"{file}: model_type {kind!r} is not supported; gpt2 and llama are")
-    return LanguageModelConfig(vocab_size=hf["vocab_size"], **fields, **dtypes)
-
-
-def _refuse(file, hf, **allowed) -> None:
-    """Settings that change the maths and that the models here don't have."""
-    for key, value in allowed.items():
-        if hf.get(key, value) != value:
-            raise CheckpointError(f"{file}: {key}={hf[key]!r} is not supported, only {value!r}")
-
-
-def _from_gpt2(hf, file) -> dict[str, Any]:
-    _refuse(file, hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-    activation = hf.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
-        raise CheckpointError(f"{file}: activation_function={activation!r} is not supported")
-    return dict(
-        d_model=hf["n_embd"],
-        repeats=hf["n_layer"],
-        n_heads=hf["n_head"],
-        position="learned",
-        max_len=hf["n_positions"],
-        norm="layernorm",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        mlp=_ACTIVATIONS[activation],
-        mlp_dim=hf.get("n_inner") or 4 * hf["n_embd"],
-        attention_bias=True,
-        mlp_bias=True,
-        tie_embeddings=hf.get("tie_word_embeddings", True),
-    )
-
-
-def _from_llama(hf, file) -> dict[str, Any]:
-    _refuse(file, hf, hidden_act="silu", pretraining_tp=1)
-    # transformers 5 moved rope_theta and rope_scaling into rope_parameters.
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
-    return dict(
-        d_model=hf["hidden_size"],
-        repeats=hf["num_hidden_layers"],
-        n_heads=hf["num_attention_heads"],
-        n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim"),
-        position="rope",
-        rope_theta=theta,
-        rope_scaling=_rope_scaling(rope, file),
-        max_len=hf.get("max_position_embeddings", 2048),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        mlp_dim=hf["intermediate_size"],
-        attention_bias=hf.get("attention_bias", False),
-        mlp_bias=hf.get("mlp_bias", False),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-    )
-
-
-def _rope_scaling(rope: dict[str, Any], file) -> dict[str, Any] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return dict(kind="linear", factor=rope["factor"])
-    if kind == "llama3":
-        return dict(
-            kind="llama3",
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_max_len=rope["original_max_position_embeddings"],
-        )
-    raise CheckpointError(f"{file}: rope type {kind!r} is not supported; linear and llama3 are")
-
-
-def _to_hf_config(config: LanguageModelConfig) -> dict[str, Any]:
-    """config.json of the layout that fits; every field must survive the way back."""
-    common = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tie_embeddings)
-    if config.position == "learned":
-        names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()} | {"gelu_tanh": "gelu_new"}
-        hf = dict(
-            model_type="gpt2",
-            architectures=["GPT2LMHeadModel"],
-            n_embd=config.d_model,
-            n_layer=config.repeats,
-            n_head=config.n_heads,
-            n_positions=config.max_len,
-            n_inner=config.mlp_dim,
-            activation_function=names.get(config.mlp, config.mlp),
-            layer_norm_epsilon=config.norm_eps,
-            **common,
-        )
-    else:
-        rope = dict(rope_type="default", rope_theta=config.rope_theta)
-        if config.rope_scaling is not None:
-            rope |= dataclasses.asdict(config.rope_scaling)
-            rope["rope_type"] = rope.pop("kind")
-            rope["original_max_position_embeddings"] = rope.pop("original_max_len")
-        hf = dict(
-            model_type="llama",
-            architectures=["LlamaForCausalLM"],
-            hidden_act="silu",
-            hidden_size=config.d_model,
-            num_hidden_layers=config.repeats,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            intermediate_size=config.mlp_dim,
-            max_position_embeddings=config.max_len,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
-            rope_parameters=rope,
-            attention_bias=config.attention_bias,
-            mlp_bias=config.mlp_bias,
-            **common,
-        )
-    _check_exportable(config, hf)
-    return hf
-
-
-def _check_exportable(config: LanguageModelConfig, hf: dict[str, Any]) -> None:
-    dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype)
-    back = _from_hf_config(hf, pathlib.Path("config.json"), dtypes)
-    # How a model is run is no property of its checkpoint.
-    free = ("remat", "scan_layers", "attention_implementation")
-    for field in dataclasses.fields(config):
-        ours, theirs = getattr(config, field.name), getattr(back, field.name)
-        if field.name not in free and ours != theirs:
-            raise CheckpointError(
-                f"the {hf['model_type']} layout has no place for {field.name}={ours!r} (it means "
-                f"{theirs!r}); only GPT-2 and Llama models can be exported"
-            )
-    if not config.scan_layers:
-        raise CheckpointError("export needs the stacked parameters of scan_layers=True")
 
 
 # GGUF
@@ -343,6 +205,6 @@ def _read(config, entries, names, read, source) -> dict[str, Any]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     abstract = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
     flat = flatten_dict(nn.unbox(abstract)["params"])
-    shapes = {"/".join(path): leaf.shape for path, leaf in flat.items()}
-    params = weight_names.read_params(config, entries, shapes, names, read, source)
+    leaves = {"/".join(path): leaf for path, leaf in flat.items()}
+    params = weight_names.read_params(config, entries, leaves, names, read, source)
     return unflatten_dict({tuple(path.split("/")): value for path, value in params.items()})

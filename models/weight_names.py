@@ -7,6 +7,7 @@ leading axis that `nn.scan` added. Everything else is a transpose and a reshape.
 import dataclasses
 from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 
 from models.config import LanguageModelConfig
@@ -21,8 +22,9 @@ class Entry:
     Attributes:
       name: in the file, "{}" for the layer's number.
       paths: of the parameters it holds; several are fused along the outputs.
-      kind: "vector", "table" (an embedding), "in_out" (a matrix [inputs, outputs]) or "out_in"
-        (its transpose).
+      kind: "vector", "table" (an embedding, or another array as it is), "in_out" (a matrix
+        [inputs, outputs]), "out_in" (its transpose) or "window" (a depthwise convolution [W, E],
+        in the file [E, 1, W]).
       inputs: how many leading axes of the parameter are inputs (2 for attention's output).
     """
 
@@ -41,13 +43,15 @@ class Entry:
             return shapes[0]
         if self.kind == "vector":
             return (sum(int(np.prod(shape)) for shape in shapes),)
+        if self.kind == "window":
+            return (shapes[0][1], 1, shapes[0][0])
         rows = int(np.prod(shapes[0][: self.inputs]))
         columns = sum(int(np.prod(shape[self.inputs :])) for shape in shapes)
         return (rows, columns) if self.kind == "in_out" else (columns, rows)
 
     def read(self, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """The parameters (of one layer) in a tensor of the file."""
-        tensor = tensor.T if self.kind == "out_in" else tensor
+        tensor = tensor.T if self.kind in ("out_in", "window") else tensor
         if len(shapes) == 1:
             return [tensor.reshape(shapes[0])]
         widths = [
@@ -63,6 +67,8 @@ class Entry:
             return np.ascontiguousarray(params[0])
         if self.kind == "vector":
             return np.concatenate([p.reshape(-1) for p in params])
+        if self.kind == "window":
+            return np.ascontiguousarray(params[0].T[:, None])
         rows = int(np.prod(params[0].shape[: self.inputs]))
         matrix = np.concatenate([p.reshape(rows, -1) for p in params], axis=1)
         return np.ascontiguousarray(matrix if self.kind == "in_out" else matrix.T)
@@ -143,6 +149,42 @@ def llama_entries(config: LanguageModelConfig) -> list[Entry]:
     )
 
 
+def mamba_entries(config: LanguageModelConfig) -> list[Entry]:
+    """Hugging Face's Mamba and Mamba-2, whose mixers differ in what selects the step sizes."""
+    (kind,) = config.pattern
+    block, layer = f"backbone/layers/{kind}_0/", "backbone.layers.{}."
+    ours, theirs = block + "mixer/", layer + "mixer."
+    options = config.mixers.get(kind, {})
+    entries = [
+        Entry("backbone.embeddings.weight", ("backbone/embed/embedding",), "table"),
+        Entry("backbone.norm_f.weight", ("backbone/final_norm/scale",)),
+        Entry(layer + "norm.weight", (block + "norm/scale",)),
+        Entry(theirs + "A_log", (ours + "A_log",), "table"),
+        Entry(theirs + "D", (ours + "D",)),
+        Entry(theirs + "conv1d.weight", (ours + "conv/kernel",), "window"),
+    ]
+    if options.get("conv_bias", True):
+        entries.append(Entry(theirs + "conv1d.bias", (ours + "conv/bias",)))
+    for name in ("in_proj", "out_proj"):
+        entries.append(Entry(f"{theirs}{name}.weight", (f"{ours}{name}/kernel",), "out_in"))
+        if options.get("use_bias", False):
+            entries.append(Entry(f"{theirs}{name}.bias", (f"{ours}{name}/bias",)))
+    if kind == "mamba":
+        entries += [
+            Entry(theirs + "x_proj.weight", (ours + "x_proj/kernel",), "out_in"),
+            Entry(theirs + "dt_proj.weight", (ours + "dt_proj/kernel",), "out_in"),
+            Entry(theirs + "dt_proj.bias", (ours + "dt_bias",)),
+        ]
+    else:
+        entries += [
+            Entry(theirs + "dt_bias", (ours + "dt_bias",)),
+            Entry(theirs + "norm.weight", (ours + "norm/scale",)),
+        ]
+    if not config.tie_embeddings:
+        entries.append(Entry("lm_head.weight", ("head/kernel",), "out_in"))
+    return entries
+
+
 def gguf_llama_entries(config: LanguageModelConfig) -> list[Entry]:
     """GGUF's llama architecture: rows of q and k are ordered for interleaved rotary pairs."""
     layer = "blk.{}."
@@ -174,7 +216,7 @@ def file_names(entries: list[Entry], layers: int) -> Iterator[tuple[Entry, list[
 def read_params(
     config: LanguageModelConfig,
     entries: list[Entry],
-    shapes: dict[str, tuple[int, ...]],
+    leaves: dict[str, jax.ShapeDtypeStruct],
     names: set[str],
     read: Callable[[str], np.ndarray],
     source: str,
@@ -182,7 +224,7 @@ def read_params(
     """All parameters by path, stacked over layers.
 
     Args:
-      shapes: of all parameters by path.
+      leaves: shapes and dtypes of all parameters by path.
       names: of all tensors in the file.
       read: name -> tensor.
       source: the file, for errors.
@@ -200,11 +242,11 @@ def read_params(
             parts.append(f"{len(extra)} tensors are not of this architecture: {_some(extra)}")
         raise CheckpointError(f"{source}: {'; '.join(parts)}")
 
-    params, dtype = {}, np.dtype(config.param_dtype)
+    params = {}
     for entry, group in file_names(entries, config.repeats):
-        one = [shapes[path][1:] if entry.per_layer else shapes[path] for path in entry.paths]
+        one = [leaves[path].shape[1 if entry.per_layer else 0 :] for path in entry.paths]
         for path in entry.paths:
-            params[path] = np.empty(shapes[path], dtype)
+            params[path] = np.empty(leaves[path].shape, leaves[path].dtype)
         for i, name in enumerate(group):
             tensor = read(name)
             if tensor.shape != entry.file_shape(one):

@@ -30,7 +30,31 @@ GPT2 = LanguageModelConfig(
     attention_bias=True,
     mlp_bias=True,
 )
+MAMBA = LanguageModelConfig(
+    vocab_size=40,
+    d_model=32,
+    repeats=2,
+    pattern=("mamba",),
+    position="none",
+    mixers=dict(mamba=dict(state_dim=4)),
+)
+MAMBA2 = dataclasses.replace(
+    MAMBA, pattern=("mamba2",), mixers=dict(mamba2=dict(state_dim=4, head_dim=8, n_groups=2))
+)
 CONFIGS = {
+    "mamba": MAMBA,
+    "mamba-untied-bias-rank": dataclasses.replace(
+        MAMBA,
+        tie_embeddings=False,
+        norm_eps=1e-4,
+        mixers=dict(mamba=dict(dt_rank=5, expand=3, conv_width=3, use_bias=True, conv_bias=False)),
+    ),
+    "mamba2": MAMBA2,
+    "mamba2-untied-bias-limit": dataclasses.replace(
+        MAMBA2,
+        tie_embeddings=False,
+        mixers=dict(mamba2=dict(head_dim=16, use_bias=True, dt_limit=(0.1, 2.0))),
+    ),
     "llama": LLAMA,
     "llama-untied-bias-scaled": dataclasses.replace(
         LLAMA,
@@ -72,6 +96,45 @@ def test_lower_precision_is_kept_or_asked_for(tmp_path):
     leaf = params["backbone"]["embed"]["embedding"]
     assert leaf.dtype == jnp.bfloat16
     np.testing.assert_array_equal(leaf, half["model.embed_tokens.weight"])
+
+
+def test_decays_and_steps_are_read_in_float32(tmp_path):
+    save_pretrained(tmp_path, MAMBA2, random_params(MAMBA2))
+    _, params = load_pretrained(tmp_path, dtype="bfloat16", param_dtype="bfloat16")
+    mixer = params["backbone"]["layers"]["mamba2_0"]["mixer"]
+    assert all(mixer[name].dtype == jnp.float32 for name in ("A_log", "dt_bias", "D"))
+    assert mixer["in_proj"]["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "config,changes,message",
+    [
+        (MAMBA, dict(hidden_act="relu"), "hidden_act='relu' is not supported, only 'silu'"),
+        (MAMBA2, dict(num_heads=3), "num_heads=3 times head_dim=8 must be expand .* = 64"),
+        (MAMBA2, dict(state_size="x"), "describes no model: .*mamba2.state_dim must be int"),
+    ],
+)
+def test_unsupported_recurrent_configurations_are_refused(config, changes, message, tmp_path):
+    save_pretrained(tmp_path, config, random_params(config))
+    hf = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(hf | changes))
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(tmp_path)
+
+
+def test_fields_of_absent_blocks_and_ways_to_run_stop_no_export(tmp_path):
+    """A recurrent model as training configures it: attention's fields have some value."""
+    config = dataclasses.replace(
+        MAMBA2, position="rope", max_len=77, mixers=dict(mamba2=dict(head_dim=8, chunk=32))
+    )
+    params = random_params(config)
+    save_pretrained(tmp_path, config, params)
+    loaded_config, loaded = load_pretrained(tmp_path)
+    ours, _ = LanguageModel(config).apply({"params": params}, TOKENS)
+    theirs, _ = LanguageModel(loaded_config).apply({"params": loaded}, TOKENS)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    with pytest.raises(CheckpointError, match="mamba2 layout has no place for position='learned'"):
+        save_pretrained(tmp_path, dataclasses.replace(config, position="learned"), {})
 
 
 def rewrite(folder, change):
@@ -151,7 +214,10 @@ def test_truncated_and_absent_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        (dict(model_type="bert"), "model_type 'bert' is not supported; gpt2 and llama are"),
+        (
+            dict(model_type="bert"),
+            "model_type 'bert' is not supported; gpt2, llama, mamba, mamba2 are",
+        ),
         (dict(hidden_act="relu"), "hidden_act='relu' is not supported, only 'silu'"),
         (
             dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)),
@@ -216,6 +282,9 @@ def test_only_models_that_fit_a_layout_are_exported(tmp_path):
     alibi = dataclasses.replace(LLAMA, position="alibi")
     with pytest.raises(CheckpointError, match="the llama layout has no place for position='alibi'"):
         save_pretrained(tmp_path, alibi, {})
+    faded = dataclasses.replace(MAMBA2, mixers=dict(mamba2=dict(head_dim=8, b_scale=0.75)))
+    with pytest.raises(CheckpointError, match="mamba2 layout has no place for mixers="):
+        save_pretrained(tmp_path, faded, {})
     windowed = dataclasses.replace(LLAMA, window=4, pattern=("local_attention", "mlp"))
     with pytest.raises(CheckpointError, match="no place for pattern="):
         save_pretrained(tmp_path, windowed, {})

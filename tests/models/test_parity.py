@@ -53,7 +53,41 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+MAMBA = dict(hidden_size=48, state_size=6, num_hidden_layers=3, vocab_size=101)
+MAMBA2 = MAMBA | dict(head_dim=8, num_heads=12, n_groups=2, chunk_size=16)
 CASES = {
+    "mamba": ("mamba", MAMBA, "5GB"),
+    "mamba-untied-biases-rank": (
+        "mamba",
+        MAMBA
+        | dict(
+            tie_word_embeddings=False,
+            use_bias=True,
+            use_conv_bias=False,
+            conv_kernel=3,
+            expand=3,
+            time_step_rank=5,
+            layer_norm_epsilon=1e-3,
+        ),
+        "5GB",
+    ),
+    "mamba2": ("mamba2", MAMBA2, "5GB"),
+    "mamba2-sharded": ("mamba2", MAMBA2, "60KB"),
+    "mamba2-tied-biases-limit": (
+        "mamba2",
+        MAMBA2
+        | dict(
+            tie_word_embeddings=True,
+            use_bias=True,
+            use_conv_bias=False,
+            n_groups=1,
+            head_dim=48,
+            num_heads=2,
+            time_step_limit=(0.02, 0.7),
+            layer_norm_epsilon=1e-3,
+        ),
+        "5GB",
+    ),
     "gpt2": ("gpt2", GPT2, "5GB"),
     "gpt2-gelu-wide": ("gpt2", GPT2 | dict(activation_function="gelu", n_inner=100), "5GB"),
     "llama-gqa": ("llama", LLAMA, "5GB"),
@@ -78,9 +112,14 @@ CASES = {
 }
 
 
-EXPORTED = LanguageModelConfig(
-    vocab_size=61, d_model=32, repeats=2, n_heads=4, n_kv_heads=2, mlp_dim=48
-)
+SMALL = dict(vocab_size=61, d_model=32, repeats=2)
+EXPORTED = {
+    "exported-llama": LanguageModelConfig(**SMALL, n_heads=4, n_kv_heads=2, mlp_dim=48),
+    "exported-mamba": LanguageModelConfig(**SMALL, pattern=("mamba",), position="none"),
+    "exported-mamba2": LanguageModelConfig(
+        **SMALL, pattern=("mamba2",), position="none", mixers=dict(mamba2=dict(head_dim=16))
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +128,10 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("parity")
     (root / "cases.json").write_text(json.dumps(CASES))
     tokens = np.arange(18).reshape(2, 9) * 3
-    params = nn.unbox(LanguageModel(EXPORTED).init(jax.random.key(0), tokens)["params"])
-    save_pretrained(root / "exported", EXPORTED, params)
-    np.save(root / "exported" / "tokens.npy", tokens)
+    for name, config in EXPORTED.items():
+        params = nn.unbox(LanguageModel(config).init(jax.random.key(0), tokens)["params"])
+        save_pretrained(root / name, config, params)
+        np.save(root / name / "tokens.npy", tokens)
     command = [torch_python(), str(WORKER), str(root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -115,8 +155,21 @@ def test_shards_are_read_through_their_index(folder):
     (folder / "llama-gqa" / "model.safetensors").stat()
 
 
-def test_exports_are_read_by_transformers(folder):
-    config, params = load_pretrained(folder / "exported")
-    tokens = jnp.asarray(np.load(folder / "exported" / "tokens.npy"))
+@pytest.mark.parametrize("case", ["llama-gqa", "mamba", "mamba-untied-biases-rank", "mamba2"])
+def test_steps_give_the_same_logits(case, folder):
+    """A prompt, then token by token."""
+    expected = np.load(folder / case / "expected.npz")
+    config, params = load_pretrained(folder / case)
+    model, tokens = LanguageModel(config), jnp.asarray(expected["tokens"])
+    step, state = jax.jit(model.apply), model.init_state(2, tokens.shape[1])
+    for i, j in [(0, 20)] + [(i, i + 1) for i in range(20, 37)]:
+        logits, state = step({"params": params}, tokens[:, i:j], state=state)
+        np.testing.assert_allclose(logits, expected["logits"][:, i:j], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exports_are_read_by_transformers(name, folder):
+    config, params = load_pretrained(folder / name)
+    tokens = jnp.asarray(np.load(folder / name / "tokens.npy"))
     ours, _ = LanguageModel(config).apply({"params": params}, tokens)
-    np.testing.assert_allclose(ours, np.load(folder / "exported" / "theirs.npy"), atol=1e-4)
+    np.testing.assert_allclose(ours, np.load(folder / name / "theirs.npy"), atol=1e-4)

@@ -2,7 +2,7 @@
 
 python transformers_worker.py FOLDER      FOLDER/cases.json: {case: [kind, fields, shard size]}
 
-Each case becomes FOLDER/case with the checkpoint and expected.npz. FOLDER/exported, if it exists,
+Each case becomes FOLDER/case with the checkpoint and expected.npz. Every FOLDER/exported*
 is a checkpoint to run instead: its tokens.npy gives theirs.npy.
 """
 
@@ -17,6 +17,8 @@ import transformers
 CLASSES = {
     "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM),
+    "mamba2": (transformers.Mamba2Config, transformers.Mamba2ForCausalLM),
 }
 
 
@@ -43,5 +45,5 @@ if __name__ == "__main__":
     root = pathlib.Path(sys.argv[1])
     for name, case in json.loads((root / "cases.json").read_text()).items():
         write_case(root / name, *case)
-    if (root / "exported").exists():
-        run_exported(root / "exported")
+    for exported in sorted(root.glob("exported*")):
+        run_exported(exported)

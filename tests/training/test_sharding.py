@@ -31,6 +31,7 @@ LANGUAGE_MODELS = {
     "recurrent": (
         "all",
         dict(
+            repeats=1,
             pattern=("mamba2", "mlp", "mamba"),
             mixers=dict(mamba2=dict(head_dim=4, state_dim=4), mamba=dict(state_dim=4)),
         ),
