@@ -1,6 +1,7 @@
 """The delta rules against their steps in float64: values, gradients, identities, errors."""
 
 import functools
+import importlib
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,6 +12,8 @@ import pytest
 
 from ops import reference
 from ops.delta_rule import delta_rule, gated_delta_rule
+
+module = importlib.import_module("ops.delta_rule")  # `ops.delta_rule` is the function
 
 TOLERANCE = 5e-6  # of the largest entry
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
@@ -85,6 +88,18 @@ def test_a_key_reads_what_it_wrote_last():
     q, k, v, beta, _, S = inputs(1, 50, 1, 1, 8, 8)
     o, _ = delta_rule(k, k, v, jnp.ones_like(beta), scale=1.0, initial_state=S)
     np.testing.assert_allclose(o, v, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_triangular_systems_are_solved_to_the_last_digits(transposed):
+    """Also those of one key again and again, whose Neumann series loses all digits."""
+    rng = np.random.default_rng(0)
+    A = np.tril(np.stack([np.ones((48, 48)), rng.random((48, 48))]), -1)
+    x = rng.standard_normal((2, 48, 5))
+    got = module._solve(jnp.asarray(A, jnp.float32), jnp.asarray(x, jnp.float32), transposed)
+    system = np.eye(48) + (A.swapaxes(1, 2) if transposed else A)
+    residual = np.abs(system @ np.asarray(got, np.float64) - x).max()
+    assert residual <= 1e-6 * np.abs(got).max() * 48
 
 
 def test_bfloat16_keeps_its_state_in_float32():
