@@ -121,9 +121,9 @@ def main():
             results = [x.detach() for x in runs[peer]()]
             if case.get("head") is not None:  # one head, as all would be long to judge
                 results = [x[0, case["head"]] for x in results]
-            with open(case["outputs"], "wb") as f:
-                for x in results:
-                    f.write(bytes(x.float().cpu().contiguous().clone().untyped_storage()))
+            size = sum(x.numel() for x in results)
+            file = torch.from_file(case["outputs"], shared=True, size=size)
+            file.copy_(torch.cat([x.float().cpu().flatten() for x in results]))
             answer = {"version": torch.__version__, "shapes": [list(x.shape) for x in results]}
         elif request["do"] == "run":
             start = time.perf_counter()
