@@ -83,13 +83,19 @@ def runtime(settings: Mapping[str, Any], seed: int, folder) -> dict:
 def memory(settings: Mapping[str, Any], seed: int, folder) -> dict:
     """Bytes of temporaries of each variant at one length: compiled, not run.
 
-    Settings as for `runtime`. Returns {variant: {"temp_bytes", "compile_s"}}.
+    Settings as for `runtime`. Returns {variant: {"temp_bytes", "compile_s"}}; a variant that the
+    compiler refuses for want of memory (TPU) has {"error": "out of memory"} instead.
     """
     like = jax.ShapeDtypeStruct(_shape(settings), jnp.dtype(settings["dtype"]))
     results = {}
     for name in settings["variants"]:
         function = in_direction(variant(name, settings), settings["direction"])
-        results[name] = timing.compile_function(function, like, like, like, like)[1]
+        try:
+            results[name] = timing.compile_function(function, like, like, like, like)[1]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            results[name] = {"error": timing.OUT_OF_MEMORY}
     return results
 
 

@@ -5,6 +5,7 @@ Letters: B batch, T time, H heads, G key-value heads, D head dim.
 
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,12 @@ import numpy as np
 from experiments.claims import Claim, judge
 from experiments.records import Record, Records
 from experiments.tables import MEASURED, Column, Table
-from ops import attention_tpu, masks
+from ops import attention_tpu, attention_xla, masks
 from ops.attention import attention
+from pallas_kernels.tpu.block_sizes import Tile
 
-IMPLEMENTATIONS = ("tiled (XLA)", "tiled (Pallas TPU, interpreted)")
-STANDARD = "standard"
+STANDARD, XLA, KERNELS = "standard", "tiled (XLA)", "tiled (Pallas TPU, interpreted)"
+CHOSEN = "as chosen"  # tiles that the op takes by itself
 OUTPUTS = ("o", "dq", "dk", "dv")
 FLOAT32_BOUND = 2e-6  # relative to the largest value
 BFLOAT16_BOUND = 2.0  # times the error of standard attention in bfloat16
@@ -48,11 +50,13 @@ def errors(settings: Mapping[str, Any], seed: int, folder) -> dict:
     """Largest error of each output over the largest value of that output, per implementation.
 
     Settings: length, heads, head_dim, mask (a name of `make_mask`; "grouped heads" is causal with
-    half as many key-value heads), dtype, kernels (interpret the Pallas kernels too).
+    half as many key-value heads), dtype, tiles and kernel_tiles (sizes such as "64x128", queries x
+    keys, for the XLA implementation and for the Pallas kernels, which are interpreted).
 
     Returns:
-      {implementation: {"o", "dq", "dk", "dv"}}; "standard" is jax.nn.dot_product_attention in the
-      same dtype. All are measured against the dense computation in float64 of the rounded inputs.
+      {"implementation, tile": {"o", "dq", "dk", "dv"}}; "standard, none" is
+      jax.nn.dot_product_attention in the same dtype. All are measured against the dense computation
+      in float64 of the rounded inputs.
     """
     length, heads, dtype = settings["length"], settings["heads"], settings["dtype"]
     groups = heads // 2 if settings["mask"] == "grouped heads" else heads
@@ -66,14 +70,17 @@ def errors(settings: Mapping[str, Any], seed: int, folder) -> dict:
     def standard(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(visible))
 
+    def chosen(q, k, v):
+        return attention(q, k, v, mask=mask, implementation="xla")
+
     found = {
-        STANDARD: _with_gradients(standard, q, k, v, do),
-        IMPLEMENTATIONS[0]: _with_gradients(
-            lambda q, k, v: attention(q, k, v, mask=mask, implementation="xla"), q, k, v, do
-        ),
+        f"{STANDARD}, none": _with_gradients(standard, q, k, v, do),
+        f"{XLA}, {CHOSEN}": _with_gradients(chosen, q, k, v, do),
     }
-    if settings["kernels"]:
-        found[IMPLEMENTATIONS[1]] = _interpreted(q, k, v, do, mask)
+    for tile in settings["tiles"]:
+        found[f"{XLA}, {tile}"] = _by_xla(q, k, v, do, mask, sides(tile))
+    for tile in settings["kernel_tiles"]:
+        found[f"{KERNELS}, {tile}"] = _interpreted(q, k, v, do, mask, sides(tile))
     return {
         name: {
             output: float(np.max(np.abs(np.asarray(x, np.float64) - y)) / np.max(np.abs(y)))
@@ -110,31 +117,69 @@ def _with_gradients(function, q, k, v, do):
     return run(q, k, v, do)
 
 
-def _interpreted(q, k, v, do, mask):
-    """The TPU kernels, run step by step on this machine."""
+def sides(tile: str) -> tuple[int, int]:
+    """(queries, keys) of a tile such as "64x128".
+
+    Raises:
+      ValueError: it is not two positive numbers with an x between them.
+    """
+    try:
+        queries, keys = (int(side) for side in tile.split("x"))
+    except ValueError:
+        queries = keys = 0
+    if min(queries, keys) < 1:
+        raise ValueError(f"tile={tile!r} must be queries x keys, e.g. '64x128'")
+    return queries, keys
+
+
+def _by_xla(q, k, v, do, mask, tile):
+    """The XLA implementation in tiles of one size, whatever it would choose."""
+    scale = q.shape[3] ** -0.5
+
+    @jax.jit
+    def run(q, k, v, do):
+        problem = (q, k, v, None, mask, 0)
+        o, lse = attention_xla.forward(*problem, scale=scale, logit_cap=None)
+        residuals = (*problem, o, lse, do, jnp.zeros_like(lse))
+        return o, *attention_xla.backward(*residuals, scale=scale, logit_cap=None)[:3]
+
+    with mock.patch.object(attention_xla, "tile_sizes", lambda *_: tile):
+        return run(q, k, v, do)
+
+
+def _interpreted(q, k, v, do, mask, tile):
+    """The TPU kernels in tiles of one size, run step by step on this machine."""
+    queries, keys = tile
     options = dict(scale=q.shape[3] ** -0.5, logit_cap=None, interpret=True)
-    o, lse = attention_tpu.forward(q, k, v, None, mask, 0, **options)
-    gradients = attention_tpu.backward(
-        q, k, v, None, mask, 0, o, lse, do, jnp.zeros_like(lse), **options
-    )
+    # The compute step divides the inner axis of the kernel: keys, or queries for dK and dV.
+    size = lambda kernel, *_: Tile(queries, keys, queries if kernel == "dkv" else keys)
+    with mock.patch.object(attention_tpu, "tile_for", size):
+        o, lse = attention_tpu.forward(q, k, v, None, mask, 0, **options)
+        gradients = attention_tpu.backward(
+            q, k, v, None, mask, 0, o, lse, do, jnp.zeros_like(lse), **options
+        )
     return o, *gradients[:3]
 
 
 def tables(records: Records) -> list[Table]:
-    """Errors by mask, dtype and implementation."""
+    """Errors by mask, dtype and implementation, the worst over its tiles."""
     rows = []
     found = list(records.select(kind="exactness"))
     for record in sorted(found, key=lambda r: r.settings["dtype"], reverse=True):
-        for name, error in record.result.items():
-            labels = (record.settings["dtype"], record.settings["mask"], name)
-            rows.append([*labels, *(error[output] for output in OUTPUTS)])
-    columns = [Column("dtype"), Column("mask"), Column("attention")]
+        for name, of_tile in _by_implementation(record).items():
+            labels = (record.settings["dtype"], record.settings["mask"], name, ", ".join(of_tile))
+            worst = [max(error[output] for error in of_tile.values()) for output in OUTPUTS]
+            rows.append([*labels, *worst])
+    columns = [Column("dtype"), Column("mask"), Column("attention"), Column("tiles")]
     columns += [Column(output, MEASURED, digits=2) for output in OUTPUTS]
     shape = ""
     for r in found[:1]:
         s = r.settings
         shape = f"{s['length']} queries and keys, {s['heads']} heads of {s['head_dim']}. "
-    note = f"{shape}Largest error over largest value, against dense attention in float64."
+    note = (
+        f"{shape}Largest error over largest value, against dense attention in float64, of the "
+        "worst tile. Tiles are queries x keys; by itself the op takes one for so short a sequence."
+    )
     return [Table("exactness", "Exactness of outputs and gradients", columns, rows, note)]
 
 
@@ -147,8 +192,8 @@ def claims(records: Records) -> list[Claim]:
         judge(
             "exact attention",
             "Tiled attention computes the same function as standard attention (theorem 1).",
-            f"outputs and gradients, every mask: float32 within {FLOAT32_BOUND:g} of float64, "
-            f"bfloat16 within {BFLOAT16_BOUND:g} times the error of standard attention",
+            f"outputs and gradients, every mask and tile: float32 within {FLOAT32_BOUND:g} of "
+            f"float64, bfloat16 within {BFLOAT16_BOUND:g} times the error of standard attention",
             worst["float32"] <= FLOAT32_BOUND and worst["bfloat16"] <= BFLOAT16_BOUND
             if known
             else None,
@@ -162,11 +207,21 @@ def claims(records: Records) -> list[Claim]:
 def _worst(found: list[Record], dtype: str) -> float | None:
     """The largest error in float32, the largest ratio to the standard one in bfloat16."""
     values = [
-        error[output] / (record.result[STANDARD][output] if dtype == "bfloat16" else 1.0)
+        error[output] / (record.result[f"{STANDARD}, none"][output] if dtype == "bfloat16" else 1.0)
         for record in found
         if record.settings["dtype"] == dtype
-        for name, error in record.result.items()
+        for name, of_tile in _by_implementation(record).items()
         if name != STANDARD
+        for error in of_tile.values()
         for output in OUTPUTS
     ]
     return max(values, default=None)
+
+
+def _by_implementation(record: Record) -> dict[str, dict[str, Mapping[str, float]]]:
+    """{implementation: {tile: errors}}."""
+    found = {}
+    for name, error in record.result.items():
+        implementation, _, tile = name.rpartition(", ")
+        found.setdefault(implementation, {})[tile] = error
+    return found

@@ -3,6 +3,7 @@
 import dataclasses
 
 SHOWN, NOT_SHOWN = "shown", "not shown"
+NEEDS = "needs scale: "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,15 @@ def judge(
         without it a missing measurement counts as not shown.
     """
     if holds is None:
-        status = f"needs scale: {needs}" if needs else NOT_SHOWN
+        status = f"{NEEDS}{needs}" if needs else NOT_SHOWN
         evidence = evidence or "its measurements are missing"
     else:
         status = SHOWN if holds else NOT_SHOWN
     return Claim(name, statement, criterion, status, evidence)
+
+
+def undecided(claim: Claim, needs: str) -> Claim:
+    """The claim, its numbers kept, where sizes are too small to decide it."""
+    if claim.status.startswith(NEEDS):
+        return claim
+    return dataclasses.replace(claim, status=f"{NEEDS}{needs}")

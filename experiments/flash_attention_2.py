@@ -26,7 +26,12 @@ VARIANTS = ("standard", "tiled")
 
 def cells(config) -> list[Cell]:
     """All measurements of the config."""
-    return [*count_cells(config), *static_figures.cells(), *speed_cells(config)]
+    return [
+        *count_cells(config),
+        *tile_cells(config),
+        *static_figures.cells(),
+        *speed_cells(config),
+    ]
 
 
 def count_cells(config) -> list[Cell]:
@@ -42,6 +47,15 @@ def count_cells(config) -> list[Cell]:
         )
         for causal in (False, True)
         for length in c.lengths
+    ]
+
+
+def tile_cells(config) -> list[Cell]:
+    """Tiles that a causal mask leaves, for several numbers of tiles a side."""
+    block = config.counts.block_q
+    return [
+        Cell(f"tiles-{side}", count_tiles, {"kind": "tiles", "side": side, "block": block})
+        for side in config.counts.tiles_a_side
     ]
 
 
@@ -80,6 +94,21 @@ def count_operations(settings: Mapping[str, Any], seed: int, folder) -> dict:
         fields = vars(count) | {"other_ops": count.other_ops, "traffic": count.traffic}
         results[name] = {name: int(value) for name, value in fields.items()}
     return results
+
+
+def count_tiles(settings: Mapping[str, Any], seed: int, folder) -> dict:
+    """Tiles of a causal mask, as the op's mask algebra tells them apart.
+
+    Settings: side (tiles a side), block (queries and keys of a tile). Returns {"all", "live",
+    "partial"}; a partial tile is live and needs the mask of its elements.
+    """
+    side, block = settings["side"], settings["block"]
+    kinds = masks.tile_kinds(masks.Causal(), side * block, side * block, block, block)
+    return {
+        "all": kinds.size,
+        "live": int(masks.live_tiles(kinds)),
+        "partial": int(np.sum(kinds == masks.PARTIAL)),
+    }
 
 
 def speed(settings: Mapping[str, Any], seed: int, folder) -> dict:

@@ -1,14 +1,21 @@
 """FlashAttention's tables 9 and 11: time and memory against length."""
 
-import math
-from collections.abc import Sequence
-
 from experiments.attention_cells import DIRECTIONS, FORWARD, FORWARD_BACKWARD, live_fraction
 from experiments.claims import Claim, judge
 from experiments.figures import line_chart
 from experiments.records import Records
-from experiments.tables import MEASURED, PUBLISHED, STATIC, Column, Table, ratio
-from experiments.timing import OUT_OF_MEMORY
+from experiments.tables import (
+    MEASURED,
+    PUBLISHED,
+    STATIC,
+    Column,
+    Spread,
+    Table,
+    format_value,
+    log_slope,
+    ratio,
+)
+from experiments.timing import OUT_OF_MEMORY, speed_up
 
 # Tables 9 and 11 of the paper: milliseconds on an A100 with 40 GB, 8 heads of 64, batch 16, with
 # dropout and masking, by length.
@@ -46,10 +53,17 @@ def median_ms(records: Records, direction: str, variant: str, length: int) -> fl
     return None if result is None else result.get("median_ms", result.get("error"))
 
 
-def temp_bytes(records: Records, direction: str, variant: str, length: int) -> int | None:
-    """Bytes of temporaries by the compiler, None where they were not asked for."""
+def _gain(records: Records, direction: str, slow: str, fast: str, length: int) -> Spread | None:
+    """slow / fast, None where one of them was not timed."""
+    result = records.one(kind="runtime", direction=direction, length=length).result
+    return speed_up(result.get(slow, {}), result.get(fast, {}))
+
+
+def temp_bytes(records: Records, direction: str, variant: str, length: int) -> int | str | None:
+    """Bytes of temporaries by the compiler, OUT_OF_MEMORY, None where they were not asked for."""
     record = records.one(kind="memory", direction=direction, length=length)
-    return record.result[variant]["temp_bytes"] if record else None
+    result = record.result.get(variant, {}) if record else {}
+    return result.get("temp_bytes", result.get("error"))
 
 
 def tables(records: Records) -> list[Table]:
@@ -77,7 +91,7 @@ def _runtime_table(records: Records, direction: str) -> Table:
         columns.append(Column(_NAMES[name], MEASURED, "ms"))
     pairs = (("standard", "tiled"), ("tiled", "block_sparse"))
     for slow, fast in pairs:
-        if slow in PUBLISHED_MS[direction]:
+        if {slow, fast} <= set(PUBLISHED_MS[direction]):
             columns.append(Column(f"{_NAMES[slow]} / {_NAMES[fast]}", PUBLISHED))
         columns.append(Column(f"{_NAMES[slow]} / {_NAMES[fast]}", MEASURED))
     rows = []
@@ -89,9 +103,9 @@ def _runtime_table(records: Records, direction: str) -> Table:
             row += [paper[name]] if name in PUBLISHED_MS[direction] else []
             row.append(ours[name])
         for slow, fast in pairs:
-            if slow in PUBLISHED_MS[direction]:
+            if {slow, fast} <= set(PUBLISHED_MS[direction]):
                 row.append(ratio(paper[slow], paper[fast]))
-            row.append(ratio(ours[slow], ours[fast]))
+            row.append(_gain(records, direction, slow, fast, length))
         rows.append(row)
     number = {FORWARD: "Table 9", FORWARD_BACKWARD: "Table 11"}[direction]
     return Table(
@@ -100,9 +114,10 @@ def _runtime_table(records: Records, direction: str) -> Table:
         columns,
         rows,
         note="Published: A100 40 GB, batch 16, 8 heads of 64, 16 bit, with dropout and padding. "
-        f"Measured: {_shape_note(records)}, no dropout; medians of interleaved rounds. Times of "
-        "different machines and batches are not comparable, their ratios are. Standard is "
-        "jax.nn.dot_product_attention; windowed and block-sparse are the tiled op with a mask.",
+        f"Measured: {_shape_note(records)}, no dropout; medians of interleaved rounds; "
+        "ratios are of medians, ± their standard deviation over rounds. Times of different "
+        "machines and batches are not comparable. Standard is jax.nn.dot_product_attention; "
+        "windowed and block-sparse are the tiled op with a mask.",
     )
 
 
@@ -111,14 +126,14 @@ def _memory_table(records: Records, direction: str) -> Table:
     rows: list[list] = []
     for length in lengths:
         row = [temp_bytes(records, direction, name, length) for name in _NAMES]
-        rows.append([str(length), *(None if b is None else b / 2**20 for b in row)])
+        rows.append([str(length), *(b / 2**20 if isinstance(b, int) else b for b in row)])
     if len(lengths) > 1:
-        slopes = (_slope(*_memory_points(records, direction, name)) for name in _NAMES)
+        slopes = (log_slope(*_memory_points(records, direction, name)) for name in _NAMES)
         rows.append(["growth: power of length", *slopes])
     return Table(
         f"memory-{direction}",
         f"Memory of one attention call against length, {_TITLES[direction]}",
-        [Column("length"), *(Column(name, STATIC, "MB") for name in _NAMES.values())],
+        [Column("length"), *(Column(name, STATIC, "MiB") for name in _NAMES.values())],
         rows,
         note="Temporaries beside arguments and results, by XLA's own buffer assignment for "
         f"{_backend(records)}; compiled, not run. The last row is the slope of log memory over log "
@@ -130,18 +145,8 @@ def _memory_points(records: Records, direction: str, variant: str):
     lengths = records.select(kind="memory", direction=direction).values("length")
     lengths = [n for n in lengths if n >= 1024] or lengths
     points = [(n, temp_bytes(records, direction, variant, n)) for n in lengths]
-    points = [(n, b) for n, b in points if b]
+    points = [(n, b) for n, b in points if b and isinstance(b, int)]
     return [n for n, _ in points], [b for _, b in points]
-
-
-def _slope(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Least-squares slope of log y over log x."""
-    if len(x) < 2:
-        return None
-    x, y = [math.log(v) for v in x], [math.log(v) for v in y]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    top = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return top / sum((a - mean_x) ** 2 for a in x)
 
 
 def _shape_note(records: Records) -> str:
@@ -161,22 +166,17 @@ _FASTER = {FORWARD: 1.5, FORWARD_BACKWARD: 1.2}
 
 def _faster(records: Records, direction: str, bar: float) -> Claim:
     lengths = records.select(kind="runtime", direction=direction).values("length")
-    ratios = {
-        n: ratio(
-            median_ms(records, direction, "standard", n), median_ms(records, direction, "tiled", n)
-        )
-        for n in lengths
-    }
-    ratios = {n: r for n, r in ratios.items() if r is not None}
-    longest = max(ratios, default=None)
-    holds = None if longest is None else ratios[longest] >= bar
+    gains = {n: _gain(records, direction, "standard", "tiled", n) for n in lengths}
+    gains = {n: gain for n, gain in gains.items() if gain is not None}
+    longest = max(gains, default=None)
+    holds = None if longest is None else gains[longest].mean >= bar
     return judge(
         f"faster, {_TITLES[direction]}",
         "Tiled attention is faster than standard attention on long sequences (Table 11: 3.3 times "
         "at 4096).",
         f"standard / tiled >= {bar} at the longest length that both ran",
         holds,
-        "" if longest is None else f"{ratios[longest]:.2f} at length {longest}",
+        "" if longest is None else f"{format_value(gains[longest])} at length {longest}",
     )
 
 
@@ -184,20 +184,20 @@ def _sparse_faster(records: Records) -> Claim:
     direction, points = FORWARD_BACKWARD, []
     for record in records.select(kind="runtime", direction=direction):
         n = record.settings["length"]
-        gain = ratio(
-            median_ms(records, direction, "tiled", n),
-            median_ms(records, direction, "block_sparse", n),
-        )
+        gain = _gain(records, direction, "tiled", "block_sparse", n)
         live = live_fraction(n, record.settings["block"])
         if gain is not None and live < 1:
             points.append((n, gain, 1 / live))
-    points.sort()
+    points.sort(key=lambda point: point[0])
     holds = None
     evidence = ""
     if len(points) > 1:
-        (_, first, _), (n, last, ideal) = points[0], points[-1]
-        holds = last > first and last >= 0.5 * ideal
-        evidence = f"{first:.2f} at {points[0][0]}, {last:.2f} at {n} where 1/s is {ideal:.2f}"
+        (short, first, _), (n, last, ideal) = points[0], points[-1]
+        holds = last.mean > first.mean and last.mean >= 0.5 * ideal
+        evidence = (
+            f"{format_value(first)} at {short}, {format_value(last)} at {n} where 1/s is "
+            f"{ideal:.2f}"
+        )
     return judge(
         "block-sparse",
         "Block-sparse attention's time falls with the live fraction s of its tiles (Table 11: 9.1 "
@@ -209,8 +209,8 @@ def _sparse_faster(records: Records) -> Claim:
 
 
 def _linear_memory(records: Records, direction: str) -> Claim:
-    dense = _slope(*_memory_points(records, direction, "standard"))
-    tiled = _slope(*_memory_points(records, direction, "tiled"))
+    dense = log_slope(*_memory_points(records, direction, "standard"))
+    tiled = log_slope(*_memory_points(records, direction, "tiled"))
     known = dense is not None and tiled is not None
     return judge(
         f"linear memory, {_TITLES[direction]}",
@@ -225,7 +225,7 @@ def figures(records: Records) -> dict[str, str]:
     """SVG by name: time and memory against length."""
     made = {}
     value = {"runtime": median_ms, "memory": temp_bytes}
-    for kind, label in (("runtime", "ms"), ("memory", "MB of temporaries")):
+    for kind, label in (("runtime", "ms a call"), ("memory", "MiB of temporaries")):
         panels = {}
         for direction in DIRECTIONS:
             lengths = records.select(kind=kind, direction=direction).values("length")
@@ -240,6 +240,6 @@ def figures(records: Records) -> dict[str, str]:
                 panels[_TITLES[direction]] = lines
         if panels:
             made[f"{kind}-against-length"] = line_chart(
-                panels, x_label="length", y_label=label, log_x=True, log_y=True
+                panels, x_label="length (tokens)", y_label=label, log_x=True, log_y=True
             )
     return made

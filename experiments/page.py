@@ -47,7 +47,7 @@ tbody tr:hover { background: var(--box); }
 .measured { color: var(--measured); font-weight: 550; }
 .static { color: var(--static); }
 .claims td { white-space: normal; vertical-align: top; min-width: 7rem; }
-.claims td.status { font-weight: 650; white-space: nowrap; }
+.claims td.status { font-weight: 650; }
 .shown { color: var(--good); }
 .refuted { color: var(--bad); }
 """.strip()

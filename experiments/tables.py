@@ -14,7 +14,11 @@ KINDS = (LABEL, PUBLISHED, MEASURED, STATIC)
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over seeds (std is None for one seed)."""
+    """A number and its standard deviation over seeds or rounds (std is None for one of them).
+
+    Attributes:
+      mean: over seeds; of times, the ratio of two medians over rounds.
+    """
 
     mean: float
     std: float | None
@@ -121,6 +125,16 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     if not isinstance(numerator, int | float) or not isinstance(denominator, int | float):
         return None
     return numerator / denominator if denominator else None
+
+
+def log_slope(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Least-squares slope of log y over log x, None for fewer than two points."""
+    if len(x) < 2:
+        return None
+    x, y = [math.log(v) for v in x], [math.log(v) for v in y]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    top = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return top / sum((a - mean_x) ** 2 for a in x)
 
 
 def format_value(value: Any, digits: int = 3) -> str:

@@ -1,11 +1,14 @@
 """Times functions against each other: interleaved, compile time apart, medians of rounds."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+from experiments.tables import Spread, spread
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -75,6 +78,18 @@ def compare(
     for name in compiled:
         results[name]["median_ms"] = statistics.median(results[name]["samples_ms"])
     return results
+
+
+def speed_up(slow: Mapping, fast: Mapping) -> Spread | None:
+    """Ratio of the medians of two results of one `compare`, None if one of them has no times.
+
+    Its spread is the standard deviation of the rounds' own ratios.
+    """
+    if "median_ms" not in slow or "median_ms" not in fast:
+        return None
+    pairs = zip(slow["samples_ms"], fast["samples_ms"], strict=True)
+    rounds = spread(a / b for a, b in pairs)
+    return dataclasses.replace(rounds, mean=slow["median_ms"] / fast["median_ms"])
 
 
 def _seconds(function: Callable, arguments: tuple, count: int) -> float:

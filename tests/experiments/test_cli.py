@@ -60,11 +60,12 @@ def test_wrong_override_is_named_with_what_is_right(capsys, override, message):
 
 def test_overrides_take_numbers_words_and_tuples():
     overrides = ["runtime.lengths=(64,)", "memory.lengths=32", "curves.learning_rate=1"]
-    overrides += ["curves.sources=shakespeare", "exactness.kernels=true", "curves.max_documents=0"]
+    overrides += ["curves.sources=shakespeare", "curves.max_documents=0"]
+    overrides += ["exactness.tiles=('16x16','32x32')"]
     config = papers.load_config("flash_attention", "smoke", [f"--config.{o}" for o in overrides])
     assert config.runtime.lengths == (64,) and config.memory.lengths == (32,)
     assert config.curves.learning_rate == 1.0 and config.curves.sources == ("shakespeare",)
-    assert config.exactness.kernels is True and config.curves.max_documents == 0
+    assert config.exactness.tiles == ("16x16", "32x32") and config.curves.max_documents == 0
 
 
 def test_wrong_flag_names_the_nearest(capsys):
@@ -201,7 +202,7 @@ def test_run_measures_and_prints_the_table(capsys, tmp_path):
     argv = ["run", "flash_attention", "--scale=smoke", "--only=io-M", workdir]
     assert cli.main([*argv, "--config.io.on_chip=(1024,)"]) == 0
     out = capsys.readouterr().out
-    assert "Figure 2, left" in out and "published" in out
+    assert "Figure 2, middle" in out and "static" in out
     record = json.loads((tmp_path / "cells" / "io-M1024.json").read_text())
     assert record["result"]["block_q"] == 16 and record["settings"]["on_chip"] == 1024
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import flash_attention_2, flash_attention_2_tables
+from experiments import flash_attention_2, flash_attention_2_tables, papers
 from experiments.records import Record, Records
 
 SETTINGS = {"kind": "speed", "batch": 1, "length": 4096, "heads": 8, "head_dim": 64, "dtype": "f"}
@@ -16,7 +16,7 @@ def speed(**medians):
         for d in ("forward", "forward_backward")
     }
     base |= {name.replace("__", " "): value for name, value in medians.items()}
-    result = {name: {"median_ms": value} for name, value in base.items()}
+    result = {n: {"median_ms": v, "samples_ms": [v, v]} for n, v in base.items()}
     return Record("flash_attention_2", "speed", "", SETTINGS, 0, result, 1.0, {})
 
 
@@ -57,10 +57,43 @@ def test_causal_gain(causal, status):
     assert claim("causal masks", speed(tiled__causal__forward=causal)).status == status
 
 
+@pytest.mark.parametrize("mask", ["full", "causal"])
 @pytest.mark.parametrize(("tiled", "status"), [(20.0, "shown"), (30.0, "not shown")])
-def test_over_standard(tiled, status):
-    made = speed(tiled__causal__forward_backward=tiled)
-    assert claim("over standard attention", made).status == status
+def test_over_standard(mask, tiled, status):
+    made = speed(**{f"tiled__{mask}__forward_backward": tiled})
+    assert claim(f"over standard attention, {mask}", made).status == status
+    other = {"full": "causal", "causal": "full"}[mask]
+    assert claim(f"over standard attention, {other}", made).status == "not shown"
+
+
+@pytest.mark.parametrize(
+    ("live", "partial", "status"),
+    [(36, 8, "shown"), (64, 8, "not shown"), (36, 36, "not shown")],
+)
+def test_skipped_tiles(live, partial, status):
+    result = {"all": 64, "live": live, "partial": partial}
+    settings = {"kind": "tiles", "side": 8, "block": 64}
+    made = Record("flash_attention_2", "t", "", settings, 0, result, 1.0, {})
+    assert claim("skipped tiles", made).status == status
+
+
+def test_masks_leave_the_lower_triangle_of_tiles():
+    found = flash_attention_2.count_tiles({"side": 8, "block": 16}, 0, None)
+    assert found == {"all": 64, "live": 36, "partial": 8}
+
+
+def test_published_training_speeds_are_the_papers():
+    rows = {row[0]: row[1:] for row in flash_attention_2.PAPER.tables(Records([counts()]))[-1].rows}
+    assert rows["GPT3-1.3B, 8k"] == [72, 170, 220] and rows["GPT3-2.7B, 2k"] == [149, 189, 205]
+
+
+def test_accelerator_scale_is_the_papers_grid():
+    config = papers.load_config("flash_attention_2", "accelerator").speed
+    assert config.lengths == tuple(2**k for k in range(9, 15)) and config.head_dims == (64, 128)
+    assert (config.tokens, config.hidden, config.dtype) == (16384, 2048, "bfloat16")
+    found = flash_attention_2.speed_cells(papers.load_config("flash_attention_2", "accelerator"))
+    assert {c.settings["batch"] * c.settings["length"] for c in found} == {16384}
+    assert {c.settings["heads"] * c.settings["head_dim"] for c in found} == {2048}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +103,7 @@ def test_over_standard(tiled, status):
         ({"divisions": 4}, "not shown"),
         ({"rescales": 5}, "not shown"),
         ({"visits": 3}, "not shown"),
+        ({"exps": 6}, "not shown"),
     ],
 )
 def test_fewer_operations(changes, status):

@@ -97,6 +97,15 @@ def test_claims_can_go_three_ways():
     assert status(True, "accelerator") == "shown"
 
 
+def test_scale_smoke_decides_no_claim(toy, tmp_path, capsys):
+    harness.run(toy, ml_collections.ConfigDict({"paper": "toy", "scale": "smoke"}), tmp_path)
+    report.write(toy, tmp_path)
+    (claim,) = json.loads((tmp_path / "tables.json").read_text())["claims"]
+    assert claim["status"] == "needs scale: cpu" and claim["evidence"] == "largest y 4"
+    decided = claims.judge("n", "s", "c", None, "e", "8 GPUs")
+    assert claims.undecided(decided, "cpu") == decided  # what needs more still needs more
+
+
 def test_figure_is_deterministic_svg_with_every_line():
     panels = {
         "a": {"one": ([128, 2048], [1.0, None]), "two": ([128, 2048], [2.0, 8.0])},

@@ -1,5 +1,7 @@
 """Training cells: equal tokens for every context, attention put in place of the op, claims."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ from ops.attention import attention
 
 KEYS = {
     "data.tokenizer": "byte", "data.sources": ["shakespeare"], "model.repeats": 2,
-    "model.d_model": 128, "train.steps": 3,
+    "model.d_model": 128, "model.position": "rope", "train.steps": 3,
 }  # fmt: skip
 
 
@@ -110,6 +112,13 @@ def test_longer_context_must_gain_with_every_seed(long, status):
         for seed, p in enumerate(values)
     ]
     assert claim("longer context", made).status == status
+    # Other positions are told of, and decide nothing.
+    made += [
+        record("context_compared", {"test_perplexity": p}, 0, context=context)
+        for context, p in ((64, 8.0), (512, 9.0))
+    ]
+    found = claim("longer context", made)
+    assert found.status == status and "+12.5% (seed 0) from 64 to 512" in found.evidence
 
 
 @pytest.mark.parametrize(("long", "status"), [((0.9, 0.91), "shown"), ((0.7, 0.6), "not shown")])
@@ -126,9 +135,8 @@ def test_longer_documents_must_beat_the_seeds(long, status):
 
 
 def exactness(dtype, error):
-    names = (attention_exactness.STANDARD, *attention_exactness.IMPLEMENTATIONS)
-    result = {name: dict.fromkeys(attention_exactness.OUTPUTS, 1e-3) for name in names}
-    result = {n: dict.fromkeys(r, error if n != "standard" else 1e-3) for n, r in result.items()}
+    names = {"standard, none": 1e-3, "tiled (XLA), as chosen": 1e-7, "tiled (XLA), 64x64": error}
+    result = {n: dict.fromkeys(attention_exactness.OUTPUTS, e) for n, e in names.items()}
     return record("exactness", result, dtype=dtype, mask="full", length=8, heads=1, head_dim=8)
 
 
@@ -139,6 +147,20 @@ def exactness(dtype, error):
 def test_exactness_has_a_bound_for_each_dtype(float32, bfloat16, status):
     made = [exactness("float32", float32), exactness("bfloat16", bfloat16)]
     assert claim("exact attention", made).status == status
+
+
+def test_exactness_is_measured_in_the_tiles_that_are_asked_for():
+    settings = {
+        "length": 40, "heads": 2, "head_dim": 16, "mask": "causal", "dtype": "float32",
+        "tiles": ("16x16", "16x32"), "kernel_tiles": (),
+    }  # fmt: skip
+    found = attention_exactness.errors(settings, 0, None)
+    tiled = list(found.values())[1:]  # other tiles, other rounding
+    assert all(a != b for a, b in itertools.combinations(tiled, 2))
+    assert list(found)[2:] == ["tiled (XLA), 16x16", "tiled (XLA), 16x32"]
+    assert all(0 < e < 2e-6 for error in found.values() for e in error.values())
+    with pytest.raises(ValueError, match="tile='16' must be queries x keys"):
+        attention_exactness.errors({**settings, "tiles": ("16",)}, 0, None)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "butterfly", "segments"])
@@ -166,7 +188,9 @@ def test_float64_oracle_sums_gradients_over_grouped_heads():
 def tpu_row(implementation, kernel, cycles):
     return {
         "implementation": implementation, "kernel": kernel, "mask": "full", "generation": "v5e",
-        "cycles": cycles, "bytes": 2**20, "mxu_share": 0.5, "shape": {"T": 8},
+        "cycles": cycles, "bytes": 2**20, "bandwidth_cycles": 15,
+        "mxu_share": 0.01 * cycles, "vmem": 2**20 * cycles,
+        "shape": {"B": 1, "T": 8, "H": 2, "D": 4},
     }  # fmt: skip
 
 
@@ -180,7 +204,31 @@ def test_static_cycles_add_up_our_backward_kernels(stock, status):
     made = Records([record("static-tpu", {"rows": rows, "versions": {}})])
     assert static_figures.claims(made)[0].status == status
     table = static_figures.tables(made)[0]
-    assert table.rows[0][3:5] == [None, None] and table.rows[1][3:5] == [30, stock]
+    assert table.rows[0][4:6] == [None, None] and table.rows[1][4:6] == [30, stock]
+    row = dict(zip([c.title for c in table.columns], table.rows[1], strict=True))
+    assert row["operations"] == 7 * 2 * 8 * 8 * 4 * 2 / 1e9
+    assert row["ours, cycles to move them"] == 15 + 15
+    assert row["ours, share of the MXU's peak"] == pytest.approx((10 * 0.1 + 20 * 0.2) / 30)
+    assert row["ours, VMEM"] == 20
+
+
+def test_visible_scores_are_counted_by_element():
+    made = {"full": masks.Full(), "causal": masks.Causal(), "window 3": masks.SlidingWindow(2)}
+    for name, mask in made.items():
+        seen = int(np.sum(masks.as_array(mask, 10, 10)))
+        assert static_figures.visible_scores(name, 10) == seen
+
+
+@pytest.mark.parametrize(("spills", "status"), [(0, "shown"), (20, "not shown")])
+def test_kernels_must_not_spill(spills, status):
+    row = {"kernel": "dkv", "mask": "full", "batch": 1, "heads": 2, "head_dim": 64, "length": 32,
+           "dtype": "float16", "registers": 168, "shared_memory": 1024, "spills": spills,
+           "loop": {"hgmma": 12, "issue_cycles": 500}}  # fmt: skip
+    made = Records([record("static-gpu", {"rows": [row]})])
+    assert static_figures.claims(made)[1].status == status
+    table = static_figures.tables(made)[1]
+    assert table.rows[0][3] == 4 * 2 * 32 * 32 * 64 * 2 / 1e9
+    assert table.rows[0][4] == 2 * 32 * (6 * 64 * 2 + 2 * 4) / 2**20  # q k v do dk dv, lse delta
 
 
 def test_static_cells_exist_where_the_figures_do(tmp_path):
