@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from models import LanguageModel, LanguageModelConfig
+from decoding import generate
+from models import LanguageModel, LanguageModelConfig, count_params
 from models.mamba import Mamba
 from models.mamba2 import Mamba2
 from models.state_window import window_sums
@@ -134,7 +135,7 @@ def test_a_window_goes_on_in_the_next_call_and_ends_with_its_document():
     whole = run(mixer, segment_ids=ids)
     step, parts, state = jax.jit(mixer.apply), [], mixer.init_state(2, 0)
     params = {"params": random_params(mixer)}
-    for i, j in ((0, 3), (3, 4), (4, 12), (12, 21)):
+    for i, j in ((0, 9), (9, 12), (12, 21)):
         y, state = step(params, X[:, i:j], state=state, segment_ids=ids[:, i:j])
         parts.append(y)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
@@ -153,7 +154,8 @@ def test_window_sums():
 def test_traces_are_steps_decays_and_the_norm_of_the_state():
     mixer = Mamba2(**MAMBA2)
     params, state = {"params": random_params(mixer)}, mixer.init_state(2, 0)
-    (_, new), traces = mixer.apply(params, X, state=state, mutable=["intermediates"])
+    traced = jax.jit(functools.partial(mixer.apply, mutable=["intermediates"]))
+    (_, new), traces = traced(params, X, state=state)
     traces = {name: value[0] for name, value in traces["intermediates"].items()}
     assert traces["dt"].shape == (2, 21, 8)
     A = -jnp.exp(random_params(mixer)["A_log"])
@@ -171,9 +173,10 @@ def test_traces_are_steps_decays_and_the_norm_of_the_state():
         mixers=dict(mamba2=dict(head_dim=8, state_dim=4)),
     )
     tokens = jnp.arange(10).reshape(2, 5) % 7
-    params = LanguageModel(config).init(jax.random.key(0), tokens)
+    params = jax.jit(LanguageModel(config).init)(jax.random.key(0), tokens)
     assert set(params) == {"params"}
-    _, traces = LanguageModel(config).apply(params, tokens, mutable=["intermediates"])
+    traced = jax.jit(functools.partial(LanguageModel(config).apply, mutable=["intermediates"]))
+    _, traces = traced(params, tokens)
     layers = traces["intermediates"]["backbone"]["layers"]["mamba2_0"]["mixer"]
     assert layers["dt"][0].shape == (3, 2, 5, 4)
 
@@ -182,7 +185,7 @@ def test_traces_are_steps_decays_and_the_norm_of_the_state():
 def test_initial_values(make):
     """The ranges that the two papers' models start from."""
     mixer = make()
-    p = nn.unbox(mixer.init(jax.random.key(0), jnp.zeros((1, 3, 64))))["params"]
+    p = nn.unbox(jax.jit(mixer.init)(jax.random.key(0), jnp.zeros((1, 3, 64))))["params"]
     if isinstance(mixer, Mamba2):
         A = np.exp(p["A_log"])
         assert A.shape == (64,) and 1 <= A.min() < 3 and 14 < A.max() <= 16
@@ -229,17 +232,64 @@ def test_a_hybrid_reads_on_from_its_state():
         vocab_size=31,
         d_model=M,
         n_heads=2,
-        pattern=("mamba2", "mlp", "mamba", "local_attention"),
-        window=6,
+        pattern=("mamba2", "attention", "mamba"),
         repeats=2,
         mixers=dict(mamba2=dict(head_dim=8, state_dim=4), mamba=dict(state_dim=2)),
     )
     model = LanguageModel(config)
     tokens = jax.random.randint(jax.random.key(1), (2, 19), 0, 31)
-    params = model.init(jax.random.key(0), tokens)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
     whole, _ = jax.jit(model.apply)(params, tokens)
     step, state, parts = jax.jit(model.apply), model.init_state(2, 19), []
-    for i, j in [(0, 10)] + [(i, i + 1) for i in range(10, 19)]:
+    for i, j in [(0, 15)] + [(i, i + 1) for i in range(15, 19)]:
         logits, state = step(params, tokens[:, i:j], state=state)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5)
+
+
+def test_prompts_of_different_lengths_are_continued_as_alone():
+    """Padding before a prompt is a segment of its own, which leaves nothing in the state."""
+    config = LanguageModelConfig(
+        vocab_size=31,
+        d_model=M,
+        pattern=("mamba2", "mamba"),
+        repeats=1,
+        mixers=dict(mamba2=dict(head_dim=8, state_dim=4), mamba=dict(state_dim=2)),
+    )
+    model = LanguageModel(config)
+    prompt = jax.random.randint(jax.random.key(1), (2, 9), 0, 31)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), prompt))["params"]
+    params = jax.tree.map(lambda a: 3 * a, params)  # far from ties
+    both = generate(model, params, prompt, max_new_tokens=6, temperature=0.0, lengths=[4, 9])
+    for row, length in ((0, 4), (1, 9)):
+        alone = generate(
+            model, params, prompt[row : row + 1, :length], max_new_tokens=6, temperature=0.0
+        )
+        np.testing.assert_array_equal(both.tokens[row], alone.tokens[0])
+    assert len(set(np.asarray(both.tokens).ravel())) > 2
+
+
+def published(kind, d_model, layers, vocab_size):
+    return LanguageModelConfig(
+        vocab_size=vocab_size, d_model=d_model, pattern=(kind,), repeats=layers
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab_size", "count"),
+    [("mamba", 50280, 129_135_360), ("mamba2", 50288, 128_989_632)],
+)
+def test_the_published_130m_models_have_as_many_parameters(kind, vocab_size, count):
+    model = LanguageModel(published(kind, 768, 24, vocab_size))
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    assert count_params(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]) == count
+
+
+@pytest.mark.parametrize(
+    ("d_model", "layers", "millions"), [(768, 24, 4.85), (1024, 48, 12.9), (1536, 48, 19.35)]
+)
+def test_the_state_is_as_large_as_published(d_model, layers, millions):
+    """N_S of arXiv 2410.07145: elements of all states, the convolutions' inputs included."""
+    model = LanguageModel(published("mamba2", d_model, layers, 50288))
+    state = jax.eval_shape(lambda: model.init_state(1, 1)).layers[0]
+    assert abs((state.ssm.size + state.conv.size) / 1e6 - millions) < 0.05
