@@ -39,7 +39,7 @@ def test_module_measures_with_overrides(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "run" / "cells").iterdir()] == ["io-M1024.json"]
-    assert "Figure 2, left" in done.stdout
+    assert "Figure 2, middle" in done.stdout
 
 
 @pytest.mark.parametrize(
