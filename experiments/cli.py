@@ -2,6 +2,10 @@
 
 import argparse
 import difflib
+import glob
+import importlib.metadata
+import importlib.util
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -93,6 +97,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2 for a wrong command line)."""
+    _leave_absent_tpus_alone()
     parser = _build_parser()
     options, rest = parser.parse_known_args(argv)
     wrong = [word for word in rest if not (options.overridable and word.startswith("--config."))]
@@ -111,6 +116,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
+
+
+def _leave_absent_tpus_alone() -> None:
+    """Chooses the CPU where libtpu is installed but neither a TPU nor another accelerator's plugin.
+
+    JAX would start libtpu in vain, which writes a page of errors to the terminal.
+    """
+    tpus = [*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio/[0-9]*")]
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    others = plugins or importlib.util.find_spec("jax_plugins")
+    if importlib.util.find_spec("libtpu") and not tpus and not others:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -180,6 +197,7 @@ def _build_parser() -> argparse.ArgumentParser:
 def _list(options) -> int:
     from experiments import papers
 
+    root = _results_folder()
     table = rich.table.Table(title="Papers", title_justify="left")
     for heading in ("name", "paper", "cells: smoke / cpu / accelerator", "measured"):
         table.add_column(heading)
@@ -189,13 +207,20 @@ def _list(options) -> int:
         measured = [
             scale
             for scale in papers.SCALES
-            if (pathlib.Path("results") / name / scale / "tables.md").exists()
+            if root and (root / name / scale / "tables.md").exists()
         ]
         cells = " / ".join(map(str, counts))
         table.add_row(name, paper.title, cells, ", ".join(measured) or "not yet")
     rich.console.Console().print(table)
+    print(f"Measured: {root}" if root else "There is no folder of results, here or by the code.")
     print("Measure one: tilescan run NAME --scale=smoke")
     return 0
+
+
+def _results_folder() -> pathlib.Path | None:
+    """results/ of the current folder or else of this checkout; None where there is neither."""
+    folders = (pathlib.Path("results"), pathlib.Path(__file__).parents[1] / "results")
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def _run(options) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -45,6 +46,7 @@ def make_datasets(c: Settings) -> dict[str, Iterable]:
     parts = pipelines.split_documents(
         documents, c.data.split_seed, c.data.fractions, balanced=c.task == "classification"
     )
+    _warn_of_empty_parts(parts, c.data.fractions)
     tokenizer = tokenizers.get_tokenizer(c.data.tokenizer)
     common = dict(
         seq_len=c.data.seq_len,
@@ -74,6 +76,19 @@ def make_datasets(c: Settings) -> dict[str, Iterable]:
         train = pipelines.lm_dataset(parts["train"], tokenizer, **shuffled, **packing, **common)
     held_out = {name: once(parts[name]) for name in ("validation", "test") if parts[name]}
     return {"train": train, **held_out}
+
+
+def _warn_of_empty_parts(parts: dict[str, list], fractions: tuple[float, ...]) -> None:
+    """Says which parts were asked for and got no document."""
+    shares = dict(zip(("train", "validation", "test"), fractions, strict=True))
+    empty = [name for name in ("validation", "test") if shares[name] and not parts[name]]
+    if empty:
+        count = sum(map(len, parts.values()))
+        warnings.warn(
+            f"{count} documents leave none for {' and '.join(empty)}, where nothing will be "
+            f"evaluated; data.fractions={tuple(fractions)} needs more, see data.max_documents",
+            stacklevel=3,
+        )
 
 
 def make_model(c: Settings, datasets: dict | None = None) -> nn.Module:

@@ -194,7 +194,50 @@ def test_list_shows_every_paper(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in papers.NAMES)
+    assert all(name in out for name in papers.NAMES) and "Measured: results" in out
+
+
+def test_list_finds_the_results_from_elsewhere(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    of_code = cli.pathlib.Path(cli.__file__).parents[1] / "results"
+    assert cli._results_folder() == of_code
+    (tmp_path / "results").mkdir()  # one's own results go before
+    assert cli._results_folder() == cli.pathlib.Path("results")
+
+    monkeypatch.setattr(cli, "_results_folder", lambda: None)
+    assert cli.main(["list"]) == 0
+    assert "There is no folder of results" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "plugins", "chosen"),
+    [([], [], "cpu"), (["/dev/accel0"], [], None), ([], ["cuda"], None)],
+)
+def test_libtpu_is_left_alone_only_where_nothing_else_can_be_meant(
+    monkeypatch, files, plugins, chosen
+):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: [f for f in files if "accel" in pattern])
+    monkeypatch.setattr(cli.importlib.metadata, "entry_points", lambda group: plugins)
+    found = {"libtpu": object(), "jax_plugins": None}
+    monkeypatch.setattr(cli.importlib.util, "find_spec", found.get)
+    cli._leave_absent_tpus_alone()
+    assert cli.os.environ.get("JAX_PLATFORMS") == chosen
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")  # a choice that was made stays
+    cli._leave_absent_tpus_alone()
+    assert cli.os.environ["JAX_PLATFORMS"] == "tpu"
+
+
+def test_wrong_step_to_resume_is_an_error(capsys, tmp_path):
+    tiny = ["data.sources=python_stdlib", "data.max_documents=4", "data.seq_len=16"]
+    tiny += ["data.batch_size=8", "model.d_model=8", "model.n_heads=1", "model.repeats=1"]
+    tiny += ["train.steps=1", "train.eval_batches=1", "optimizer.warmup_steps=0"]
+    argv = ["train", f"--workdir={tmp_path}", *(f"--config.{key}" for key in tiny)]
+    status, err = fails(capsys, *argv, "--config.train.resume_step=5")
+    assert status == 1
+    assert err.splitlines()[-1].startswith(
+        "tilescan: error: train.resume_step = 5 has no checkpoint"
+    )
 
 
 def test_run_measures_and_prints_the_table(capsys, tmp_path):

@@ -52,6 +52,22 @@ def test_a_language_model_learns_the_letters_and_resumes_to_the_same_bytes(docum
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    ("count", "fractions", "missing"),
+    [(1, "(0.8,0.1,0.1)", "validation and test"), (1, "(0.8,0.0,0.2)", "test")],
+)
+def test_parts_without_documents_are_told(documents, count, fractions, missing):
+    few = config(f"data.max_documents={count}", f"data.fractions={fractions}")
+    with pytest.warns(UserWarning, match=f"^{count} documents leave none for {missing}, where"):
+        assert set(inputs.make_datasets(settings(few))) == {"train"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_parts_that_nobody_asked_for_are_not_missed(documents):
+    one = config("data.max_documents=1", "data.fractions=(1.0,0.0,0.0)")
+    assert set(inputs.make_datasets(settings(one))) == {"train"}
+
+
 def test_a_classifier_learns_the_labels(documents, tmp_path):
     final = train(
         config("task=classification", "train.steps=30", "optimizer.learning_rate=0.02"), tmp_path
