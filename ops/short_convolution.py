@@ -3,11 +3,14 @@
 Letters: B batch, T time, E embedding (channels), W kernel width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ops import diagonal_scan
+from ops.attention_xla import varying
 from ops.recurrence_arguments import (
     check_floating,
     check_implementation,
@@ -63,8 +66,9 @@ def short_convolution(
         starts = diagonal_scan.resets(segment_ids, B, T)
         runs = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
         runs = jnp.pad(runs, ((0, 0), (W - 1, 0)))
-    # The backward pass recomputes the sums: otherwise the W shifted products would all be kept.
-    y = jax.checkpoint(_convolve, static_argnums=4)(inputs, weight, bias, runs, activation)
+    shift = jnp.zeros((E,), weight.dtype) if bias is None else bias
+    arrays = (inputs, weight, shift)
+    y = _convolve(*varying(arrays, arrays), runs, activation)
     # The slice takes part of the initial state when T < W - 1.
     final_state = inputs[:, inputs.shape[1] - (W - 1) :]
     if runs is not None:
@@ -73,19 +77,70 @@ def short_convolution(
     return y, final_state
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _convolve(inputs, weight, bias, runs, activation):
-    W, E = weight.shape
-    T = inputs.shape[1] - (W - 1)
+    y = _sums(inputs, weight, bias, runs)
+    return (jax.nn.silu(y) if activation == "silu" else y).astype(inputs.dtype)
+
+
+def _convolve_forward(inputs, weight, bias, runs, activation):
+    y = _convolve(inputs, weight, bias, runs, activation)
+    return y, (inputs, weight, bias, runs)
+
+
+def _convolve_backward(activation, residuals, dy):
+    """The sums are computed again: kept, they would double what a layer's backward pass holds."""
+    inputs, weight, bias, runs = residuals
+    W = weight.shape[0]
     dtype = jnp.promote_types(inputs.dtype, jnp.float32)
-    y = jnp.zeros((1, 1, E), dtype) if bias is None else bias.astype(dtype).reshape(1, 1, E)
+    dy = dy.astype(dtype)
+    if activation == "silu":
+        y = _sums(inputs, weight, bias, runs)
+        sigmoid = jax.nn.sigmoid(y)
+        dy = dy * sigmoid * (1 + y * (1 - sigmoid))
+    # W reductions and W shifted sums read dy: compute it once.
+    dy = jax.lax.optimization_barrier(dy)
+    dweight = [jnp.sum(dy * x, axis=(0, 1)) for x in _shifted(inputs, W, runs, dtype)]
+    ends = ((0, 0), (W - 1, W - 1), (0, 0))
+    padded = jnp.pad(dy, ends)
+    dinputs = 0.0
+    for j in range(W):
+        if runs is not None:
+            padded = jnp.pad(jnp.where(_same(runs, j, W)[..., None], dy, 0), ends)
+        seen = padded[:, W - 1 - j : W - 1 - j + inputs.shape[1]]
+        dinputs = dinputs + seen * weight[j].astype(dtype)[None, None]
+    dbias = jnp.sum(dy, axis=(0, 1))
+    return (
+        dinputs.astype(inputs.dtype),
+        jnp.stack(dweight).astype(weight.dtype),
+        dbias.astype(bias.dtype),
+        None,
+    )
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _sums(inputs, weight, bias, runs):
+    """bias + sum_j weight_j x_(t - (W-1) + j), in float32 at least."""
+    dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+    y = bias.astype(dtype)[None, None]
+    for j, x in enumerate(_shifted(inputs, weight.shape[0], runs, dtype)):
+        y = y + x * weight[j].astype(dtype)[None, None]
+    return y
+
+
+def _shifted(inputs, W, runs, dtype):
+    """The inputs that row 0, 1, ... of the kernel meets, 0 where they are of another segment."""
+    T = inputs.shape[1] - (W - 1)
     for j in range(W):
         x = inputs[:, j : j + T].astype(dtype)
-        if runs is not None:
-            x = jnp.where((runs[:, j : j + T] == runs[:, W - 1 :])[..., None], x, 0)
-        y = y + x * weight[j].astype(dtype).reshape(1, 1, E)
-    if activation == "silu":
-        y = jax.nn.silu(y)
-    return y.astype(inputs.dtype)
+        yield x if runs is None else jnp.where(_same(runs, j, W)[..., None], x, 0)
+
+
+def _same(runs, j, W):
+    """Whether row j of the kernel meets the output's own segment, [B, T]."""
+    return runs[:, j : j + runs.shape[1] - (W - 1)] == runs[:, W - 1 :]
 
 
 def _validate(x, weight, bias, activation, initial_state, implementation):
