@@ -4,7 +4,8 @@ arXiv 2312.00752, algorithm 2.
 
 The states of all steps, [T, N, E], never exist at once. Time is cut into chunks; forward keeps the
 state at the start of each, and backward recomputes a chunk's states from there and walks back
-through them. CPUs take a chunk's steps one by one, other platforms by an associative scan.
+through them. CPUs take a chunk's steps one by one, TPUs have a kernel that does so too
+(ops/selective_scan_tpu.py), other platforms take them by an associative scan.
 
 Letters: B batch, T time, E channels, G groups of channels that share B and C, N state dim, C chunk.
 """
@@ -17,17 +18,16 @@ from jaxtyping import Array, Float, Int
 
 from ops import diagonal_scan
 from ops.attention_xla import varying
-from ops.lowering import choose_when_lowered
 from ops.recurrence_arguments import (
     check_floating,
     check_groups,
-    check_implementation,
     check_shape,
     check_time,
 )
 
 # Steps of a chunk, whose states and decays exist at once in the backward pass.
 CHUNK = 64
+_KERNELS = {"tpu": "ops.selective_scan_tpu"}
 
 
 def selective_scan(
@@ -62,7 +62,9 @@ def selective_scan(
       segment_ids: integers [B, T], or [B, 1 + T] with the segment of initial_state first. Where
         neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
         first step goes on with initial_state's segment.
-      implementation: "xla" or None, the same until there are kernels.
+      implementation: "xla", "pallas" (TPU), or None, which takes the Pallas kernel where the
+        platform that the program is lowered for has one for these shapes and dtypes, and "xla"
+        elsewhere.
 
     Returns:
       y [B, T, E] in x's dtype, and final_state [B, E, N], to be given as the next call's
@@ -71,10 +73,11 @@ def selective_scan(
     First derivatives reach every input from both results.
 
     Raises:
-      ValueError: shapes or an implementation that do not fit.
+      ValueError: shapes or an implementation that do not fit, or, when the program is lowered,
+        "pallas" on a platform without a kernel for them.
       TypeError: dtypes that are not floating, ids that are no integers.
     """
-    check_implementation("selective_scan", implementation)
+    diagonal_scan.check_implementation(implementation)
     _validate(x, dt, A, B, C, D, z, dt_bias, initial_state)
     (b, T, E), N = x.shape, A.shape[1]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -87,7 +90,8 @@ def selective_scan(
     first = None if segment_ids is None else diagonal_scan.resets(segment_ids, b, T)
     h = jnp.zeros((b, E, N), dtype) if initial_state is None else wide(initial_state)
     arrays = x, dt, wide(A).T, B, C, jnp.swapaxes(h, 1, 2), first
-    scan = _core if B.ndim == 3 else _by_groups(B.shape[2])
+    scan = lambda *arrays: _core(*arrays, implementation)
+    scan = scan if B.ndim == 3 else _by_groups(scan, B.shape[2])
     # Under shard_map a derivative must vary over the same devices as its argument.
     y, h = scan(*varying(arrays, arrays))
     if D is not None:
@@ -97,44 +101,49 @@ def selective_scan(
     return y.astype(x.dtype), jnp.swapaxes(h, 1, 2)
 
 
-def _by_groups(G):
-    """`_core` for B and C [B, T, G, N]."""
+def _by_groups(scan, G):
+    """`scan`, which is `_core`, for B and C [B, T, G, N]."""
 
-    def scan(x, dt, A, B, C, h, first):
+    def grouped(x, dt, A, B, C, h, first):
         cut = lambda v: v.reshape(*v.shape[:-1], G, -1)
         axes = 2, 2, 1, 2, 2, 2, None
-        y, h = jax.vmap(_core, in_axes=axes, out_axes=2)(
+        y, h = jax.vmap(scan, in_axes=axes, out_axes=2)(
             cut(x), cut(dt), cut(A), B, C, cut(h), first
         )
         return y.reshape(x.shape), h.reshape(*h.shape[:2], -1)
 
-    return scan
+    return grouped
 
 
-@jax.jit
-@jax.custom_vjp
-def _core(x, dt, A, B, C, h, first):
+@functools.partial(jax.jit, static_argnums=7)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _core(x, dt, A, B, C, h, first, implementation):
     """(y [B, T, E] without D and z, h [B, N, E]) for A [N, E] and h [B, N, E]."""
-    return _core_fwd(x, dt, A, B, C, h, first)[0]
+    return _core_fwd(x, dt, A, B, C, h, first, implementation)[0]
 
 
-def _core_fwd(x, dt, A, B, C, h, first):
-    y, h, starts = _on_platform(_forward, (_loop, _tree), x, dt, A, B, C, h, first)
+def _core_fwd(x, dt, A, B, C, h, first, implementation):
+    y, h, starts = diagonal_scan.choose(
+        implementation, _KERNELS, _on_platform(_forward, _loop, _tree),
+        lambda module: module.forward, x, dt, A, B, C, h, first,
+    )  # fmt: skip
     return (y, h), (x, dt, A, B, C, first, starts)
 
 
-def _core_bwd(residuals, cotangents):
-    grads = _on_platform(_backward, (_loop_vjp, _tree_vjp), *residuals, *cotangents)
+def _core_bwd(implementation, residuals, cotangents):
+    grads = diagonal_scan.choose(
+        implementation, _KERNELS, _on_platform(_backward, _loop_vjp, _tree_vjp),
+        lambda module: module.backward, *residuals, *cotangents,
+    )  # fmt: skip
     return *grads, None
 
 
 _core.__wrapped__.defvjp(_core_fwd, _core_bwd)
 
 
-def _on_platform(f, chunks, *arrays):
-    """f(chunk, *arrays), where chunk is the first of `chunks` on CPUs, the second elsewhere."""
-    loop, tree = (functools.partial(f, chunk) for chunk in chunks)
-    return choose_when_lowered(lambda p: loop if p == "cpu" else tree, loop, *arrays)
+def _on_platform(f, loop, tree):
+    """From a platform to f with `loop` for its chunks on CPUs, with `tree` elsewhere."""
+    return lambda platform: functools.partial(f, loop if platform == "cpu" else tree)
 
 
 def _forward(chunk, x, dt, A, B, C, h, first):

@@ -422,6 +422,21 @@ def vary_alike(arrays):
     ]
 
 
+def batched_in_front(call):
+    """`call`, whose arrays get the axis of a `vmap` as their first, wherever it was: the last two
+    of a kernel's blocks must stay what they are.
+    """
+    run = jax.custom_batching.custom_vmap(call)
+
+    @run.def_vmap
+    def rule(size, batched, *arrays):
+        axes = [0 if b else None for b in batched]
+        out = batched_in_front(jax.vmap(call, in_axes=axes, axis_size=size))(*arrays)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return run
+
+
 def _call(kernel, name, walk, inputs, outputs, wide):
     """A `pallas_call` whose kernel finds planes by name.
 
@@ -469,7 +484,7 @@ def _call(kernel, name, walk, inputs, outputs, wide):
     size = lambda x: math.prod(x.shape) * x.dtype.itemsize
     repeated = lambda group: [spec for planes, spec in group.values() for _ in planes]
     flops = walk.batch * walk.length * walk.channels * (10 if walk.planes == 1 else 40)
-    out = pl.pallas_call(
+    call = pl.pallas_call(
         body,
         name=name,
         grid=walk.grid,
@@ -486,6 +501,6 @@ def _call(kernel, name, walk, inputs, outputs, wide):
             flops=flops, bytes_accessed=sum(map(size, arrays + shapes)), transcendentals=0
         ),
         interpret=walk.interpret,
-    )(*arrays)
-    out = iter(out)
+    )
+    out = iter(batched_in_front(call)(*arrays))
     return {n: tuple(next(out) for _ in planes) for n, (planes, _) in outputs.items()}

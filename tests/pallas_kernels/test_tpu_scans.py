@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec
 
 from benchmarks import aot_tpu
 from benchmarks.aot_tpu import Job
-from ops import linear_recurrence_tpu, reference
+from ops import linear_recurrence_tpu, reference, selective_scan_tpu
 from ops.linear_recurrence import linear_recurrence
+from ops.selective_scan import selective_scan
 from pallas_kernels.tpu import linear_scan
 
 needs_libtpu = pytest.mark.skipif(
@@ -158,6 +159,82 @@ def test_linear_scan_under_vmap():
     assert_close(("h", "last"), (h, last), map(np.stack, zip(*want, strict=True)), 1e-5)
 
 
+# The selective scan.
+
+
+@jax.jit
+def interpreted_selective_scan(x, dt, A, B, C, h, first, dy, dh):
+    """y, the last state, and the cotangents of x, dt, A, B, C and h."""
+    inputs = x, dt, A, B, C
+    y, last, starts = selective_scan_tpu.forward(*inputs, h, first, interpret=True)
+    gradients = selective_scan_tpu.backward(*inputs, first, starts, dy, dh, interpret=True)
+    return y, last, *gradients
+
+
+def assert_selective_scan_is_right(batch, T, E, N, dtype, segments, dt=None):
+    rng = np.random.default_rng(0)
+    x, B, C = (random((batch, T, n), dtype, seed) for seed, n in enumerate((E, N, N)))
+    h, dh = (random((batch, N, E), "float32", seed) for seed in (3, 4))
+    dy = random((batch, T, E), "float32", 5)
+    A = -jnp.asarray(rng.uniform(0.5, N, (N, E)), jnp.float32)
+    steps = rng.uniform(0, 1, (batch, T, E))
+    if dt is not None:  # mixed with mild ones
+        steps = np.where(rng.random(steps.shape) < 0.3, dt, steps)
+    first = rng.random((batch, T)) < 0.1
+    arrays = x, jnp.asarray(steps, jnp.float32), A, B, C, h
+    got = interpreted_selective_scan(*arrays, jnp.asarray(first) if segments else None, dy, dh)
+    assert [v.dtype.name for v in got[2:]] == [v.dtype.name for v in arrays]
+    ids = np.pad(np.cumsum(first, axis=1), ((0, 0), (1, 0))) if segments else None
+    with jax.enable_x64(True):
+
+        def run(x, dt, A, B, C, h):
+            y, last = reference.selective_scan(
+                x, dt, A.T, B, C, initial_state=h.swapaxes(1, 2), segment_ids=ids
+            )
+            return y, last.swapaxes(1, 2)
+
+        exact = [jnp.asarray(np.asarray(v, np.float64)) for v in (*arrays, dy, dh)]
+        values, pullback = jax.vjp(run, *exact[:6])
+        want = [np.asarray(v) for v in (*values, *pullback(tuple(exact[6:])))]
+    names = ("y", "last", "dx", "ddt", "dA", "dB", "dC", "dh")
+    assert_close(names, got, want, 2e-5 if dtype == "float32" else TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 100])
+def test_selective_scan_equals_the_definition(T):
+    assert_selective_scan_is_right(2, T, 5, 3, "float32", segments=T > 2)
+
+
+@st.composite
+def selective_problems(draw):
+    sizes = dict(batch=draw(st.integers(1, 2)), T=draw(st.sampled_from([1, 40, 64, 130])))
+    sizes |= dict(E=draw(st.sampled_from([128, 200])), N=draw(st.sampled_from([1, 8, 16])))
+    dtype = draw(st.sampled_from(["float32", "bfloat16"]))
+    return sizes | dict(dtype=dtype, segments=draw(st.booleans()))
+
+
+@hypothesis.settings(max_examples=6, phases=[hypothesis.Phase.generate])
+@hypothesis.given(selective_problems())
+def test_selective_scan_of_any_shape_equals_the_definition(problem):
+    assert_selective_scan_is_right(**problem)
+
+
+def test_selective_scan_in_several_blocks_of_channels():
+    """Blocks that share a chunk's B and C, and parts for two cores, whose gradients are added."""
+    for batch, E in ((1, 512 * 2), (2, 384)):
+        block = selective_scan_tpu.block_for(batch, 20, E, 1, most=256)
+        assert (block.parts, E // block.channels // block.parts) == (
+            (2, 2) if batch == 1 else (1, 3)
+        )
+        assert_selective_scan_is_right(batch, 20, E, 1, "float32", segments=False)
+
+
+@pytest.mark.parametrize("dt", [0.0, 1e-30, 1e4, 1e15])
+def test_selective_scan_of_extreme_steps(dt):
+    """Decays of exactly 1 and exactly 0."""
+    assert_selective_scan_is_right(1, 70, 2, 2, "float32", segments=False, dt=dt)
+
+
 # Choosing the kernel.
 
 
@@ -206,13 +283,53 @@ def test_what_the_kernel_cannot_do_is_named_and_none_takes_xla(shape, dtype, wor
 def test_pallas_on_a_cpu_is_an_error_that_names_what_would_run():
     with pytest.raises(ValueError, match='TPUs.*lowered for cpu.*"xla"'):
         linear_recurrence(jnp.ones(64), jnp.ones((1, 9, 64)), implementation="pallas")
+    x, B = jnp.ones((1, 9, 4)), jnp.ones((1, 9, 2))
+    with pytest.raises(ValueError, match='TPUs.*lowered for cpu.*"xla"'):
+        selective_scan(x, x, -jnp.ones((4, 2)), B, B, implementation="pallas")
+
+
+def selective_shapes(b=4, T=70, E=6, N=2, groups=None, dtype=jnp.float32):
+    x = jax.ShapeDtypeStruct((b, T, E), dtype)
+    B = jax.ShapeDtypeStruct((b, T, N) if groups is None else (b, T, groups, N), dtype)
+    return x, x, jax.ShapeDtypeStruct((E, N), jnp.float32), B, B
+
+
+def selective_loss(*arrays, **options):
+    return sum(jnp.sum(v.astype(jnp.float32) ** 2) for v in selective_scan(*arrays, **options))
+
+
+def test_selective_scan_takes_the_kernel_on_tpus():
+    gradient = jax.grad(selective_loss, range(5))
+    text = lowered(gradient, *selective_shapes())
+    assert 'kernel_name = "selective_scan"' in text
+    assert 'kernel_name = "selective_scan_backward"' in text
+    assert "tpu_custom_call" in lowered(gradient, *selective_shapes(groups=3))
+    for options, platform in ((dict(implementation="xla"), "tpu"), ({}, "cuda")):
+        run = functools.partial(selective_loss, **options)
+        assert "tpu_custom_call" not in lowered(run, *selective_shapes(), platform=platform)
+
+
+def test_selective_scan_takes_the_kernel_inside_shard_map():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, none = PartitionSpec("data"), PartitionSpec()
+    run = jax.shard_map(
+        selective_scan, mesh=mesh, in_specs=(rows, rows, none, rows, rows), out_specs=(rows, rows)
+    )
+    loss = lambda *arrays: sum(jnp.sum(v) for v in run(*arrays))
+    assert "tpu_custom_call" in lowered(jax.grad(loss, range(5)), *selective_shapes())
+
+
+def test_what_the_selective_kernel_cannot_do_is_named_and_none_takes_xla():
+    for shapes, words in (
+        (selective_shapes(N=80), "N=80"),
+        (selective_shapes(dtype=jnp.float16), "x is float16"),
+    ):
+        assert "tpu_custom_call" not in lowered(selective_loss, *shapes)
+        with pytest.raises(ValueError, match=words):
+            lowered(functools.partial(selective_loss, implementation="pallas"), *shapes)
 
 
 # Compiled for TPUs.
-
-
-def job(op, arrays, **options):
-    return Job("benchmarks.scans_tpu_static:gradient", dict(op=op, **arrays, **options))
 
 
 CASES = {
@@ -229,10 +346,35 @@ CASES = {
 def test_linear_recurrence_compiles(generation):
     """Forward and gradient; all cases on one generation only, for time."""
     names = list(CASES) if generation == "v5e" else ["by time", "complex"]
-    jobs = [job("linear_recurrence", CASES[name]) for name in names]
+    jobs = [Job("benchmarks.scans_tpu_static:linear_gradient", CASES[name]) for name in names]
     results = aot_tpu.compile_jobs(jobs, generation, profile=False)
     for name, result in zip(names, results, strict=True):
         assert "custom_calls" in result, (name, result)
         calls = {call.split(".")[0] for call in result["custom_calls"]}
         assert calls >= {"linear_scan", "linear_scan_gradient"}, name
+        assert 0 < result["vmem"] <= 16 * 2**20, name
+
+
+SELECTIVE_CASES = {
+    "mamba": dict(B=1, T=300, E=1536, N=16, dtype="bfloat16"),
+    "packed": dict(B=2, T=100, E=200, N=4, dtype="float32", segments=True),
+    "wide": dict(B=2, T=64, E=256, N=64, dtype="float32"),
+    "one step": dict(B=1, T=1, E=128, N=16, dtype="bfloat16"),
+}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+def test_selective_scan_compiles(generation):
+    """Forward and gradient; all cases on one generation only, for time."""
+    names = list(SELECTIVE_CASES) if generation == "v5e" else ["mamba"]
+    jobs = [
+        Job("benchmarks.scans_tpu_static:selective_gradient", SELECTIVE_CASES[name])
+        for name in names
+    ]
+    results = aot_tpu.compile_jobs(jobs, generation, profile=False)
+    for name, result in zip(names, results, strict=True):
+        assert "custom_calls" in result, (name, result)
+        calls = {call.split(".")[0] for call in result["custom_calls"]}
+        assert calls >= {"selective_scan", "selective_scan_backward"}, name
         assert 0 < result["vmem"] <= 16 * 2**20, name

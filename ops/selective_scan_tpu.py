@@ -1,0 +1,99 @@
+"""The selective scan on TPUs: from `ops.selective_scan`'s arrays to those of
+pallas_kernels.tpu.selective_scan, and what the kernels can't do.
+
+What is decided here: padding to blocks, how long chunks are and how many channels a grid step has.
+
+Letters: B batch, T time, E channels, N state dim, C chunk.
+"""
+
+import jax.numpy as jnp
+
+from pallas_kernels.tpu import selective_scan as kernels
+
+DTYPES = (jnp.bfloat16, jnp.float32)
+CHUNK = 64  # as in `ops.selective_scan`: the states that backward starts from are the same
+LARGEST_N = 64  # all states of a chunk are in VMEM
+
+
+def unsupported(x, dt, A, *rest):
+    """Why the kernels can't take these arguments, in words that say what would work; or None."""
+    del rest
+    if x.dtype not in DTYPES or dt.dtype != jnp.float32:
+        return f"x is {x.dtype}; bfloat16 and float32 have a kernel"
+    if A.shape[0] > LARGEST_N:
+        return f"state dim N={A.shape[0]}; up to {LARGEST_N} have a kernel"
+    return None
+
+
+def forward(x, dt, A, B, C, h, first, *, interpret=False):
+    """(y [B, T, E], the last h [B, N, E], h at the start of each chunk [T / C, B, N, E]), all
+    float32; arguments as of `selective_scan._core`.
+    """
+    (b, T, E), N = x.shape, A.shape[0]
+    block = block_for(b, T, E, N, most=512)
+    y, last, starts = kernels.forward(
+        *_padded(block, x, dt, A, B, C), _pad(_pad(h, 1, 8), 2, block.channels),
+        _keep(first, N, block), block, interpret=interpret,
+    )  # fmt: skip
+    return y[:, :T, :E], last[:, :N, :E], starts[:, :, :N, :E]
+
+
+def backward(x, dt, A, B, C, first, starts, dy, dh, *, interpret=False):
+    """Cotangents of x, dt, A, B, C and the first h."""
+    (b, T, E), N = x.shape, A.shape[0]
+    block = block_for(b, T, E, N, most=256)
+    dy = _pad(_pad(dy, 1, block.steps), 2, block.channels)
+    starts = _pad(_pad(starts, 2, 8), 3, block.channels)
+    dx, ddt, dA, dB, dC, dh = kernels.backward(
+        *_padded(block, x, dt, A, B, C), _keep(first, N, block), starts, dy,
+        _pad(_pad(dh, 1, 8), 2, block.channels), block, interpret=interpret,
+    )  # fmt: skip
+    dA = jnp.sum(dA, axis=0)[:N, :E]
+    unpack = lambda g, v: jnp.sum(g, axis=1).reshape(b, -1, _up(N, 8))[:, :T, :N].astype(v.dtype)
+    return dx[:, :T, :E], ddt[:, :T, :E], dA, unpack(dB, B), unpack(dC, C), dh[:, :N, :E]
+
+
+def block_for(batch, T, E, N, most):
+    """Steps and up to `most` channels of a grid step.
+
+    Channels are many for small N: the more, the better the latency of a step is hidden
+    (benchmarks/scans_tpu_static.py). Where the batch gives two cores nothing to share, channels in
+    two parts do.
+    """
+    E = _up(E, kernels.LANES)
+    most = most if N <= 16 else 128
+    channels = max(c for c in (128, 256, 512) if E % c == 0 and c <= most)
+    parts = 2 if batch % 2 and E // channels % 2 == 0 else 1
+    return kernels.Block(min(CHUNK, _up(T, 16)), channels, parts)
+
+
+def _up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+def _pad(x, axis, multiple):
+    extra = -x.shape[axis] % multiple
+    if not extra:
+        return x
+    return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
+
+
+def _padded(block, x, dt, A, B, C):
+    """Whole chunks, whose steps after the end have dt = 0, whole blocks of channels, N by 8."""
+    x, dt = (_pad(_pad(v, 1, block.steps), 2, block.channels) for v in (x, dt))
+    A = _pad(_pad(A, 0, 8), 1, block.channels)
+    return x, dt, A, _packed(B, block), _packed(C, block)
+
+
+def _packed(v, block):
+    """[B, T, N] as [B, T / C, C N / 128, 128]."""
+    v = _pad(_pad(v.astype(jnp.float32), 1, block.steps), 2, 8)
+    chunks = v.shape[1] // block.steps
+    return v.reshape(v.shape[0], chunks, -1, kernels.LANES)
+
+
+def _keep(first, N, block):
+    if first is None:
+        return None
+    keep = jnp.logical_not(_pad(first, 1, block.steps))[:, :, None]
+    return _packed(jnp.broadcast_to(keep, (*keep.shape[:2], _up(N, 8))), block)
