@@ -85,8 +85,10 @@ def compile_jobs(
 
     Returns one dict per job: `cycles` {op: estimated cycles}, `vmem` (bytes, largest of the
     kernels), `argument_bytes`, `temp_bytes`, `peak_bytes`, `custom_calls` (names of TPU kernels in
-    the HLO), with `bundles` also `bundles` {kernel: {...}}; or `{"error": text}` when the compiler
-    refuses, or `{"not_modelled": text}` when the process died or took more than `timeout` seconds.
+    the HLO), `bytes_accessed` (XLA's count; loops' bodies once, kernels as they say), `trips` {op:
+    how often its loop runs, if more than once}, with `bundles` also `bundles` {kernel: {...}}; or
+    `{"error": text}` when the compiler refuses, or `{"not_modelled": text}` when the process died
+    or took more than `timeout` seconds.
     """
     if generation not in TOPOLOGIES:
         raise ValueError(f"unknown TPU generation {generation!r}; known: {', '.join(TOPOLOGIES)}")
@@ -161,6 +163,8 @@ def _compile(function, arguments, device, profile_dir, bundle_dir) -> dict:
         "peak_bytes": memory.peak_memory_in_bytes,
         "custom_calls": re.findall(r'%(\S+) = [^\n]*custom_call_target="tpu_custom_call"', text),
     }
+    result["bytes_accessed"] = int(compiled.cost_analysis().get("bytes accessed", 0))
+    result["trips"] = _trips(text)
     if profile_dir:
         result["cycles"] = {}
         for path in glob.glob(profile_dir + "/*_static_llo_profile.textproto"):
@@ -172,6 +176,24 @@ def _compile(function, arguments, device, profile_dir, bundle_dir) -> dict:
         names = {name.split(".")[0] for name in result["custom_calls"]}
         result["bundles"] = {name: _bundles(bundle_dir, name) for name in sorted(names)}
     return result
+
+
+def _trips(text: str) -> dict[str, int]:
+    """How often the operations of each loop's body run, of the loops whose count is known."""
+    bodies, parents, runs, inside = {}, {}, {}, ""
+    for line in text.splitlines():
+        if found := re.match(r"(?:ENTRY )?%(\S+) \(.*\{$", line):
+            inside = found[1]
+        elif found := re.match(r"\s+(?:ROOT )?%(\S+) = ", line):
+            bodies.setdefault(inside, []).append(found[1])
+            if body := re.search(r" while\(.*body=%([\w.\-]+)", line):
+                count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                parents[body[1]], runs[body[1]] = inside, int(count[1]) if count else 1
+
+    def total(name):
+        return runs[name] * total(parents[name]) if name in runs else 1
+
+    return {op: total(name) for name in runs for op in bodies[name] if total(name) > 1}
 
 
 def _bundles(folder: str, kernel: str) -> dict:

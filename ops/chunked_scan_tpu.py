@@ -18,6 +18,7 @@ VMEM_LIMIT = 48 * 2**20
 STATES_LIMIT = 8 * 2**20
 LONGEST_CHUNK = 256
 DTYPES = (jnp.bfloat16, jnp.float32)
+LOG2E = math.log2(math.e)
 NOTHING = -160.0  # a log-decay in units of log 2 that stands for 0
 
 
@@ -41,26 +42,24 @@ def forward(q, k, v, log_decay, initial_state, *, chunk=None, interpret=False):
     """(o [B, T, H, P], final_state [B, H, D, P]); arguments as `ops.chunked_scan`'s."""
     plan = Plan.of(q, k, v, log_decay, initial_state, chunk)
     o, state = kernels.forward(
-        *map(plan.split, (q, k, v)), plan.decay(log_decay), initial_state.swapaxes(2, 3),
-        plan.block, plan.programs, vmem_limit=VMEM_LIMIT, interpret=interpret,
+        *plan.inputs(q, k, v, log_decay), plan.state(initial_state), plan.block, plan.programs,
+        vmem_limit=VMEM_LIMIT, interpret=interpret,
     )  # fmt: skip
-    return plan.join(o), state.swapaxes(2, 3)
+    return plan.join(o, plan.P), plan.join_state(state)
 
 
 def backward(q, k, v, log_decay, initial_state, do, d_final, *, chunk=None, interpret=False):
     """The gradients of q, k, v, log_decay and initial_state, in their shapes and dtypes."""
     plan = Plan.of(q, k, v, log_decay, initial_state, chunk)
-    options = dict(vmem_limit=VMEM_LIMIT, interpret=interpret)
-    q_, k_, v_, do = map(plan.split, (q, k, v, do))
-    a = plan.decay(log_decay)
-    borders = kernels.borders(
-        k_, v_, a, initial_state.swapaxes(2, 3), plan.block, plan.programs, **options
-    )
+    shared = dict(vmem_limit=VMEM_LIMIT, interpret=interpret)
+    inputs = plan.inputs(q, k, v, log_decay)
+    walk = plan.block, plan.programs
+    borders = kernels.borders(*inputs[1:], plan.state(initial_state), *walk, **shared)
     *gradients, da, d_initial = kernels.backward(
-        q_, k_, v_, a, borders, do, d_final.swapaxes(2, 3), plan.block, plan.programs, **options
+        *inputs, borders, plan.split(do, 8), plan.state(d_final), *walk, **shared
     )
     gradients = [plan.gradient(g, x) for g, x in zip(gradients, (q, k, v), strict=True)]
-    return *gradients, plan.decay_gradient(da, log_decay), d_initial.swapaxes(2, 3)
+    return *gradients, plan.decay_gradient(da, log_decay), plan.join_state(d_initial)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +67,17 @@ class Plan:
     """How the kernels walk one problem."""
 
     T: int
+    D: int
+    P: int
+    by_dim: bool
     block: kernels.Block
     programs: int
 
     @classmethod
     def of(cls, q, k, v, log_decay, state, chunk):
         T, (B, H, D, P) = q.shape[1], state.shape
-        block = kernels.block_for(log_decay.shape[3] > 1, q.dtype.itemsize)
+        by_dim = log_decay.shape[3] > 1
+        block = kernels.block_for(by_dim, q.dtype.itemsize)
         wanted = chunk or block.chunk
         # A short sequence is one chunk of as few steps as a vector register has rows for.
         C = min(wanted, max(16, 1 << (T - 1).bit_length()))
@@ -82,47 +85,73 @@ class Plan:
         chunks = max(1, block.steps // wanted)
         chunks = -(-N // -(-N // chunks))
         G = min(x.shape[2] for x in (q, k, v))
-        return cls(T, kernels.Block(C, chunks), _programs(B, H, G, P * max(D, kernels.LANES)))
+        programs = _programs(B, H, G, P * _up(D, kernels.LANES))
+        return cls(T, D, P, by_dim, kernels.Block(C, chunks), programs)
 
     @property
-    def padded(self):
-        return -(-self.T // self.block.steps) * self.block.steps
+    def width(self):
+        """What D is padded to a multiple of. By dimension, to whole vectors, which memory holds
+        anyway: libtpu's profiler has no model for products of partial ones on v5e and v5p.
+        """
+        return kernels.LANES if self.by_dim else 8
 
-    def split(self, x):
-        """[B, T, heads, F] -> [B, heads, T, F], padded with zeros."""
-        x = x.swapaxes(1, 2)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, self.padded - self.T), (0, 0)))
-
-    def join(self, x):
-        return x[:, :, : self.T].swapaxes(1, 2)
-
-    def decay(self, log_decay):
-        """`a` of the kernels."""
-        a = jnp.maximum(log_decay * math.log2(math.e), NOTHING)
-        a = self.split(a)
-        if a.shape[3] > 1:
-            return a
-        a = a.reshape(*a.shape[:2], -1, self.block.chunk)
+    def inputs(self, q, k, v, log_decay):
+        """q, k, v and `a` of the kernels."""
+        q, k, v = self.split(q, self.width), self.split(k, self.width), self.split(v, 8)
+        a = self.split(jnp.maximum(log_decay * LOG2E, NOTHING), self.width if self.by_dim else 1)
+        if self.by_dim:
+            return q, k, v, a
+        a = a.reshape(*a.shape[:2], -1, self.block.chunks, 1, self.block.chunk)
         coarse = jnp.round(a * 256) / 256
-        return jnp.stack([jnp.cumsum(coarse, 3), jnp.cumsum(a - coarse, 3)], 3)
+        a = self.sums(jnp.concatenate([coarse, a - coarse], 4))
+        return q, k, v, _pad(a.reshape(*a.shape[:3], -1, self.block.chunk), 3, 8)
+
+    def sums(self, x, onwards=False, inclusive=True):
+        """Sums of x [..., C] over the steps up to each, or from each one on."""
+        lower = jnp.tri(self.block.chunk, k=0 if inclusive else -1, dtype=x.dtype)
+        order = "...i,ij->...j" if onwards else "...j,ij->...i"
+        return jnp.einsum(order, x, lower, precision="highest")
+
+    def split(self, x, width=1):
+        """[B, T, heads, F] -> [B, heads, T, F], padded with zeros to blocks and to `width`."""
+        return _pad(_pad(x.swapaxes(1, 2), 2, self.block.steps), 3, width)
+
+    def join(self, x, F):
+        return x[:, :, : self.T, :F].swapaxes(1, 2)
+
+    def state(self, S):
+        """[B, H, D, P] -> [B, H, P, D], padded."""
+        return _pad(_pad(S.swapaxes(2, 3), 2, 8), 3, self.width)
+
+    def join_state(self, S):
+        return S[:, :, : self.P, : self.D].swapaxes(2, 3)
 
     def gradient(self, g, x):
         """A kernel's gradient of x [B, T, heads, F], summed over the programs of its heads."""
         if g.shape[1] != x.shape[2]:
             B, programs, T, F = g.shape
             g = jnp.sum(g.reshape(B, x.shape[2], programs // x.shape[2], T, F), 2)
-        return self.join(g).astype(x.dtype)
+        return self.join(g, x.shape[3]).astype(x.dtype)
 
     def decay_gradient(self, da, log_decay):
-        if log_decay.shape[3] == 1:
-            from_each, before = da[:, :, :, 0], da[:, :, :, 1]
-            da = jnp.cumsum(from_each[..., ::-1], 3)[..., ::-1]
-            da = da + jnp.cumsum(before, 3) - before
+        if not self.by_dim:
+            from_each, before = (da[:, :, :, i : 2 * self.block.chunks : 2] for i in (0, 1))
+            da = self.sums(from_each, onwards=True) + self.sums(before, inclusive=False)
             da = da.reshape(*da.shape[:2], -1, 1)
-        da = self.join(da)
+        da = self.join(da, log_decay.shape[3])
         if log_decay.shape[2] < da.shape[2]:
             da = jnp.sum(da, 2, keepdims=True)
-        return jnp.where(log_decay * math.log2(math.e) > NOTHING, da, 0.0)
+        return jnp.where(log_decay * LOG2E > NOTHING, da, 0.0)
+
+
+def _up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+def _pad(x, axis, multiple):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths)
 
 
 def _programs(B, H, G, state):

@@ -33,7 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tiles import divide
 
-LANES = 128
+LANES = 128  # of a vector register
 HIDDEN = -1.0e4  # a logarithm whose power is 0
 
 _NN = (((1,), (0,)), ((), ()))  # x @ y
@@ -56,9 +56,9 @@ class Block:
 # Static data, from `python -m benchmarks.chunked_scans_tpu_static --sweep`: (decays by dimension,
 # bytes of an element) -> the chunk and the chunks of a grid step.
 _BLOCKS = {
-    (False, 2): Block(128, 4),
-    (False, 4): Block(128, 2),
-    (True, 2): Block(128, 2),
+    (False, 2): Block(256, 4),
+    (False, 4): Block(128, 4),
+    (True, 2): Block(128, 4),
     (True, 4): Block(64, 2),
 }
 
@@ -88,10 +88,9 @@ def _column(row):
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
-def _rows(x, y):
-    """Two columns [C, 1] as rows of [2, C]."""
-    lane = lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
-    return jnp.where(lane == 0, x, y).T[:2]
+def _row(column, eye):
+    """A column [C, 1] as a row [1, C]."""
+    return jnp.sum(jnp.where(eye, column, 0.0), 0, keepdims=True)
 
 
 def _indices(C):
@@ -99,11 +98,10 @@ def _indices(C):
 
 
 class _ByHead:
-    """A chunk's decays where the key dimensions share them: `a` [2, C], coarse and fine sums."""
+    """A chunk's decays where the key dimensions share them: coarse and fine sums, rows [1, C]."""
 
-    def __init__(self, a):
-        coarse, fine = a[:1], a[1:]
-        self.C = C = a.shape[1]
+    def __init__(self, coarse, fine):
+        self.C = C = coarse.shape[1]
         coarse_column, fine_column = _column(coarse), _column(fine)
         whole = coarse[:, C - 1 :], fine[:, C - 1 :]
         self.whole = jnp.exp2(whole[0] + whole[1])
@@ -111,7 +109,7 @@ class _ByHead:
         self.out = jnp.exp2((whole[0] - coarse_column) + (whole[1] - fine_column))
         between = (_lanes(coarse_column, C) - coarse) + (_lanes(fine_column, C) - fine)
         i, j = _indices(C)
-        self.below = i > j
+        self.below, self.eye = i > j, i == j
         self.ratios = jnp.exp2(jnp.where(i >= j, between, HIDDEN))
 
     def scores(self, q, k):
@@ -123,8 +121,8 @@ class _ByHead:
 
     def write(self, k, v, S):
         """The state after the chunk."""
-        out = (v.astype(jnp.float32) * _lanes(self.out, v.shape[1])).astype(v.dtype)
-        return self.whole * S + _dot(out, k, _TN)
+        k = (k.astype(jnp.float32) * _lanes(self.out, k.shape[1])).astype(k.dtype)
+        return self.whole * S + _dot(v, k, _TN)
 
     def gradients(self, q, k, v, do, S, dS):
         """(dq, dk, dv, the decay's gradient, dS before the chunk) where dS is that after it.
@@ -132,7 +130,6 @@ class _ByHead:
         The decay's gradient is [2, C]: what is to be summed over the steps from each one on, and
         over the steps before each one.
         """
-        D, P = k.shape[1], v.shape[1]
         f32 = lambda x: x.astype(jnp.float32)
         s = _dot(q, k, _NT)
         ds = _dot(do, v, _NT) * self.ratios
@@ -140,19 +137,21 @@ class _ByHead:
         moved = jnp.where(self.below, ds * s, 0.0)
         A, ds = (s * self.ratios).astype(v.dtype), ds.astype(q.dtype)
         dS_, S_ = dS.astype(v.dtype), S.astype(v.dtype)
-        dq_state = _dot(do, S_) * _lanes(self.into, D)
-        dk_state = _dot(v, dS_) * _lanes(self.out, D)
-        dv = _dot(A, do, _TN) + _dot(k, dS_, _NT) * _lanes(self.out, P)
+        dq_state = _dot(do, S_) * _lanes(self.into, q.shape[1])
+        dk_state = _dot(v, dS_) * _lanes(self.out, q.shape[1])
+        dv = _dot(A, do, _TN) + _dot(k, dS_, _NT) * _lanes(self.out, v.shape[1])
         into = jnp.sum(moved, 1, keepdims=True) + jnp.sum(f32(q) * dq_state, 1, keepdims=True)
-        rows = _rows(into, jnp.sum(f32(k) * dk_state, 1, keepdims=True))
+        out = jnp.sum(f32(k) * dk_state, 1, keepdims=True)
         whole = self.whole * jnp.sum(jnp.sum(S * dS, 0, keepdims=True), 1, keepdims=True)
         # The first row is summed over all later steps, so the whole's share stands at the last.
         last = lax.broadcasted_iota(jnp.int32, (1, self.C), 1) == self.C - 1
-        row = rows[:1] - jnp.sum(moved, 0, keepdims=True) + jnp.where(last, whole, 0.0)
-        do_in = (f32(do) * _lanes(self.into, P)).astype(do.dtype)
-        dS = self.whole * dS + _dot(do_in, q, _TN)
+        from_each = _row(into, self.eye) - jnp.sum(moved, 0, keepdims=True)
+        from_each = from_each + jnp.where(last, whole, 0.0)
+        da = jnp.concatenate([from_each, _row(out, self.eye)], 0)
+        q_in = (f32(q) * _lanes(self.into, q.shape[1])).astype(q.dtype)
+        dS = self.whole * dS + _dot(do, q_in, _TN)
         dq, dk = _dot(ds, k) + dq_state, _dot(ds, q, _TN) + dk_state
-        return dq, dk, dv, jnp.concatenate([row, rows[1:]], 0), dS
+        return dq, dk, dv, da, dS
 
 
 class _ByDim:
@@ -171,7 +170,7 @@ class _ByDim:
         self.halves = [2**n for n in range(C.bit_length() - 1)]
         self.right = {h: (step & h) != 0 for h in self.halves}
         i, j = _indices(C)
-        self.apart, self.lower, self.below = i ^ j, i >= j, i > j
+        self.apart, self.lower = i ^ j, (i >= j).astype(jnp.float32)
         # Of stretches of h steps: through this step, after this step, and all of the stretch.
         before, after, whole = a, jnp.zeros_like(a), a
         self.decays = {}
@@ -199,7 +198,7 @@ class _ByDim:
         A = _dot(q, k, _NT)
         for h in self.halves:
             A = jnp.where(self.apart >= h, _dot(self._at(q, h), self._at(k, h), _NT), A)
-        return jnp.where(self.lower, A, 0.0)
+        return A * self.lower
 
     def read(self, q, S):
         q = (q.astype(jnp.float32) * self.into).astype(q.dtype)
@@ -214,7 +213,7 @@ class _ByDim:
         f32 = lambda x: x.astype(jnp.float32)
         q32, k32 = f32(q), f32(k)
         dS_, S_ = dS.astype(v.dtype), S.astype(v.dtype)
-        A, dA = _dot(q, k, _NT), jnp.where(self.below, _dot(do, v, _NT), 0.0)
+        A, dA = _dot(q, k, _NT), _dot(do, v, _NT) * self.lower
         diagonal = jnp.sum(f32(do) * f32(v), 1, keepdims=True)
         dq_state, dk_state = _dot(do, S_) * self.into, _dot(v, dS_) * self.out
         dq, dk = dq_state + diagonal * k32, dk_state + diagonal * q32
@@ -226,10 +225,11 @@ class _ByDim:
         for h in reversed(self.halves):
             right, q_h, k_h = self.right[h], self._at(q, h), self._at(k, h)
             # From the largest h down, so the pairs that are still to come are those below h.
-            here = self.apart >= h
+            here = (self.apart >= h).astype(jnp.float32)
             apart[h] = _dot(q_h, k_h, _NT)
-            dA_h = jnp.where(here, dA, 0.0).astype(q.dtype)
-            dA = jnp.where(here, 0.0, dA)
+            dA_h = dA * here
+            dA = dA - dA_h
+            dA_h = dA_h.astype(q.dtype)
             dq_h = _dot(dA_h, k_h) * self.decays[h]
             dk_h = _dot(dA_h, q_h, _TN) * self.decays[h]
             dq, dk = dq + dq_h, dk + dk_h
@@ -239,19 +239,22 @@ class _ByDim:
             d_before, d_after = d_before + q32 * dq_h, d_after + k32 * dk_h
         for h in self.halves:
             A = jnp.where(self.apart >= h, apart[h], A)
-        A = jnp.where(self.lower, A, 0.0).astype(v.dtype)
-        k_out, do_in = (k32 * self.out).astype(k.dtype), do
+        A = (A * self.lower).astype(v.dtype)
+        k_out, q_in = (k32 * self.out).astype(k.dtype), (q32 * self.into).astype(q.dtype)
         dv = _dot(A, do, _TN) + _dot(k_out, dS_, _NT)
-        q_in = (q32 * self.into).astype(q.dtype)
-        dS = self.whole * dS + _dot(do_in, q_in, _TN)
+        dS = self.whole * dS + _dot(do, q_in, _TN)
         return dq, dk, dv, d_before + d_whole, dS
 
 
-def _decays(refs, m, block):
-    """The decays of chunk m of a grid step."""
+def _decays(refs, block):
+    """The decays of the chunks of a grid step, one by one."""
     if refs["a"].ndim == 5:
-        return _ByHead(refs["a"][0, 0, m])
-    return _ByDim(refs["a"][0, 0, pl.ds(m * block.chunk, block.chunk)])
+        rows = refs["a"][0, 0, 0]
+        for m in range(block.chunks):
+            yield _ByHead(rows[2 * m : 2 * m + 1], rows[2 * m + 1 : 2 * m + 2])
+    else:
+        for m in range(block.chunks):
+            yield _ByDim(refs["a"][0, 0, pl.ds(m * block.chunk, block.chunk)])
 
 
 def _forward_kernel(refs, block):
@@ -262,10 +265,9 @@ def _forward_kernel(refs, block):
         refs["S"][r] = refs["initial"][0, 0]
 
     S = refs["S"][r]
-    for m in range(block.chunks):
+    for m, d in enumerate(_decays(refs, block)):
         time = pl.ds(m * block.chunk, block.chunk)
         q, k, v = (refs[name][0, 0, time] for name in "qkv")
-        d = _decays(refs, m, block)
         o = _dot(d.scores(q, k).astype(v.dtype), v) + d.read(q, S)
         refs["o"][0, 0, time] = o.astype(refs["o"].dtype)
         S = d.write(k, v, S)
@@ -285,10 +287,10 @@ def _borders_kernel(refs, block):
 
     S = refs["S"][r]
     refs["borders"][0, 0, 0] = S
-    for m in range(block.chunks):
+    for m, d in enumerate(_decays(refs, block)):
         time = pl.ds(m * block.chunk, block.chunk)
         k, v = (refs[name][0, 0, time] for name in "kv")
-        S = _decays(refs, m, block).write(k, v, S)
+        S = d.write(k, v, S)
     refs["S"][r] = S
 
 
@@ -299,19 +301,17 @@ def _backward_kernel(refs, block):
     def begin():
         refs["dS"][r] = refs["d_final"][0, 0]
 
-    decays, states = [], [refs["borders"][0, 0, 0]]
+    decays, states = list(_decays(refs, block)), [refs["borders"][0, 0, 0]]
     times = [pl.ds(m * block.chunk, block.chunk) for m in range(block.chunks)]
-    for m, time in enumerate(times):
-        decays.append(_decays(refs, m, block))
-        if m + 1 < block.chunks:
-            k, v = (refs[name][0, 0, time] for name in "kv")
-            states.append(decays[m].write(k, v, states[m]))
+    for m in range(block.chunks - 1):
+        k, v = (refs[name][0, 0, times[m]] for name in "kv")
+        states.append(decays[m].write(k, v, states[m]))
     dS = refs["dS"][r]
     for m in reversed(range(block.chunks)):
         q, k, v, do = (refs[name][0, 0, times[m]] for name in ("q", "k", "v", "do"))
         *gradients, da, dS = decays[m].gradients(q, k, v, do, states[m], dS)
         if refs["a"].ndim == 5:
-            refs["da"][0, 0, m] = da
+            refs["da"][0, 0, 0, pl.ds(2 * m, 2)] = da
         else:
             refs["da"][0, 0, times[m]] = da
         for name, x in zip(("dq", "dk", "dv"), gradients, strict=True):
@@ -378,10 +378,10 @@ class _Grid:
         return x, shape, lambda *ids: (ids[0], self.head(ids, x.shape[1]), self.when(ids), 0)
 
     def decay(self, a):
-        """[B, heads, T, D], or [B, heads, N, 2, C]."""
+        """[B, heads, T, D], or [B, heads, blocks, rows, C]."""
         if a.ndim == 4:
             return self.time(a)
-        shape = (1, 1, self.block.chunks, *a.shape[3:])
+        shape = (1, 1, 1, *a.shape[3:])
         return a, shape, lambda *ids: (ids[0], self.head(ids, a.shape[1]), self.when(ids), 0, 0)
 
     def borders(self, x):
@@ -455,8 +455,9 @@ def forward(q, k, v, a, state, block, programs, *, vmem_limit=None, interpret=Fa
       q, k, v: [B, heads, T, D], [B, heads, T, D], [B, heads, T, P]; heads are H or divide
         `programs`; T is a multiple of the block.
       a: float32, log decays in units of log 2: by key dimension [B, heads, T, D], each at least
-        -160; or by head [B, heads, N, 2, C], their sums from each chunk's start, as two parts.
-        The first part's are multiples of 1/256, so that their differences are exact.
+        -160; or by head [B, heads, T / block, rows, C], their sums from each chunk's start, as
+        two rows for each chunk of the block: multiples of 1/256, so that their differences are
+        exact, and the rest. `rows` is a multiple of 8.
       state: [B, H, P, D], float32.
       block: time of a grid step.
       programs: parts of H that run apart, a divisor of H and a multiple of all fewer heads.
@@ -498,9 +499,9 @@ def backward(
 
     A gradient of an array that has fewer heads than `programs` comes by program, [B, programs, ...]
     in float32, to be summed; others have the array's shape and dtype. da is by head of H:
-    [B, H, T, D], the natural logarithms' gradient; or [B, H, N, 2, C]: the gradient of a chunk's
-    logarithms is the sum of the first row over the steps from each on, and of the second over the
-    steps before.
+    [B, H, T, D], the natural logarithms' gradient; or [B, H, T / block, rows, C]: the gradient of a
+    chunk's logarithms is the sum of its first row over the steps from each on, and of its second
+    over the steps before.
 
     Args as `forward`'s, and borders [B, H, T / block, P, D]; do [B, H, T, P]; d_final [B, H, P, D].
     """

@@ -1,0 +1,191 @@
+"""Static cost of the chunked scans on TPUs, the kernels beside XLA's own program, with no TPU.
+
+    python -m benchmarks.chunked_scans_tpu_static             # measures, writes the committed table
+    python -m benchmarks.chunked_scans_tpu_static --sweep     # blocks: pallas_kernels/tpu/ssd.py
+
+The figures are those of libtpu's static profile (benchmarks/aot_tpu.py): NOTHING HERE RAN ON A
+DEVICE. They rank programs within one generation; they are not times. Both columns are the whole
+compiled program of the public op, with its copies and paddings; an operation in a loop counts as
+often as the loop runs. `bytes` is what XLA says that the program reads and writes (of a loop's body
+once), `bandwidth_cycles` these over the memory's bandwidth, and `bound` the larger of the two
+counts of cycles: the profile gives every transfer the whole bandwidth. On v5p the cycles are those
+of one of a chip's two cores, between which only the kernels are split.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.aot_tpu import PROFILED, Job, available, compile_jobs
+from benchmarks.tpu_static import CHIPS, versions
+
+RESULTS = (
+    Path(__file__).resolve().parent.parent
+    / "results"
+    / "benchmarks"
+    / "chunked_scans_tpu_static.json"
+)
+SHAPES = {
+    "ssd": {"B": 1, "T": 8192, "H": 16, "G": 1, "D": 128, "P": 64},
+    "scalar": {"B": 1, "T": 8192, "H": 8, "D": 64, "P": 64},
+    "vector": {"B": 1, "T": 8192, "H": 8, "D": 64, "P": 64},
+}
+NAMES = {
+    "ssd": "ssd",
+    "scalar": "gated_linear_attention, scalar decay",
+    "vector": "gated_linear_attention, vector decay",
+}
+SWEEP = ((128, 2), (128, 4), (128, 8), (256, 2), (256, 4))
+
+
+# Jobs, called in the worker.
+
+
+def public(
+    op, gradient, implementation, B=1, T=8192, H=8, G=None, D=64, P=64, dtype="bfloat16", **options
+):
+    """The public op, or the gradients of all its inputs for given cotangents of both results.
+
+    op: "ssd" (N is D), or gated linear attention by its decay: "none", "scalar", "vector".
+    """
+    from ops.gated_linear_attention import gated_linear_attention
+    from ops.ssd import ssd
+
+    spec, f32 = jax.ShapeDtypeStruct, jnp.float32
+    G = H if G is None else G
+    options["implementation"] = implementation
+    if op == "ssd":
+        projection = spec((B, T, G, D), dtype)
+        arrays = (
+            spec((B, T, H, P), dtype), spec((B, T, H), f32), spec((H,), f32),
+            projection, projection, spec((B, H, P, D), f32),
+        )  # fmt: skip
+
+        def function(x, dt, A, K, C, S):
+            return ssd(x, dt, A, K, C, initial_state=S, **options)
+    else:
+        shape = {"none": None, "scalar": (B, T, H), "vector": (B, T, H, D)}[op]
+        arrays = (
+            spec((B, T, H, D), dtype), spec((B, T, G, D), dtype), spec((B, T, G, P), dtype),
+            None if shape is None else spec(shape, f32), spec((B, H, D, P), f32),
+        )  # fmt: skip
+
+        def function(q, k, v, a, S):
+            return gated_linear_attention(q, k, v, a, initial_state=S, **options)
+
+    if not gradient:
+        return function, arrays
+
+    def pullback(arrays, cotangents):
+        return jax.vjp(function, *arrays)[1](cotangents)
+
+    return pullback, (arrays, jax.eval_shape(function, *arrays))
+
+
+def with_block(block, **kwargs):
+    """As `public`, with a block of so many steps and chunks in place of the table's."""
+    from pallas_kernels.tpu import ssd as kernels
+
+    kernels.block_for = lambda *_: kernels.Block(*block)
+    return public(implementation="pallas", **kwargs)
+
+
+# The table.
+
+
+def rows() -> list[dict]:
+    """The committed table."""
+    return json.loads(RESULTS.read_text())["rows"]
+
+
+def row(op, gradient, implementation, generation, shape, result) -> dict:
+    found = {
+        "op": NAMES[op], "implementation": "tilescan" if implementation == "pallas" else "xla",
+        "direction": "gradient" if gradient else "forward", "generation": generation,
+        "dtype": "bfloat16", "shape": shape, "source": "static profile",
+    }  # fmt: skip
+    for key in ("error", "not_modelled"):
+        if key in result:
+            return found | {"source": f"{key.replace('_', ' ')}: {result[key][:120]}"}
+    chip, trips = CHIPS[generation], result["trips"]
+    cycles = {name: n * trips.get(name, 1) for name, n in result["cycles"].items()}
+    found["cycles"] = sum(cycles.values())
+    found["kernel_cycles"] = sum(n for name, n in cycles.items() if "chunked_scan_" in name)
+    found["bytes"] = result["bytes_accessed"]
+    found["bandwidth_cycles"] = round(found["bytes"] / chip["bandwidth"] * chip["clock"])
+    found["bound"] = max(found["cycles"], found["bandwidth_cycles"])
+    return found | {key: result[key] for key in ("temp_bytes", "vmem")}
+
+
+def measure(generation: str) -> list[dict]:
+    """Both implementations, forward and gradient, of all shapes on one generation."""
+    cases = [
+        (op, gradient, implementation)
+        for op in SHAPES
+        for gradient in (False, True)
+        for implementation in ("pallas", "xla")
+    ]
+    jobs = [
+        Job(
+            "benchmarks.chunked_scans_tpu_static:public",
+            {"op": op, "gradient": gradient, "implementation": implementation, **SHAPES[op]},
+        )
+        for op, gradient, implementation in cases
+    ]
+    return [
+        row(*case, generation, SHAPES[case[0]], result)
+        for case, result in zip(cases, compile_jobs(jobs, generation), strict=True)
+    ]
+
+
+def sweep(generation: str, console) -> None:
+    for op in ("scalar", "vector"):
+        for block in SWEEP:
+            kwargs = {"op": op, "gradient": True, "block": block} | SHAPES[op] | {"T": 2048}
+            job = Job("benchmarks.chunked_scans_tpu_static:with_block", kwargs)
+            (result,) = compile_jobs([job], generation, timeout=300.0)
+            cycles = {n: c for n, c in result.get("cycles", {}).items() if "chunked_scan_" in n}
+            console.print(generation, op, block, cycles or str(result)[:200])
+
+
+def show(found: list[dict], console) -> None:
+    table = Table(title="Chunked scans on TPUs, static figures: nothing ran on a device")
+    heads = ("generation", "op", "direction", "implementation", "cycles", "kernel_cycles",
+             "bandwidth_cycles", "bound", "bytes", "temp_bytes", "vmem", "source")  # fmt: skip
+    for head in heads:
+        table.add_column(head)
+    text = lambda x: "-" if x is None else f"{x:,}" if isinstance(x, int) else str(x)
+    for r in found:
+        table.add_row(*(text(r.get(head)) for head in heads))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sweep", action="store_true", help="try many blocks; writes nothing")
+    parser.add_argument("--generations", default=",".join(PROFILED))
+    arguments = parser.parse_args()
+    if not available():
+        parser.error('libtpu is not installed; pip install "tilescan[dev]" brings it')
+    console = Console(width=220)
+    found = []
+    for generation in arguments.generations.split(","):
+        if arguments.sweep:
+            sweep(generation, console)
+        else:
+            found += measure(generation)
+    if arguments.sweep:
+        return
+    show(found, console)
+    note = "static figures of libtpu's compiler; nothing ran on a device"
+    record = {"note": note, "versions": versions(), "rows": found}
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The TPU kernels of chunked scans: interpreted on a CPU against the steps in float64, and compiled
+ahead of time for TPUs that are not here.
+"""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import aot_tpu
+from benchmarks.aot_tpu import Job
+from ops import chunked_scan, chunked_scan_tpu, reference
+from ops.gated_linear_attention import gated_linear_attention
+from ops.ssd import ssd
+
+# Largest accepted errors, relative to the largest entry of the reference; bfloat16 has 8 bits.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
+NAMES = ("o", "final_state", "dq", "dk", "dv", "dlog_decay", "dinitial_state")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks small enough for tests to have several, of several chunks."""
+    block = chunked_scan_tpu.kernels.Block(16, 2)
+    monkeypatch.setattr(chunked_scan_tpu.kernels, "block_for", lambda *_: block)
+
+
+def problem(T, decay, heads=(2, 2, 2), sizes=(8, 16), dtype="float32", strength=0.0, B=1, seed=0):
+    """q, k, v, log_decay, initial_state and cotangents; `heads` are those of q, k and v."""
+    rng = np.random.default_rng(seed)
+    H, (D, P) = max(heads), sizes
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    q, k, v = (normal(B, T, n, F).astype(dtype) for n, F in zip(heads, (D, D, P), strict=True))
+    shape = {"none": (B, T, 1, 1), "head": (B, T, H, 1), "dim": (B, T, H, D)}[decay]
+    a = -jnp.exp(normal(*shape) + strength) if decay != "none" else jnp.zeros(shape)
+    cotangents = normal(B, T, H, P).astype(dtype), normal(B, H, D, P)
+    return (q, k, v, a, normal(B, H, D, P)), cotangents
+
+
+@jax.jit
+def found(inputs, cotangents):
+    forward = chunked_scan_tpu.forward(*inputs, interpret=True)
+    return *forward, *chunked_scan_tpu.backward(*inputs, *cotangents, interpret=True)
+
+
+def expected(inputs, cotangents):
+    """The same, by steps in float64."""
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(np.asarray(x, np.float64)) for x in inputs]
+
+        def steps(q, k, v, a, S):
+            B, T, H, D = q.shape[0], q.shape[1], S.shape[1], q.shape[3]
+            q = jnp.repeat(q, H // q.shape[2], 2)
+            k, v = (jnp.repeat(x, H // x.shape[2], 2) for x in (k, v))
+            a = jnp.broadcast_to(a, (B, T, H, D))
+            return reference.linear_attention(q, k, v, a, scale=1.0, state=S)
+
+        out, pullback = jax.vjp(steps, *exact)
+        cotangents = tuple(jnp.asarray(np.asarray(x, np.float64)) for x in cotangents)
+        return [np.asarray(x) for x in (*out, *pullback(cotangents))]
+
+
+def check(inputs, cotangents):
+    got, want = found(inputs, cotangents), expected(inputs, cotangents)
+    for x, like in zip(got[2:], inputs, strict=True):
+        assert x.dtype == like.dtype and x.shape == like.shape
+    assert got[0].dtype == inputs[0].dtype and got[1].dtype == jnp.float32
+    for name, x, y in zip(NAMES, got, want, strict=True):
+        error = np.max(np.abs(np.asarray(x, np.float64) - y))
+        bound = TOLERANCE[inputs[0].dtype.name] * max(np.max(np.abs(y)), 1e-6)
+        assert error <= bound, f"{name}: error {error:.2e} above {bound:.2e}"
+
+
+@pytest.mark.parametrize("decay", ["head", "dim"])
+@pytest.mark.parametrize("T", [1, 2, 63, 100])
+def test_lengths(T, decay):
+    """Also lengths below a chunk, and, at 100, seven chunks in four blocks."""
+    inputs, cotangents = problem(T, decay, seed=1)
+    block = chunked_scan_tpu.Plan.of(*inputs, None).block
+    assert (block.chunk, block.chunks) == (16, 1 if T < 16 else 2)
+    check(inputs, cotangents)
+
+
+@hypothesis.settings(max_examples=8, phases=[hypothesis.Phase.generate])
+@hypothesis.given(
+    shape=st.sampled_from(
+        [
+            ((4, 2, 2), (8, 24), "head"),  # grouped queries
+            ((1, 1, 3), (20, 12), "none"),  # SSD's groups
+            ((2, 1, 1), (20, 12), "dim"),
+        ]
+    ),
+    strength=st.sampled_from([-3.0, 0.0, 4.0]),
+    seed=st.integers(0, 9),
+)
+def test_heads_that_share_and_sizes(shape, strength, seed):
+    heads, sizes, decay = shape
+    check(*problem(40, decay, heads, sizes, strength=strength, B=2, seed=seed))
+
+
+@pytest.mark.parametrize("decay", ["head", "dim"])
+def test_bfloat16(decay):
+    check(*problem(40, decay, (1, 1, 2), (16, 16), "bfloat16", -2.0))
+
+
+@pytest.mark.parametrize("decay", ["head", "dim"])
+def test_extreme_decays_stay_exact(decay):
+    """From almost none, over e^-20 a step, to decays that float32 has only as 0."""
+    for strength in (-20.0, 3.0, 30.0):
+        check(*problem(63, decay, strength=strength))
+
+
+@pytest.mark.parametrize("decay", ["head", "dim"])
+def test_weak_decays_are_exact_among_strong_ones(decay):
+    """Sums of logarithms that reach thousands must not cost the digits of small ones."""
+    (q, k, v, a, S), cotangents = problem(63, decay, strength=-2.0)
+    a = a.at[:, ::2].set(-75.0).at[:, 42:].set(-0.01)
+    check((q, k, v, a, S), cotangents)
+
+
+@pytest.mark.parametrize("decay", ["head", "dim"])
+def test_minus_infinity_forgets_with_finite_gradients(decay):
+    (q, k, v, a, S), cotangents = problem(63, decay, strength=-2.0)
+    a = a.at[:, 17].set(-jnp.inf)
+    check((q, k, v, a, S), cotangents)
+    got = found((q, k, v, a, S), cotangents)
+    assert not np.any(got[5][:, 17])
+    without = found((q, k, v, a, jnp.zeros_like(S)), cotangents)
+    np.testing.assert_array_equal(got[1], without[1])
+    np.testing.assert_array_equal(got[0][:, 17:], without[0][:, 17:])
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels where the program is lowered for a CPU."""
+    for name in ("forward", "backward"):
+        f = functools.partial(getattr(chunked_scan_tpu, name), interpret=True)
+        monkeypatch.setattr(chunked_scan_tpu, name, f)
+    monkeypatch.setitem(chunked_scan.KERNELS, "cpu", "ops.chunked_scan_tpu")
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def test_public_ops_take_the_kernels(interpreted):
+    """Both ops with all that they take, and their gradients, equal the XLA implementation."""
+    rng = np.random.default_rng(3)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    B, T, H, G, D, P = 2, 50, 4, 2, 8, 16
+    ids = jnp.asarray(np.sort(rng.integers(0, 4, (B, T)), 1))
+    gla = [normal(B, T, H, D), normal(B, T, G, D), normal(B, T, G, P), -jnp.abs(normal(B, T, H))]
+    gla.append(normal(B, H, D, P))
+    mamba = [normal(B, T, H, P), jnp.abs(normal(B, T, H)), -jnp.abs(normal(H))]
+    mamba += [normal(B, T, G, D), normal(B, T, G, D), normal(B, H, P, D), normal(H)]
+
+    def attend(q, k, v, a, S, **options):
+        return gated_linear_attention(q, k, v, a, initial_state=S, segment_ids=ids, **options)
+
+    def space(x, dt, A, K, C, S, D, **options):
+        return ssd(x, dt, A, K, C, D=D, initial_state=S, segment_ids=ids, **options)
+
+    for op, arrays in ((attend, gla), (space, mamba)):
+        outcomes = []
+        for implementation in ("pallas", "xla"):
+            f = functools.partial(op, implementation=implementation)
+            out, pullback = jax.vjp(jax.jit(f), *arrays)
+            outcomes.append((*out, *pullback(out)))
+        for x, y in zip(*outcomes, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5 * max(1, np.abs(y).max()))
+
+
+def test_batched_by_vmap(interpreted):
+    (q, k, v, a, S), _ = problem(20, "head", B=2)
+    f = functools.partial(chunked_scan.chunked_scan, implementation="pallas")
+    want = f(q, k, v, a, S)
+    one = lambda *arrays: jax.tree.map(lambda y: y[0], f(*(x[None] for x in arrays)))
+    for x, y in zip(jax.vmap(one)(q, k, v, a, S), want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_lowers_inside_shard_map():
+    arrays, cotangents = problem(20, "dim", B=2)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    f = functools.partial(chunked_scan.chunked_scan, implementation="pallas")
+    spec = jax.sharding.PartitionSpec("data")
+    pullback = lambda arrays, cotangents: jax.vjp(f, *arrays)[1](cotangents)
+    cut = jax.shard_map(pullback, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    text = jax.jit(cut).trace(arrays, cotangents).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 2
+
+
+def test_programs_cover_the_heads():
+    """One part of the heads on both cores of a chip, and states that fit in memory."""
+    assert chunked_scan_tpu._programs(1, 16, 1, 64 * 128) == 2
+    assert chunked_scan_tpu._programs(2, 16, 1, 64 * 128) == 1
+    assert chunked_scan_tpu._programs(1, 16, 16, 64 * 128) == 16
+    assert chunked_scan_tpu._programs(2, 64, 1, 256 * 256) == 2
+    assert chunked_scan_tpu._programs(1, 3, 1, 8 * 128) == 3
+
+
+def test_what_has_no_kernel_is_said():
+    (q, k, v, a, S), _ = problem(20, "dim")
+    run = functools.partial(chunked_scan.chunked_scan, q, k, v, a, S)
+    with pytest.raises(ValueError, match='lowered for cpu; implementation="xla" or None'):
+        run(implementation="pallas")
+    with pytest.raises(ValueError, match="must be one of 'xla', 'pallas', None"):
+        run(implementation="cuda")
+    lower = lambda **o: (
+        jax.jit(functools.partial(run, **o)).trace().lower(lowering_platforms=("tpu",))
+    )
+    for chunk, word in ((512, "up to 256"), (48, "powers of 2")):
+        with pytest.raises(ValueError, match=word):
+            lower(implementation="pallas", chunk=chunk)
+        assert "tpu_custom_call" not in lower(implementation=None, chunk=chunk).as_text()
+    assert "tpu_custom_call" in lower(implementation=None).as_text()
+    assert "tpu_custom_call" not in lower(implementation="xla").as_text()
+
+
+CASES = {
+    "ssd": {"op": "ssd", "T": 2048, "H": 16, "G": 1, "D": 128},
+    "scalar": {"op": "scalar", "T": 1000, "H": 4, "G": 2},
+    "none": {"op": "none", "T": 63, "D": 80, "P": 96, "dtype": "float32"},
+    "vector": {"op": "vector", "T": 1024, "H": 2},
+    "a step": {"op": "vector", "T": 1, "D": 20, "P": 12, "dtype": "float32"},
+    "short chunks": {"op": "scalar", "T": 300, "D": 256, "P": 256, "chunk": 16},
+    "wide": {"op": "vector", "T": 512, "D": 256, "P": 256, "dtype": "float32", "H": 2},
+}
+
+
+@pytest.mark.skipif(not aot_tpu.available(), reason="libtpu is not installed (extra dev)")
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+def test_public_ops_compile_to_the_kernels(generation):
+    """Forward and gradient; all cases on one generation only, for time."""
+    names = tuple(CASES) if generation == "v5e" else ("ssd", "vector")
+    target = "benchmarks.chunked_scans_tpu_static:public"
+    cases = [
+        CASES[name] | {"implementation": "pallas", "gradient": gradient}
+        for name in names
+        for gradient in (False, True)
+    ]
+    results = aot_tpu.compile_jobs([Job(target, c) for c in cases], generation, profile=False)
+    for case, result in zip(cases, results, strict=True):
+        assert "custom_calls" in result, (case, result)
+        calls = {call.split(".")[0] for call in result["custom_calls"]}
+        wanted = ("borders", "backward") if case["gradient"] else ("forward",)
+        assert calls >= {f"chunked_scan_{name}" for name in wanted}, case
+        assert 0 < result["vmem"] <= chunked_scan_tpu.VMEM_LIMIT, case
