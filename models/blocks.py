@@ -17,9 +17,13 @@ from flax import linen as nn
 
 from models.attention import Attention
 from models.config import LanguageModelConfig
+from models.gated_delta_net import GatedDeltaNet
+from models.gated_linear_attention import GatedLinearAttention
+from models.h3 import H3
 from models.layers import MLP, NORMS
 from models.mamba import Mamba
 from models.mamba2 import Mamba2
+from models.s4 import S4, S4D
 from ops import masks
 
 
@@ -59,8 +63,13 @@ def _mlp(config: LanguageModelConfig, name: str | None) -> MLP:
 
 # Blocks with a recurrent mixer.
 MIXERS: dict[str, type[nn.Module]] = {
+    "gated_deltanet": GatedDeltaNet,
+    "gla": GatedLinearAttention,
+    "h3": H3,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "s4": S4,
+    "s4d": S4D,
 }
 
 # All other blocks.

@@ -58,7 +58,7 @@ class Backbone(nn.Module):
             self.layers = nn.scan(
                 body,
                 variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True},
+                split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 out_axes=0,
                 length=config.repeats,

@@ -5,8 +5,12 @@ from adapters import attention_op
 from suite import cases, linen
 
 from models.attention import Attention
+from models.gated_delta_net import GatedDeltaNet
+from models.gated_linear_attention import GatedLinearAttention
+from models.h3 import H3
 from models.mamba import Mamba
 from models.mamba2 import Mamba2
+from models.s4 import S4, S4D
 from ops.masks import Causal, Full, SlidingWindow
 
 MIXERS = [
@@ -17,6 +21,13 @@ MIXERS = [
     linen("attention-window", Attention(4, 4, 8, SlidingWindow(20), position="alibi"), reach=21),
     linen("mamba", Mamba(d_model=32, state_dim=4)),
     linen("mamba2", Mamba2(d_model=32, state_dim=8, head_dim=16, n_groups=2)),
+    linen("s4", S4(d_model=32, state_dim=16, fft=False)),
+    linen("s4d", S4D(d_model=32, state_dim=16), leak=1e-6),
+    linen("s4d-bidirectional", S4D(d_model=32, state_dim=8, bidirectional=True), causal=False),
+    linen("h3", H3(d_model=32, taps=6, state_dim=16), leak=1e-6),
+    linen("h3-heads", H3(d_model=32, head_dim=4, taps=3, state_dim=8, fft=False)),
+    linen("gla", GatedLinearAttention(d_model=32)),
+    linen("gated-deltanet", GatedDeltaNet(d_model=32)),
 ]
 
 

@@ -1,0 +1,306 @@
+"""S4 (arXiv 2111.00396) and S4D (2206.11893): a linear state space per channel, then GELU and GLU.
+
+In `OptimizerConfig.groups`, the parameters that S4 trains with a smaller rate and without decay
+are "(log_dt|log_A_real|A_imag|/[PB]_(real|imag))$"; C and D are trained like other weights.
+
+Letters: B batch, T time, E embedding (channels), G systems (n_ssm), N half of the state dim,
+S state dim.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from models.layers import linear
+from models.recurrent import carried_segments, check_mixer_inputs, exact_dtype, uniform_fan_in
+from ops import s4, state_space
+from ops.long_convolution import long_convolution
+
+OUTPUTS = ("glu", "linear", "none")
+# Real parts stay below it, so that no mode grows.
+LARGEST_REAL = -1e-4
+
+
+class S4State(NamedTuple):
+    """What is carried over time: the modes' real and imaginary parts, the last token's segment."""
+
+    ssm: Float[Array, "B E S"]
+    segment: Int[Array, " B"]
+
+
+class _StateSpaceLayer(nn.Module):
+    """y = GELU(SSM(x) + D x), then a linear map with a gate. Subclasses say what the SSM is.
+
+    Attributes:
+      d_model: E.
+      state_dim: S, even.
+      n_ssm: G, how many channels have state matrices of their own; it divides E, and None is E.
+      dt_min, dt_max: initial steps are log-uniform between them.
+      rate: factor of the steps: 2 for inputs sampled half as often as in training.
+      bidirectional: a second C looks backwards in time. Then there is no state.
+      fft: whether whole sequences without segments are convolved by FFT. Otherwise, and in all
+        other calls, chunks of matrix products do it, in which y_t is exactly independent of
+        later inputs.
+      output: "glu", W y * sigmoid(W' y); "linear", W y; or "none", y.
+      dropout: rate behind GELU, one mask for all of time; active where `apply` has a "dropout" key.
+      use_bias: of W and W'.
+      out_scale: multiplies the initial weights W.
+    """
+
+    d_model: int
+    state_dim: int = 64
+    n_ssm: int | None = None
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    rate: float = 1.0
+    bidirectional: bool = False
+    fft: bool = True
+    output: str = "glu"
+    dropout: float = 0.0
+    use_bias: bool = True
+    out_scale: float = 1.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        *,
+        state: S4State | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], S4State | None]:
+        """Mixes T tokens, behind those of `state` if one is given.
+
+        Args:
+          x: the tokens' vectors.
+          state: from `init_state` or an earlier call; None if bidirectional.
+          positions: not used; time is in the state.
+          segment_ids: a token whose id differs from the one before it starts from nothing.
+
+        Returns:
+          y and the new state (None if none was given).
+
+        Raises:
+          ValueError: for a wrong rank, ids that are not [B, T], a state of a bidirectional
+            layer, or attributes that don't fit.
+        """
+        check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
+        self._check_attributes()
+        if self.bidirectional and state is not None:
+            raise ValueError("a bidirectional layer has no state: it reads from both ends")
+        E, wide = self.d_model, jnp.promote_types(self.dtype, jnp.float32)
+        ids, last = carried_segments(segment_ids, None if state is None else state.segment)
+        log_dt = log_steps(self, E, self.dt_min, self.dt_max, wide) + math.log(self.rate)
+        system = log_dt, *self._matrices(wide)
+        u = x.astype(wide)
+        initial = None if state is None else state.ssm
+        y, ssm = self._ssm(u, (*system, self._output_matrix("C", wide)), initial, ids)
+        if self.bidirectional:
+            backward, _ = self._ssm(
+                jnp.flip(u, 1),
+                (*system, self._output_matrix("C_back", wide)),
+                None,
+                None if ids is None else jnp.flip(ids, 1),
+            )
+            y = y + jnp.flip(backward, 1)
+        D_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("inner",))
+        D = self.param("D", D_init, (E,), self.param_dtype)
+        y = jax.nn.gelu(y + D.astype(wide).reshape(1, 1, E) * u, approximate=False)
+        y = y.astype(self.dtype)
+        drop = nn.Dropout(self.dropout, broadcast_dims=(1,))
+        y = drop(y, deterministic=not self.has_rng("dropout"))
+        return self._mix(y), None if state is None else S4State(ssm, last)
+
+    @nn.nowrap
+    def init_state(self, batch: int, max_len: int) -> S4State:
+        """Zeros; its size does not depend on max_len.
+
+        Raises:
+          ValueError: if the layer is bidirectional.
+        """
+        if self.bidirectional:
+            raise ValueError("a bidirectional layer has no state: it reads from both ends")
+        shape = (batch, self.d_model, self.state_dim)
+        return S4State(
+            jnp.zeros(shape, jnp.promote_types(self.dtype, jnp.float32)),
+            jnp.full((batch,), -1, jnp.int32),
+        )
+
+    def _ssm(self, u, system, initial_state, ids):
+        if self.fft and initial_state is None and ids is None:
+            return long_convolution(u, self._kernel(system, u.shape[1]))[0], None
+        return self._chunks(u, system, initial_state, ids)
+
+    def _mix(self, y):
+        if self.output == "none":
+            return y
+        common = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+        axes, init = ("inner", "embed"), uniform_fan_in(self.out_scale)
+        out = linear(self.d_model, axes, init=init, name="out", **common)(y)
+        if self.output == "linear":
+            return out
+        gate = linear(self.d_model, axes, init=uniform_fan_in(), name="gate", **common)(y)
+        return out * jax.nn.sigmoid(gate)
+
+    def _output_matrix(self, name, wide):
+        shape = self.d_model, self.state_dim // 2
+        return output_matrix(self, name, shape, ("inner", "state"), wide)
+
+    def _systems(self) -> int:
+        return self.d_model if self.n_ssm is None else self.n_ssm
+
+    def _per_system(self, x: Array) -> Float[Array, "E N"]:
+        """[G, N] with a row for each channel."""
+        return jnp.repeat(x, self.d_model // x.shape[0], axis=0)
+
+    def _shape(self):
+        """Shape [G, N] and logical axes of the systems' parameters."""
+        G = self._systems()
+        return (G, self.state_dim // 2), ("inner" if G == self.d_model else None, "state")
+
+    @nn.nowrap
+    def _check_attributes(self) -> None:
+        if self.state_dim < 2 or self.state_dim % 2:
+            raise ValueError(f"state_dim={self.state_dim} must be even: states are pairs")
+        if self._systems() < 1 or self.d_model % self._systems():
+            raise ValueError(f"n_ssm={self.n_ssm} must divide d_model={self.d_model}")
+        if self.output not in OUTPUTS:
+            raise ValueError(
+                f"output={self.output!r} is unknown; it can be {', '.join(map(repr, OUTPUTS))}"
+            )
+
+
+class S4D(_StateSpaceLayer):
+    """S4 with a diagonal state matrix; B is 1, as C can take its place.
+
+    Attributes, beside those of every state space layer:
+      init_A: initial A: "lin", "inv" and "legs" as of `ops.s4.s4d_init`; "random", with normal
+        frequencies of the same mean square as "lin" and random decays about 1/2.
+      discretization: "zoh" or "bilinear".
+    """
+
+    init_A: str = "lin"
+    discretization: str = "zoh"
+
+    def _matrices(self, wide):
+        A = None if self.init_A == "random" else s4.s4d_init(self.state_dim, self.init_A)
+        A = self._per_system(poles(self, A, *self._shape(), wide))
+        return A, jnp.ones_like(A)
+
+    def _kernel(self, system, length):
+        return s4.s4d_kernel(*system, length, self.discretization)
+
+    def _chunks(self, u, system, initial_state, ids):
+        return state_space.diagonal_state_space(
+            u,
+            *system,
+            discretization=self.discretization,
+            initial_state=initial_state,
+            segment_ids=ids,
+        )
+
+
+class S4(_StateSpaceLayer):
+    """A diagonal plus low-rank state matrix, Lambda - P P*, bilinear.
+
+    Attributes, beside those of every state space layer:
+      n_ssm: 1 by default: all channels share Lambda, P and B, and differ in C and the step.
+      init_A: "legs", HiPPO-LegS; "random", normal P and B, and poles as S4D's "random".
+    """
+
+    n_ssm: int | None = 1
+    init_A: str = "legs"
+
+    def _matrices(self, wide):
+        if self.init_A == "legs":
+            Lambda, P, B, _ = s4.hippo_legs_nplr(self.state_dim)
+        elif self.init_A == "random":
+            Lambda = P = B = None
+        else:
+            raise ValueError(f'init_A must be "legs" or "random" for S4, got {self.init_A!r}')
+        A = poles(self, Lambda, *self._shape(), wide)
+        P, B = (self._vector(*named, wide) for named in (("P", P), ("B", B)))
+        return tuple(map(self._per_system, (A, P, B)))
+
+    def _vector(self, name, values, wide):
+        if values is None:
+            inits = (nn.initializers.normal(math.sqrt(0.5)),) * 2
+        else:
+            inits = constant(values.real), constant(values.imag)
+        return complex_param(self, name, inits, *self._shape(), exact_dtype(self.param_dtype), wide)
+
+    def _kernel(self, system, length):
+        return state_space.dplr_kernel(*system, length)
+
+    def _chunks(self, u, system, initial_state, ids):
+        return state_space.dplr_state_space(
+            u, *system, initial_state=initial_state, segment_ids=ids
+        )
+
+
+def poles(module: nn.Module, Lambda: np.ndarray | None, shape, axes, wide) -> Array:
+    """Parameters of a diagonal A [G, N], from its initial rows; Re A < 0.
+
+    Args:
+      module: whose parameters log_A_real and A_imag they become.
+      Lambda: [N]; None draws decays about 1/2, and frequencies of the mean square of "lin".
+      shape, axes: (G, N) and their logical names.
+      wide: dtype of the real parts of the result.
+    """
+    if Lambda is None:
+        # sqrt of the mean of (pi n)^2 over n < N
+        frequency = math.pi * shape[1] / math.sqrt(3)
+        inits = _log_half, nn.initializers.normal(frequency)
+    else:
+        inits = constant(np.log(-Lambda.real)), constant(Lambda.imag)
+    dtype = exact_dtype(module.param_dtype)
+    named = [nn.with_logical_partitioning(init, axes) for init in inits]
+    log_real = module.param("log_A_real", named[0], shape, dtype).astype(wide)
+    imag = module.param("A_imag", named[1], shape, dtype).astype(wide)
+    return jax.lax.complex(jnp.minimum(-jnp.exp(log_real), LARGEST_REAL), imag)
+
+
+def output_matrix(module: nn.Module, name: str, shape, axes, wide) -> Array:
+    """C of normal numbers with variance 1, as two real parameters."""
+    inits = (nn.initializers.normal(math.sqrt(0.5)),) * 2
+    return complex_param(module, name, inits, shape, axes, module.param_dtype, wide)
+
+
+def complex_param(module: nn.Module, name: str, inits, shape, axes, dtype, wide) -> Array:
+    """Parameters {name}_real and {name}_imag as one complex array."""
+    parts = []
+    for part, init in zip(("real", "imag"), inits, strict=True):
+        init = nn.with_logical_partitioning(init, axes)
+        parts.append(module.param(f"{name}_{part}", init, shape, dtype).astype(wide))
+    return jax.lax.complex(*parts)
+
+
+def log_steps(module: nn.Module, features: int, low: float, high: float, wide) -> Array:
+    """The parameter log_dt [features], uniform in [log low, log high]."""
+
+    def init(key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype, math.log(low), math.log(high))
+
+    init = nn.with_logical_partitioning(init, ("inner",))
+    dtype = exact_dtype(module.param_dtype)
+    return module.param("log_dt", init, (features,), dtype).astype(wide)
+
+
+def constant(row: np.ndarray):
+    """An initializer of equal rows."""
+
+    def init(key, shape, dtype):
+        return jnp.broadcast_to(jnp.asarray(row, dtype), shape)
+
+    return init
+
+
+def _log_half(key, shape, dtype):
+    return math.log(0.5) + jax.random.normal(key, shape, dtype)
