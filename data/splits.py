@@ -10,6 +10,8 @@ import numpy as np
 
 from data.documents import Document
 
+PARTS = ("train", "validation", "test")
+
 
 def _rank(document: Document, seed: int) -> bytes:
     key = f"{seed}\0{document.id}".encode("utf-8", "surrogatepass")
@@ -27,6 +29,21 @@ def _part_sizes(count: int, fractions: Sequence[float]) -> list[int]:
     return sizes
 
 
+def _shares(split: str | None, official: set[str], fractions: Sequence[float]) -> list[float]:
+    """The fractions of each part that documents of one official split (None: of none) go to."""
+    if split is None:
+        return list(fractions)
+    shares = [float(part == split) for part in PARTS]
+    if split == "train":
+        missing = [
+            fraction if part == "train" or part not in official else 0.0
+            for part, fraction in zip(PARTS, fractions, strict=True)
+        ]
+        if sum(missing) > 0:
+            shares = [fraction / sum(missing) for fraction in missing]
+    return shares
+
+
 def split_documents(
     documents: Sequence[Document],
     seed: int = 0,
@@ -39,14 +56,19 @@ def split_documents(
     part keeps the list's order. Every part with a fraction above 0 gets a document while there are
     enough.
 
+    Documents of an official split stay in their part. Only a part that the official split lacks is
+    made out of its training documents: validation for a corpus that has train and test.
+
     Args:
         documents: with distinct ids.
         seed: of the split; keep it when the training seed changes.
-        fractions: of train, validation and test; they sum to 1.
+        fractions: of train, validation and test; they sum to 1. Parts that an official split has
+            leave their fraction to the others.
         balanced: split each label alone, so that all parts have the same mix of labels.
 
     Raises:
-        ValueError: fractions are not three numbers >= 0 that sum to 1, or ids repeat.
+        ValueError: fractions are not three numbers >= 0 that sum to 1, ids repeat, or a document's
+            split is none of train, validation and test.
     """
     fractions = tuple(float(fraction) for fraction in fractions)
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1):
@@ -55,16 +77,19 @@ def split_documents(
         )
     if len({document.id for document in documents}) != len(documents):
         raise ValueError("documents holds an id more than once: a split needs distinct ids")
-    groups: dict[str | None, list[Document]] = {}
+    official = {document.split for document in documents} - {None}
+    if official - set(PARTS):
+        raise ValueError(f"documents have the splits {sorted(official)}; known: {', '.join(PARTS)}")
+    groups: dict[tuple[str | None, str | None], list[Document]] = {}
     for document in documents:
-        groups.setdefault(document.label if balanced else None, []).append(document)
+        key = (document.split, document.label if balanced else None)
+        groups.setdefault(key, []).append(document)
     place = {}
-    for group in groups.values():
+    for (split, _), group in groups.items():
         ranked = sorted(group, key=lambda document: _rank(document, seed))
-        sizes = _part_sizes(len(group), fractions)
-        parts = np.repeat(("train", "validation", "test"), sizes).tolist()
+        sizes = _part_sizes(len(group), _shares(split, official, fractions))
+        parts = np.repeat(PARTS, sizes).tolist()
         place |= {document.id: part for document, part in zip(ranked, parts, strict=True)}
     return {
-        part: [document for document in documents if place[document.id] == part]
-        for part in ("train", "validation", "test")
+        part: [document for document in documents if place[document.id] == part] for part in PARTS
     }

@@ -311,7 +311,7 @@ def get(name: str, **options: Any) -> Task | FixedTask:
 
 
 def _registry() -> dict[str, Callable[..., Task | FixedTask]]:
-    from data import algorithms, synthetic
+    from data import algorithms, images, synthetic
 
-    modules: Sequence[Any] = (algorithms, synthetic)
+    modules: Sequence[Any] = (algorithms, synthetic, images)
     return {name: make for module in modules for name, make in module.TASKS.items()}

@@ -1,5 +1,6 @@
 """Pipelines: determinism, exact resume, hosts, splits, classification, bad input."""
 
+import collections
 import hashlib
 import json
 
@@ -246,6 +247,55 @@ def test_balanced_splits_keep_the_mix_of_labels():
         chosen = split_documents(documents, fractions=(0.8, 0.1, 0.1), balanced=True)[part]
         assert len(chosen) == size
         assert sum(document.label == "spam" for document in chosen) == size // 4
+
+
+def official(**counts):
+    return [
+        Document(f"{split}/{i}", "x", "ab"[i % 2], None if split == "none" else split)
+        for split, count in counts.items()
+        for i in range(count)
+    ]
+
+
+def sizes_by_split(documents, **options):
+    """{part: {the documents' own split: how many}}."""
+    parts = split_documents(documents, **options)
+    return {
+        part: dict(collections.Counter(document.split for document in chosen))
+        for part, chosen in parts.items()
+    }
+
+
+def test_documents_of_an_official_split_stay_there():
+    assert sizes_by_split(
+        official(train=200, test=100), fractions=(0.8, 0.1, 0.1), balanced=True
+    ) == {
+        "train": {"train": 178},
+        "validation": {"train": 22},
+        "test": {"test": 100},
+    }
+    assert sizes_by_split(official(train=60, validation=20, test=30)) == {
+        "train": {"train": 60},
+        "validation": {"validation": 20},
+        "test": {"test": 30},
+    }
+    assert sizes_by_split(official(train=80), fractions=(0.5, 0.25, 0.25)) == {
+        "train": {"train": 40},
+        "validation": {"train": 20},
+        "test": {"train": 20},
+    }
+    assert sizes_by_split(official(train=50, test=50), fractions=(1, 0, 0)) == {
+        "train": {"train": 50},
+        "validation": {},
+        "test": {"test": 50},
+    }
+    assert sizes_by_split(official(train=40, test=40, none=100), fractions=(0.8, 0.1, 0.1)) == {
+        "train": {"train": 36, None: 80},
+        "validation": {"train": 4, None: 10},
+        "test": {"test": 40, None: 10},
+    }
+    with pytest.raises(ValueError, match="splits \\['dev'\\]; known: train"):
+        split_documents(official(dev=3))
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.9, 0.2, -0.1), (0.5, 0.2, 0.2)])

@@ -12,9 +12,10 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 
-from data import sources
+from data import images, sources
 from data.tokenizers import get_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -89,6 +90,36 @@ def test_spam_assassin():
 def test_python_stdlib_is_large():
     files = texts("python_stdlib")
     assert len(files) > 500 and sum(map(len, files.values())) > 5_000_000
+
+
+@needs_npm
+def test_mnist():
+    arrays = images.read_mnist()
+    counts = {split: np.bincount(part["labels"]).tolist() for split, part in arrays.items()}
+    assert counts["train"] == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert counts["test"] == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert arrays["train"]["labels"][:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    # The published mean and standard deviation of the training images.
+    values = arrays["train"]["images"] / 255
+    assert (values.mean(), values.std()) == pytest.approx((0.1307, 0.3081), abs=1e-4)
+
+
+@needs_npm
+def test_cifar10():
+    arrays = images.read_cifar10()
+    assert np.bincount(arrays["train"]["labels"]).tolist() == [5000] * 10
+    assert np.bincount(arrays["test"]["labels"]).tolist() == [1000] * 10
+    assert arrays["train"]["labels"][:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
+    assert arrays["test"]["labels"][:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
+    assert arrays["train"]["images"][0, 0, 0].tolist() == [59, 62, 63]
+    values = images.scaled(
+        arrays["train"]["images"][::7].reshape(-1, 1024, 3), images.CIFAR_MEAN, images.CIFAR_STD
+    )
+    assert np.abs(values.mean((0, 1))).max() < 0.02 and np.abs(values.std((0, 1)) - 1).max() < 0.01
+    shades = images.grey(arrays["train"]["images"][::7]) / 255
+    assert (shades.mean(), shades.std()) == pytest.approx(
+        (images.GREY_MEAN[0], images.GREY_STD[0]), abs=0.003
+    )
 
 
 @pytest.mark.skipif(
