@@ -9,7 +9,8 @@ runs a scan of the pairs. With b the cumulative decay from the chunk's start, in
     S_out = b_C S_in + sum_j (b_C / b_j k_j) v_j^T
 
 Ratios b_i / b_j are powers of differences of log-decays, so nothing overflows however strong the
-decay is. The backward pass is written: it keeps the inputs, and recomputes the rest.
+decay is. The backward pass is written: it keeps the inputs, and recomputes the rest. CPUs take a
+few chunks after the other, so that what these need stays in a cache; others take all at once.
 
 Letters: B batch, T time, H heads, G groups of heads, R heads of a group, D key dim, P value dim,
 C chunk, N chunks, M chunks that are computed together.
@@ -31,7 +32,9 @@ IMPLEMENTATIONS = ("xla", "pallas", None)
 KERNELS = {"tpu": "ops.chunked_scan_tpu"}
 SUBCHUNK = 16
 # Floats of the C x C matrices that are computed together on CPUs, so that they stay in a cache.
-CACHED = 2**15
+CACHED = 2**17
+# Chunks computed together, up to which the scan of their states is unrolled.
+UNROLLED = 8
 # Up to this many halvings within a chunk, b_i / b_j may be computed as a quotient.
 MILD = 24.0
 
@@ -119,48 +122,39 @@ def on_platform(f, chunk, *arrays):
 
 def forward(q, k, v, log_decay, initial_state, *, chunk, cached):
     cut = Chunks.of(q, k, v, initial_state, chunk, cached)
-    q, k, v, a, S0 = cut.inputs(q, k, v, log_decay, initial_state)
-    S_in, S_out = states(k, v, a, S0)
 
-    def outputs(x):
-        q, k, v, a, S_in = x
-        q, k, v = (y.astype(S_in.dtype) for y in (q, k, v))
+    def block(S, q, k, v, a):
         d = decays(a)
-        return (scores(q, k, d) @ v + (q * d.into) @ S_in).astype(cut.dtype)
+        S_in, S = states(k, v, d, S)
+        return S, (scores(q, k, d) @ v + (q * d.into) @ S_in,)
 
-    o = jax.lax.map(outputs, (q, k, v, a, S_in))
-    return cut.join(o), cut.join_state(S_out)
+    S, (o,), _ = cut.scan(block, initial_state, (q, k, v, log_decay), cut.outputs(q, v))
+    return o, S
 
 
 def backward(q, k, v, log_decay, initial_state, do, dS_out, *, chunk, cached):
-    inputs = q, k, v, log_decay, initial_state
+    inputs = q, k, v, log_decay
     cut = Chunks.of(q, k, v, initial_state, chunk, cached)
-    q, k, v, a, S0 = cut.inputs(*inputs)
-    do, dS_out = cut.split(do), cut.split_state(dS_out)
-    S_in, _ = states(k, v, a, S0)
-    dS_out, dS0 = state_gradients(q, do, a, dS_out)
+    next_state = lambda S, k, v, a: (states(k, v, decays(a), S)[1], ())
+    *_, starts = cut.scan(next_state, initial_state, inputs[1:])
 
-    def gradients(x):
-        q, k, v, a, do, S_in, dS_out = x
-        q_, k_, v_, do = (y.astype(S_in.dtype) for y in (q, k, v, do))
+    def block(dS, q, k, v, a, do, S):
         d = decays(a)
-        A, dq, dk, dlog = score_gradients(q_, k_, do @ transpose(v_), d)
+        S_in, _ = states(k, v, d, S)
+        step = lambda dS, x: (x[1] * dS + x[0], dS)
+        xs = transpose(q * d.into) @ do, transpose(d.whole)
+        dS_out, dS = over_chunks(step, dS, xs, reverse=True)
+        A, dq, dk, dlog = score_gradients(q, k, do @ transpose(v), d)
         dq_state = (do @ transpose(S_in)) * d.into
-        dk_state = (v_ @ transpose(dS_out)) * d.out
-        dv = transpose(A) @ do + (k_ * d.out) @ dS_out
-        da = decay_gradient(
-            dlog,
-            q_ * dq_state,
-            k_ * dk_state,
-            d.whole * jnp.sum(S_in * dS_out, -1)[..., None, :],
-            a,
-        )
+        dk_state = (v @ transpose(dS_out)) * d.out
+        dv = transpose(A) @ do + (k * d.out) @ dS_out
+        whole = d.whole * jnp.sum(S_in * dS_out, -1)[..., None, :]
+        da = decay_gradient(dlog, q * dq_state, k * dk_state, whole, a)
         dq, dk = fit(dq, q) + fit(dq_state, q), fit(dk, k) + fit(dk_state, k)
-        return dq.astype(q.dtype), dk.astype(k.dtype), fit(dv, v).astype(v.dtype), da
+        return dS, (dq, dk, fit(dv, v), da)
 
-    grads = jax.lax.map(gradients, (q, k, v, a, do, S_in, dS_out))
-    grads = [cut.join(g) for g in grads]
-    return *(g.astype(y.dtype) for g, y in zip(grads, inputs, strict=False)), cut.join_state(dS0)
+    dS, grads, _ = cut.scan(block, dS_out, (*inputs, do), inputs, starts, reverse=True)
+    return *grads, dS
 
 
 class Decays(NamedTuple):
@@ -174,7 +168,8 @@ class Decays(NamedTuple):
 
 
 def decays(a):
-    """The sums of `a` [..., C, D or 1], the log-decays that `Chunks.inputs` returns."""
+    """Of the log-decays `a` [..., C, D or 1]."""
+    a = jnp.maximum(a * LOG2_E, nothing(a.dtype))
     coarse = jnp.round(a * 256) / 256
     coarse, fine = _sums(coarse, True), _sums(a - coarse, True)
     into = exp2(coarse + fine)
@@ -182,43 +177,18 @@ def decays(a):
     return Decays(coarse, fine, into, out, into[..., -1:, :])
 
 
-def states(k, v, a, S0):
-    """The states at each chunk's start, [N/M, M, ..., D, P], and at the end."""
-
-    def local(x):
-        k, v, a = x
-        d = decays(a)
-        k, v = k.astype(a.dtype), v.astype(a.dtype)
-        return transpose(k * d.out) @ v, transpose(d.whole)
-
-    def step(S, x):
-        own, whole = x
-        return whole * S + own, S
-
-    return over_chunks(step, S0, jax.lax.map(local, (k, v, a)))
-
-
-def state_gradients(q, do, a, dS):
-    """The cotangents of the states at each chunk's end, [N/M, M, ..., D, P], and of the first."""
-
-    def local(x):
-        q, do, a = x
-        d = decays(a)
-        q, do = q.astype(a.dtype), do.astype(a.dtype)
-        return transpose(q * d.into) @ do, transpose(d.whole)
-
-    def step(dS, x):
-        own, whole = x
-        return whole * dS + own, dS
-
-    return over_chunks(step, dS, jax.lax.map(local, (q, do, a)), reverse=True)
+def states(k, v, d, S):
+    """The states at each chunk's start, [M, ..., D, P], and at the end."""
+    xs = transpose(k * d.out) @ v, transpose(d.whole)
+    return over_chunks(lambda S, x: (x[1] * S + x[0], S), S, xs)
 
 
 def over_chunks(step, carry, xs, reverse=False):
-    lead = jax.tree.leaves(xs)[0].shape[:2]
-    xs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), xs)
-    carry, ys = jax.lax.scan(step, varying(carry, xs), xs, reverse=reverse)
-    return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), ys), carry
+    """(what `step` gives of each chunk, the last carry)"""
+    M = jax.tree.leaves(xs)[0].shape[0]
+    unroll = M if M <= UNROLLED else 1
+    carry, ys = jax.lax.scan(step, varying(carry, xs), xs, reverse=reverse, unroll=unroll)
+    return ys, carry
 
 
 def scores(q, k, d):
@@ -346,7 +316,7 @@ def decay_gradient(dlog, into, out, whole, a):
     if a.shape[-1] == 1:
         into, out, whole = (jnp.sum(x, -1, keepdims=True) for x in (into, out, whole))
     da = _sums(dlog + into, False) + _sums(out, True, inclusive=False) + whole
-    return fit(jnp.where(a > nothing(a.dtype), da, 0.0), a)
+    return fit(jnp.where(a * LOG2_E > nothing(a.dtype), da, 0.0), a)
 
 
 def nothing(dtype):
@@ -381,7 +351,7 @@ def _sums(x, from_start, inclusive=True):
 
 
 class Chunks(NamedTuple):
-    """How time is cut: N/M blocks of M chunks of C steps; heads stand as [G, R]."""
+    """How time is cut: into blocks of M chunks of C steps; heads stand as [G, R]."""
 
     T: int
     G: int
@@ -389,38 +359,63 @@ class Chunks(NamedTuple):
     C: int
     M: int
     blocks: int
-    dtype: jnp.dtype
 
     @classmethod
     def of(cls, q, k, v, S, chunk, cached):
         (B, T), H = q.shape[:2], S.shape[1]
         G = min(x.shape[2] for x in (q, k, v))
-        C = min(chunk, -(-max(T, 1) // SUBCHUNK) * SUBCHUNK)
-        N = -(-max(T, 1) // C)
-        blocks = -(-N // max(1, CACHED // (B * H * C * C))) if cached else 1
-        return cls(T, G, H // G, C, -(-N // blocks), blocks, q.dtype)
+        C = min(chunk, -(-T // SUBCHUNK) * SUBCHUNK)
+        N = -(-T // C)
+        M = max(1, CACHED // (B * H * C * C)) if cached else N
+        M = -(-N // -(-N // M))
+        return cls(T, G, H // G, C, M, -(-N // M))
 
-    def inputs(self, q, k, v, a, S):
-        a = jnp.maximum(a * LOG2_E, nothing(a.dtype))
-        return *(self.split(x) for x in (q, k, v, a)), self.split_state(S)
+    def outputs(self, q, v):
+        """Shapes of outputs: of all heads, in q's dtype."""
+        return [jax.ShapeDtypeStruct((*q.shape[:2], self.G * self.R, v.shape[3]), q.dtype)]
 
-    def split(self, x):
-        """[B, T, heads, F] -> [N/M, M, B, G, R or 1, C, F], padded with zeros."""
-        B, T, heads, F = x.shape
-        pad = self.blocks * self.M * self.C - T
-        x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    def scan(self, f, S, arrays, like=(), starts=None, reverse=False):
+        """S, results = f(S, *chunks, start) of each block of time, in turn.
+
+        Args:
+          f: takes chunks [M, B, G, R, C, F] in S's dtype, where 1 stands for G or R that are
+            shared, and the block's of `starts`, if any; its results look like the chunks.
+          S: the first state [B, H, D, P]; f's is [B, G, R, D, P].
+          arrays: what is cut into chunks, [B, T, heads, F]; zeros follow the end.
+          like: shapes [B, T, heads, F] and dtypes of the results.
+          starts: states by blocks, as are returned.
+
+        Returns:
+          The last S, the results, and the S before each block.
+        """
+        steps = self.M * self.C
+        pad = lambda x: ((0, 0), (0, self.blocks * steps - self.T), *[(0, 0)] * (len(x.shape) - 2))
+        arrays = [jnp.pad(x, pad(x)) for x in arrays]
+        results = [
+            jnp.zeros((x.shape[0], self.blocks * steps, *x.shape[2:]), x.dtype) for x in like
+        ]
+        S = S.reshape(S.shape[0], self.G, self.R, *S.shape[2:])
+        carry = varying((S, results), (S, arrays, starts))
+
+        def step(carry, x):
+            (S, results), (i, start) = carry, x
+            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * steps, steps, 1).astype(S.dtype)
+            new, parts = f(S, *(self._split(cut(x)) for x in arrays), *jax.tree.leaves(start))
+            put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(
+                x, self._join(part).astype(x.dtype), i * steps, 1
+            )
+            return (new, [put(*pair) for pair in zip(results, parts, strict=True)]), S
+
+        xs = jnp.arange(self.blocks), starts
+        (S, results), before = jax.lax.scan(step, carry, xs, reverse=reverse)
+        S = S.reshape(S.shape[0], -1, *S.shape[3:])
+        return S, [x[:, : self.T] for x in results], before
+
+    def _split(self, x):
+        B, _, heads, F = x.shape
         G = min(self.G, heads)
-        x = x.reshape(B, self.blocks, self.M, self.C, G, heads // G, F)
-        return x.transpose(1, 2, 0, 4, 5, 3, 6)
+        return x.reshape(B, self.M, self.C, G, heads // G, F).transpose(1, 0, 3, 4, 2, 5)
 
-    def join(self, x):
-        _, _, B, G, R, _, F = x.shape
-        return x.transpose(2, 0, 1, 5, 3, 4, 6).reshape(B, -1, G * R, F)[:, : self.T]
-
-    def split_state(self, S):
-        B, _, D, P = S.shape
-        return S.reshape(B, self.G, self.R, D, P)
-
-    def join_state(self, S):
-        B, _, _, D, P = S.shape
-        return S.reshape(B, self.G * self.R, D, P)
+    def _join(self, x):
+        _, B, G, R, _, F = x.shape
+        return x.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, G * R, F)

@@ -138,42 +138,35 @@ def _delta_bwd(chunk, inputs, cotangents):
 _delta.__wrapped__.defvjp(_delta_fwd, _delta_bwd)
 
 
-def _forward(q, k, v, log_decay, beta, S0, *, chunk, cached):
-    cut = Chunks.of(q, k, v, S0, chunk, cached)
-    q, k, v, a, S0 = cut.inputs(q, k, v, log_decay, S0)
-    _, U, S_in, S_out = _states(k, v, a, cut.split(beta), S0)
+def _forward(q, k, v, log_decay, beta, S, *, chunk, cached):
+    cut = Chunks.of(q, k, v, S, chunk, cached)
 
-    def outputs(x):
-        q, k, a, U, S_in = x
-        q, k, d = q.astype(U.dtype), k.astype(U.dtype), decays(a)
-        return (scores(q, k, d) @ U + (q * d.into) @ S_in).astype(cut.dtype)
-
-    return cut.join(jax.lax.map(outputs, (q, k, a, U, S_in))), cut.join_state(S_out)
-
-
-def _states(k, v, a, beta, S0):
-    """(W, out k, whole), u and the state at each chunk's start, and the state at the end.
-
-    u = u_0 - W S_in, where u_0 and W solve the system for beta v and for beta b k.
-    """
-
-    def local(x):
-        k, v, a, beta = x
-        k, v, beta = (y.astype(a.dtype) for y in (k, v, beta))
+    def block(S, q, k, v, a, beta):
         d = decays(a)
-        both = jnp.concatenate([beta * v, beta * d.into * k], -1)
-        both = _solve(_system(k, beta, d), both)
-        P = v.shape[-1]
-        return both[..., :P], (both[..., P:], k * d.out, transpose(d.whole))
+        S_in, U, S = _states(k, d, *_writes(k, v, beta, d), S)
+        return S, (scores(q, k, d) @ U + (q * d.into) @ S_in,)
+
+    S, (o,), _ = cut.scan(block, S, (q, k, v, log_decay, beta), cut.outputs(q, v))
+    return o, S
+
+
+def _writes(k, v, beta, d):
+    """U_0 and W: what is written is u = U_0 - W S_in, which solve it for beta v and beta b k."""
+    both = jnp.concatenate([beta * v, beta * d.into * k], -1)
+    both = _solve(_system(k, beta, d), both)
+    return both[..., : v.shape[-1]], both[..., v.shape[-1] :]
+
+
+def _states(k, d, U0, W, S):
+    """The states at each chunk's start, what is written, and the state at the end."""
 
     def step(S, x):
-        U0, (W, k_out, whole) = x
+        U0, W, k_out, whole = x
         U = U0 - W @ S
         return whole * S + transpose(k_out) @ U, (S, U)
 
-    U0, transitions = jax.lax.map(local, (k, v, a, beta))
-    (S_in, U), S_out = over_chunks(step, S0, (U0, transitions))
-    return transitions, U, S_in, S_out
+    (S_in, U), S = over_chunks(step, S, (U0, W, k * d.out, transpose(d.whole)))
+    return S_in, U, S
 
 
 def _system(k, beta, d):
@@ -212,48 +205,44 @@ def _inverses(A):
     return jnp.moveaxis(X, (0, 1), (-2, -1))
 
 
-def _backward(q, k, v, log_decay, beta, S0, do, dS, *, chunk, cached):
-    inputs = q, k, v, log_decay, beta, S0
-    cut = Chunks.of(q, k, v, S0, chunk, cached)
-    q, k, v, a, S0 = cut.inputs(q, k, v, log_decay, S0)
-    beta, do, dS = cut.split(beta), cut.split(do), cut.split_state(dS)
-    transitions, U, S_in, _ = _states(k, v, a, beta, S0)
+def _backward(q, k, v, log_decay, beta, S, do, dS, *, chunk, cached):
+    inputs = q, k, v, log_decay, beta
+    cut = Chunks.of(q, k, v, S, chunk, cached)
 
-    def local(x):
-        q, k, a, do = x
-        q, k, do = (y.astype(a.dtype) for y in (q, k, do))
+    def next_state(S, k, v, a, beta):
         d = decays(a)
-        return transpose(scores(q, k, d)) @ do, transpose(q * d.into) @ do
+        return _states(k, d, *_writes(k, v, beta, d), S)[2], ()
 
-    def step(dS, x):
-        dU, own, (W, k_out, whole) = x
-        dU = dU + k_out @ dS
-        return whole * dS + own - transpose(W) @ dU, (dS, dU)
+    *_, starts = cut.scan(next_state, S, inputs[1:])
 
-    dU, own = jax.lax.map(local, (q, k, a, do))
-    (dS_out, dU), dS0 = over_chunks(step, dS, (dU, own, transitions), reverse=True)
-
-    def gradients(x):
-        q, k, v, a, beta, do, U, dU, S_in, dS_out = x
-        q_, k_, v_, beta_, do = (y.astype(a.dtype) for y in (q, k, v, beta, do))
+    def block(dS, q, k, v, a, beta, do, S):
         d = decays(a)
-        _, dq, dk, dlog = score_gradients(q_, k_, do @ transpose(U), d)
+        U0, W = _writes(k, v, beta, d)
+        S_in, U, _ = _states(k, d, U0, W, S)
+        A, dq, dk, dlog = score_gradients(q, k, do @ transpose(U), d)
+
+        def step(dS, x):
+            dU, own, W, k_out, whole = x
+            dU = dU + k_out @ dS
+            return whole * dS + own - transpose(W) @ dU, (dS, dU)
+
+        xs = transpose(A) @ do, transpose(q * d.into) @ do, W, k * d.out, transpose(d.whole)
+        (dS_out, dU), dS = over_chunks(step, dS, xs, reverse=True)
         # Of u = beta (v - b k S_in - A u), solved: dr is the cotangent of what beta multiplies,
         # but for beta.
-        dr = _solve(_system(k_, beta_, d), dU, transposed=True)
-        dv = beta_ * dr
-        A, dk_i, dk_j, dlog_k = score_gradients(k_, k_, jnp.tril(-dv @ transpose(U), -1), d)
-        left = v_ - (d.into * k_) @ S_in - jnp.tril(A, -1) @ U
+        dr = _solve(_system(k, beta, d), dU, transposed=True)
+        dv = beta * dr
+        A, dk_i, dk_j, dlog_k = score_gradients(k, k, jnp.tril(-dv @ transpose(U), -1), d)
+        left = v - (d.into * k) @ S_in - jnp.tril(A, -1) @ U
         dbeta = jnp.sum(dr * left, -1, keepdims=True)
         dq_state = (do @ transpose(S_in)) * d.into
         dk_start = -(dv @ transpose(S_in)) * d.into
         dk_end = (U @ transpose(dS_out)) * d.out
         whole = d.whole * jnp.sum(S_in * dS_out, -1)[..., None, :]
-        into, out = q_ * dq_state + k_ * dk_start, k_ * dk_end
+        into, out = q * dq_state + k * dk_start, k * dk_end
         da = decay_gradient(dlog + dlog_k, into, out, whole, a)
         dk = sum(fit(g, k) for g in (dk, dk_i, dk_j, dk_start, dk_end))
-        return fit(dq + dq_state, q), dk, fit(dv, v), da, dbeta
+        return dS, (fit(dq + dq_state, q), dk, fit(dv, v), da, dbeta)
 
-    xs = q, k, v, a, beta, do, U, dU, S_in, dS_out
-    grads = [cut.join(g) for g in jax.lax.map(gradients, xs)]
-    return *(g.astype(y.dtype) for g, y in zip(grads, inputs, strict=False)), cut.join_state(dS0)
+    dS, grads, _ = cut.scan(block, dS, (*inputs, do), inputs, starts, reverse=True)
+    return *grads, dS
