@@ -8,6 +8,7 @@ choice itself may raise, in words, for a platform that has none.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 
@@ -25,7 +26,7 @@ def choose_when_lowered(pick: Callable, like: Callable, *arguments):
       like: is always traced, and gives the results' structure.
       *arguments: pytrees of arrays.
     """
-    flat, tree = jax.tree.flatten(arguments)
+    flat, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, arguments))  # NumPy's have no device
     jaxpr, shapes = jax.make_jaxpr(like, return_shape=True)(*arguments)
 
     def pick_flat(platform):

@@ -202,3 +202,11 @@ def test_matmuls_are_lowered_for_tpus_and_ffts_elsewhere():
 def test_errors_name_the_argument(change, error, words):
     with pytest.raises(error, match=words):
         long_convolution(**inputs(2, 9, 5, 3) | change)
+
+
+def test_numpy_arrays_outside_of_jit():
+    rng = np.random.default_rng(0)
+    u, kernel = rng.standard_normal((1, 40, 2)), rng.standard_normal((40, 2))
+    y, _ = long_convolution(u.astype(np.float32), kernel.astype(np.float32))
+    expected = np.stack([np.convolve(u[0, :, e], kernel[:, e])[:40] for e in range(2)], -1)
+    np.testing.assert_allclose(y[0], expected, atol=1e-4)
