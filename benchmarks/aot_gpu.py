@@ -59,8 +59,9 @@ def compile_jobs(jobs: list[dict], python: str | None = None, timeout: float = 6
     "stock_backward", "batch", "length", "heads", "kv_heads", "head_dim", "dtype", "mask": "full" |
     "causal", "blocks": {...} or absent}; or {"kernel": "op", ...} for all the kernels that
     `ops.attention_gpu` picks, with "mask" a name of `masks_of` and, where wanted, "value_dim",
-    "logit_cap" and "bias" (its shape; it is float32). A report is {"kernels": [...], "versions":
-    {...}} or {"error": text}.
+    "logit_cap" and "bias" (its shape; it is float32); or {"kernel": "ssd_forward" | "ssd_states" |
+    "ssd_backward", ...} with "value_dim" and without "mask". A report is {"kernels": [...],
+    "versions": {...}} or {"error": text}.
 
     Raises:
         RuntimeError: no interpreter with the plugin (the text says how to get one), or the child
@@ -243,6 +244,8 @@ def _build(job: dict):
         return _build_stock(job, q, kv)
     if job["kernel"] == "op":
         return _build_op(job, q, kv)
+    if job["kernel"].startswith("ssd"):
+        return _build_ssd(job, q, kv)
 
     from pallas_kernels import gpu
 
@@ -324,6 +327,25 @@ def _build_op(job: dict, q, kv):
         return forward, attention_gpu.backward(*arguments, o, lse, do, lse, **options)
 
     return run, (q, kv, v, o, row, o, bias, *numbers)
+
+
+def _build_ssd(job: dict, q, kv):
+    """A kernel of the scan whose key dims share a decay."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.gpu import ssd
+
+    shape, (B, T, H, D), P = jax.ShapeDtypeStruct, q.shape, job["value_dim"]
+    v = shape((B, T, H, P), q.dtype)
+    lines = shape((B, H, 4, T), jnp.float32)
+    state = shape((B, H, P, D), jnp.float32)
+    if job["kernel"] == "ssd_forward":
+        return ssd.forward, (q, kv, v, lines, state)
+    if job["kernel"] == "ssd_states":
+        return lambda *a: ssd.forward(None, *a, want_states=True), (kv, v, lines, state)
+    states = shape((B, H, T // ssd.CHUNK, P, D), q.dtype)
+    return ssd.backward, (q, kv, v, lines, states, v, state)
 
 
 def _build_stock(job: dict, q, kv):

@@ -29,7 +29,7 @@ from ops.lowering import choose_when_lowered
 # Steps of a chunk where none are asked for.
 CHUNK = {"cpu": 64, "cuda": 64, "rocm": 64, "tpu": 128}
 IMPLEMENTATIONS = ("xla", "pallas", None)
-KERNELS = {"tpu": "ops.chunked_scan_tpu"}
+KERNELS = {"tpu": "ops.chunked_scan_tpu", "cuda": "ops.chunked_scan_gpu"}
 SUBCHUNK = 16
 # Floats of the C x C matrices that are computed together on CPUs, so that they stay in a cache.
 CACHED = 2**17

@@ -51,8 +51,9 @@ def ssd(
         neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
         first step goes on with initial_state's segment.
       chunk: steps that are computed by matrix products, a multiple of 16; by platform when None.
-      implementation: "xla", "pallas" (TPU), or None, which takes the Pallas kernels where the
-        platform the program is lowered for has them for these arguments, and "xla" elsewhere.
+      implementation: "xla", "pallas" (TPUs and Hopper GPUs), or None, which takes the Pallas
+        kernels where the platform the program is lowered for has them for these arguments, and
+        "xla" elsewhere.
 
     Returns:
       y [B, T, H, P] in x's dtype, and the state after the last step [B, H, P, N], float32
