@@ -60,8 +60,9 @@ def compile_jobs(jobs: list[dict], python: str | None = None, timeout: float = 6
     "causal", "blocks": {...} or absent}; or {"kernel": "op", ...} for all the kernels that
     `ops.attention_gpu` picks, with "mask" a name of `masks_of` and, where wanted, "value_dim",
     "logit_cap" and "bias" (its shape; it is float32); or {"kernel": "ssd_forward" | "ssd_states" |
-    "ssd_backward", ...} with "value_dim" and without "mask". A report is {"kernels": [...],
-    "versions": {...}} or {"error": text}.
+    "ssd_backward" | "peer_scan_forward" | "peer_scan_backward", ...} with "value_dim" and without
+    "mask"; the last two are kernels of the package jax-linear-attention, which the interpreter has
+    to have. A report is {"kernels": [...], "versions": {...}} or {"error": text}.
 
     Raises:
         RuntimeError: no interpreter with the plugin (the text says how to get one), or the child
@@ -246,6 +247,8 @@ def _build(job: dict):
         return _build_op(job, q, kv)
     if job["kernel"].startswith("ssd"):
         return _build_ssd(job, q, kv)
+    if job["kernel"].startswith("peer_scan"):
+        return _build_peer_scan(job, q, kv)
 
     from pallas_kernels import gpu
 
@@ -346,6 +349,29 @@ def _build_ssd(job: dict, q, kv):
         return lambda *a: ssd.forward(None, *a, want_states=True), (kv, v, lines, state)
     states = shape((B, H, T // ssd.CHUNK, P, D), q.dtype)
     return ssd.backward, (q, kv, v, lines, states, v, state)
+
+
+def _build_peer_scan(job: dict, q, kv):
+    """The same scan of jax-linear-attention; its q has k's heads, and its gradients their own."""
+    import jax
+    import jax.numpy as jnp
+    from jla.ops.mosaic_gpu import scalar_gate
+
+    (B, T, H, D), P = q.shape, job["value_dim"]
+    v = jax.ShapeDtypeStruct((B, T, H, P), q.dtype)
+    decay = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+    state = jax.ShapeDtypeStruct((B, H, D, P), jnp.float32)
+
+    def forward(q, k, v, g, state):
+        # Called past the check of the GPU at hand: there is none.
+        return scalar_gate.run(
+            q, k, v, g, None, delta=False, scale=1.0, initial_state=state, output_final_state=True
+        )
+
+    arguments = kv, kv, v, decay, state
+    if job["kernel"] == "peer_scan_forward":
+        return forward, arguments
+    return lambda do, dS, *a: jax.vjp(forward, *a)[1]((do, dS)), (v, state, *arguments)
 
 
 def _build_stock(job: dict, q, kv):

@@ -29,6 +29,8 @@ def unsupported(q, k, v, log_decay, initial_state, chunk):
         return "decays by key dimension have no kernel on GPUs; one decay for a head has"
     if q.shape[3] > MAX_KEY_DIM:
         return f"the key dim D={q.shape[3]}; up to {MAX_KEY_DIM} have a kernel"
+    if q.size == 0:
+        return f"q is empty, {q.shape}; one step or more have a kernel"
     if chunk not in (None, CHUNK):
         return f"chunk={chunk}; {CHUNK} has a kernel on GPUs"
     if not is_hopper():
