@@ -311,7 +311,7 @@ def get(name: str, **options: Any) -> Task | FixedTask:
 
 
 def _registry() -> dict[str, Callable[..., Task | FixedTask]]:
-    from data import algorithms, images, listops, synthetic
+    from data import algorithms, images, listops, pathfinder, synthetic
 
-    modules: Sequence[Any] = (algorithms, synthetic, images, listops)
+    modules: Sequence[Any] = (algorithms, synthetic, images, listops, pathfinder)
     return {name: make for module in modules for name, make in module.TASKS.items()}
