@@ -85,8 +85,8 @@ def _warn_of_empty_parts(parts: dict[str, list], fractions: tuple[float, ...]) -
     if empty:
         count = sum(map(len, parts.values()))
         warnings.warn(
-            f"{count} documents leave none for {' and '.join(empty)}, where nothing will be "
-            f"evaluated; data.fractions={tuple(fractions)} needs more, see data.max_documents",
+            f"of {count} document(s) none is left for {' and '.join(empty)}: nothing is evaluated "
+            f"there; data.fractions={tuple(fractions)} needs more, see data.max_documents",
             stacklevel=3,
         )
 
