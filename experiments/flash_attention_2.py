@@ -14,6 +14,7 @@ from experiments import (
     attention_cells,
     attention_counts,
     flash_attention_2_tables,
+    flash_attention_2_training,
     static_figures,
     timing,
 )
@@ -31,6 +32,7 @@ def cells(config) -> list[Cell]:
         *tile_cells(config),
         *static_figures.cells(),
         *speed_cells(config),
+        *flash_attention_2_training.cells(config),
     ]
 
 

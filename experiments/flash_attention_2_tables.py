@@ -1,7 +1,7 @@
 """FlashAttention-2's published numbers, and the tables, claims and figures of its records."""
 
 from benchmarks.attention_flops import attention_flops
-from experiments import static_figures
+from experiments import flash_attention_2_training, static_figures
 from experiments.attention_cells import FORWARD, FORWARD_BACKWARD
 from experiments.claims import Claim, judge
 from experiments.figures import line_chart
@@ -21,14 +21,6 @@ from experiments.timing import speed_up
 # Section 4.1 of the paper, A100 80 GB SXM: ranges in the text (the figures' points are not in it).
 PUBLISHED_OVER_STANDARD = "3–10"
 PUBLISHED_CAUSAL = "1.7–1.8"  # section 3.1.1: speed-up of skipping tiles above the diagonal
-# Table 1: TFLOP/s of each of 8 A100s in training, by model and context: without FlashAttention,
-# with it, with FlashAttention-2.
-PUBLISHED_TRAINING = {
-    "GPT3-1.3B, 2k": (142, 189, 196),
-    "GPT3-1.3B, 8k": (72, 170, 220),
-    "GPT3-2.7B, 2k": (149, 189, 205),
-    "GPT3-2.7B, 8k": (80, 175, 225),
-}
 BACKWARD = "backward"
 _FIGURES = {FORWARD_BACKWARD: "Figure 4", FORWARD: "Figure 5", BACKWARD: "Figure 6"}
 _TITLES = {FORWARD_BACKWARD: "forward + backward", FORWARD: "forward", BACKWARD: "backward"}
@@ -71,7 +63,7 @@ def tables(records: Records) -> list[Table]:
     made = [_counts_table(records), _tiles_table(records), _causal_table(records)]
     made += [_rate_table(records, head_dim) for head_dim in _speed(records).values("head_dim")]
     made += static_figures.tables(records)
-    made += [_training_table()] if len(records) else []
+    made.append(flash_attention_2_training.table(records))
     return [table for table in made if table.rows]
 
 
@@ -208,18 +200,6 @@ def _rate_table(records: Records, head_dim: int) -> Table:
     )
 
 
-def _training_table() -> Table:
-    rows = [[name, *numbers] for name, numbers in PUBLISHED_TRAINING.items()]
-    names = ("without FlashAttention", "FlashAttention", "FlashAttention-2")
-    return Table(
-        "training",
-        "Table 1: training speed of each of 8 A100s",
-        [Column("model, context"), *(Column(name, PUBLISHED, "TFLOP/s") for name in names)],
-        rows,
-        note="Not measured here: it needs 8 GPUs.",
-    )
-
-
 def claims(records: Records) -> list[Claim]:
     """The paper's statements that these records can decide."""
     return [
@@ -236,14 +216,7 @@ def claims(records: Records) -> list[Claim]:
             "not run",
             needs="a GPU with both kernels",
         ),
-        judge(
-            "end to end",
-            "Training GPT-style models reaches 225 TFLOP/s per A100 (Table 1).",
-            "6 operations per token and parameter and 12 x layers x hidden x N², per second",
-            None,
-            "not run",
-            needs="8 GPUs",
-        ),
+        *flash_attention_2_training.claims(records),
     ]
 
 

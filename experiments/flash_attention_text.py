@@ -192,7 +192,8 @@ def _context_table(records: Records) -> Table:
         note += (
             " ALiBi was chosen after a pilot of seed 0, where longer contexts lost with rotary "
             "positions and whose test documents may have been the same; the seeds here are others. "
-            "Rotary positions are shown for the shortest and the longest context."
+            "Rotary positions are shown for the shortest and the longest context. "
+            f"{_best(records)}"
         )
     return Table(
         "context",
@@ -207,6 +208,17 @@ def _context_table(records: Records) -> Table:
         rows,
         note=f"{next((_about(r) for r in records.select(kind='context')), '')}. {note}",
     )
+
+
+def _best(records: Records) -> str:
+    """Which context and positions have the lowest mean perplexity of all."""
+    means = {
+        (kind, context): spread(values).mean
+        for kind in ("context", "context_compared")
+        for context, values in _by(records, kind, "context", "test_perplexity").items()
+    }
+    kind, context = min(means, key=means.get)
+    return f"Lowest of all is context {context} with {_position(records, kind)}."
 
 
 def _position(records: Records, kind: str) -> str:

@@ -1,9 +1,18 @@
 """FlashAttention-2's formulas and claims, both ways."""
 
+import jax
+import numpy as np
 import pytest
 
-from experiments import flash_attention_2, flash_attention_2_tables, papers
+from experiments import (
+    flash_attention_2,
+    flash_attention_2_tables,
+    flash_attention_2_training,
+    papers,
+    tables,
+)
 from experiments.records import Record, Records
+from ops import masks, reference
 
 SETTINGS = {"kind": "speed", "batch": 1, "length": 4096, "heads": 8, "head_dim": 64, "dtype": "f"}
 
@@ -28,8 +37,8 @@ def counts(**changes):
     return Record("flash_attention_2", "c", "", settings, 0, {"fa1": one, "fa2": two}, 1.0, {})
 
 
-def claim(name, made):
-    return next(c for c in flash_attention_2.PAPER.claims(Records([made])) if c.name == name)
+def claim(name, *made):
+    return next(c for c in flash_attention_2.PAPER.claims(Records(made)) if c.name == name)
 
 
 def test_flops_are_the_papers_formula():
@@ -82,9 +91,58 @@ def test_masks_leave_the_lower_triangle_of_tiles():
     assert found == {"all": 64, "live": 36, "partial": 8}
 
 
-def test_published_training_speeds_are_the_papers():
-    rows = {row[0]: row[1:] for row in flash_attention_2.PAPER.tables(Records([counts()]))[-1].rows}
-    assert rows["GPT3-1.3B, 8k"] == [72, 170, 220] and rows["GPT3-2.7B, 2k"] == [149, 189, 205]
+def training(length, standard, tiled):
+    result = {
+        n: {"median_ms": v, "samples_ms": [v, v]}
+        for n, v in (("standard", standard), ("tiled", tiled))
+    }
+    keys = {"data.seq_len": length, "data.batch_size": 2, "model.repeats": 3, "model.d_model": 8}
+    settings = {"kind": "training", "repeats": 2, "train": keys}
+    result["parameters"] = 10**6
+    return Record("flash_attention_2", f"training-T{length}", "", settings, 0, result, 1.0, {})
+
+
+def test_training_table_has_the_papers_speeds_and_ours_by_its_formula():
+    table = flash_attention_2.PAPER.tables(Records([training(100, 20.0, 10.0)]))[-1]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["GPT3-1.3B, 8k"][:4] == [72, 170, 220, pytest.approx(220 / 72)]
+    assert rows["GPT3-2.7B, 2k"][:3] == [149, 189, 205]
+    operations = 2 * (6 * 100 * 10**6 + 12 * 3 * 8 * 100**2)
+    standard, tiled, gain = rows["1.0M parameters, 100"][4:]
+    assert standard == pytest.approx(operations / 20e-3 / 1e9) and tiled == 2 * standard
+    assert gain == tables.Spread(2.0, 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "status"),
+    [(11, 13, "shown"), (11, 11.5, "not shown"), (14, 13, "not shown")],
+)
+def test_training_must_gain_more_at_longer_contexts(short, long, status):
+    made = training(64, short, 10.0), training(256, long, 10.0)
+    assert claim("faster training", *made).status == status
+    assert claim("faster training", made[0]).evidence == "its measurements are missing"
+
+
+def test_training_steps_differ_in_attention_alone(monkeypatch):
+    programs = {}
+
+    def compare(functions, arguments, *, repeats):
+        for name, function in functions.items():
+            jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*arguments)
+            programs[name] = str(jaxpr), jax.tree.map(lambda x: (x.shape, x.dtype), out)
+        return {}
+
+    monkeypatch.setattr(flash_attention_2_training.timing, "compare", compare)
+    config = papers.load_config("flash_attention_2", "smoke")
+    cell = flash_attention_2_training.cells(config)[1]
+    assert cell.measure(cell.settings, 0, None)["parameters"] > 2000
+    (standard, shapes), (tiled, theirs) = programs["standard"], programs["tiled"]
+    assert shapes == theirs and standard != tiled
+
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 9, 2, 4))
+    want = reference.attention(q, k, v, mask=masks.Causal(), scale=0.3)
+    got = flash_attention_2_training._standard(q, k, v, mask=masks.Causal(), scale=0.3)
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_accelerator_scale_is_the_papers_grid():

@@ -119,6 +119,8 @@ def test_longer_context_must_gain_with_every_seed(long, status):
     ]
     found = claim("longer context", made)
     assert found.status == status and "+12.5% (seed 0) from 64 to 512" in found.evidence
+    table = next(t for t in flash_attention.PAPER.tables(Records(made)) if t.name == "context")
+    assert "Lowest of all is context 64 with rotary positions." in table.note
 
 
 @pytest.mark.parametrize(("long", "status"), [((0.9, 0.91), "shown"), ((0.7, 0.6), "not shown")])
