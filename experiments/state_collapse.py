@@ -1,0 +1,195 @@
+"""Where a Mamba-2 language model breaks behind its training length: the diagnosis of
+"Stuffed Mamba" (Chen et al. 2024, arXiv 2410.07145), for any model of `models.LanguageModel`.
+
+Letters: B batch, T time, L layers, H heads, P head dim, N state dim.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from models import LanguageModel, LanguageModelConfig
+from models.language_model import ModelState
+
+COLLAPSE = 2.0  # times the greatest loss within the training length
+
+
+def state_elements(config: LanguageModelConfig) -> int:
+    """N_S: numbers in the recurrent state of one sequence, the convolutions' inputs included."""
+    state = jax.eval_shape(lambda: LanguageModel(config).init_state(1, 1)).layers
+    kept = [leaf for layer in state for leaf in (layer.ssm, layer.conv)]
+    return sum(math.prod(leaf.shape) for leaf in kept)
+
+
+def published_t_forget(n_s: float) -> float:
+    """Training length in tokens from which forgetting is learnt (arXiv 2410.07145, figure 9)."""
+    return 1e3 * (5.172 * n_s / 1e6 - 4.469)
+
+
+def published_t_recall(n_s: float) -> float:
+    """Longest prompt in tokens whose passkey is recalled (arXiv 2410.07145, figure 11)."""
+    return 1e3 * (4.756 * (1.365 ** (n_s / 1e6) - 1) - 0.742)
+
+
+@functools.lru_cache(maxsize=64)
+def reader(config: LanguageModelConfig):
+    """Compiled `read(params, state, tokens, targets, limit) -> (parts, state)`.
+
+    parts: nll and hit (whether the target is the likeliest) [B, T], log_decay [L, B, H]
+    (the sum over the stretch), state_mean and state_variance [L, B, H] behind it. `limit`
+    [L, H] bounds the norm of each head's state behind the stretch; infinity leaves it.
+    """
+    model = LanguageModel(config)
+
+    @jax.jit
+    def read(params, state, tokens, targets, limit):
+        (logits, state), traced = model.apply(
+            {"params": params}, tokens, state=state, mutable=["intermediates"]
+        )
+        state = _bounded(state, limit)
+        states = jnp.concatenate([layer.ssm for layer in state.layers])
+        decays = [
+            leaf[..., -1, :]
+            for path, leaf in jax.tree.leaves_with_path(traced)
+            if "cumulative_log_decay" in jax.tree_util.keystr(path)
+        ]
+        parts = {
+            "nll": optax.softmax_cross_entropy_with_integer_labels(logits, targets),
+            "hit": jnp.argmax(logits, axis=-1) == targets,
+            "log_decay": jnp.concatenate([d.reshape(-1, *d.shape[-2:]) for d in decays]),
+            "state_mean": jnp.mean(states, axis=(-2, -1)),
+            "state_variance": jnp.var(states, axis=(-2, -1)),
+        }
+        return parts, state
+
+    return read
+
+
+def _bounded(state: ModelState, limit) -> ModelState:
+    """h <- h min(1, limit / |h|) for each head."""
+    layers, start = [], 0
+    for layer in state.layers:
+        norm = jnp.sqrt(jnp.sum(layer.ssm**2, axis=(-2, -1), keepdims=True))
+        bound = limit[start : start + len(norm), None, :, None, None]
+        start += len(norm)
+        factor = jnp.minimum(1.0, bound / jnp.maximum(norm, 1e-30))
+        layers.append(layer._replace(ssm=layer.ssm * factor))
+    return state._replace(layers=tuple(layers))
+
+
+def read(
+    config: LanguageModelConfig,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int,
+    limit: Float[Array, "L H"] | None = None,
+) -> dict[str, np.ndarray]:
+    """Reads rows from their beginning, `chunk` tokens a call, the state carried.
+
+    Args:
+      config: of a model whose pattern holds nothing but "mamba2".
+      params: its parameters.
+      tokens, targets: the next token of each.
+      chunk: tokens a call; it divides T. States are looked at behind each of these.
+      limit: bound of the norm of each head's state, applied behind each chunk alone.
+
+    Returns:
+      {"nll", "hit" [B, T]; "log_decay", "state_mean", "state_variance" [T / chunk, L, B, H]}, with
+      log_decay the logarithm of the first token's share in the state, summed from the beginning.
+
+    Raises:
+      ValueError: another pattern, or a chunk that does not divide T.
+    """
+    check_mamba2(config)
+    length = tokens.shape[1]
+    if chunk < 1 or length % chunk:
+        raise ValueError(f"chunk={chunk} must divide the length {length}")
+    step, model = reader(config), LanguageModel(config)
+    state = model.init_state(len(tokens), 1)
+    if limit is None:
+        first = state.layers[0].ssm
+        limit = jnp.full((len(state.layers) * first.shape[0], first.shape[2]), jnp.inf)
+    parts = []
+    for start in range(0, length, chunk):
+        piece = slice(start, start + chunk)
+        part, state = step(params, state, tokens[:, piece], targets[:, piece], jnp.asarray(limit))
+        parts.append(jax.device_get(part))
+    joined = {name: np.concatenate([p[name] for p in parts], axis=1) for name in ("nll", "hit")}
+    for name in ("log_decay", "state_mean", "state_variance"):
+        joined[name] = np.stack([p[name] for p in parts])
+    return joined | {"log_decay": np.cumsum(joined["log_decay"], axis=0)}
+
+
+def check_mamba2(config: LanguageModelConfig) -> None:
+    """Raises ValueError if the model has another mixer than Mamba-2's."""
+    if set(config.pattern) != {"mamba2"}:
+        raise ValueError(
+            f"the diagnosis reads the states of Mamba-2; this model's pattern is {config.pattern}"
+        )
+
+
+def state_norms(found: Mapping[str, np.ndarray], size: int) -> np.ndarray:
+    """[T / chunk, L, B, H]: norms of states of `size` numbers a head, of what `read` returned."""
+    return np.sqrt(size * (found["state_variance"] + found["state_mean"] ** 2))
+
+
+def by_position(values: np.ndarray, weights: np.ndarray, width: int) -> list[float]:
+    """Weighted means of [B, T] over buckets of `width` positions, all rows together.
+
+    Raises:
+      ValueError: a bucket has no weight.
+    """
+    sums = [a.sum(axis=0).reshape(-1, width).sum(axis=1) for a in (values * weights, weights)]
+    if not (sums[1] > 0).all():
+        raise ValueError("a bucket of positions has no token that counts: read more rows")
+    return [float(x) for x in sums[0] / sums[1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collapse:
+    """What the losses by position say.
+
+    Attributes:
+      ratio: greatest loss behind the training length over the greatest one within.
+      collapsed: ratio >= COLLAPSE, the paper's criterion.
+      position: end of the first bucket with such a loss; None if there is none.
+    """
+
+    ratio: float
+    collapsed: bool
+    position: int | None
+
+
+def judge_collapse(losses: list[float], width: int, train_length: int) -> Collapse:
+    """The criterion of section 3.1, on means over buckets of `width` positions.
+
+    Raises:
+      ValueError: no bucket lies within the training length, or none behind it.
+    """
+    within = train_length // width
+    if not 0 < within < len(losses):
+        raise ValueError(
+            f"{len(losses)} buckets of {width} tokens don't reach from within to behind "
+            f"train_length={train_length}"
+        )
+    bound = max(losses[:within])
+    ratios = [loss / bound for loss in losses[within:]]
+    over = [i for i, ratio in enumerate(ratios) if ratio >= COLLAPSE]
+    position = (within + over[0] + 1) * width if over else None
+    return Collapse(max(ratios), bool(over), position)
+
+
+def with_mixer(config: LanguageModelConfig, **options: Any) -> LanguageModelConfig:
+    """The model with other options of its Mamba-2 mixers; the same parameters fit."""
+    mixers = {**config.mixers, "mamba2": {**config.mixers.get("mamba2", {}), **options}}
+    return dataclasses.replace(config, mixers=mixers)
