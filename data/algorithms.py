@@ -172,9 +172,63 @@ def lagged_fibonacci(length: int = 16, lag: int = 4, modulus: int = 11, steps: b
     return Task("lagged_fibonacci", draw, 1 + lag + (length if steps else 1), modulus + 2)
 
 
+def running_sum(length: int = 64, modulus: int = 7, every: bool = True) -> Task:
+    """At each place (`every`; else at the last) the sum of the numbers so far, mod m.
+
+    The sums are targets and are not read: a state of log2(m) bits solves it, step by step.
+    """
+    _positive(length=length)
+    if modulus < 2:
+        raise ValueError(f"modulus={modulus} must be at least 2")
+
+    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+        numbers = rng.integers(0, modulus, (rows, length), dtype=np.int32)
+        weights = np.full(numbers.shape, float(every), np.float32)
+        weights[:, -1] = 1.0
+        sums = np.cumsum(numbers, axis=1, dtype=np.int32) % modulus
+        return {"tokens": numbers, "targets": sums, "weights": weights}
+
+    return Task("running_sum", draw, length, modulus)
+
+
+def edit_distance(length: int = 6, alphabet: int = 8, steps: bool = True) -> Task:
+    """<BOS> a | b = distances of all prefixes, a's outermost, = distance of a and b.
+
+    Insertions, deletions and substitutions cost 1. Without steps the answer alone is written. b has
+    at each place a's letter or a random one.
+    """
+    _positive(length=length, alphabet=alphabet)
+    # Letters, then numbers 0..length, then marks.
+    NUMBER = alphabet
+    BOS, BAR, EQUALS = range(NUMBER + length + 1, NUMBER + length + 4)
+
+    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+        a, b = rng.integers(0, alphabet, (2, rows, length))
+        b = np.where(rng.random(b.shape) < 0.5, a, b)
+        d = np.zeros((rows, length + 1, length + 1), int)
+        d[:, 0] = np.arange(length + 1)
+        d[:, :, 0] = np.arange(length + 1)
+        for i in range(1, length + 1):  # over positions; all rows at once
+            for j in range(1, length + 1):
+                swapped = d[:, i - 1, j - 1] + (a[:, i - 1] != b[:, j - 1])
+                d[:, i, j] = np.minimum(1 + np.minimum(d[:, i - 1, j], d[:, i, j - 1]), swapped)
+        mark = lambda token: np.full((rows, 1), token)
+        asked = [mark(BOS), a, mark(BAR), b, mark(EQUALS)]
+        table = NUMBER + d[:, 1:, 1:].reshape(rows, -1)
+        written = [table, mark(EQUALS), table[:, -1:]] if steps else [table[:, -1:]]
+        row = np.concatenate([*asked, *written], axis=1)
+        first = 2 * length + 3
+        return language_rows(row, np.broadcast_to(np.arange(row.shape[1]) >= first, row.shape))
+
+    seq_len = 2 * length + 3 + (length**2 + 1 if steps else 0)
+    return Task("edit_distance", draw, seq_len, NUMBER + length + 4)
+
+
 TASKS = {
     "copy": copy,
     "lis": lis,
     "arithmetic": arithmetic,
     "lagged_fibonacci": lagged_fibonacci,
+    "running_sum": running_sum,
+    "edit_distance": edit_distance,
 }

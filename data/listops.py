@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from data.batches import Batch
-from data.tasks import SPLITS, FixedTask
+from data.tasks import SPLITS, FixedTask, padded_rows
 
 SYMBOLS = ["<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]"]
 PAD, ZERO, MIN, MAX, MED, SM, CLOSE = 0, 1, 11, 12, 13, 14, 15
@@ -175,15 +175,6 @@ def _splits(seed: int, rules: Rules, counts: tuple[int, ...]) -> dict[str, Batch
     return splits
 
 
-def padded(rows: Sequence[np.ndarray], length: int, pad: int) -> Batch:
-    """Rows of tokens -> tokens and segment_ids int32 [B, length]: 1, and 0 on padding."""
-    lengths = np.asarray([min(len(row), length) for row in rows])
-    inside = np.arange(length) < lengths[:, None]
-    tokens = np.full(inside.shape, pad, np.int32)
-    tokens[inside] = np.concatenate([row[:length] for row in rows])
-    return {"tokens": tokens, "segment_ids": inside.astype(np.int32)}
-
-
 def listops(
     examples: Sequence[int] = (96_000, 2_000, 2_000),
     max_depth: int = 10,
@@ -205,7 +196,7 @@ def listops(
         raise ValueError(f"examples={examples} must be three numbers of at least 1")
 
     def present(arrays: Batch) -> Batch:
-        rows = padded(arrays["tokens"], max_length, PAD)
+        rows = padded_rows(arrays["tokens"], max_length, PAD)
         return {**rows, "labels": arrays["labels"].astype(np.int32)}
 
     load = functools.partial(_splits, data_seed, rules, counts)

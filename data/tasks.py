@@ -288,6 +288,15 @@ def language_rows(rows: np.ndarray, answers: np.ndarray) -> Batch:
     }
 
 
+def padded_rows(rows: Sequence[np.ndarray], length: int, pad: int) -> Batch:
+    """Rows of tokens, cut or padded: tokens and segment_ids (1, padding 0), int32 [B, length]."""
+    lengths = np.asarray([min(len(row), length) for row in rows])
+    inside = np.arange(length) < lengths[:, None]
+    tokens = np.full(inside.shape, pad, np.int32)
+    tokens[inside] = np.concatenate([row[:length] for row in rows])
+    return {"tokens": tokens, "segment_ids": inside.astype(np.int32)}
+
+
 def names() -> list[str]:
     """All tasks that `get` makes."""
     return list(_registry())
@@ -311,7 +320,15 @@ def get(name: str, **options: Any) -> Task | FixedTask:
 
 
 def _registry() -> dict[str, Callable[..., Task | FixedTask]]:
-    from data import algorithms, images, listops, pathfinder, synthetic
+    from data import algorithms, images, listops, passkey, pathfinder, reviews, synthetic
 
-    modules: Sequence[Any] = (algorithms, synthetic, images, listops, pathfinder)
+    modules: Sequence[Any] = (
+        algorithms,
+        synthetic,
+        passkey,
+        listops,
+        pathfinder,
+        images,
+        reviews,
+    )
     return {name: make for module in modules for name, make in module.TASKS.items()}

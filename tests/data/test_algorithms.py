@@ -2,6 +2,7 @@
 
 import bisect
 import fractions
+import functools
 
 import numpy as np
 import pytest
@@ -112,3 +113,39 @@ def test_lagged_fibonacci_follows_its_recurrence():
                 x.append((x[-1] + x[-lag]) % 11)
             assert row == [11, *x[:lag], 12, *(x[lag:] if steps else x[-1:])]
             assert np.flatnonzero(ask).tolist() == list(range(lag + 2, len(row)))
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_running_sum_is_the_sum_so_far(every):
+    batch = tasks.get("running_sum", length=9, modulus=7, every=every).rows("train", 40, (7,), True)
+    for numbers, sums, weights in zip(*batch.values(), strict=True):
+        assert [sum(numbers[: i + 1].tolist()) % 7 for i in range(9)] == sums.tolist()
+        assert weights.tolist() == ([1] * 9 if every else [0] * 8 + [1])
+
+
+@functools.cache
+def distance(a, b):
+    """Levenshtein's distance by its recursive definition."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(
+        distance(a[1:], b) + 1, distance(a, b[1:]) + 1, distance(a[1:], b[1:]) + (a[0] != b[0])
+    )
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_edit_distances_of_all_prefixes(steps):
+    n, letters = 4, 5
+    task = tasks.get("edit_distance", length=n, alphabet=letters, steps=steps)
+    rows, asked = written(task)
+    answers = set()
+    for row, ask in zip(rows.tolist(), asked, strict=True):
+        a, b = tuple(row[1 : n + 1]), tuple(row[n + 2 : 2 * n + 2])
+        assert max(a + b) < letters and row[2 * n + 2] == letters + n + 3
+        assert row[-1] - letters == distance(a, b)
+        assert np.flatnonzero(ask).tolist() == list(range(2 * n + 3, len(row)))
+        if steps:
+            table = [distance(a[:i], b[:j]) for i in range(1, n + 1) for j in range(1, n + 1)]
+            assert [token - letters for token in row[2 * n + 3 : -2]] == table
+        answers.add(row[-1])
+    assert len(answers) > 2

@@ -18,8 +18,14 @@ OPTIONS = {
     "copying": {"length": 9, "memorize": 4},
     "selective_copying": {"length": 9, "memorize": 4},
     "delay": {"length": 9, "lag": 4},
+    "running_sum": {"length": 9},
+    "edit_distance": {"length": 4, "alphabet": 5},
+    "passkey": {"length": 300},
 }
-NEXT_TOKEN = {"copy", "lis", "arithmetic", "lagged_fibonacci", "induction", "associative_recall"}
+# The targets of the others are not the tokens that follow.
+NEXT_TOKEN = OPTIONS.keys() - {
+    "multi_query_recall", "copying", "selective_copying", "delay", "running_sum"
+}  # fmt: skip
 
 
 def rows_of(batches):
