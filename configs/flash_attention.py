@@ -5,11 +5,12 @@
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing
-  cpu          about 12 minutes on 2 cores; about 35 MB of text is downloaded on first use
+  cpu          15 to 45 minutes on 2 cores, as free as they are, most of it training; about 35 MB of text
+               is downloaded on first use
   accelerator  the paper's own grid of lengths and heads, and longer training; one GPU or TPU
 
 What to expect at scale cpu: tiled attention overtakes standard attention at some hundred tokens and
-is about twice as fast at 4096; its memory grows linearly, the standard one's quadratically.
+is two to four times as fast at 4096; its memory grows linearly, the standard one's quadratically.
 """
 
 import ml_collections
