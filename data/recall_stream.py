@@ -66,7 +66,7 @@ def distant_recall(
       rng, keys, values, and repeat, blank and window of `options`: as in `recall_stream`; lags are
         those of evaluation.
       rows: how many prompts.
-      length: of a prompt, even and at least 4: pairs, then blanks of one token and the key.
+      length: of a prompt, even and at least 4: one blank token, pairs, and the key.
 
     Returns:
       (tokens [rows, length], the value token to be said next [rows]).
@@ -85,8 +85,8 @@ def distant_recall(
     row = np.where(row == keys - 1, -1, row)
     row = np.where(row == other, keys - 1, row)
     row = np.where(row == -1, other, row)
-    end = np.stack([np.full(rows, keys + values), other[:, 0, 0]], axis=1)
-    tokens = np.concatenate([row.reshape(rows, 2 * pairs), end], axis=1)
+    blank = np.full((rows, 1), keys + values)
+    tokens = np.concatenate([blank, row.reshape(rows, 2 * pairs), other[:, 0]], axis=1)
     return tokens.astype(np.int32), value.astype(np.int32)
 
 

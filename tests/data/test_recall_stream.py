@@ -53,10 +53,10 @@ def test_the_asked_key_came_once_at_its_depth():
     assert tokens.shape == (10, 42) and len(set(tokens[:, -1])) > 1
     for i, row in enumerate(tokens):
         (at,) = np.flatnonzero(row[:-1] == row[-1])
-        assert at == 2 * (2 * i + 1)  # 20 pairs, 10 rows: every second one
-        assert row[at + 1] == value[i] and row[-2] == KEYS + VALUES
-        assert row.max() <= KEYS + VALUES and (row[1:-2:2] >= KEYS).all()
-        assert ((row[0:-2:2] < KEYS) | (row[0:-2:2] == KEYS + VALUES)).all()
+        assert at == 1 + 2 * (2 * i + 1)  # 20 pairs, 10 rows: every second one
+        assert row[at + 1] == value[i] and row[0] == KEYS + VALUES
+        assert row.max() <= KEYS + VALUES and (row[2:-1:2] >= KEYS).all()
+        assert ((row[1:-1:2] < KEYS) | (row[1:-1:2] == KEYS + VALUES)).all()
 
 
 @pytest.mark.parametrize(
