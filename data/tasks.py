@@ -40,6 +40,15 @@ def _config_keys(task, n_features: int | None = None) -> dict[str, Any]:
     return keys
 
 
+def _fingerprint(task, batch_size: int) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "options": dict(task.options),
+        "seq_len": task.seq_len,
+        "batch_size": batch_size,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """How to draw rows of a task.
@@ -52,6 +61,7 @@ class Task:
       seq_len: T.
       vocab_size: number of tokens.
       n_classes: number of labels, None for a language model's task.
+      options: what `get` was asked for: a run is not continued with other ones.
     """
 
     name: str
@@ -59,6 +69,7 @@ class Task:
     seq_len: int
     vocab_size: int
     n_classes: int | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def config_keys(self) -> dict[str, Any]:
@@ -118,7 +129,7 @@ class Task:
             rows at every step; the rows of validation and test are different ones then, too.
         """
         check_sizes(self.seq_len, batch_size, seed, shard_index, shard_count, None)
-        fingerprint = {"task": self.name, "seq_len": self.seq_len, "batch_size": batch_size}
+        fingerprint = _fingerprint(self, batch_size)
         distinct = train_examples is not None
         mine = np.asarray(host_rows(0, batch_size, shard_index, shard_count))
 
@@ -154,6 +165,7 @@ class FixedTask:
       vocab_size: number of tokens; 256 where the inputs are real numbers, for want of another.
       n_classes: number of labels.
       n_features: F of real-valued tokens [B, T, F]; None: integers.
+      options: as of `Task`.
     """
 
     name: str
@@ -163,6 +175,7 @@ class FixedTask:
     vocab_size: int
     n_classes: int
     n_features: int | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def config_keys(self) -> dict[str, Any]:
@@ -196,7 +209,7 @@ class FixedTask:
         check_sizes(self.seq_len, batch_size, seed, shard_index, shard_count, None)
         parts = dict(self.load())
         parts["train"] = {k: v[:train_examples] for k, v in parts["train"].items()}
-        fingerprint = {"task": self.name, "seq_len": self.seq_len, "batch_size": batch_size}
+        fingerprint = _fingerprint(self, batch_size)
         datasets = {}
         for split, arrays in parts.items():
             count = len(arrays["labels"])
@@ -314,9 +327,10 @@ def get(name: str, **options: Any) -> Task | FixedTask:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"task={name!r} is unknown; {hint}known: {', '.join(registry)}")
     try:
-        return registry[name](**options)
+        task = registry[name](**options)
     except TypeError as error:
         raise ValueError(f"task {name!r}: {error}") from error
+    return dataclasses.replace(task, options=options)
 
 
 def _registry() -> dict[str, Callable[..., Task | FixedTask]]:

@@ -81,6 +81,11 @@ def test_training_goes_on_where_it_was_and_evaluations_repeat(train_examples):
     assert not np.array_equal(next(iter(other["train"]))["tokens"], expected[0]["tokens"])
     with pytest.raises(ValueError, match="seed was 3 and is 4"):
         iter(other["train"]).set_state(state)
+    fewer = tasks.get("copy", max_length=4, alphabet=25).datasets(
+        batch_size=8, seed=3, eval_batches=2, train_examples=train_examples
+    )
+    with pytest.raises(ValueError, match="options was"):
+        iter(fewer["train"]).set_state(state)
     for split in ("validation", "test"):
         first, second = (list(d[split]) for d in (make(3), other))
         assert len(first) == 2
