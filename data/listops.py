@@ -10,6 +10,7 @@ generator has no seed, so that its files are one draw of many and these are anot
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -165,6 +166,7 @@ def examples(seed: int, rules: Rules | None = None) -> Iterator[tuple[np.ndarray
 
 @functools.lru_cache(maxsize=2)
 def _splits(seed: int, rules: Rules, counts: tuple[int, ...]) -> dict[str, Batch]:
+    print(f"making {sum(counts)} lists of ListOps", file=sys.stderr, flush=True)
     stream = examples(seed, rules)
     splits = {}
     for split, count in zip(SPLITS, counts, strict=True):
@@ -183,7 +185,9 @@ def listops(
     max_length: int = 2000,
     data_seed: int = 0,
 ) -> FixedTask:
-    """Classification of trees by their value, 0 to 9; T = max_length.
+    """Nested MIN, MAX, MED and SM of digits, classified by their value; T = max_length.
+
+    Made at first use, a few thousand a second, and kept in memory.
 
     Args:
       examples: how many for training, validation and test.

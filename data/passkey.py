@@ -53,7 +53,9 @@ def passkey(
     random_filler: bool = False,
     answer_only: bool = True,
 ) -> Task:
-    """Texts of bytes (ids of the "byte" tokenizer); the five digits of the answer count.
+    """Five digits in a long text of one repeated line, asked for at its end.
+
+    Tokens are bytes (ids of the "byte" tokenizer); the five digits of the answer count.
 
     Args:
       length: as many lines as fit into so many bytes with prefix, question and answer; T is what

@@ -99,7 +99,7 @@ def pathfinder(
     integers: bool = False,
     data_seed: int = 0,
 ) -> FixedTask:
-    """Classification of images as sequences of size^2 pixels.
+    """Are two discs joined by a dashed contour? Images as sequences of size^2 pixels.
 
     Of ten images in a row, the first eight are for training, then one for validation, one for test.
     At first use they are made: some 30 a second and core of size 32 or 256, but only one to four of

@@ -36,10 +36,12 @@ def _splits(source: str, validate_on_test: bool) -> dict[str, Batch]:
 def lra_text(
     max_length: int = 4096, source: str = "imdb", validate_on_test: bool = False
 ) -> FixedTask:
-    """Reviews cut to so many bytes; ids of the "byte" tokenizer, padded with its padding.
+    """Film reviews (IMDB) as bytes, negative or positive.
+
+    Ids are those of the "byte" tokenizer; rows are padded with its padding.
 
     Args:
-      max_length: T; published: 1,000 to 4,000.
+      max_length: T, where reviews are cut; published: 1,000 to 4,000.
       source: "imdb" (your own file), or "imdb_huggingface".
       validate_on_test: as the Long Range Arena does; else validation is a tenth of the training
         reviews, of each label as many.

@@ -20,7 +20,7 @@ import pathlib
 import sys
 import sysconfig
 
-from rich import box
+from rich import box, markup
 from rich.console import Console
 from rich.table import Table
 
@@ -284,7 +284,9 @@ def list_sources() -> list[dict[str, object]]:
 
 
 def main_list(console: Console | None = None) -> None:
-    """Print the sources as a table."""
+    """Print the sources, and the exact tasks made from a seed or from a source, as tables."""
+    from data import tasks  # some of them are made from sources
+
     table = Table(title="Sources (downloaded on first use)", box=box.SIMPLE)
     table.add_column("name", no_wrap=True)
     table.add_column("from", no_wrap=True)
@@ -295,7 +297,14 @@ def main_list(console: Console | None = None) -> None:
         size = f"{row['size'] / 1e6:.1f} MB" if row["size"] else "-"
         what = f"{row['description']} [dim]({row['licence']})[/dim]"
         table.add_row(row["name"], row["kind"], size, "yes" if row["cached"] else "no", what)
-    (console or Console()).print(table)
+    made = Table(title="Exact tasks (data.tasks.get)", box=box.SIMPLE)
+    made.add_column("name", no_wrap=True)
+    made.add_column("what")
+    for name, summary in tasks.summaries().items():
+        made.add_row(name, markup.escape(summary))
+    console = console or Console()
+    console.print(table)
+    console.print(made)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -310,9 +310,9 @@ def padded_rows(rows: Sequence[np.ndarray], length: int, pad: int) -> Batch:
     return {"tokens": tokens, "segment_ids": inside.astype(np.int32)}
 
 
-def names() -> list[str]:
-    """All tasks that `get` makes."""
-    return list(_registry())
+def summaries() -> dict[str, str]:
+    """All tasks that `get` makes: name -> what it is, in a line."""
+    return {name: make.__doc__.partition("\n")[0] for name, make in _registry().items()}
 
 
 def get(name: str, **options: Any) -> Task | FixedTask:

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from rich.console import Console
 
-from data import sources
+from data import sources, tasks
 from data.clients import KINDS, Source, client_command
 from data.documents import Document
 
@@ -115,6 +115,9 @@ def test_the_listing(capsys):
     for name in sources.SOURCES:
         assert name in text
     assert "5.4 MB" in text and "public domain" in text
+    for name in tasks.summaries():
+        assert name in text
+    assert "<BOS> string <COPY> string <EOS>" in text
 
 
 def test_the_command_line(capsys, tmp_path):
