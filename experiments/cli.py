@@ -165,6 +165,12 @@ def _build_parser() -> argparse.ArgumentParser:
     sub = add("plan", _plan, "compile a training step without running it", _PLAN, overridable=True)
     sub.add_argument("--topology", help="TPU generation and shape, e.g. v5e:2x4 [this machine]")
 
+    from experiments import diagnose_mamba2
+
+    about = "say where a Mamba-2 checkpoint breaks behind its training length"
+    sub = add("diagnose", _diagnose, about, diagnose_mamba2.DESCRIPTION)
+    diagnose_mamba2.add_arguments(sub)
+
     sub = add("data", _data, "list, fetch and show the sources of text", _DATA)
     sub.add_argument("action", nargs="?", default="list", choices=("list", "fetch", "show", "add"))
     sub.add_argument("source", nargs="?", help="its name, see `tilescan data`")
@@ -240,6 +246,12 @@ def _plan(options) -> int:
     from experiments import commands
 
     return commands.plan(options.overrides, options.topology)
+
+
+def _diagnose(options) -> int:
+    from experiments import diagnose_mamba2
+
+    return diagnose_mamba2.run(options)
 
 
 def _data(options) -> int:
