@@ -21,7 +21,9 @@ from training.train import train
 def run(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
     """Trains on a task and returns what was seen.
 
-    Settings: "task", a name of `data.tasks`; "options" of it; "train", keys of the training config.
+    Settings: "task", a name of `data.tasks`; "options" of it; "train", keys of the training config;
+    "train_examples", how many different rows to train on again and again (default: new ones at
+    every step).
 
     Returns:
       {"examples": [trained on before each validation], "validation_exact", "validation_accuracy":
@@ -33,7 +35,10 @@ def run(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
     config = training_config({**task.config_keys, **settings["train"]}, seed)
     batch_size = config.data.batch_size
     datasets = task.datasets(
-        batch_size=batch_size, seed=seed, eval_batches=config.train.eval_batches
+        batch_size=batch_size,
+        seed=seed,
+        eval_batches=config.train.eval_batches,
+        train_examples=settings.get("train_examples"),
     )
     final = train(config, folder, datasets=datasets)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
