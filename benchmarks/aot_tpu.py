@@ -179,21 +179,25 @@ def _compile(function, arguments, device, profile_dir, bundle_dir) -> dict:
 
 
 def _trips(text: str) -> dict[str, int]:
-    """How often the operations of each loop's body run, of the loops whose count is known."""
-    bodies, parents, runs, inside = {}, {}, {}, ""
+    """How often the operations in loops' bodies run, of loops that count up to one constant."""
+    lines, inside = {}, ""
     for line in text.splitlines():
         if found := re.match(r"(?:ENTRY )?%(\S+) \(.*\{$", line):
             inside = found[1]
-        elif found := re.match(r"\s+(?:ROOT )?%(\S+) = ", line):
-            bodies.setdefault(inside, []).append(found[1])
-            if body := re.search(r" while\(.*body=%([\w.\-]+)", line):
-                count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                parents[body[1]], runs[body[1]] = inside, int(count[1]) if count else 1
+        lines.setdefault(inside, []).append(line)
+    parents, counts = {}, {}
+    for name, body in lines.items():
+        for line in body:
+            if loop := re.search(r" while\(.*condition=%([^\s,]+), body=%([^\s,]+)", line):
+                bounds = re.findall(r"= s32\S* constant\((\d+)\)", "\n".join(lines[loop[1]]))
+                parents[loop[2]] = name
+                counts[loop[2]] = int(bounds[0]) if len(bounds) == 1 else 1
 
     def total(name):
-        return runs[name] * total(parents[name]) if name in runs else 1
+        return counts[name] * total(parents[name]) if name in counts else 1
 
-    return {op: total(name) for name in runs for op in bodies[name] if total(name) > 1}
+    names = {c: re.findall(r"^\s+(?:ROOT )?%(\S+) = ", "\n".join(lines[c]), re.M) for c in counts}
+    return {op: total(c) for c in counts for op in names[c] if total(c) > 1}
 
 
 def _bundles(folder: str, kernel: str) -> dict:

@@ -17,6 +17,7 @@ VMEM_LIMIT = 48 * 2**20
 # Of it, for the states of the heads that a program goes through in turn.
 STATES_LIMIT = 8 * 2**20
 LONGEST_CHUNK = 256
+MOST_CHUNKS = 8  # of a grid step: their code is unrolled
 DTYPES = (jnp.bfloat16, jnp.float32)
 LOG2E = math.log2(math.e)
 NOTHING = -160.0  # a log-decay in units of log 2 that stands for 0
@@ -27,10 +28,8 @@ def unsupported(q, k, v, log_decay, initial_state, chunk):
     if not all(x.dtype in DTYPES for x in (q, k, v)) or initial_state.dtype != jnp.float32:
         return f"q, k and v are {q.dtype}; bfloat16 and float32 have a kernel"
     for name, size in (("D", q.shape[3]), ("P", v.shape[3])):
-        if not 8 <= size <= 256 or size % 8:
-            return (
-                f"the state's dimension {name}={size}; multiples of 8 from 8 to 256 have a kernel"
-            )
+        if size > 256:
+            return f"the state's dimension {name}={size}; up to 256 have a kernel"
     if chunk is not None and chunk > LONGEST_CHUNK:
         return f"chunk={chunk}; up to {LONGEST_CHUNK} have a kernel"
     if chunk is not None and log_decay.shape[3] > 1 and chunk & (chunk - 1):
@@ -82,7 +81,7 @@ class Plan:
         # A short sequence is one chunk of as few steps as a vector register has rows for.
         C = min(wanted, max(16, 1 << (T - 1).bit_length()))
         N = -(-T // C)
-        chunks = max(1, block.steps // wanted)
+        chunks = max(1, min(block.steps // wanted, MOST_CHUNKS))
         chunks = -(-N // -(-N // chunks))
         G = min(x.shape[2] for x in (q, k, v))
         programs = _programs(B, H, G, P * _up(D, kernels.LANES))

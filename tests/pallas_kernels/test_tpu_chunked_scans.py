@@ -231,6 +231,28 @@ CASES = {
 }
 
 
+def test_loops_are_counted():
+    """As often as they run, also one within another."""
+    text = """%inner_cond (p: (s32[])) -> pred[] {
+  %c = s32[]{:T(128)} constant(3)
+}
+%outer_cond (p: (s32[])) -> pred[] {
+  %c.1 = s32[] constant(5)
+}
+%inner (p: (s32[])) -> (s32[]) {
+  %fusion.1 = f32[] fusion(%p)
+}
+%outer (p: (s32[])) -> (s32[]) {
+  %while.1 = (s32[]) while(%p), condition=%inner_cond, body=%inner
+  ROOT %copy.1 = f32[] copy(%p)
+}
+ENTRY %main (p: s32[]) -> s32[] {
+  %while.2 = (s32[]) while(%p), condition=%outer_cond, body=%outer, metadata={}
+  %copy.2 = f32[] copy(%p)
+}"""
+    assert aot_tpu._trips(text) == {"fusion.1": 15, "while.1": 5, "copy.1": 5}
+
+
 @pytest.mark.skipif(not aot_tpu.available(), reason="libtpu is not installed (extra dev)")
 @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
 def test_public_ops_compile_to_the_kernels(generation):
