@@ -5,8 +5,8 @@
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing
-  cpu          15 to 45 minutes on 2 cores, as free as they are, most of it training; about 35 MB of text
-               is downloaded on first use
+  cpu          15 to 45 minutes on 2 cores, as free as they are, most of it training; about 35 MB
+               of text is downloaded on first use
   accelerator  the paper's own grid of lengths and heads, and longer training; one GPU or TPU
 
 What to expect at scale cpu: tiled attention overtakes standard attention at some hundred tokens and
