@@ -184,24 +184,29 @@ def static_tables():
     """Figures of kernels that compilers gave without a device, as results/benchmarks has them."""
     for path in sorted(RESULTS.glob("*scan*_static.json")):
         document = json.loads(path.read_text())
-        rows = [flat(r) for r in document["rows"]]
-        names = [n for n in dict.fromkeys(n for r in rows for n in r) if n != "source"]
+        rows = [r for row in document.get("rows", []) for r in flat_rows(row)]
+        names = list(dict.fromkeys(n for r in rows for n in r if n not in ("versions", "source")))
         table = rich.table.Table(title=f"{path.name}: {document.get('note', '')}")
         for name in names:
             table.add_column(name)
         for r in rows:
-            table.add_row(*(str(r.get(n, "")) for n in names))
+            table.add_row(*(r.get(n, "") for n in names))
         yield table
 
 
-def flat(row):
-    """One cell for each value, dictionaries' and lists' written out."""
-    text = lambda v: (
-        " ".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict)
-        else " ".join(map(str, v)) if isinstance(v, list)
-        else f"{v:g}" if isinstance(v, float) else v
-    )  # fmt: skip
-    return {name: text(v) for name, v in row.items()}
+def flat_rows(row):
+    """A row for each of its kernels, where it lists some; cells of text."""
+    several = row.get("kernels")
+    rest = {name: text(x) for name, x in row.items() if name != "kernels"}
+    return [rest | {n: text(x) for n, x in k.items()} for k in several] if several else [rest]
+
+
+def text(x):
+    if isinstance(x, dict):
+        return " ".join(f"{name}={text(y)}" for name, y in x.items())
+    if isinstance(x, list):
+        return " ".join(map(text, x))
+    return f"{x:g}" if isinstance(x, float) else "" if x is None else str(x)
 
 
 def main():
