@@ -74,7 +74,7 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     mitigation.b_scale = 0.75
     mitigation.windows = (1, 2)  # parts of the training length that the window holds
     mitigation.bounds = (1.0,)  # times the norms at the end of the training length
-    mitigation.dt_scale = 0.5
+    mitigation.dt_scales = (0.5,)
 
     if scale == "smoke":
         model.layers = (1,)
@@ -94,9 +94,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         evaluation.tokens = 1024
         evaluation.chunk = 16
         evaluation.recall_lengths = (16,)
-        evaluation.prompts = 4
+        evaluation.prompts = 16  # as many rows as are read otherwise: nothing to compile anew
         mitigation.kept_shares = (0.44,)
-        mitigation.windows = (1,)
+        mitigation.windows = mitigation.dt_scales = ()  # each compiles the model anew
     elif scale == "accelerator":
         # 36M, 47M, 85M, 130M, 370M and 780M parameters.
         model.layers = (6, 12, 12, 24, 48, 48)

@@ -97,13 +97,14 @@ def _mitigations(config, length: int) -> dict[str, list[dict]]:
     slower = [
         {"decay_scale": share ** (1 / length), "b_scale": m.b_scale} for share in m.kept_shares
     ]
-    return {
+    ways = {
         NONE: [{}],
         stuffed_mamba_tables.FORGET: slower,
         stuffed_mamba_tables.WINDOW: [{"state_window": max(1, length // k)} for k in m.windows],
         stuffed_mamba_tables.NORM: [{"bound": factor} for factor in m.bounds],
-        stuffed_mamba_tables.HALF_STEP: [{"dt_scale": m.dt_scale}],
+        stuffed_mamba_tables.HALF_STEP: [{"dt_scale": scale} for scale in m.dt_scales],
     }
+    return {name: candidates for name, candidates in ways.items() if candidates}
 
 
 def measure(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:

@@ -19,7 +19,8 @@ def fails(capsys, *argv):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["report"], ["plan"], ["data"], ["generate"], ["train"]]
+    "command",
+    [[], ["run"], ["report"], ["plan"], ["diagnose"], ["data"], ["generate"], ["train"]],
 )
 def test_help_shows_examples(capsys, command):
     with pytest.raises(SystemExit) as stop:
