@@ -54,10 +54,10 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     copy.learning_rate = 2e-3
     copy.seeds = (0, 1, 2)
 
-    # Dynamic programming: the answer alone, or all steps before it.
+    # Dynamic programming: all steps before the answer, or the answer alone ("direct").
     dp = config.dp = ml_collections.ConfigDict()
-    dp.problems = ("lis", "arithmetic", "lagged_fibonacci")
-    dp.ways = ("steps", "direct")
+    dp.problems = ("lis", "lagged_fibonacci")
+    dp.ways = ("steps",)
     dp.lis_length = 10
     dp.operators = 3
     dp.local_length = 16
@@ -81,7 +81,6 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         copy.mamba_state_dims = ()
         copy.mamba2_state_dims = (4,)
         dp.problems = ("lagged_fibonacci",)
-        dp.ways = ("steps",)
         dp.local_length = 4
         for section in (copy, dp):
             section.d_model = 16
@@ -101,6 +100,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
         copy.mamba2_head_dim = dp.mamba2_head_dim = 64
         copy.steps = 50_000
         copy.learning_rate = 5e-4
+        dp.problems = ("lis", "arithmetic", "lagged_fibonacci")
+        dp.ways = ("steps", "direct")
         dp.lis_length = 50
         dp.operators = 10
         dp.local_length = 64

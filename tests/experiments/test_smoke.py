@@ -8,7 +8,12 @@ from experiments import papers, report, run
 from experiments import records as records_lib
 
 
-@pytest.mark.parametrize("name", papers.NAMES)
+# Their parts run in tests of their own; their trainings take minutes to compile.
+LONG = ("h3", "stuffed_mamba")
+NAMES = [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in papers.NAMES]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_paper_runs_from_config_to_tables(name, tmp_path, capsys):
     config = papers.load_config(name, "smoke")
     assert run.measure(config, tmp_path / "run") == 0, capsys.readouterr().err

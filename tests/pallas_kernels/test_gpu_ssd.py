@@ -73,6 +73,7 @@ def test_forward_and_backward_match_the_steps(T, heads, sizes, strength, dtype):
     check(*problem(T, heads, sizes, strength, dtype))
 
 
+@pytest.mark.slow
 def test_forgetting_at_any_step():
     inputs, cotangents = problem(100, (1, 1, 1, 1), (16, 16), -3.0)
     q, k, v, a, S = inputs

@@ -85,6 +85,7 @@ def test_lengths(T, decay):
     check(inputs, cotangents)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=8, phases=[hypothesis.Phase.generate])
 @hypothesis.given(
     shape=st.sampled_from(
@@ -102,6 +103,7 @@ def test_heads_that_share_and_sizes(shape, strength, seed):
     check(*problem(40, decay, heads, sizes, strength=strength, B=2, seed=seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["head", "dim"])
 def test_bfloat16(decay):
     check(*problem(40, decay, (1, 1, 2), (16, 16), "bfloat16", -2.0))
@@ -114,6 +116,7 @@ def test_extreme_decays_stay_exact(decay):
         check(*problem(63, decay, strength=strength))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["head", "dim"])
 def test_weak_decays_are_exact_among_strong_ones(decay):
     """Sums of logarithms that reach thousands must not cost the digits of small ones."""
@@ -122,6 +125,7 @@ def test_weak_decays_are_exact_among_strong_ones(decay):
     check((q, k, v, a, S), cotangents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["head", "dim"])
 def test_minus_infinity_forgets_with_finite_gradients(decay):
     (q, k, v, a, S), cotangents = problem(63, decay, strength=-2.0)
@@ -173,6 +177,7 @@ def test_public_ops_take_the_kernels(interpreted):
             np.testing.assert_allclose(x, y, atol=1e-5 * max(1, np.abs(y).max()))
 
 
+@pytest.mark.slow
 def test_batched_by_vmap(interpreted):
     (q, k, v, a, S), _ = problem(20, "head", B=2)
     f = functools.partial(chunked_scan.chunked_scan, implementation="pallas")
