@@ -7,8 +7,7 @@ import pytest
 from experiments import papers, report, run
 from experiments import records as records_lib
 
-
-# Their parts run in tests of their own; their trainings take minutes to compile.
+# Their trainings compile for a minute; their parts have tests of their own.
 LONG = ("h3", "stuffed_mamba")
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in papers.NAMES]
 
