@@ -33,7 +33,17 @@ MIXERS = [
 
 # Of mixers that share their ops with another one, `make test` checks what fails first.
 AT_ONCE = ("packed_split_equals_whole", "causal_by_gradient", "step_equals_parallel")
-BRIEF = ("op-window", "s4", "s4d-bidirectional", "h3", "h3-heads", "gla", "gated-deltanet")
+BRIEF = (
+    "op-window",
+    "attention-window",
+    "mamba",
+    "s4",
+    "s4d-bidirectional",
+    "h3",
+    "h3-heads",
+    "gla",
+    "gated-deltanet",
+)
 
 
 def marked(mixer, check):

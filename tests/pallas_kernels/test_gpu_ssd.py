@@ -62,9 +62,9 @@ def check(inputs, cotangents):
 @pytest.mark.parametrize(
     ("T", "heads", "sizes", "strength", "dtype"),
     [
-        (5, (1, 1, 1, 1), (16, 16), 0.0, "bfloat16"),
+        pytest.param(5, (1, 1, 1, 1), (16, 16), 0.0, "bfloat16", marks=pytest.mark.slow),
         (130, (1, 1, 2, 2), (24, 80), -2.0, "bfloat16"),  # Mamba-2's heads; two tiles of values
-        (100, (2, 2, 1, 1), (128, 64), -4.0, "float16"),
+        pytest.param(100, (2, 2, 1, 1), (128, 64), -4.0, "float16", marks=pytest.mark.slow),
         (70, (2, 1, 1, None), (16, 16), 0.0, "bfloat16"),
         (80, (1, 1, 1, 1), (16, 16), 4.0, "bfloat16"),  # decays of e^-55 a step, and down to 0
     ],

@@ -76,7 +76,7 @@ def check(inputs, cotangents):
 
 
 @pytest.mark.parametrize("decay", ["head", "dim"])
-@pytest.mark.parametrize("T", [1, 2, 63, 100])
+@pytest.mark.parametrize("T", [1, 100])
 def test_lengths(T, decay):
     """Also lengths below a chunk, and, at 100, seven chunks in four blocks."""
     inputs, cotangents = problem(T, decay, seed=1)
