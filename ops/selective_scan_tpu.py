@@ -30,7 +30,7 @@ def forward(x, dt, A, B, C, h, first, *, interpret=False):
     float32; arguments as of `selective_scan._core`.
     """
     (b, T, E), N = x.shape, A.shape[0]
-    block = block_for(b, T, E, N, most=512)
+    block = block_for(b, T, E, N)
     y, last, starts = kernels.forward(
         *_padded(block, x, dt, A, B, C), _pad(_pad(h, 1, 8), 2, block.channels),
         _keep(first, N, block), block, interpret=interpret,
@@ -41,7 +41,7 @@ def forward(x, dt, A, B, C, h, first, *, interpret=False):
 def backward(x, dt, A, B, C, first, starts, dy, dh, *, interpret=False):
     """Cotangents of x, dt, A, B, C and the first h."""
     (b, T, E), N = x.shape, A.shape[0]
-    block = block_for(b, T, E, N, most=256)
+    block = block_for(b, T, E, N)
     dy = _pad(_pad(dy, 1, block.steps), 2, block.channels)
     starts = _pad(_pad(starts, 2, 8), 3, block.channels)
     dx, ddt, dA, dB, dC, dh = kernels.backward(
@@ -49,19 +49,21 @@ def backward(x, dt, A, B, C, first, starts, dy, dh, *, interpret=False):
         _pad(_pad(dh, 1, 8), 2, block.channels), block, interpret=interpret,
     )  # fmt: skip
     dA = jnp.sum(dA, axis=0)[:N, :E]
-    unpack = lambda g, v: jnp.sum(g, axis=1).reshape(b, -1, _up(N, 8))[:, :T, :N].astype(v.dtype)
+
+    def unpack(g, v):
+        g = jnp.sum(g, axis=1).swapaxes(2, 3)
+        return g.reshape(b, -1, g.shape[3])[:, :T, :N].astype(v.dtype)
+
     return dx[:, :T, :E], ddt[:, :T, :E], dA, unpack(dB, B), unpack(dC, C), dh[:, :N, :E]
 
 
-def block_for(batch, T, E, N, most):
-    """Steps and up to `most` channels of a grid step.
+def block_for(batch, T, E, N):
+    """Steps and channels of a grid step.
 
-    Channels are many for small N: the more, the better the latency of a step is hidden
-    (benchmarks/scans_tpu_static.py). Where the batch gives two cores nothing to share, channels in
-    two parts do.
+    The more channels, the better the latency of a step is hidden, as far as VMEM goes. Where the
+    batch gives two cores nothing to share, channels in two parts do.
     """
-    E = _up(E, kernels.LANES)
-    most = most if N <= 16 else 128
+    E, most = _up(E, kernels.LANES), 512 if N <= 16 else 256 if N <= 32 else 128
     channels = max(c for c in (128, 256, 512) if E % c == 0 and c <= most)
     parts = 2 if batch % 2 and E // channels % 2 == 0 else 1
     return kernels.Block(min(CHUNK, _up(T, 16)), channels, parts)
@@ -86,10 +88,10 @@ def _padded(block, x, dt, A, B, C):
 
 
 def _packed(v, block):
-    """[B, T, N] as [B, T / C, C N / 128, 128]."""
+    """[B, T, N] as [B, T / C, N, C]."""
     v = _pad(_pad(v.astype(jnp.float32), 1, block.steps), 2, 8)
     chunks = v.shape[1] // block.steps
-    return v.reshape(v.shape[0], chunks, -1, kernels.LANES)
+    return v.reshape(v.shape[0], chunks, block.steps, -1).swapaxes(2, 3)
 
 
 def _keep(first, N, block):

@@ -6,10 +6,9 @@ is carried through time step by step, in VMEM scratch from one chunk to the next
 steps never exist in HBM. Forward keeps the state at the start of every chunk, from which backward
 computes a chunk's states again, into VMEM, and walks back through them.
 
-- B_t and C_t stand upright, the same in all lanes. A row of 128 of their values becomes 128 rows of
-  equal lanes by a transpose, for a whole chunk at once; so they lie in HBM in rows of 128, without
-  padding. Their gradients, summed over channels in float32, go the same way back. All
-  blocks of channels take a chunk one after the other, so that this is done once for them together.
+- B_t and C_t stand upright, the same in all lanes: a lane of [N, C] spreads over all, for the steps
+  of a whole chunk at once. Their gradients, summed over channels in float32, go the same way back.
+  All blocks of channels take a chunk one after the other, so that this is done once for them all.
 - Sums over N leave 8 sublanes to be added. A step stores them as they are; strided loads bring the
   same sublane of 8 steps together, and their sum is 8 steps of the result.
 
@@ -34,11 +33,12 @@ from pallas_kernels.tpu.linear_scan import batched_in_front, vary_alike
 LANES = 128
 SUBLANES = 8
 LOG2E = math.log2(math.e)
+UNROLL = 8  # steps of a loop's body
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Steps of a chunk and channels of a grid step; steps x N is a multiple of 128.
+    """Steps of a chunk and channels of a grid step.
 
     parts: how many parts the channels fall into that cores may share.
     """
@@ -55,7 +55,7 @@ def forward(x, dt, A, B, C, state, keep, block, *, interpret=False):
       x: [B, T, E], float32 or bfloat16.
       dt: [B, T, E], float32.
       A: [N, E], float32.
-      B, C: [B, T / C, C N / 128, 128], float32: [B, T, N] in rows of 128.
+      B, C: [B, T / C, N, C], float32.
       state: [B, N, E], float32.
       keep: as B, 0 at the steps that forget the state before them and 1 elsewhere; or None.
 
@@ -87,8 +87,8 @@ def backward(x, dt, A, B, C, keep, starts, dy, dlast, block, *, interpret=False)
     """The cotangents of x, dt, A, B, C and the first state, from those of y and the last one.
 
     Returns:
-      dx, ddt [B, T, E], dA [B, N, E], dB and dC [B, parts, T / C, C N / 128, 128], dstate
-      [B, N, E]; dx in x's dtype, the others float32.
+      dx, ddt [B, T, E], dA [B, N, E], dB and dC [B, parts, T / C, N, C], dstate [B, N, E]; dx in
+      x's dtype, the others float32.
     """
     shape = _Shape.of(x, A, block, reverse=True)
     inputs = dict(x=x, dt=dt, A=A, B=B, C=C, keep=keep, starts=starts, dy=dy, dlast=dlast)
@@ -160,14 +160,13 @@ class _Shape:
         What is needed in the first chunk alone, or final in the last, stays where it is in others.
         """
         steps, channels, blocks = self.block.steps, self.block.channels, self.blocks
-        rows = steps * self.N // LANES
         at = lambda t: self.chunks - 1 - t if self.reverse else t
         first = lambda t, e: jnp.where(t == 0, e, blocks - 1)
         last = lambda t, e: jnp.where(t == self.chunks - 1, e, 0)
         block, index = {
             "time": ((1, steps, channels), lambda b, p, t, e: (b, at(t), p * blocks + e)),
-            "packed": ((1, 1, rows, LANES), lambda b, p, t, e: (b, at(t), 0, 0)),
-            "gradient": ((1, 1, 1, rows, LANES), lambda b, p, t, e: (b, p, at(t), 0, 0)),
+            "packed": ((1, 1, self.N, steps), lambda b, p, t, e: (b, at(t), 0, 0)),
+            "gradient": ((1, 1, 1, self.N, steps), lambda b, p, t, e: (b, p, at(t), 0, 0)),
             "rates": ((self.N, channels), lambda b, p, t, e: (0, p * blocks + e)),
             "first": ((1, self.N, channels), lambda b, p, t, e: (b, 0, p * blocks + first(t, e))),
             "last": ((1, self.N, channels), lambda b, p, t, e: (b, 0, p * blocks + last(t, e))),
@@ -191,7 +190,7 @@ def _forward_kernel(refs, shape, t, e, unroll):
         for w in columns:
             h_ref[own + w] = refs["state"][0, :, _column(w)]
 
-    pl.when(e == 0)(lambda: _stand_up(refs, unroll))
+    pl.when(e == 0)(lambda: _stand_up(refs, shape, unroll))
     _prepare(refs, shape)
     states = [h_ref[own + w] for w in columns]
     for w, h in enumerate(states):
@@ -211,11 +210,12 @@ def _forward_kernel(refs, shape, t, e, unroll):
         h_ref[own + w] = h
         refs["last"][0, :, _column(w)] = h
 
-    @_loop(shape.block.steps // SUBLANES, unroll)
-    def add_up(i):
+    def add_up(i, _):
         for w in columns:
             at = 0, _rows(i, SUBLANES), _column(w)
             refs["y"][at] = _sum_parts(refs["parts"], i, w)
+
+    _loop(shape.block.steps // SUBLANES, add_up, None, unroll)
 
 
 def _backward_kernel(refs, shape, t, e, unroll):
@@ -231,7 +231,7 @@ def _backward_kernel(refs, shape, t, e, unroll):
 
     @pl.when(e == 0)
     def begin_chunk():
-        _stand_up(refs, unroll)
+        _stand_up(refs, shape, unroll)
         for name in ("upright dB", "upright dC"):
             refs[name][...] = jnp.zeros_like(refs[name])
 
@@ -274,8 +274,7 @@ def _backward_kernel(refs, shape, t, e, unroll):
         dh_ref[own + w], dA_ref[own + w] = dh, dA
         refs["dstate"][0, :, _column(w)], refs["dA"][0, :, _column(w)] = dh, dA
 
-    @_loop(steps // SUBLANES, unroll)
-    def add_up(i):
+    def add_up(i, _):
         for w in columns:
             at = 0, _rows(i, SUBLANES), _column(w)
             x, dt = refs["x"][at].astype(jnp.float32), refs["dt"][at]
@@ -283,11 +282,17 @@ def _backward_kernel(refs, shape, t, e, unroll):
             refs["ddt"][at] = _sum_parts(refs["ddt parts"], i, w) + x * du
             refs["dx"][at] = (dt * du).astype(refs["dx"].dtype)
 
+    _loop(steps // SUBLANES, add_up, None, unroll)
+
     def lie_down(name):
-        @_loop(refs[name].shape[3], unroll)
-        def row(r):
-            tile = refs[f"upright {name}"][_rows(r, LANES), :]
-            refs[name][0, 0, 0, pl.ds(r, 1), :] = jnp.sum(tile.T, axis=0, keepdims=True)
+        lane = lax.broadcasted_iota(jnp.int32, (N, steps), 1)
+
+        def column(i, gradient):
+            sums = jnp.sum(_upright(refs, name, i, shape), axis=1, keepdims=True)
+            return jnp.where(lane == i, sums, gradient)
+
+        zeros = jnp.zeros((N, steps), jnp.float32)
+        refs[name][0, 0, 0] = _loop(steps, column, zeros, unroll)
 
     @pl.when(e == shape.blocks - 1)
     def end_chunk():
@@ -295,31 +300,29 @@ def _backward_kernel(refs, shape, t, e, unroll):
             lie_down(name)
 
 
-def _stand_up(refs, unroll):
+def _stand_up(refs, shape, unroll):
     """B, C and keep upright."""
 
     def stand_up(name):
-        @_loop(refs[name].shape[2], unroll)
-        def row(r):
-            tile = jnp.broadcast_to(refs[name][0, 0, pl.ds(r, 1), :], (LANES, LANES)).T
-            refs[f"upright {name}"][_rows(r, LANES), :] = tile
+        def step(i, _):
+            column = refs[name][0, 0, :, pl.ds(i, 1)]
+            upright = jnp.broadcast_to(column, (shape.N, LANES))
+            refs[f"upright {name}"][_rows(i, shape.N), :] = upright
+
+        _loop(shape.block.steps, step, None, unroll)
 
     for name in ("B", "C", "keep"):
         if name in refs:
             stand_up(name)
 
 
-def _loop(count, unroll):
-    """Runs the function that it decorates for 0 to count - 1."""
-
-    def run(body):
-        if unroll > 1:
-            for i in range(count):
-                body(i)
-        else:  # interpreted: less to compile
-            lax.fori_loop(0, count, lambda i, _: body(i), None)
-
-    return run
+def _loop(count, body, carry, unroll):
+    """A loop over 0 to count - 1, whose indices the kernel needs to know ahead."""
+    if unroll == 1:  # interpreted: less to compile
+        return lax.fori_loop(0, count, body, carry)
+    for i in range(count):
+        carry = body(i, carry)
+    return carry
 
 
 def _prepare(refs, shape):
@@ -376,7 +379,7 @@ def _sum_parts(ref, i, w):
 def _call(kernel, name, shape, inputs, outputs, scratch, interpret):
     """A `pallas_call` whose kernel finds arrays by name. outputs: {name: (shape, kind)}."""
     names = (*inputs, *outputs, *scratch)
-    unroll = 1 if interpret else 4
+    unroll = 1 if interpret else UNROLL
 
     def body(*refs):
         kernel(
