@@ -30,11 +30,11 @@ TABLE_LIMIT = 256 * 2**20
 def is_hopper() -> bool:
     """Whether the GPU that the program is lowered for has the kernels' instructions.
 
-    That is the abstract device of the mesh in use, if it has one, or else the GPU at hand. Without
-    a CUDA backend a program is lowered for a GPU elsewhere, which is taken to be a Hopper.
+    That is the abstract device of the mesh in use, if that is a GPU, or else the GPU at hand.
+    Without a CUDA backend a program is lowered for a GPU elsewhere, which is taken to be a Hopper.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None:
+    if device is not None and not re.match(r"cpu|TPU", device.device_kind):
         return re.search(r"\bG?H\d+", device.device_kind) is not None  # H100, H200, H20, GH200
     if jax.default_backend() not in ("gpu", "cuda"):
         return True
