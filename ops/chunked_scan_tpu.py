@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.tpu import ssd as kernels
 
-VMEM_LIMIT = 48 * 2**20
+# What kernels may use, for narrow 2-byte inputs and for others. XLA keeps arrays in the rest of
+# VMEM, and where a kernel asks for much more than it uses, libtpu may fail to place them on v5e.
+VMEM_LIMITS = 16 * 2**20, 32 * 2**20
 # Of it, for the states of the heads that a program goes through in turn.
 STATES_LIMIT = 8 * 2**20
 LONGEST_CHUNK = 256
@@ -42,7 +44,7 @@ def forward(q, k, v, log_decay, initial_state, *, chunk=None, interpret=False):
     plan = Plan.of(q, k, v, log_decay, initial_state, chunk)
     o, state = kernels.forward(
         *plan.inputs(q, k, v, log_decay), plan.state(initial_state), plan.block, plan.programs,
-        vmem_limit=VMEM_LIMIT, interpret=interpret,
+        vmem_limit=plan.vmem_limit, interpret=interpret,
     )  # fmt: skip
     return plan.join(o, plan.P), plan.join_state(state)
 
@@ -50,7 +52,7 @@ def forward(q, k, v, log_decay, initial_state, *, chunk=None, interpret=False):
 def backward(q, k, v, log_decay, initial_state, do, d_final, *, chunk=None, interpret=False):
     """The gradients of q, k, v, log_decay and initial_state, in their shapes and dtypes."""
     plan = Plan.of(q, k, v, log_decay, initial_state, chunk)
-    shared = dict(vmem_limit=VMEM_LIMIT, interpret=interpret)
+    shared = dict(vmem_limit=plan.vmem_limit, interpret=interpret)
     inputs = plan.inputs(q, k, v, log_decay)
     walk = plan.block, plan.programs
     borders = kernels.borders(*inputs[1:], plan.state(initial_state), *walk, **shared)
@@ -71,6 +73,7 @@ class Plan:
     by_dim: bool
     block: kernels.Block
     programs: int
+    vmem_limit: int
 
     @classmethod
     def of(cls, q, k, v, log_decay, state, chunk):
@@ -85,7 +88,10 @@ class Plan:
         chunks = -(-N // -(-N // chunks))
         G = min(x.shape[2] for x in (q, k, v))
         programs = _programs(B, H, G, P * _up(D, kernels.LANES))
-        return cls(T, D, P, by_dim, kernels.Block(C, chunks), programs)
+        states = 4 * P * _up(D, kernels.LANES) * (H // programs)
+        narrow = q.dtype.itemsize == 2 and max(D, P) <= 128 and states <= 2**20
+        limit = VMEM_LIMITS[0 if narrow else 1]
+        return cls(T, D, P, by_dim, kernels.Block(C, chunks), programs, limit)
 
     @property
     def width(self):

@@ -232,6 +232,7 @@ CASES = {
     "none": {"op": "none", "T": 63, "D": 80, "P": 96, "dtype": "float32"},
     "a step": {"op": "vector", "T": 1, "D": 20, "P": 12, "dtype": "float32"},
     "short chunks": {"op": "scalar", "T": 40, "chunk": 16},
+    "states of 8 MiB": {"op": "vector", "B": 2, "T": 512, "H": 32, "G": 1, "D": 256, "P": 256},
     "wide": {"op": "vector", "T": 64, "D": 256, "P": 256, "dtype": "float32", "H": 2},
 }
 
@@ -272,4 +273,4 @@ def test_public_ops_compile_to_the_kernels(generation):
         calls = {call.split(".")[0] for call in result["custom_calls"]}
         wanted = ("borders", "backward") if case["gradient"] else ("forward",)
         assert calls >= {f"chunked_scan_{name}" for name in wanted}, case
-        assert 0 < result["vmem"] <= chunked_scan_tpu.VMEM_LIMIT, case
+        assert 0 < result["vmem"] <= max(chunked_scan_tpu.VMEM_LIMITS), case
