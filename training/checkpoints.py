@@ -7,6 +7,7 @@ the configuration, the iterator's state, and for every array its shape, dtype an
 that damage is found when it is read and is named.
 """
 
+import contextlib
 import errno
 import pathlib
 import shutil
@@ -153,6 +154,9 @@ class Checkpoints:
 
     def standing(self) -> str:
         """What remains after a failed write, and what to do."""
+        # A save that is under way counts as a step until it fails.
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
         steps = self.steps()
         if not steps:
             return "There is no earlier checkpoint: free space or choose another workdir"

@@ -212,3 +212,14 @@ def test_full_disk_is_recognised_through_its_causes():
     outer = RuntimeError("save failed")
     outer.__cause__ = ValueError("write: No space left on device")
     assert is_full_disk(outer) and not is_full_disk(None)
+
+
+def test_a_save_under_way_is_not_called_good_before_it_is(opened, tmp_path):
+    saver = opened(tmp_path / "ckpt", keep=3, config={})
+    saver.save(1, some_state(), rows_at(1))
+    saver.wait()
+    large = {"w": jax.random.normal(jax.random.key(0), (2048, 2048))}
+    saver.save(2, large, rows_at(2))
+    told = saver.standing()
+    good = max(int(p.name) for p in saver.directory.iterdir() if p.name.isdigit())
+    assert f"The last good checkpoint is {saver.path(good)}:" in told
