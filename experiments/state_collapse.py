@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from data.buckets import mean_by_position
 from models import LanguageModel, LanguageModelConfig
 from models.language_model import ModelState
 
@@ -149,10 +150,11 @@ def by_position(values: np.ndarray, weights: np.ndarray, width: int) -> list[flo
     Raises:
       ValueError: a bucket has no weight.
     """
-    sums = [a.sum(axis=0).reshape(-1, width).sum(axis=1) for a in (values * weights, weights)]
-    if not (sums[1] > 0).all():
+    T = values.shape[1]
+    means, counted = mean_by_position(values, np.arange(T), range(0, T + 1, width), weights)
+    if not (counted > 0).all():
         raise ValueError("a bucket of positions has no token that counts: read more rows")
-    return [float(x) for x in sums[0] / sums[1]]
+    return [float(x) for x in means]
 
 
 @dataclasses.dataclass(frozen=True)

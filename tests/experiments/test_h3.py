@@ -7,7 +7,9 @@ from experiments.records import Record, Records
 
 
 def record(kind, model, seed=0, **fields):
+    validation = fields.pop("validation", fields.get("accuracy", 0.5))
     result = {
+        "validation_accuracy": [validation],
         "test_accuracy": fields.pop("accuracy", 0.5),
         "test_perplexity": fields.pop("ppl", 9.0),
     }
@@ -28,6 +30,24 @@ def languages(model, induction, recall):
         record("language", model, task="associative_recall", accuracy=recall, **options),
         record("language", model, task="induction", accuracy=0.1, protocol="all"),
     ]
+
+
+def test_the_protocol_is_chosen_by_validation_not_by_the_test():
+    made = languages("h3", 0.98, 0.99)
+    made += [
+        record(
+            "language",
+            "h3",
+            task="induction",
+            protocol="all",
+            seed=1,
+            accuracy=0.2,
+            validation=0.99,
+        )
+    ]
+    assert status(made, "H3 recalls") == "shown"  # the mean of its seeds does not lead
+    first = [r for r in made if r.settings["protocol"] == "answer" or r.seed == 1]
+    assert status(first, "H3 recalls") == "not shown"
 
 
 def test_solving_needs_both_languages_in_the_better_protocol():
