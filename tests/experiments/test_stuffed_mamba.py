@@ -107,6 +107,7 @@ def test_mitigations_that_do_nothing_change_nothing(params, rows):
     assert np.abs(narrow[:, 8:] - plain[:, 8:]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_carried_state_reads_on_over_rows():
     keys = {
         "model.pattern": ("mamba2",),

@@ -32,7 +32,7 @@ MIXERS = [
 
 
 # Of mixers that share their ops with another one, `make test` checks what fails first.
-AT_ONCE = ("packed_split_equals_whole", "causal_by_gradient", "step_equals_parallel")
+AT_ONCE = ("packed_split_equals_whole", "causal_by_gradient")
 BRIEF = (
     "op-window",
     "attention-window",

@@ -129,6 +129,7 @@ def test_a_window_longer_than_the_text_changes_nothing():
     np.testing.assert_allclose(run(windowed), run(plain), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_window_goes_on_in_the_next_call_and_ends_with_its_document():
     mixer = Mamba2(**MAMBA2, state_window=5)
     ids = jnp.asarray([[3] * 9 + [4] * 12, [1] * 2 + [2] * 3 + [1] * 16])
@@ -227,6 +228,7 @@ def test_bad_options_are_named(options, message):
         Mamba2(**MAMBA2 | options).init_state(1, 1)
 
 
+@pytest.mark.slow
 def test_a_hybrid_reads_on_from_its_state():
     config = LanguageModelConfig(
         vocab_size=31,
@@ -247,6 +249,7 @@ def test_a_hybrid_reads_on_from_its_state():
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_prompts_of_different_lengths_are_continued_as_alone():
     """Padding before a prompt is a segment of its own, which leaves nothing in the state."""
     config = LanguageModelConfig(

@@ -199,6 +199,7 @@ def test_real_parts_stay_negative():
     assert np.all(np.isfinite(kernel_end)) and np.abs(kernel_end).max() < 1e3
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_shares_its_mask_over_time():
     config = LanguageModelConfig(
         vocab_size=11, d_model=E, pattern=("s4d",), repeats=2,
@@ -272,6 +273,7 @@ def test_h3_without_a_shift_is_linear_attention(head_dim):
     close(y, np.einsum("bhts,bshp->bthp", scores, v).reshape(2, T, E), 4e-3)
 
 
+@pytest.mark.slow
 def test_a_hybrid_language_model():
     """The whole equals stretches with a state, across H3 and attention."""
     config = LanguageModelConfig(

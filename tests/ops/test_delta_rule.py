@@ -146,6 +146,7 @@ def test_the_first_id_of_one_more_tells_whether_the_state_goes_on():
     np.testing.assert_array_equal(o[1], plain(initial_state=S.at[1].set(0.0))[0][1])
 
 
+@pytest.mark.slow
 def test_a_split_sequence_equals_the_whole():
     arrays = inputs(2, 100, 2, 2, 8, 8)
     whole = op(*arrays)
@@ -163,6 +164,7 @@ def test_no_step_sees_the_future():
     assert all(np.any(g[:, 21]) for g in grads)
 
 
+@pytest.mark.slow
 def test_runs_are_bitwise_equal_and_memory_is_linear():
     arrays = inputs(1, 100, 2, 2, 16, 16)
     for x, y in zip(op(*arrays), op(*arrays), strict=True):

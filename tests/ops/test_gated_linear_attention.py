@@ -198,6 +198,7 @@ def test_no_step_sees_the_future(decay):
     assert np.all(np.any(dk[:, : t + 1] != 0, axis=(0, 2, 3))[-5:])
 
 
+@pytest.mark.slow
 def test_runs_are_bitwise_equal_and_chunks_agree():
     arrays = inputs(2, 100, 2, 2, 16, 16, "vector", strength=-1.0)
     runs = [results(functools.partial(op, chunk=c), arrays) for c in (64, 64, 16, 128)]
@@ -207,6 +208,7 @@ def test_runs_are_bitwise_equal_and_chunks_agree():
         assert_close(other, [np.asarray(x, np.float64) for x in runs[0]], factor=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_memory_is_linear_in_time(decay):
     def temporary(T):
@@ -219,6 +221,7 @@ def test_memory_is_linear_in_time(decay):
     assert large < 8192 * 2 * 32 * 32 * 4  # less than one state a step
 
 
+@pytest.mark.slow
 def test_works_in_float64_and_under_vmap():
     with jax.enable_x64(True):
         arrays = [

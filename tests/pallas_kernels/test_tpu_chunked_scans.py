@@ -22,6 +22,11 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dlog_decay", "dinitial_state")
 
 
+def slowly(*values):
+    """Values of a parameter that only the slow suite takes."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks small enough for tests to have several, of several chunks."""
@@ -76,7 +81,7 @@ def check(inputs, cotangents):
 
 
 @pytest.mark.parametrize("decay", ["head", "dim"])
-@pytest.mark.parametrize("T", [1, 100])
+@pytest.mark.parametrize("T", [1, 100, *slowly(2, 63)])
 def test_lengths(T, decay):
     """Also lengths below a chunk, and, at 100, seven chunks in four blocks."""
     inputs, cotangents = problem(T, decay, seed=1)
@@ -150,6 +155,7 @@ def interpreted(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_public_ops_take_the_kernels(interpreted):
     """Both ops with all that they take, and their gradients, equal the XLA implementation."""
     rng = np.random.default_rng(3)
