@@ -8,8 +8,10 @@ Scales:
   cpu          about 15 minutes on 2 cores
   accelerator  70M parameters, strings up to 40: hours on one GPU or TPU
 
-What to expect at scale cpu: the Transformer learns to copy from fewer examples than Mamba, whose
-strings get longer with its state; where written steps look a few numbers back, both solve the task.
+What to expect at scale cpu: strings of 4 are copied by all; of strings of 10 the Transformer copies
+most, and Mamba the more the larger its state is. At 4 letters Mamba needs fewer examples, against
+the paper's order, so that claim is not shown. Steps that look a few numbers back suit Mamba better,
+those that look over the whole input the Transformer.
 """
 
 import ml_collections
