@@ -57,7 +57,18 @@ def chunked_scan(q, k, v, log_decay, initial_state, *, chunk=None, implementatio
             f"implementation={implementation!r} is unknown; it must be one of "
             + ", ".join(map(repr, IMPLEMENTATIONS))
         )
+    if q.shape[1] == 1 and implementation != "pallas":
+        return one_step(q, k, v, log_decay, initial_state)
     return _scan(q, k, v, log_decay, initial_state, chunk, implementation)
+
+
+def one_step(q, k, v, log_decay, S):
+    """The formula itself for T = 1, as decoding calls it: a chunk would be mostly padding."""
+    H = S.shape[1]
+    every = lambda x: jnp.repeat(x[:, 0].astype(S.dtype), H // x.shape[2], axis=1)
+    S = jnp.exp(every(log_decay))[..., None] * S + every(k)[..., None] * every(v)[..., None, :]
+    o = jnp.sum(every(q)[..., None] * S, -2)
+    return o[:, None].astype(q.dtype), S
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
