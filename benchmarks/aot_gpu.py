@@ -60,9 +60,11 @@ def compile_jobs(jobs: list[dict], python: str | None = None, timeout: float = 6
     "causal", "blocks": {...} or absent}; or {"kernel": "op", ...} for all the kernels that
     `ops.attention_gpu` picks, with "mask" a name of `masks_of` and, where wanted, "value_dim",
     "logit_cap" and "bias" (its shape; it is float32); or {"kernel": "ssd_forward" | "ssd_states" |
-    "ssd_backward" | "peer_scan_forward" | "peer_scan_backward", ...} with "value_dim" and without
-    "mask"; the last two are kernels of the package jax-linear-attention, which the interpreter has
-    to have. A report is {"kernels": [...], "versions": {...}} or {"error": text}.
+    "ssd_backward" | "gla_scores" | "gla_forward" | "gla_states" | "gla_back" | "gla_gradients" |
+    "peer_scan_forward" | "peer_scan_backward" | "peer_gla_forward" | "peer_gla_backward", ...} with
+    "value_dim" and without "mask"; the peer's are kernels of the package jax-linear-attention,
+    which the interpreter has to have. A report is {"kernels": [...], "versions": {...}} or
+    {"error": text}.
 
     Raises:
         RuntimeError: no interpreter with the plugin (the text says how to get one), or the child
@@ -247,6 +249,8 @@ def _build(job: dict):
         return _build_op(job, q, kv)
     if job["kernel"].startswith("ssd"):
         return _build_ssd(job, q, kv)
+    if job["kernel"].startswith("gla"):
+        return _build_gla(job, q, kv)
     if job["kernel"].startswith("peer_scan"):
         return _build_peer_scan(job, q, kv)
 
@@ -349,6 +353,34 @@ def _build_ssd(job: dict, q, kv):
         return lambda *a: ssd.forward(None, *a, want_states=True), (kv, v, lines, state)
     states = shape((B, H, T // ssd.CHUNK, P, D), q.dtype)
     return ssd.backward, (q, kv, v, lines, states, v, state)
+
+
+def _build_gla(job: dict, q, kv):
+    """A kernel of the scan whose key dims have decays of their own."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.gpu import gla
+
+    shape, (B, T, H, D), P = jax.ShapeDtypeStruct, q.shape, job["value_dim"]
+    N, v = T // gla.CHUNK, shape((B, T, H, P), q.dtype)
+    A = shape((B, H, N, gla.CHUNK, gla.CHUNK), q.dtype)
+    whole, state = shape((B, H, N, D), jnp.float32), shape((B, H, P, D), jnp.float32)
+    states = shape((B, H, N, P, D), q.dtype)
+
+    def walk(reader, A, *rest):
+        reverse, want_states = job["kernel"] == "gla_back", job["kernel"] != "gla_forward"
+        writer, values, whole, state = rest
+        options = {"want_states": want_states, "reverse": reverse}
+        return gla.walk(reader, writer, values, A, whole, state, **options)
+
+    if job["kernel"] == "gla_scores":
+        return lambda *a: gla.scores(*a, H), (q, kv, q, q)
+    if job["kernel"] == "gla_gradients":
+        return gla.gradients, (q, kv, v, q, q, v, whole, states, states)
+    if job["kernel"] == "gla_states":
+        return lambda *a: walk(None, None, *a), (q, v, whole, state)
+    return walk, (q, A, q, v, whole, state)
 
 
 def _build_peer_scan(job: dict, q, kv):

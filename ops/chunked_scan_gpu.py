@@ -6,9 +6,11 @@ over heads and value tiles that share an input, and what the kernels can't do.
 Letters: B batch, T time, H heads, D key dim, P value dim, C chunk, N chunks, V tiles of values.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
+from jax import lax
 
 from ops.attention_gpu import is_hopper
 
@@ -25,8 +27,6 @@ def unsupported(q, k, v, log_decay, initial_state, chunk):
     """Why the kernels can't take these arguments, in words that say what would work; or None."""
     if not all(x.dtype in DTYPES for x in (q, k, v)) or initial_state.dtype != jnp.float32:
         return f"q, k and v are {q.dtype}; bfloat16 and float16 have a kernel"
-    if log_decay.shape[3] > 1:
-        return "decays by key dimension have no kernel on GPUs; one decay for a head has"
     if q.shape[3] > MAX_KEY_DIM:
         return f"the key dim D={q.shape[3]}; up to {MAX_KEY_DIM} have a kernel"
     if q.size == 0:
@@ -42,6 +42,8 @@ def unsupported(q, k, v, log_decay, initial_state, chunk):
 
 def forward(q, k, v, log_decay, initial_state, *, chunk=None, interpret=False):
     """(o [B, T, H, P], final_state [B, H, D, P]); arguments as `ops.chunked_scan`'s."""
+    if log_decay.shape[3] > 1:
+        return _forward_by_dim(q, k, v, log_decay, initial_state, interpret)
     from pallas_kernels.gpu import ssd
 
     (T, D), P = (q.shape[1], q.shape[3]), v.shape[3]
@@ -52,6 +54,8 @@ def forward(q, k, v, log_decay, initial_state, *, chunk=None, interpret=False):
 
 def backward(q, k, v, log_decay, initial_state, do, d_final, *, chunk=None, interpret=False):
     """The gradients of q, k, v, log_decay and initial_state, in their shapes and dtypes."""
+    if log_decay.shape[3] > 1:
+        return _backward_by_dim(q, k, v, log_decay, initial_state, do, d_final, interpret)
     from pallas_kernels.gpu import ssd
 
     D, P = q.shape[3], v.shape[3]
@@ -65,6 +69,48 @@ def backward(q, k, v, log_decay, initial_state, do, d_final, *, chunk=None, inte
     )
     gradients = (_gradient(g, x) for g, x in zip((dq, dk, dv[None]), (q, k, v), strict=True))
     return *gradients, _decay_gradient(d_lines, log_decay), _join_state(d_initial, D, P)
+
+
+def _forward_by_dim(q, k, v, log_decay, initial_state, interpret):
+    """`forward` of decays by key dimension."""
+    from pallas_kernels.gpu import gla
+
+    (T, D), P, H = (q.shape[1], q.shape[3]), v.shape[3], initial_state.shape[1]
+    high, low, whole = _logarithms(log_decay, H, q.dtype)
+    A, q_in, k_out = gla.scores(_pad(q), _pad(k), high, low, H, interpret=interpret)
+    state = _pad_state(initial_state)
+    o, state = gla.walk(q_in, k_out, _pad(v), A, whole, state, interpret=interpret)
+    return o[:, :T, :, :P], _join_state(state, D, P)
+
+
+def _backward_by_dim(q, k, v, log_decay, initial_state, do, d_final, interpret):
+    """`backward` of decays by key dimension: what the chunks hold is computed again."""
+    from pallas_kernels.gpu import gla
+
+    D, P, H = q.shape[3], v.shape[3], initial_state.shape[1]
+    q_, k_, v_, do = _pad(q), _pad(k), _pad(v), _pad(do.astype(v.dtype))
+    high, low, whole = _logarithms(log_decay, H, q.dtype)
+    walk = functools.partial(gla.walk, whole=whole, want_states=True, interpret=interpret)
+    A, q_in, k_out = gla.scores(q_, k_, high, low, H, interpret=interpret)
+    S, _ = walk(None, k_out, v_, None, state=_pad_state(initial_state))
+    dv, dS, d_initial = walk(k_out, q_in, do, A, state=_pad_state(d_final), reverse=True)
+    dq, dk, da = gla.gradients(q_, k_, v_, high, low, do, whole, S, dS, interpret=interpret)
+    gradients = (_gradient(g, x) for g, x in zip((dq, dk, dv[None]), (q, k, v), strict=True))
+    da = _gradient(da, log_decay)
+    da = jnp.where(log_decay * LOG2E > NOTHING, da, 0.0)
+    return *gradients, da, _join_state(d_initial, D, P)
+
+
+def _logarithms(log_decay, H, dtype):
+    """`high` and `low` of pallas_kernels.gpu.gla, and the chunks' decays [B, H, N, D]."""
+    a = _pad(jnp.maximum(log_decay * LOG2E, NOTHING))
+    B, T, heads, D = a.shape
+    whole = jnp.exp2(jnp.sum(a.reshape(B, -1, CHUNK, heads, D), 2)).swapaxes(1, 2)
+    whole = jnp.broadcast_to(whole, (B, H, *whole.shape[2:]))
+    kind = jnp.finfo(dtype)
+    # Not by a cast, whose loss of digits XLA may leave out, and with it the rest.
+    high = lax.reduce_precision(a, kind.nexp, kind.nmant)
+    return high.astype(dtype), (a - high).astype(dtype), whole
 
 
 def _up(n, multiple):

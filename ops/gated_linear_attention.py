@@ -46,9 +46,9 @@ def gated_linear_attention(
         neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
         first step goes on with initial_state's segment.
       chunk: steps that are computed by matrix products, a multiple of 16; by platform when None.
-      implementation: "xla", "pallas" (TPUs; Hopper GPUs for decays by head), or None, which takes
-        the Pallas kernels where the platform the program is lowered for has them for these
-        arguments, and "xla" elsewhere.
+      implementation: "xla", "pallas" (TPUs and Hopper GPUs), or None, which takes the Pallas
+        kernels where the platform the program is lowered for has them for these arguments, and
+        "xla" elsewhere.
 
     Returns:
       o [B, T, H, P] in q's dtype, and the state after the last step [B, H, D, P], float32
