@@ -251,6 +251,8 @@ def walk(
             S16 = smem["S"]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             S16[...] = S.astype(dtype)
+            decay = plgpu.load(own["whole"], layout=common.PER_COL)
+            S *= common.along_cols(decay, S.shape)
             plgpu.commit_smem()
             if want_states:
                 plgpu.copy_smem_to_gmem(S16, gmem["states"].at[b, h, n, dims])
@@ -262,8 +264,7 @@ def walk(
                 target = gmem["out"].at[b, pl.ds(n * CHUNK, CHUNK), h, dims]
                 plgpu.copy_smem_to_gmem(smem["out"], target)
             (new,) = products([(turned(own["values"]), own["writer"])])
-            decay = plgpu.load(own["whole"], layout=common.PER_COL)
-            return S * common.along_cols(decay, S.shape) + new
+            return S + new
 
         S = plgpu.load(gmem["first"].at[b, h, dims], layout=common.MATRIX, optimized=False)
         S = ssd.in_order(N, bring, smem["ready"], smem["free"], step, S, reverse=reverse)
