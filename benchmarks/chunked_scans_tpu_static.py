@@ -1,7 +1,10 @@
 """Static cost of the chunked scans on TPUs, the kernels beside XLA's own program, with no TPU.
 
     python -m benchmarks.chunked_scans_tpu_static             # measures, writes the committed table
+    python -m benchmarks.chunked_scans_tpu_static --ops ssd --generations v5e   # only these rows
     python -m benchmarks.chunked_scans_tpu_static --sweep     # blocks: pallas_kernels/tpu/ssd.py
+
+A row takes one to five minutes. It is written as soon as it is known, in place of an older one.
 
 The figures are those of libtpu's static profile (benchmarks/aot_tpu.py): NOTHING HERE RAN ON A
 DEVICE. They rank programs within one generation; they are not times. Both columns are the whole
@@ -140,17 +143,25 @@ def compiled(kwargs: dict, generation: str) -> dict:
     return {"source": source} | result
 
 
-def measure(generation: str, console) -> list[dict]:
-    """Both implementations, forward and gradient, of all shapes on one generation."""
-    found = []
-    for op, shape in SHAPES.items():
+def measure(generation: str, ops, console) -> None:
+    """Both implementations, forward and gradient, of some ops on one generation."""
+    for op in ops:
         for gradient in (False, True):
             for implementation in ("pallas", "xla"):
                 kwargs = {"op": op, "gradient": gradient, "implementation": implementation}
-                result = compiled(kwargs | shape, generation)
-                found.append(row(op, gradient, implementation, generation, shape, result))
-                console.print(*(found[-1].get(key) for key in HEADS))
-    return found
+                result = compiled(kwargs | SHAPES[op], generation)
+                found = row(op, gradient, implementation, generation, SHAPES[op], result)
+                console.print(*(found.get(key) for key in HEADS))
+                keep(found)
+
+
+def keep(new: dict) -> None:
+    """Writes a row to the committed table, in place of that of the same case."""
+    case = lambda r: tuple(r[key] for key in ("generation", "op", "direction", "implementation"))
+    kept = [r for r in (rows() if RESULTS.exists() else []) if case(r) != case(new)]
+    note = "static figures of libtpu's compiler; nothing ran on a device"
+    record = {"note": note, "versions": versions(), "rows": sorted([*kept, new], key=case)}
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def sweep(generation: str, console) -> None:
@@ -177,22 +188,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sweep", action="store_true", help="try many blocks; writes nothing")
     parser.add_argument("--generations", default=",".join(PROFILED))
+    parser.add_argument("--ops", nargs="+", choices=SHAPES, default=list(SHAPES))
     arguments = parser.parse_args()
     if not available():
         parser.error('libtpu is not installed; pip install "tilescan[dev]" brings it')
     console = Console(width=220)
-    found = []
     for generation in arguments.generations.split(","):
         if arguments.sweep:
             sweep(generation, console)
         else:
-            found += measure(generation, console)
-    if arguments.sweep:
-        return
-    show(found, console)
-    note = "static figures of libtpu's compiler; nothing ran on a device"
-    record = {"note": note, "versions": versions(), "rows": found}
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+            measure(generation, arguments.ops, console)
+    if not arguments.sweep:
+        show(rows(), console)
 
 
 if __name__ == "__main__":
