@@ -9,10 +9,25 @@ import ml_collections
 from experiments.harness import Paper
 from training.config import override
 
-NAMES = ("flash_attention", "flash_attention_2", "h3", "mamba_free_lunch", "stuffed_mamba")
+NAMES = (
+    "flash_attention",
+    "flash_attention_2",
+    "h3",
+    "mamba_free_lunch",
+    "s4",
+    "stuffed_mamba",
+)
 SCALES = ("smoke", "cpu", "accelerator")
 # Numbers of a config that 0 has a meaning for: all of them, none but itself, never.
-MAY_BE_ZERO = ("max_documents", "eval_batches", "window", "standard_up_to")
+MAY_BE_ZERO = (
+    "max_documents",
+    "eval_batches",
+    "test_batches",
+    "train_examples",
+    "validation_batches",
+    "window",
+    "standard_up_to",
+)
 
 
 def nearest(name: str, known) -> str:

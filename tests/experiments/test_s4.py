@@ -1,0 +1,231 @@
+"""S4's experiments: what its cells build and measure, and what its claims say of numbers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import signal
+
+from data import tasks
+from experiments import papers, s4, s4_claims, s4_kernels, s4_tables, s4_training, task_cells
+from experiments.records import Record, Records
+from experiments.text_cells import training_config
+from ops import s4 as ops_s4
+from training import config as config_lib
+from training.optimizers import group_of
+
+
+def record(kind, result, seed=0, **settings):
+    cell = "-".join(map(str, (kind, seed, *settings.values())))
+    return Record("s4", cell, "", {"kind": kind, **settings}, seed, result, 1.0, {})
+
+
+def claim(records, name):
+    found = {c.name: c for c in s4_claims.claims(Records(records))}
+    return found[name]
+
+
+def status(records, name):
+    return claim(records, name).status
+
+
+def test_the_dense_kernel_is_scipys_impulse_response():
+    A, B = ops_s4.hippo_legs(6)
+    rng = np.random.default_rng(0)
+    C, dt, length = rng.normal(size=(2, 6)), np.array([0.02, 0.1]), 21
+    want = np.empty((length, 2))
+    for h in range(2):
+        system = (A, B[:, None], C[h : h + 1], np.zeros((1, 1)))
+        Ab, Bb, *_ = signal.cont2discrete(system, dt[h], method="bilinear")
+        # Bilinear in SciPy moves a part of B into the output; the recurrence of the paper is
+        # x_k = Ab x_(k-1) + Bb u_k.
+        want[:, h] = [(C[h] @ np.linalg.matrix_power(Ab, l) @ Bb)[0] for l in range(length)]
+    np.testing.assert_allclose(s4_kernels.hippo_kernel(np.log(dt), C, length), want, rtol=1e-10)
+    single = [jnp.asarray(x, jnp.float32) for x in (np.log(dt), A, B, C)]
+    got = s4_kernels.dense_kernel(*single, length)
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_exactness_is_measured_small_and_can_be_large(monkeypatch):
+    settings = {"length": 24, "channels": 2, "state_dim": 4, "batch": 1}
+    found = s4_kernels.exactness(settings, 0, None)
+    assert found["kernel"]["Cauchy, float64"] < 1e-11
+    assert 1e-9 < found["kernel"]["Cauchy, float32"] < 1e-3
+    assert all(0 < error < 1e-5 for error in found["mixer"].values())
+    right = s4_kernels.hippo_kernel
+    monkeypatch.setattr(s4_kernels, "hippo_kernel", lambda *a: 1.01 * right(*a))
+    wrong = s4_kernels.kernel_errors(settings, 0)
+    assert wrong["Cauchy, float64"] == pytest.approx(0.01 / 1.01, rel=1e-3)
+
+
+def test_ways_to_a_kernel_agree():
+    length, N = 20, 6
+    A, b = ops_s4.hippo_legs(N)
+    Lambda, P, B, V = ops_s4.hippo_legs_nplr(N)
+    C = np.random.default_rng(0).normal(size=(2, N))
+    log_dt = np.log([0.05, 0.1])
+    system = s4_kernels._single((log_dt, A, b, C, Lambda[None], P[None], B[None], C @ V))
+    ways = s4_kernels.ways(length)
+    dense, powers = (ways[way](*system) for way in (s4_kernels.DENSE, s4_kernels.POWERS))
+    np.testing.assert_allclose(powers, dense, atol=1e-4 * np.abs(dense).max())
+    # The Cauchy products take a C that holds the truncation already.
+    log_dt, *_, L, P, B, C = system
+    C = ops_s4.dplr_truncate(log_dt, L, P, C, length)
+    cauchy = ways[s4_kernels.CAUCHY](*system[:-1], C)
+    np.testing.assert_allclose(cauchy, dense, atol=1e-3 * np.abs(dense).max())
+
+
+@pytest.mark.parametrize("scale", ["cpu", "accelerator"])
+def test_transformers_have_as_many_parameters(scale):
+    config = papers.load_config("s4", scale)
+    for name in ("generation", *s4.TASKS):
+        section = config[name]
+        data = {"model.vocab_size": 256}
+        if name == "generation":
+            data = {"model.vocab_size": section.vocab_size}
+        else:
+            data = tasks.get(section.task).config_keys
+        counts = [
+            task_cells.parameters(
+                training_config({**data, **s4_training.model_keys(model, section)}, 0)
+            )
+            for model in ("s4", "attention")
+        ]
+        assert abs(counts[1] / counts[0] - 1) < 0.05, (name, counts)
+
+
+def test_cells_are_unique_and_models_known():
+    for scale in papers.SCALES:
+        cells = s4.cells(papers.load_config("s4", scale))
+        assert len({cell.id for cell in cells}) == len(cells)
+    config = papers.load_config("s4", "cpu")
+    with pytest.raises(ValueError, match="model='s5' is unknown"):
+        s4_training.model_keys("s5", config.digits)
+
+
+def test_state_spaces_train_slowly_and_do_not_decay():
+    section = papers.load_config("s4", "cpu").digits
+
+    def groups(**options):
+        keys = s4_training.optimizer_keys("s4", section, 1e-2, **options)
+        optimizer = config_lib.settings(training_config(keys, 0)).optimizer
+        place = "backbone/layers/s4_0/mixer/"
+        return {
+            name: (g.lr_multiplier, g.weight_decay)
+            for name in ("log_A_real", "A_imag", "P_real", "B_imag", "log_dt", "C_real", "D")
+            for g in [group_of(place + name, optimizer)]
+        } | {"kernel": group_of(place + "out/kernel", optimizer).weight_decay}
+
+    trained = groups()
+    assert {trained[k] for k in ("log_A_real", "A_imag", "P_real", "B_imag", "log_dt")} == {
+        (0.1, 0.0)
+    }
+    assert trained["C_real"] == (1.0, section.weight_decay) and trained["D"] == (1.0, 0.0)
+    assert trained["kernel"] == section.weight_decay
+    frozen = groups(frozen=True)
+    assert frozen["A_imag"] == frozen["P_real"] == frozen["B_imag"] == (0.0, 0.0)
+    assert frozen["log_dt"] == (0.1, 0.0)
+
+
+def test_pooled_images_are_means_of_squares():
+    task = tasks.get("pathfinder", examples=10)
+    small = s4_training.pooled(task, 8)
+    assert small.seq_len == 16 and small.config_keys["model.input_features"] == 1
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32)).astype(np.uint8)
+    shown = small.present({"images": image, "labels": np.array([1])})
+    assert shown["tokens"].shape == (1, 16, 1)
+    np.testing.assert_allclose(shown["tokens"][0, 6, 0], image[0, 8:16, 16:24].mean() / 255, 1e-5)
+    with pytest.raises(ValueError, match="pool=5"):
+        s4_training.pooled(task, 5)
+
+
+def accuracies(name, model, *values):
+    return [
+        record("task", {"test_accuracy": v}, seed, name=name, model=model)
+        for seed, v in enumerate(values)
+    ]
+
+
+def test_a_lead_must_exceed_the_spread():
+    name = "S4 beats a Transformer: sequential MNIST"
+    attention = accuracies("digits", "attention", 0.90, 0.92)
+    assert status(accuracies("digits", "s4", 0.97, 0.98) + attention, name) == "shown"
+    assert status(accuracies("digits", "s4", 0.93, 0.94) + attention, name) == "not shown"
+    assert status(accuracies("digits", "s4", 0.97, 0.80) + attention, name) == "not shown"
+    one_seed = accuracies("digits", "s4", 0.99) + attention
+    assert status(one_seed, name) == "not shown"
+    assert status([], "S4 beats a Transformer: Pathfinder") == "needs scale: accelerator"
+
+
+def generation(context, attention, s4_ms, width=64):
+    models = {"s4": {"model.d_model": width, "model.repeats": 1}}
+    result = {
+        "s4": {"median_ms": s4_ms, "state_bytes": 8, "params": 1},
+        "attention": {"median_ms": attention, "state_bytes": 8 * context, "params": 1},
+    }
+    return record("generation", result, context=context, tokens=2, batch=1, models=models)
+
+
+def test_generation_is_judged_by_the_ratio_and_by_s4s_own_times():
+    grows = "S4 generates faster, the more so the longer the context"
+    constant = "S4's time of a token is constant"
+    made = [generation(256, 2.0, 1.0), generation(1024, 6.0, 1.2)]
+    assert status(made, grows) == status(made, constant) == "shown"
+    assert status([generation(256, 3.0, 1.0), generation(1024, 2.0, 1.0)], grows) == "not shown"
+    assert status([generation(256, 0.2, 1.0), generation(1024, 0.9, 1.0)], grows) == "not shown"
+    assert status([generation(256, 2.0, 1.0), generation(1024, 6.0, 2.0)], constant) == "not shown"
+    sixty = "60 times faster generation"
+    assert status(made, sixty) == "needs scale: accelerator"
+    assert status([generation(256, 90.0, 1.0)], sixty) == "shown"
+    assert status([generation(256, 30.0, 1.0, width=1024)], sixty) == "not shown"
+    (table,) = s4_tables.tables(Records(made))
+    assert table.rows[1][:4] == ["1024", 3.0, 0.6, pytest.approx(5.0)]
+
+
+def test_errors_and_costs_can_refute():
+    def exact(kernel, mixer):
+        return [
+            record(
+                "exactness", {"kernel": {"Cauchy, float64": kernel}, "mixer": {"s4": m}}, length=n
+            )
+            for n, m in ((256, mixer / 10), (1024, mixer))
+        ]
+
+    assert status(exact(1e-12, 1e-5), "convolution is recurrence") == "shown"
+    assert status(exact(1e-12, 1e-3), "convolution is recurrence") == "not shown"
+    assert status(exact(1e-12, 1e-3), "DPLR kernels are exact") == "shown"
+    assert status(exact(1e-6, 1e-5), "DPLR kernels are exact") == "not shown"
+
+    def cost(*dense):
+        return [
+            record(
+                "cost",
+                {
+                    "dense powers": {"median_ms": d, "temp_bytes": 100},
+                    "Cauchy": {"median_ms": 1.0, "temp_bytes": 100 // N},
+                },
+                state_dim=N,
+                length=length,
+                channels=1,
+            )
+            for N, d in zip((4, 16), dense, strict=True)
+            for length in (64, 128)
+        ]
+
+    name = "DPLR kernels take less time than dense ones"
+    assert status(cost(2.0, 8.0), name) == "shown"
+    assert status(cost(2.0, 1.5), name) == "not shown"
+    assert claim(cost(2.0, 8.0), name).evidence == "2.00 at 4 states, 8.00 at 16 states"
+    assert status(cost(2.0, 8.0), "DPLR kernels take less memory than dense ones") == "shown"
+
+
+@pytest.mark.parametrize(("random", "expected"), [(0.80, "shown"), (0.89, "not shown")])
+def test_an_initialisation_must_lead_by_more_than_the_spread(random, expected):
+    made = [
+        record("init", {"test_accuracy": base + step}, seed, init=init, frozen=frozen)
+        for init, base in (("hippo", 0.90), ("random_nplr", random))
+        for frozen in (False, True)
+        for seed, step in enumerate((-0.01, 0.0, 0.01))
+    ]
+    assert status(made, "HiPPO-LegS (S4) beats random NPLR, trained") == expected
+    assert status(made, "HiPPO-LegS (S4) beats random NPLR, frozen") == expected
+    assert status(made, "S4D-Lin beats random diagonal, trained") == "not shown"
