@@ -5,13 +5,14 @@
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing
-  cpu          about 12 minutes on 2 cores
+  cpu          about 25 minutes on 2 cores
   accelerator  the paper's six sizes at its training lengths: days on one GPU or TPU
 
-What to expect at scale cpu: a Mamba-2 with a large state that was trained on short rows recalls
-worse and worse behind their length, until its loss is a multiple; one trained on longer rows, or
-with a smaller state, has learnt to forget. A window on the state or faster decay take most of it
-back.
+What to expect at scale cpu: a Mamba-2 with a large state that was trained on rows of 16 tokens
+recalls worse and worse behind them, until its loss is two to three times that within; one trained
+on longer rows, or with a smaller state, has learnt to forget. A window on the state takes half of
+the excess away, carrying the state over rows in training most of it; faster decay does not help
+here, and on plain text nothing collapses at this size.
 """
 
 import ml_collections
@@ -44,8 +45,8 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     stream.carry = 12  # rows in a row for truncated backpropagation
     stream.keys = 64
     stream.values = 16
-    stream.window = 8
-    stream.seeds = (0, 1)
+    stream.window = 4  # well within the shortest rows
+    stream.seeds = (2, 3, 4)  # 0 and 1 were a pilot's, in which keys came again within 8 pairs
 
     # Windows of real text, read byte by byte.
     text = config.text = ml_collections.ConfigDict()
@@ -57,14 +58,14 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     text.weight_decay = 0.01
     text.source = "python_stdlib"
     text.least = 4200  # bytes of a document, as the paper leaves out what is below 4K tokens
-    text.seeds = (0,)
+    text.seeds = (2,)
 
     # How far trained models are read, and with how many tokens.
     evaluation = config.evaluation = ml_collections.ConfigDict()
     evaluation.times = 16
-    evaluation.tokens = 65536
+    evaluation.tokens = 262144
     evaluation.chunk = 32
-    evaluation.recall_lengths = (16, 32, 64, 128, 256)
+    evaluation.recall_lengths = (8, 16, 32, 64, 128, 256)
     evaluation.prompts = 64
 
     # The paper's factors are for 8K tokens: 0.9999^8192 = 0.44 of a state is kept over them. Here
