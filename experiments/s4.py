@@ -40,7 +40,7 @@ def exactness_cells(config) -> list[Cell]:
             f"exactness-L{length}",
             s4_kernels.exactness,
             {"kind": "exactness", "length": length, **base},
-            seconds=4 + length / 400,
+            seconds=4 + length / 600,
         )
         for length in c.lengths
     ]
@@ -60,7 +60,7 @@ def cost_cells(config) -> list[Cell]:
                 "repeats": c.repeats,
                 "ways": list(c.ways),
             }
-            seconds = 5 + N * length / 1e5
+            seconds = 6 + N * length / 1e6
             cell_id = f"cost-N{N}-L{length}"
             made.append(Cell(cell_id, s4_kernels.cost, settings, seconds=seconds))
     return made
@@ -83,7 +83,7 @@ def generation_cells(config) -> list[Cell]:
             f"generation-T{context}",
             s4_generation.decode,
             {"kind": "generation", "context": context, **base},
-            seconds=6 + context / 400,
+            seconds=8 + context / 400,
         )
         for context in c.contexts
     ]
