@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -41,20 +40,23 @@ from pallas_kernels.gpu import common, ssd
 from pallas_kernels.gpu.ssd import CHUNK, STAGES, load, tile, turned
 
 WIDTH = 64  # key or value dims of a tile
-HALVES = (1, 2, 4, 8, 16, 32)
-INTO, OUT = len(HALVES), len(HALVES) + 1  # after the halves' matrices of sums
+HALVES = 6  # h = 1, 2, 4 .. C / 2
+LEFT, RIGHT = 0, 1  # of a stretch of 2h steps
 # Thread blocks that an H100's 132 multiprocessors hold at once, and the most chunks of each.
 RESIDENT, LONGEST_RUN = 264, 8
 
 
-def sums(dtype) -> jax.Array:
-    """[8, C, C] of 0 and 1: which steps' logarithms make up those of a step's factors.
+def ones(n, half: int = LEFT) -> jax.Array:
+    """The matrix [C, C] of 0 and 1 whose product with logarithms sums up those of X_h, h = 2^n.
 
-    Those in X_h, for each h; from the chunk's start through the step; and after it to the end.
+    h = C stands for the whole chunk: as a left half, its row i sums up the steps after i, and as a
+    right one those up to i.
     """
-    i, t = np.indices((CHUNK, CHUNK))
-    halves = [((i ^ t) < h) & np.where(i & h, t <= i, t > i) for h in HALVES]
-    return jnp.asarray(np.stack([*halves, t <= i, t > i]), dtype)
+    i, j = (x + half * CHUNK for x in ssd.indices())
+    start = (i >> n) << n
+    right = (i & (1 << n)) != 0
+    first, end = jnp.where(right, start, i + 1), jnp.where(right, i + 1, start + (1 << n))
+    return jnp.where((j >= first) & (j < end), 1.0, 0.0)
 
 
 def products(*terms) -> tuple[jax.Array, ...]:
@@ -70,9 +72,13 @@ def products(*terms) -> tuple[jax.Array, ...]:
     return tuple(pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes)))
 
 
-def factors(smem: dict, which: int) -> jax.Array:
-    """The decays [C, WIDTH] whose sums are those of matrix `which`."""
-    rows = smem["sums"].at[which]
+def add_to(total, *terms) -> None:
+    """total += the sum of a @ b, for a float32 tile in shared memory."""
+    total[...] = plgpu.load(total, layout=common.MATRIX) + products(terms)[0]
+
+
+def factors(smem: dict, rows) -> jax.Array:
+    """The decays [C, WIDTH] whose logarithms' sums are those by the matrix `rows`."""
     return jnp.exp2(products([(rows, smem["high"]), (rows, smem["low"])])[0])
 
 
@@ -123,11 +129,17 @@ def scores(
 
     def gla_scores(*refs):
         gmem = dict(zip(inputs, refs, strict=False))
-        sums_ref, A_ref, q_in, k_out, *rest = refs[len(inputs) :]
+        A_ref, q_in, k_out, *rest = refs[len(inputs) :]
         smem = dict(zip(scratch, rest, strict=True))
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         head = {name: lax.div(h, jnp.int32(H // x.shape[2])) for name, x in inputs.items()}
-        copy_in([(sums_ref, smem["sums"])], smem["begun"])
+
+        @pl.loop(0, HALVES + 1)
+        def _(n):
+            smem["ones"].at[n][...] = ones(n).astype(dtype)
+
+        smem["ones"].at[HALVES + 1][...] = ones(HALVES, RIGHT).astype(dtype)
+        plgpu.commit_smem()
 
         def step(n):
             time = pl.ds(n * CHUNK, CHUNK)
@@ -137,8 +149,9 @@ def scores(
                 source = lambda name, dims=dims: gmem[name].at[b, time, head[name], dims]
                 copy_in([(source(name), smem[name]) for name in inputs], smem["ready"])
                 A += inside(smem)
-                for name, which, out in (("q", INTO, q_in), ("k", OUT, k_out)):
-                    smem[name][...] = (load(smem[name]) * factors(smem, which)).astype(dtype)
+                for name, which, out in (("q", HALVES + 1, q_in), ("k", HALVES, k_out)):
+                    decay = factors(smem, smem["ones"].at[which])
+                    smem[name][...] = (load(smem[name]) * decay).astype(dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(smem[name], out.at[b, time, h, dims])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -161,17 +174,16 @@ def scores(
             h = jnp.int32(1) << n
             # In turns: other warps may still read the one before.
             X = smem["X"].at[lax.rem(n, jnp.int32(2))]
-            X[...] = mixed(smem, h, factors(smem, n)).astype(dtype)
+            X[...] = mixed(smem, h, factors(smem, smem["ones"].at[n])).astype(dtype)
             plgpu.commit_smem()
             i, j = ssd.indices()
             return jnp.where((i ^ j) >= h, products([(X, turned(X))])[0], A)
 
-        return lax.fori_loop(0, len(HALVES), pairs, A)
+        return lax.fori_loop(0, HALVES, pairs, A)
 
     scratch = {name: tile(CHUNK, WIDTH, dtype=dtype) for name in inputs} | {
-        "sums": tile(len(HALVES) + 2, CHUNK, CHUNK, dtype=dtype),
+        "ones": tile(HALVES + 2, CHUNK, CHUNK, dtype=dtype),
         "X": tile(2, CHUNK, WIDTH, dtype=dtype),
-        "begun": plgpu.Barrier(),
         "ready": plgpu.Barrier(num_arrivals=len(inputs)),
         "free": plgpu.Barrier(),
     }
@@ -181,7 +193,7 @@ def scores(
         out_type=(jax.ShapeDtypeStruct((B, H, N, CHUNK, CHUNK), dtype), out, out),
         scratch_types=list(scratch.values()),
         **launch({"batch": B, "heads": H, "runs": pl.cdiv(N, run)}, interpret),
-    )(*inputs.values(), sums(dtype))
+    )(*inputs.values())
 
 
 def walk(
@@ -321,7 +333,7 @@ def gradients(
 
     def gla_gradients(*refs):
         gmem = dict(zip(inputs, refs, strict=False))
-        whole_ref, sums_ref, dq_ref, dk_ref, da_ref, *rest = refs[len(inputs) :]
+        whole_ref, dq_ref, dk_ref, da_ref, *rest = refs[len(inputs) :]
         smem = dict(zip(scratch, rest, strict=True))
         b, hd, n, r = (lax.axis_index(name) for name in grid)
         h, d = lax.div(hd, jnp.int32(D // WIDTH)), lax.rem(hd, jnp.int32(D // WIDTH))
@@ -329,7 +341,6 @@ def gradients(
         time, dims = pl.ds(n * CHUNK, CHUNK), pl.ds(d * WIDTH, WIDTH)
 
         def sources():
-            yield sums_ref, smem["sums"]
             for name in ("q", "k", "high", "low"):
                 yield gmem[name].at[b, time, head[name], dims], smem[name]
             for part in range(parts):
@@ -347,74 +358,85 @@ def gradients(
         smem["q"][...] = dq.astype(dtype)
         smem["k"][...] = dk.astype(dtype)
         plgpu.commit_smem()
-        place = r, b, time, h, dims
+        place = r, b, time, hd
         plgpu.copy_smem_to_gmem(smem["q"], dq_ref.at[place])
         plgpu.copy_smem_to_gmem(smem["k"], dk_ref.at[place])
-        moved = [smem["tiles"].at[n] for n in range(len(HALVES))]
-        moved += [smem["moved"].at[n] for n in range(2)]
-        (da,) = products([(turned(smem["sums"].at[n]), x) for n, x in enumerate(moved)])
-        d_whole = plgpu.load(smem["d_whole"], layout=common.PER_COL)
-        plgpu.store(da_ref.at[place], da + common.along_cols(d_whole, da.shape), optimized=False)
+        plgpu.copy_smem_to_gmem(smem["da"], da_ref.at[place])
         plgpu.wait_smem_to_gmem(0)
 
     def from_states(smem, decay):
-        """(dq, dk) of the states and of pairs i = j."""
+        """(dq, dk), and da in shared memory, of the states and of pairs i = j."""
         tiles = lambda i: [smem["tiles"].at[i * parts + part] for part in range(parts)]
         v, do, S, dS = map(tiles, range(4))
-        pairs = lambda a, b: list(zip(a, b, strict=True))
-        d_whole = sum((load(x) * load(y)).sum(axis=0) for x, y in pairs(S, dS))
-        smem["d_whole"][...] = d_whole * decay
+        terms = lambda a, b: list(zip(a, b, strict=True))
         turn = lambda xs: [turned(x) for x in xs]
-        dA, dA_turned = products(pairs(do, turn(v)), pairs(v, turn(do)))
+        d_whole = sum((load(x) * load(y)).sum(axis=0) for x, y in terms(S, dS))
+        smem["da"][...] = common.along_cols(d_whole * decay, (CHUNK, WIDTH))
+        dA, dA_turned = products(terms(do, turn(v)), terms(v, turn(do)))
         i, j = ssd.indices()
         diagonal = common.along_rows(jnp.where(i == j, dA, 0.0).sum(axis=1), (CHUNK, WIDTH))
-        smem["both"][...] = jnp.where(i > j, dA, dA_turned).astype(dtype)
-
-        def one(x, other, terms, which):
-            (d,) = products(terms)
-            d *= factors(smem, which)
-            smem["moved"].at[which - INTO][...] = (load(smem[x]) * d).astype(dtype)
-            return d + diagonal * load(smem[other])
-
-        return one("q", "k", pairs(do, S), INTO), one("k", "q", pairs(v, dS), OUT)
+        both = jnp.where(i > j, dA, dA_turned).astype(dtype)
+        dq, dk = products(terms(do, S), terms(v, dS))
+        plgpu.commit_smem()  # all warps are done with the tiles, which are others from here on
+        smem["tiles"].at[5][...] = both
+        up_to, after, moved_q, moved_k = (smem["tiles"].at[n] for n in range(4))
+        up_to[...] = ones(HALVES, RIGHT).astype(dtype)
+        after[...] = ones(HALVES).astype(dtype)
+        plgpu.commit_smem()
+        dq *= factors(smem, up_to)
+        moved_q[...] = (load(smem["q"]) * dq).astype(dtype)
+        dk *= factors(smem, after)
+        moved_k[...] = (load(smem["k"]) * dk).astype(dtype)
+        plgpu.commit_smem()
+        add_to(smem["da"], (turned(up_to), moved_q), (turned(after), moved_k))
+        return dq + diagonal * load(smem["k"]), dk + diagonal * load(smem["q"])
 
     def from_pairs(smem, dq, dk):
-        """(dq, dk) with the shares of pairs of steps i > j."""
-        X, d_here = (smem["tiles"].at[len(HALVES) + n] for n in range(2))
+        """(dq, dk), and da in shared memory, with the shares of pairs of steps i > j."""
+        moved, X, d_here, both = (smem["tiles"].at[n] for n in range(2, 6))
 
         def pairs(n, carry):
             dq, dk = carry
             h = jnp.int32(1) << n
-            decay = factors(smem, n)
-            # Tiles of values, or of the half before, are overwritten: all warps are done with them.
+            rows = smem["tiles"].at[lax.rem(n, jnp.int32(2))]
+            rows[...] = ones(n).astype(dtype)
             plgpu.commit_smem()
+            decay = factors(smem, rows)
             X[...] = mixed(smem, h, decay).astype(dtype)
             i, j = ssd.indices()
             here = (i >> n) == ((j >> n) ^ 1)
-            d_here[...] = jnp.where(here, load(smem["both"]), 0.0).astype(dtype)
+            d_here[...] = jnp.where(here, load(both), 0.0).astype(dtype)
             plgpu.commit_smem()
             (dX,) = products([(d_here, X)])
-            smem["tiles"].at[n][...] = (load(X) * dX).astype(dtype)
+            moved[...] = (load(X) * dX).astype(dtype)
+            plgpu.commit_smem()
             dX *= decay
-            right = in_right_half(h)
-            return dq + jnp.where(right, dX, 0.0), dk + jnp.where(right, 0.0, dX)
+            right = jnp.where(in_right_half(h), 1.0, 0.0)
+            dq += right * dX
+            dk += (1.0 - right) * dX
+            add_to(smem["da"], (turned(rows), moved))
+            return dq, dk
 
-        return lax.fori_loop(0, len(HALVES), pairs, (dq, dk))
+        # The first matrix is written where all warps read another until here.
+        plgpu.commit_smem()
+        return lax.fori_loop(0, HALVES, pairs, (dq, dk))
 
     scratch = {name: tile(CHUNK, WIDTH, dtype=dtype) for name in ("q", "k", "high", "low")} | {
-        # First v, do, S and dS by parts; then `moved` of each h, X_h and its pairs' gradient.
-        "tiles": tile(len(HALVES) + 2, CHUNK, WIDTH, dtype=dtype),
-        "moved": tile(2, CHUNK, WIDTH, dtype=dtype),
-        "both": tile(CHUNK, CHUNK, dtype=dtype),
-        "sums": tile(len(HALVES) + 2, CHUNK, CHUNK, dtype=dtype),
-        "d_whole": plgpu.SMEM((WIDTH,), jnp.float32),
-        "ready": plgpu.Barrier(num_arrivals=5 + 4 * parts),
+        # First v, do, S and dS by parts; then six for the products inside the chunk.
+        "tiles": tile(max(4 * parts, 6), CHUNK, WIDTH, dtype=dtype),
+        "da": plgpu.SMEM(
+            (CHUNK, WIDTH),
+            jnp.float32,
+            transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+        ),
+        "ready": plgpu.Barrier(num_arrivals=4 + 4 * parts),
     }
-    shape = (V, B, N * CHUNK, H, D)
+    shape = (V, B, N * CHUNK, H * D // WIDTH, WIDTH)
     by_key = jax.ShapeDtypeStruct(shape, dtype)
-    return plgpu.kernel(
+    results = plgpu.kernel(
         gla_gradients,
         out_type=(by_key, by_key, jax.ShapeDtypeStruct(shape, jnp.float32)),
         scratch_types=list(scratch.values()),
         **launch(grid, interpret),
-    )(*inputs.values(), whole, sums(dtype))
+    )(*inputs.values(), whole)
+    return tuple(x.reshape(V, B, N * CHUNK, H, D) for x in results)
