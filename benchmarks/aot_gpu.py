@@ -253,6 +253,8 @@ def _build(job: dict):
         return _build_gla(job, q, kv)
     if job["kernel"].startswith("peer_scan"):
         return _build_peer_scan(job, q, kv)
+    if job["kernel"].startswith("peer_gla"):
+        return _build_peer_gla(job, q, kv)
 
     from pallas_kernels import gpu
 
@@ -389,10 +391,7 @@ def _build_peer_scan(job: dict, q, kv):
     import jax.numpy as jnp
     from jla.ops.mosaic_gpu import scalar_gate
 
-    (B, T, H, D), P = q.shape, job["value_dim"]
-    v = jax.ShapeDtypeStruct((B, T, H, P), q.dtype)
-    decay = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
-    state = jax.ShapeDtypeStruct((B, H, D, P), jnp.float32)
+    (B, T, H, _), P = q.shape, job["value_dim"]
 
     def forward(q, k, v, g, state):
         # Called past the check of the GPU at hand: there is none.
@@ -400,8 +399,32 @@ def _build_peer_scan(job: dict, q, kv):
             q, k, v, g, None, delta=False, scale=1.0, initial_state=state, output_final_state=True
         )
 
-    arguments = kv, kv, v, decay, state
-    if job["kernel"] == "peer_scan_forward":
+    decay = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+    return _peer(job, forward, kv, decay, jax.ShapeDtypeStruct((B, T, H, P), q.dtype))
+
+
+def _build_peer_gla(job: dict, q, kv):
+    """The scan with decays by key dim of jax-linear-attention; its k has q's heads."""
+    import jax
+    import jax.numpy as jnp
+    from jla.ops.mosaic_gpu import gla_kernels
+
+    def forward(q, k, v, g, state):
+        return gla_kernels.chunked_gla(q, k, v, g, scale=1.0, initial_state=state, segment_ids=None)
+
+    decay = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    v = jax.ShapeDtypeStruct((*q.shape[:3], job["value_dim"]), q.dtype)
+    return _peer(job, forward, q, decay, v)
+
+
+def _peer(job: dict, forward, q, decay, v):
+    """One direction of a peer's scan forward(q, k, v, log_decay, state)."""
+    import jax
+    import jax.numpy as jnp
+
+    state = jax.ShapeDtypeStruct((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), jnp.float32)
+    arguments = q, q, v, decay, state
+    if job["kernel"].endswith("_forward"):
         return forward, arguments
     return lambda do, dS, *a: jax.vjp(forward, *a)[1]((do, dS)), (v, state, *arguments)
 
