@@ -9,6 +9,7 @@ from experiments.s4_tables import (
     PAIRS,
     PUBLISHED_ACCURACY,
     PUBLISHED_SPEED,
+    SOURCES,
     TASKS,
     accuracy,
     by,
@@ -108,7 +109,7 @@ def _exceeds(one: Spread | None, two: Spread | None) -> bool | None:
 
 
 def _beats_transformer(records: Records, task: str) -> Claim:
-    found = records.select(kind="task", name=task)
+    found = records.select(kind="task", name=task, task=SOURCES[task])
     s4, attention = (accuracy(found, model=m) for m in ("s4", "attention"))
     evidence = ", ".join(
         f"{NAMES[m]} {format_value(value)}%"

@@ -76,7 +76,7 @@ def hippo_kernel(log_dt: np.ndarray, C: np.ndarray, length: int) -> np.ndarray:
 
 def _recurrence_error(mixer: type[nn.Module], state_dim: int, x, seed: int) -> float:
     layer = mixer(x.shape[2], state_dim=state_dim, output="none")
-    params = nn.unbox(layer.init(jax.random.key(seed), x))
+    params = nn.unbox(jax.jit(layer.init)(jax.random.key(seed), x))
 
     @jax.jit
     def at_once(params, x):
