@@ -76,7 +76,8 @@ class _BatchIterator(grain.DatasetIterator):
         """
         if not isinstance(state, Mapping) or not {"data", "position"} <= set(state):
             raise ValueError(f"not a state of this iterator (needs data and position): {state!r}")
-        saved, mine = state["data"], json.loads(json.dumps(self._fingerprint))
+        # As a checkpoint keeps them: tuples are lists there.
+        saved, mine = (json.loads(json.dumps(x)) for x in (state["data"], self._fingerprint))
         for key in mine.keys() | saved.keys():
             if saved.get(key) != mine.get(key):
                 raise ValueError(

@@ -187,3 +187,12 @@ def test_names_and_options_that_do_not_exist_are_named():
 def test_a_task_with_too_few_rows_says_so():
     with pytest.raises(ValueError, match="too few different rows"):
         tasks.get("copy", max_length=1, alphabet=1).datasets(batch_size=4, seed=0)
+
+
+def test_a_state_with_tuples_among_the_options_goes_on_in_the_same_process():
+    task = tasks.get("listops", examples=(30, 8, 8), max_depth=2, max_length=32, min_length=4)
+    iterator = iter(task.datasets(batch_size=4, seed=0, eval_batches=1)["train"])
+    state = iterator.get_state()
+    first = next(iterator)
+    iterator.set_state(state)
+    np.testing.assert_array_equal(next(iterator)["tokens"], first["tokens"])
