@@ -15,3 +15,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Deadlines measure the machine, not the code: a first call compiles.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_configure(config):
+    """Programs here are compiled for seconds and run for milliseconds, so LLVM optimises nothing.
+
+    XLA's own passes stay, and with them fusion and the plan of buffers. Other `-m` than the default
+    one, as in `make test-slow` or `-m "slow or not slow"`, compiles as users do.
+    """
+    quick = config.getoption("markexpr") == "not slow"
+    jax.config.update("jax_disable_most_optimizations", quick)

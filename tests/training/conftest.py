@@ -23,7 +23,11 @@ def compile_once(tmp_path_factory):
     for name, value in options.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+    # Programs that are compiled otherwise are others to the cache.
+    quick = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    os.environ[quick] = str(int(jax.config.read(quick.lower())))
     yield
+    os.environ.pop(quick)
     for name, value in before.items():
         jax.config.update(name, value)
         os.environ.pop(name.upper())
