@@ -36,7 +36,7 @@ def values_and_gradients(f, arrays, seed=1):
         lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
         return (o * w).sum() + (lse * w_lse).sum().astype(o.dtype), (o, lse)
 
-    grads, (o, lse) = jax.grad(loss, range(len(arrays)), has_aux=True)(*arrays)
+    grads, (o, lse) = jax.jit(jax.grad(loss, range(len(arrays)), has_aux=True))(*arrays)
     return o, lse, *grads
 
 
@@ -45,10 +45,9 @@ def test_works_where_float64_is_enabled():
         arrays = inputs(1, 300, 300, 2, 1, 16, 16, dtype="float64", bias=(1, 2, 300, 300))
         run = functools.partial(attention, mask=masks.Causal())
         loss = lambda f: lambda q, k, v, bias: (f(q, k, v, bias=bias) ** 2).sum()
-        got = jax.grad(loss(run), range(4))(*arrays)
-        want = jax.grad(
-            loss(functools.partial(reference.attention, mask=masks.Causal())), range(4)
-        )(*arrays)
+        dense = functools.partial(reference.attention, mask=masks.Causal())
+        got = jax.jit(jax.grad(loss(run), range(4)))(*arrays)
+        want = jax.jit(jax.grad(loss(dense), range(4)))(*arrays)
         for x, y in zip(got, want, strict=True):
             assert x.dtype == jnp.float64
             np.testing.assert_allclose(x, y, atol=1e-12)
@@ -62,7 +61,7 @@ def assert_matches_reference(arrays, **options):
     def call(op, q, k, v, bias=None):
         return op(q, k, v, bias=bias, return_lse=True, **options)
 
-    got = values_and_gradients(jax.jit(functools.partial(call, attention)), arrays)
+    got = values_and_gradients(functools.partial(call, attention), arrays)
     with jax.enable_x64(True):
         exact = [a if a is None else jnp.asarray(np.asarray(a, np.float64)) for a in arrays]
         want = values_and_gradients(functools.partial(call, reference.attention), exact)
@@ -107,7 +106,7 @@ def problems(draw):
     return (B, T, S, H, G, D, P), mask, offset, bias, cap, dtype
 
 
-@hypothesis.settings(max_examples=8, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=6, phases=[hypothesis.Phase.generate])
 @hypothesis.given(problems())
 def test_equals_the_definition(problem):
     shape, mask, offset, bias, cap, dtype = problem

@@ -57,10 +57,14 @@ def compare(
         dense = functools.partial(
             reference.attention, mask=mask, q_offset=offset, return_lse=True, **options
         )
-        (o, lse), pullback = jax.vjp(lambda q, k, v: dense(q, k, v, bias=wide[3]), *wide[:3])
-        empty = jnp.isneginf(lse)
-        cotangent = do.astype(o.dtype), jnp.where(empty, 0, dlse.astype(lse.dtype))
-        expected = [np.asarray(x, np.float64) for x in (o, lse, *pullback(cotangent))]
+
+        @jax.jit
+        def by_definition(q, k, v, bias, do, dlse):
+            (o, lse), pullback = jax.vjp(lambda *qkv: dense(*qkv, bias=bias), q, k, v)
+            cotangent = do.astype(o.dtype), jnp.where(jnp.isneginf(lse), 0, dlse.astype(lse.dtype))
+            return o, lse, *pullback(cotangent)
+
+        expected = [np.asarray(x, np.float64) for x in by_definition(*wide, do, dlse)]
     found = [np.asarray(x.astype(jnp.float32), np.float64) for x in found]
     np.testing.assert_array_equal(np.isneginf(found[1]), np.isneginf(expected[1]))
     assert np.all(found[0][np.isneginf(expected[1])] == 0)
