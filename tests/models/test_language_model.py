@@ -309,9 +309,9 @@ def test_a_classifier_reads_real_inputs():
     model = SequenceClassifier(config, n_classes=4)
     x = jax.random.normal(jax.random.key(2), (2, 9, 3))
     real = jnp.arange(9)[None] < jnp.asarray([[5], [9]])
-    params = model.init(jax.random.key(0), x)
-    scores = model.apply(params, x, segment_ids=real.astype(jnp.int32))
-    np.testing.assert_allclose(scores[0], model.apply(params, x[:1, :5])[0], atol=1e-5)
+    params, apply = jax.jit(model.init)(jax.random.key(0), x), jax.jit(model.apply)
+    scores = apply(params, x, segment_ids=real.astype(jnp.int32))
+    np.testing.assert_allclose(scores[0], apply(params, x[:1, :5])[0], atol=1e-5)
 
 
 def test_bad_real_inputs_are_named():

@@ -30,9 +30,9 @@ def inputs(B, T, H, G, D, P, decay, dtype="float32", strength=0.0, seed=0):
     return q, k, v, shape, jnp.asarray(rng.standard_normal((B, H, D, P)), jnp.float32)
 
 
-def results(op, arrays):
-    """o, final_state and the gradients of a random function of both."""
-    present = [i for i, a in enumerate(arrays) if a is not None]
+@functools.cache
+def gradients(op, present):
+    """Compiled once for all tests that give the same shapes."""
 
     def loss(*given):
         full = [None] * 5
@@ -43,22 +43,28 @@ def results(op, arrays):
         w_o, w_S = (jnp.asarray(rng.integers(-3, 4, x.shape), x.dtype) for x in (o, S))
         return (o * w_o).sum().astype(S.dtype) + (S * w_S).sum(), (o, S)
 
-    given = [arrays[i] for i in present]
-    grads, (o, S) = jax.jit(jax.grad(loss, range(len(given)), has_aux=True))(*given)
+    return jax.jit(jax.grad(loss, range(len(present)), has_aux=True))
+
+
+def results(op, arrays):
+    """o, final_state and the gradients of a random function of both."""
+    present = tuple(i for i, a in enumerate(arrays) if a is not None)
+    grads, (o, S) = gradients(op, present)(*(arrays[i] for i in present))
     full = [None] * 5
     for i, g in zip(present, grads, strict=True):
         full[i] = g
     return o, S, *full
 
 
+def by_steps(q, k, v, log_decay, S, starts=None):
+    return reference.linear_attention(q, k, v, log_decay, state=S, starts=starts)
+
+
 def expected(arrays, starts=None):
     with jax.enable_x64(True):
         exact = [a if a is None else jnp.asarray(np.asarray(a, np.float64)) for a in arrays]
-
-        def op(q, k, v, log_decay, S):
-            return reference.linear_attention(q, k, v, log_decay, state=S, starts=starts)
-
-        return [None if x is None else np.asarray(x) for x in results(op, exact)]
+        steps = by_steps if starts is None else functools.partial(by_steps, starts=starts)
+        return [None if x is None else np.asarray(x) for x in results(steps, exact)]
 
 
 def assert_close(got, want, dtype="float32", factor=1):
@@ -90,11 +96,11 @@ def test_matches_the_steps(T, heads, decay, strength, sizes):
 @pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
 def test_bfloat16_keeps_its_state_in_float32(decay):
     arrays = inputs(1, 100, 4, 2, 16, 16, decay, "bfloat16", -2.0)
-    got = results(op, arrays)
+    got, want = results(op, arrays), expected(arrays)
     assert [x.dtype for x in got[:2]] == [jnp.bfloat16, jnp.float32]
-    assert_close(got, expected(arrays), "bfloat16")
+    assert_close(got, want, "bfloat16")
     # Of the inputs in bfloat16, the state comes as exact as in float32.
-    want = np.asarray(expected(arrays)[1])
+    want = want[1]
     assert np.max(np.abs(got[1] - want)) <= 2e-6 * np.max(np.abs(want))
 
 
@@ -136,7 +142,7 @@ def test_the_first_id_of_one_more_tells_whether_the_state_goes_on(decay):
 def test_a_split_sequence_equals_the_whole(decay):
     arrays = inputs(2, 100, 2, 2, 8, 8, decay, strength=-2.0)
     whole = op(*arrays)
-    for cut in (1, 37, 64, 99):
+    for cut in (1, 64, 99):
         part = lambda s: [a if a is None else a[:, s] for a in arrays[:4]]
         first, state = op(*part(slice(0, cut)), arrays[4])
         second, state = op(*part(slice(cut, None)), state)

@@ -50,15 +50,21 @@ def op(x, dt, A, B, C, D, dt_bias, initial_state, **options):
     )  # fmt: skip
 
 
-def results(f, arrays):
+@functools.cache
+def gradients(f):
+    """Compiled once for all tests that give the same shapes."""
+
     def loss(*args):
         y, h = f(*args)
         rng = np.random.default_rng(7)
         w_y, w_h = (jnp.asarray(rng.integers(-3, 4, a.shape), a.dtype) for a in (y, h))
         return (y * w_y).sum().astype(h.dtype) + (h * w_h).sum(), (y, h)
 
-    args = [arrays[name] for name in NAMES]
-    grads, (y, h) = jax.jit(jax.grad(loss, range(len(args)), has_aux=True))(*args)
+    return jax.jit(jax.grad(loss, range(len(NAMES)), has_aux=True))
+
+
+def results(f, arrays):
+    grads, (y, h) = gradients(f)(*(arrays[name] for name in NAMES))
     return dict(y=y, h=h, **{f"d{name}": g for name, g in zip(NAMES, grads, strict=True)})
 
 
