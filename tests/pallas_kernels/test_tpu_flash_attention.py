@@ -103,7 +103,18 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
+# Each is a branch of the schedule or of the masking that another one takes as well.
+ALIKE = ("two-sided window", "only prefix", "coarse layout", "packed window", "packed or prefix")
+
+
+def slowly(*values):
+    """Values of a parameter that only the slow suite takes."""
+    return [pytest.param(*value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize(
+    "name", [*(name for name in MASKS if name not in ALIKE), *slowly(*zip(ALIKE, strict=True))]
+)
 def test_every_mask(name):
     compare(*problem(T=300, D=32), MASKS[name](300))
 
@@ -116,7 +127,7 @@ def test_bfloat16_and_several_compute_steps(name, monkeypatch):
 
 @pytest.mark.parametrize(
     "shape",
-    [{"T": 1, "S": 300}, {"T": 63}, {"T": 257, "S": 129}, {"T": 256, "B": 2}],
+    [{"T": 1, "S": 300}, {"T": 63}, {"T": 257, "S": 129}, *slowly(({"T": 256, "B": 2},))],
     ids=str,
 )
 def test_lengths(shape):
@@ -132,13 +143,24 @@ def test_head_dims(shape):
     compare(*problem(T=150, **shape), masks.Causal())
 
 
-@pytest.mark.parametrize(("H", "G"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize(("H", "G"), [(4, 2), *slowly((3, 1))])
 def test_grouped_heads(H, G):
     compare(*problem(B=2, T=140, H=H, G=G, D=16), masks.Causal() & masks.Segments(segments(2, 140)))
 
 
-@pytest.mark.parametrize("mask", [masks.SlidingWindow(60), masks.Lambda(3, 40)], ids=str)
-@pytest.mark.parametrize("offset", [50, jnp.int32(50), jnp.int32(-20)], ids=repr)
+WINDOW, LAMBDA = masks.SlidingWindow(60), masks.Lambda(3, 40)  # walks an interval; a list
+
+
+@pytest.mark.parametrize(
+    ("offset", "mask"),
+    [
+        (50, LAMBDA),
+        (jnp.int32(50), LAMBDA),
+        (jnp.int32(-20), WINDOW),
+        *slowly((50, WINDOW), (jnp.int32(50), WINDOW), (jnp.int32(-20), LAMBDA)),
+    ],
+    ids=str,
+)
 def test_offset_known_and_traced(offset, mask):
     compare(*problem(T=130, S=300, D=16), mask, q_offset=offset)
 
