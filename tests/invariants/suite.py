@@ -227,7 +227,7 @@ def packed_split_equals_whole(mixer: Mixer):
     """A packed row may be cut anywhere, within a document or between two."""
     x = mixer.inputs(100)
     ids, positions = packed_row()
-    whole, _ = mixer.differentiate(mixer.params, x, x, ids, positions)
+    whole, _ = mixer.run(mixer.params, x, segment_ids=ids, positions=positions)
     real = np.asarray(ids > 0)[..., None]
     stretches = DOCUMENTS[0], 100 - DOCUMENTS[0]  # between two in one row, within one in the other
     y = run_stretches(mixer, mixer.params, x, stretches, ids, positions)

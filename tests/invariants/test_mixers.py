@@ -34,6 +34,7 @@ MIXERS = [
 # Of mixers that share their ops with another one, `make test` checks what fails first.
 AT_ONCE = ("packed_split_equals_whole", "causal_by_gradient")
 BRIEF = (
+    "op-causal",
     "op-window",
     "attention-window",
     "mamba",

@@ -86,13 +86,19 @@ def test_forward_and_backward_match_dense(case):
     offset, scale = S - T, 0.7 * D**-0.5
     assert attention_gpu.unsupported(q, k, v, bias, mask, offset) is None
     options = {"scale": scale, "logit_cap": cap, "interpret": True}
-    o, lse = attention_gpu.forward(q, k, v, bias, mask, offset, **options)
+
+    @jax.jit
+    def run(q, k, v, bias, do, dlse):
+        o, lse = attention_gpu.forward(q, k, v, bias, mask, offset, **options)
+        grads = attention_gpu.backward(q, k, v, bias, mask, offset, o, lse, do, dlse, **options)
+        return o, lse, grads
+
+    o, lse, grads = run(q, k, v, bias, do, dlse)
     visible = np.asarray(masks.as_array(mask, T, S, offset))
     visible = np.broadcast_to(visible, (1, T, S))
     want = oracle(q, k, v, do, dlse, visible, scale, cap, bias)
     close("o", o, want[0])
     close("lse", lse, want[1], 1e-3)
-    grads = attention_gpu.backward(q, k, v, bias, mask, offset, o, lse, do, dlse, **options)
     assert (grads[3] is None) == (bias is None)
     for name, got, exact in zip(("dq", "dk", "dv", "dbias"), grads, want[2:], strict=True):
         if got is not None:

@@ -34,19 +34,22 @@ def problem(T, heads, sizes, strength, dtype="bfloat16"):
     return (q, k, v, a, normal(1, H, D, P)), cotangents
 
 
+@jax.jit
+def by_steps(inputs, cotangents):
+    def steps(q, k, v, a, S):
+        H = S.shape[1]
+        q, k, v, a = (jnp.repeat(x, H // x.shape[2], 2) for x in (q, k, v, a))
+        return reference.linear_attention(q, k, v, a, scale=1.0, state=S)
+
+    out, pullback = jax.vjp(steps, *inputs)
+    return *out, *pullback(cotangents)
+
+
 def expected(inputs, cotangents):
     """The results and gradients by steps in float64."""
     with jax.enable_x64(True):
-        exact = [jnp.asarray(np.asarray(x, np.float64)) for x in inputs]
-
-        def steps(q, k, v, a, S):
-            H = S.shape[1]
-            q, k, v, a = (jnp.repeat(x, H // x.shape[2], 2) for x in (q, k, v, a))
-            return reference.linear_attention(q, k, v, a, scale=1.0, state=S)
-
-        out, pullback = jax.vjp(steps, *exact)
-        cotangents = tuple(jnp.asarray(np.asarray(x, np.float64)) for x in cotangents)
-        return [np.asarray(x) for x in (*out, *pullback(cotangents))]
+        exact = lambda arrays: tuple(jnp.asarray(np.asarray(x, np.float64)) for x in arrays)
+        return [np.asarray(x) for x in by_steps(exact(inputs), exact(cotangents))]
 
 
 @functools.cache

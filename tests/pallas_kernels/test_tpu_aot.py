@@ -24,7 +24,17 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("generation", aot_tpu.TOPOLOGIES)
+# The compiler of a generation is a process of its own, and these are far apart.
+AT_ONCE = ("v5e", "7x")
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        pytest.param(name, marks=() if name in AT_ONCE else pytest.mark.slow)
+        for name in aot_tpu.TOPOLOGIES
+    ],
+)
 def test_public_op_compiles_to_the_kernels(generation):
     """Forward and gradient of `ops.attention`; all cases on one generation only, for time."""
     names = {"v5e": tuple(CASES), "v5p": ("causal", "lists"), "v6e": ("causal", "packed")}

@@ -52,21 +52,24 @@ def found(inputs, cotangents):
     return *forward, *chunked_scan_tpu.backward(*inputs, *cotangents, interpret=True)
 
 
+@jax.jit
+def by_steps(inputs, cotangents):
+    def steps(q, k, v, a, S):
+        B, T, H, D = q.shape[0], q.shape[1], S.shape[1], q.shape[3]
+        q = jnp.repeat(q, H // q.shape[2], 2)
+        k, v = (jnp.repeat(x, H // x.shape[2], 2) for x in (k, v))
+        a = jnp.broadcast_to(a, (B, T, H, D))
+        return reference.linear_attention(q, k, v, a, scale=1.0, state=S)
+
+    out, pullback = jax.vjp(steps, *inputs)
+    return *out, *pullback(cotangents)
+
+
 def expected(inputs, cotangents):
     """The same, by steps in float64."""
     with jax.enable_x64(True):
-        exact = [jnp.asarray(np.asarray(x, np.float64)) for x in inputs]
-
-        def steps(q, k, v, a, S):
-            B, T, H, D = q.shape[0], q.shape[1], S.shape[1], q.shape[3]
-            q = jnp.repeat(q, H // q.shape[2], 2)
-            k, v = (jnp.repeat(x, H // x.shape[2], 2) for x in (k, v))
-            a = jnp.broadcast_to(a, (B, T, H, D))
-            return reference.linear_attention(q, k, v, a, scale=1.0, state=S)
-
-        out, pullback = jax.vjp(steps, *exact)
-        cotangents = tuple(jnp.asarray(np.asarray(x, np.float64)) for x in cotangents)
-        return [np.asarray(x) for x in (*out, *pullback(cotangents))]
+        exact = lambda arrays: tuple(jnp.asarray(np.asarray(x, np.float64)) for x in arrays)
+        return [np.asarray(x) for x in by_steps(exact(inputs), exact(cotangents))]
 
 
 def check(inputs, cotangents):
@@ -266,10 +269,11 @@ ENTRY %main (p: s32[]) -> s32[] {
 
 
 @pytest.mark.skipif(not aot_tpu.available(), reason="libtpu is not installed (extra dev)")
-@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("generation", ["v5e", *slowly("v5e, all cases", "v5p", "v6e")])
 def test_public_ops_compile_to_the_kernels(generation):
-    """Gradients of all cases on one generation, of two on the others, and some forward passes."""
-    names = tuple(CASES) if generation == "v5e" else ("ssd", "vector")
+    """Gradients of all cases on one generation, of some on the others, and forward passes."""
+    generation, *everything = generation.split(", ")
+    names = tuple(CASES) if everything else ("ssd", "vector", "none", "a step")
     target = "benchmarks.chunked_scans_tpu_static:public"
     runs = [(name, True) for name in names] + [("ssd", False), ("vector", False)]
     cases = [CASES[name] | {"implementation": "pallas", "gradient": g} for name, g in runs]

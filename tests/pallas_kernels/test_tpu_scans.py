@@ -353,7 +353,7 @@ CASES = {
 
 
 @needs_libtpu
-@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("generation", ["v5e", *slowly("v5p", "v6e")])
 def test_linear_recurrence_compiles(generation):
     """Forward and gradient; all cases on one generation only, for time."""
     names = list(CASES) if generation == "v5e" else ["by time", "complex"]
@@ -375,7 +375,7 @@ SELECTIVE_CASES = {
 
 
 @needs_libtpu
-@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("generation", ["v5e", *slowly("v5p", "v6e")])
 def test_selective_scan_compiles(generation):
     """Forward and gradient; all cases on one generation only, for time."""
     names = list(SELECTIVE_CASES) if generation == "v5e" else ["mamba"]
