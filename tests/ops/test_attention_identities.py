@@ -177,7 +177,8 @@ def test_logits_gradients_sum_to_zero_along_keys():
 def test_powers_of_two():
     x = -jnp.concatenate([jnp.linspace(0, 126, 20001), jnp.array([127.0, 500.0, jnp.inf])])
     got = attention_xla.exp2(x)
-    np.testing.assert_allclose(got[:-3], np.exp2(np.asarray(x[:-3], np.float64)), rtol=2.5e-7)
+    # Without fused multiply-adds, as in a quick compilation, 2.7e-7; with them 2.5e-7.
+    np.testing.assert_allclose(got[:-3], np.exp2(np.asarray(x[:-3], np.float64)), rtol=3e-7)
     np.testing.assert_array_equal(got[-3:], 0.0)
     assert got[0] == 1.0 and np.isnan(attention_xla.exp2(jnp.float32(jnp.nan)))
 
