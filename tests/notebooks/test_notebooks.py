@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import re
 
+import jax
 import nbformat
 import pytest
 
@@ -24,9 +25,19 @@ def images(notebook):
     return [o for o in outputs if "image/png" in o.get("data", {})]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
-def test_runs(build, script):
+# These train models.
+SLOW = ("02_one_recurrence_four_ways",)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, marks=pytest.mark.slow if s.stem in SLOW else ()) for s in SCRIPTS],
+    ids=lambda p: p.stem,
+)
+def test_runs(build, script, monkeypatch):
     """At the small size; the asserts in the cells are the test."""
+    quick = jax.config.read("jax_disable_most_optimizations")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
     notebook = build.execute(build.read(script), "small", timeout=120)
     assert len(images(notebook)) >= 3
 

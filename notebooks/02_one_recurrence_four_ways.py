@@ -1,0 +1,306 @@
+# %% [markdown]
+# # One recurrence, four ways
+#
+# A state space model carries a state through time,
+#
+# $$ x_t = \bar A\, x_{t-1} + \bar B\, u_t, \qquad y_t = 2\,\mathrm{Re}(C x_t), $$
+#
+# and everything that this family of models can do comes from the freedom to compute that one line
+# in different orders: **step by step**, as a **tree**, in **chunks** of matrix products, or, if
+# the decays don't depend on the input, as one **convolution**.
+#
+# This notebook checks that the four agree, counts what each costs, looks into the states, and ends
+# with what happens to a state that was never taught to forget.
+
+# %%
+import functools
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import Rectangle
+
+from experiments import state_collapse, stuffed_training
+from ops import s4
+from ops.diagonal_scan import combine
+from ops.linear_recurrence import linear_recurrence
+from ops.long_convolution import long_convolution
+from ops.ssd import ssd
+from ops.state_space import diagonal_state_space
+
+SMALL = os.environ.get("TILESCAN_NOTEBOOK_SIZE", "full") == "small"
+plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "axes.spines.top": False,
+                     "axes.spines.right": False})
+
+# %% [markdown]
+# ## The four ways
+#
+# The system is S4D's: for each of `H` channels a diagonal $A_n = -\frac12 + i\pi n$ and a step of
+# its own, $\bar A = e^{\Delta A}$. States come in conjugate pairs, of which one half is kept.
+
+# %%
+H, N = 16, 8
+rng = np.random.default_rng(0)
+A = jnp.broadcast_to(jnp.asarray(s4.s4d_init(2 * N, "lin"), jnp.complex64), (H, N))
+B = jnp.ones((H, N), jnp.complex64)
+C = jnp.asarray(rng.standard_normal((H, N, 2)) @ [1, 1j], jnp.complex64)
+log_dt = jnp.asarray(np.linspace(np.log(1e-3), np.log(1e-1), H), jnp.float32)
+Abar, Bbar = s4.s4d_discretize(log_dt, A, B)
+
+
+def driven(u):
+    """The inputs of the states: [B, T, H, N]."""
+    return u[..., None] * Bbar
+
+
+def read_out(x):
+    return 2 * jnp.real(jnp.sum(C * x, -1))
+
+
+@jax.jit
+def sequential(u):
+    """T steps, one after the other; one state in memory."""
+    def step(x, u):
+        x = Abar * x + u[..., None] * Bbar
+        return x, read_out(x)
+    x = jnp.zeros((u.shape[0], H, N), jnp.complex64)
+    return jax.lax.scan(step, x, u.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+
+@jax.jit
+def associative(u):
+    """Pairs (decay, state) merge in any grouping: a tree of log2 T levels, all states in memory."""
+    b = driven(u)
+    pairs = jnp.broadcast_to(Abar, b.shape), b
+    return read_out(jax.lax.associative_scan(combine, pairs, axis=1)[1])
+
+
+@jax.jit
+def chunked(u):
+    """Matrix products within chunks, one state between them."""
+    return diagonal_state_space(u, log_dt, A, B, C)[0]
+
+
+@jax.jit
+def convolution(u):
+    """y = K * u with K_l = 2 Re(C Abar^l Bbar), by FFT; no state at all."""
+    return long_convolution(u, s4.s4d_kernel(log_dt, A, B, C, u.shape[1]))[0]
+
+
+WAYS = {"sequential": sequential, "associative": associative, "chunked": chunked,
+        "convolution": convolution}
+
+# %% [markdown]
+# What is right is decided by plain steps in float64:
+
+# %%
+def in_float64(u):
+    decay = np.exp(np.exp(np.float64(log_dt))[:, None] * np.complex128(A))
+    inputs = (decay - 1) / np.complex128(A) * np.complex128(B)
+    x, ys = np.zeros((u.shape[0], H, N), complex), []
+    for t in range(u.shape[1]):
+        x = decay * x + np.float64(u[:, t, :, None]) * inputs
+        ys.append(2 * (np.complex128(C) * x).sum(-1).real)
+    return np.stack(ys, 1)
+
+
+u = jnp.asarray(rng.standard_normal((1, 1000, H)), jnp.float32)
+exact = in_float64(u)
+for name, way in WAYS.items():
+    error = np.abs(way(u) - exact).max() / np.abs(exact).max()
+    print(f"{name:12s} largest error {error:.1e} of the largest output")
+    assert error < 3e-5
+
+# %% [markdown]
+# ## What they cost
+#
+# Same numbers, different bills. Time is measured on the machine that ran this notebook, forward;
+# temporary memory is what XLA says that the compiled program needs.
+
+# %%
+LENGTHS = [256, 1024] if SMALL else [256, 1024, 4096, 16384, 65536]
+
+
+def milliseconds(way, T):
+    u = jax.random.normal(jax.random.key(0), (1, T, H))
+    way(u).block_until_ready()
+    times = []
+    for _ in range(3 if SMALL else 7):
+        start = time.perf_counter()
+        way(u).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 1e3 * np.median(times)
+
+
+def mebibytes(way, T):
+    compiled = way.lower(jax.ShapeDtypeStruct((1, T, H), jnp.float32)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+elapsed = {name: [milliseconds(way, T) for T in LENGTHS] for name, way in WAYS.items()}
+memory = {name: [mebibytes(way, T) for T in LENGTHS] for name, way in WAYS.items()}
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+for axis, results, label in ((axes[0], elapsed, "ms"), (axes[1], memory, "temporary MiB")):
+    for (name, numbers), marker in zip(results.items(), "os^d", strict=True):
+        axis.loglog(LENGTHS, numbers, marker + "-", label=name)
+    axis.set(xlabel="tokens", ylabel=label)
+_ = axes[0].legend(frameon=False)
+for name in WAYS:
+    print(f"{name:12s}", ", ".join(f"{t:.3g} ms" for t in elapsed[name]), "|",
+          ", ".join(f"{m:.3g} MiB" for m in memory[name]))
+assert memory["chunked"][-1] < memory["associative"][-1]
+
+# %% [markdown]
+# The tree keeps a state for every token, `[T, H, N]`; that is what runs out of memory first. Steps
+# keep one, and wait for each other. Chunks sit between: their work is matrix products, and only one
+# state goes from chunk to chunk. The convolution has no state, which is also its limit: it cannot
+# be continued from the middle, so generation goes back to steps.
+#
+# ## Looking into the states
+#
+# Three impulses into one channel of each kind: a mode that forgets at once, two slower ones, and
+# one that turns while it decays. Below, the same inputs as three documents packed into one row: the
+# `segment_ids` make the states start from nothing.
+
+# %%
+T = 120
+a = jnp.asarray([0.5, 0.9, 0.98, 0.97 * np.exp(0.5j)], jnp.complex64)
+b = jnp.zeros((1, T, 4), jnp.complex64).at[:, jnp.array([5, 45, 85])].set(1.0)
+ids = jnp.repeat(jnp.arange(3), 40)[None]
+states, _ = linear_recurrence(a, b)
+packed, _ = linear_recurrence(a, b, segment_ids=ids)
+
+figure, axes = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True, layout="constrained")
+for axis, x, title in ((axes[0], states, "one document"), (axes[1], packed, "three, packed")):
+    shown = axis.imshow(np.real(x[0]).T, aspect="auto", cmap="RdBu", vmin=-1.5, vmax=1.5)
+    axis.set_yticks(range(4), ["a = 0.5", "0.9", "0.98", "0.97 e^(i/2)"])
+    axis.set_title(title)
+axes[1].set(xlabel="time")
+_ = figure.colorbar(shown, ax=axes, label="Re x")
+for i in range(3):
+    alone, _ = linear_recurrence(a, b[:, 40 * i:40 * (i + 1)])
+    np.testing.assert_allclose(packed[:, 40 * i:40 * (i + 1)], alone, atol=1e-6)
+
+# %% [markdown]
+# A state is all that the past leaves behind, so a sequence may be cut anywhere: the first part
+# gives `final_state`, the second takes it as `initial_state`. (Streaming, training on pieces of a
+# book and splitting a sequence over devices are all this line.)
+
+# %%
+whole, last = linear_recurrence(a, b)
+first, carried = linear_recurrence(a, b[:, :50])
+second, end = linear_recurrence(a, b[:, 50:], initial_state=carried)
+np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=1e-6)
+np.testing.assert_allclose(end, last, atol=1e-6)
+
+# %% [markdown]
+# ## Decays that the input selects
+#
+# Mamba-2 lets every token choose its decay, $h_t = e^{\Delta_t A} h_{t-1} + \Delta_t x_t B_t^\top$
+# and $y_t = h_t C_t$. No convolution does that any more. The other three ways stay, and a new one
+# joins them: written out, $y = (L \circ C B^\top)(\Delta x)$ is attention without softmax, with a
+# mask $L_{ij} = e^{\sum_{j<k\le i} \Delta_k A}$ of decays. Chunks are what lies between: squares of
+# that matrix on the diagonal, a state for all that is left of them.
+
+# %%
+T, P, S = 96, 4, 8
+keys = jax.random.split(jax.random.key(1), 4)
+x = jax.random.normal(keys[0], (1, T, 1, P))
+dt = jax.nn.softplus(2 * jax.random.normal(keys[1], (1, T, 1)) - 2)
+K, Q = (jax.random.normal(key, (1, T, 1, S)) for key in keys[2:])
+rate = jnp.asarray([-1.0])
+y, _ = ssd(x, dt, rate, K, Q)
+
+decay = jnp.cumsum(dt[0, :, 0] * rate[0])
+L = jnp.exp(jnp.where(jnp.tri(T, dtype=bool), decay[:, None] - decay[None], -jnp.inf))
+scores = L * (Q[0, :, 0] @ K[0, :, 0].T)
+np.testing.assert_allclose(y[0, :, 0], scores @ (dt[0, :, 0, None] * x[0, :, 0]), atol=1e-4)
+
+figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
+for axis, image, title in ((axes[0], L, "decays L"), (axes[1], jnp.abs(scores), "|L * C B^T|")):
+    axis.imshow(image, cmap="Blues", vmax=1 if title == "decays L" else 4)
+    axis.set_title(title)
+    for edge in range(0, T, 16):
+        axis.add_patch(Rectangle((edge - 0.5, edge - 0.5), 16, 16, fill=False, color="#e8871e"))
+    axis.set(xlabel="j", ylabel="i")
+
+# %% [markdown]
+# ## A state that never learnt to forget
+#
+# The state has a fixed size, and the text has not. A model must learn to forget, and it learns
+# that only if its training texts fill the state ("Stuffed Mamba", arXiv 2410.07145). Two small
+# Mamba-2 models read a stream of pairs, key and value, and are asked for the last value of a recent
+# key: one with a small state, one with a large one, both trained on rows of 16 tokens and then read
+# far beyond.
+
+# %%
+TRAINED, LONG = 16, 64 if SMALL else 256
+rows = stuffed_training.make_rows("stream", {"keys": 64, "values": 16, "window": 4})
+
+
+@functools.cache
+def trained(state_dim, length=TRAINED):
+    keys = {
+        "model.pattern": ("mamba2",), "model.repeats": 2, "model.d_model": 16 if SMALL else 64,
+        "model.position": "none", "model.vocab_size": 81,
+        "model.mixers.mamba2.state_dim": state_dim,
+        "model.mixers.mamba2.head_dim": 16 if SMALL else 32,
+        "data.seq_len": length, "data.batch_size": 1024 // length,
+        "train.steps": 3 if SMALL else 400, "optimizer.learning_rate": 1e-2,
+        "optimizer.warmup_steps": 1 if SMALL else 40, "optimizer.weight_decay": 0.01,
+    }
+    config, params, losses = stuffed_training.train(keys, rows, seed=2)
+    print(f"{state_dim} state dims, rows of {length}: training loss",
+          ", ".join(f"{loss:.2f}" for loss in losses[::3]))
+    return config, params
+
+
+batch = rows("test", 16 if SMALL else 512, LONG, (1,))
+
+
+def loss_by_position(state_dim, length=TRAINED, **mitigation):
+    config, params = trained(state_dim, length)
+    config = state_collapse.with_mixer(config, **mitigation)
+    found = state_collapse.read(config, params, batch["tokens"], batch["targets"], chunk=16)
+    losses = state_collapse.by_position(found["nll"], batch["weights"], 8)
+    return np.array(losses), found
+
+
+small, large = (4, 8) if SMALL else (8, 128)
+curves = {
+    f"{small} state dims": loss_by_position(small),
+    f"{large} state dims": loss_by_position(large),
+    f"{large}, a window on the state": loss_by_position(large, state_window=TRAINED),
+    f"{large}, trained on rows of 64": loss_by_position(large, 64),
+}
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+places = np.arange(LONG // 8) * 8 + 8
+for name, (losses, _) in curves.items():
+    axes[0].plot(places, losses / losses[:2].max(), label=name)
+axes[0].axvline(TRAINED, color="grey", lw=0.7, ls=":")
+axes[0].set(xlabel="position", ylabel="loss / greatest loss within 16 tokens", ylim=0)
+axes[0].legend(frameon=False)
+for name in list(curves)[:2]:
+    found = curves[name][1]
+    norm = np.sqrt(found["state_variance"] + found["state_mean"] ** 2).mean(axis=2)
+    norm = norm.reshape(len(norm), -1).max(axis=1)
+    axes[1].plot((np.arange(len(norm)) + 1) * 16, norm / norm[0], label=name)
+axes[1].set(xlabel="position", ylabel="root mean square of the state, times that at 16", ylim=0)
+_ = axes[1].legend(frameon=False)
+for name, (losses, _) in curves.items():
+    print(f"{name:32s} behind 16 tokens: {losses[2:].max() / losses[:2].max():.2f} times the "
+          "greatest loss within")
+
+# %%
+if not SMALL:  # three steps teach nothing
+    ratio = {name: losses[2:].max() / losses[:2].max() for name, (losses, _) in curves.items()}
+    assert ratio[f"{large} state dims"] > ratio[f"{small} state dims"]
+    assert ratio[f"{large}, trained on rows of 64"] < ratio[f"{large} state dims"]
+
+# %% [markdown]
+# The larger state is the better one within its training length, and the one that breaks behind it.
+# Longer rows teach it to forget. `configs/stuffed_mamba.py` measures this over state sizes, lengths
+# and seeds (see RESULTS.md), and `tilescan diagnose` looks for it in a checkpoint of your own.
