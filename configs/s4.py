@@ -9,7 +9,8 @@ Scales:
   accelerator  the paper's lengths and widths: days on one GPU or TPU
 
 Sequential MNIST and the grey images are the real ones, fetched at first use. Test splits are looked
-at once, at the end. S4 has the rate of the paper's configs; the Transformer's was not swept.
+at once, at the end. S4 has the rate of the paper's configs. The Transformer's is as good as the
+best of 0.002, 0.004 and 0.01 by MNIST's validation images (31.5, 31.3, 25.4% right with one seed).
 """
 
 import ml_collections
