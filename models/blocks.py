@@ -91,6 +91,7 @@ def make_mixer(config: LanguageModelConfig, kind: str, name: str | None = None) 
         out_scale=config.n_blocks**-0.5,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
+        sequence_parallel=config.sequence_parallel,
     )
     fields = {field.name for field in dataclasses.fields(mixer)}
     shared = {key: value for key, value in shared.items() if key in fields}

@@ -12,6 +12,7 @@ from models import mixer_options
 from models.layers import MLP_KINDS, NORMS
 from models.positions import POSITION_KINDS, RopeScaling
 from ops import masks
+from ops.sequence_parallel.kinds import BALANCES, kinds
 
 REMAT_KINDS = ("none", "full", "dots", "dots_no_batch")
 
@@ -51,6 +52,9 @@ class LanguageModelConfig:
         input), "dots" (all but matmuls), "dots_no_batch" (all but matmuls with weights).
       scan_layers: False unrolls the repeats: slower to compile, same numbers.
       attention_implementation: of `ops.attention`.
+      sequence_parallel: how mixers work where the mesh in use splits the sequence: a setting of
+        `ops.sequence_parallel.kinds`, such as "ring", "ulysses+chain" or "log_step".
+      sequence_balance: the order of the tokens then: a name of `ops.sequence_parallel.BALANCES`.
 
     Raises:
       ValueError: for values that don't fit; the message says what would.
@@ -92,6 +96,8 @@ class LanguageModelConfig:
     remat: str = "none"
     scan_layers: bool = True
     attention_implementation: str | None = None
+    sequence_parallel: str = "ring"
+    sequence_balance: str = "contiguous"
 
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)
@@ -139,6 +145,8 @@ class LanguageModelConfig:
         _one_of("mlp", self.mlp, MLP_KINDS)
         _one_of("norm", self.norm, NORMS)
         _one_of("remat", self.remat, REMAT_KINDS)
+        kinds(self.sequence_parallel)
+        _one_of("sequence_balance", self.sequence_balance, BALANCES)
         if self._attends and self.position.startswith("rope") and self.head_dim % 2:
             raise ValueError(
                 f"position={self.position!r} turns pairs of channels, but "

@@ -14,7 +14,7 @@ from typing import Any
 from flax.core import FrozenDict
 
 # Attributes that `models.blocks` fills in, where a mixer has them.
-SHARED = ("d_model", "norm_eps", "out_scale", "dtype", "param_dtype")
+SHARED = ("d_model", "norm_eps", "out_scale", "dtype", "param_dtype", "sequence_parallel")
 LINEN = ("parent", "name")
 
 

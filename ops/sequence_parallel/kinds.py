@@ -1,0 +1,48 @@
+"""The ways to split one sequence over devices, by name.
+
+One setting names a way for attention, a way for recurrences, or both:
+
+    "ring"              attention by a ring; recurrences by their default, "all_scan"
+    "log_step"          recurrences by a log-step scan; attention by its default, "ring"
+    "ulysses+chain"     attention by all-to-all, recurrences by a chain
+    "all_gather"        both gather: keys and values (LASP-2H), states (LASP-2)
+"""
+
+import difflib
+from typing import NamedTuple
+
+# What travels, per layer and device; see the modules named so.
+ATTENTION_KINDS = ("ring", "ulysses", "usp", "all_gather", "ring_self_attention")
+SCAN_KINDS = ("all_scan", "chain", "all_gather", "log_step")
+# Which tokens a device holds; see `ops.sequence_parallel.layouts`.
+BALANCES = ("contiguous", "zigzag", "striped")
+
+
+class Kinds(NamedTuple):
+    """The ways chosen for attention and for recurrences."""
+
+    attention: str
+    scan: str
+
+
+def kinds(setting: str) -> Kinds:
+    """The ways that a setting names; what it leaves out is "ring" or "all_scan".
+
+    Raises:
+      ValueError: a name that neither attention nor recurrences know.
+    """
+    parts = setting.split("+")
+    if len(parts) == 2 and parts[0] in ATTENTION_KINDS and parts[1] in SCAN_KINDS:
+        return Kinds(*parts)
+    if len(parts) == 1 and setting in (*ATTENTION_KINDS, *SCAN_KINDS):
+        return Kinds(
+            setting if setting in ATTENTION_KINDS else ATTENTION_KINDS[0],
+            setting if setting in SCAN_KINDS else SCAN_KINDS[0],
+        )
+    near = difflib.get_close_matches(setting, (*ATTENTION_KINDS, *SCAN_KINDS), 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"sequence_parallel={setting!r} is unknown; {hint}attention takes one of "
+        f"{', '.join(ATTENTION_KINDS)}, recurrences one of {', '.join(SCAN_KINDS)}, and both "
+        "are written 'ring+all_scan'"
+    )
