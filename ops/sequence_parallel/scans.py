@@ -1,0 +1,303 @@
+"""The recurrences of `ops` over time that is cut over devices, inside `jax.shard_map`.
+
+Every device holds a stretch of T steps, in order along the mesh axis `axis_name`, and calls the op
+on it from a state of zeros. The states that stretches leave are scanned from device to device
+(`ops.sequence_parallel.affine_scan`); what enters a device then is added to its outputs. Where the
+outputs are linear in the state (`ssd`, `gated_linear_attention`, the delta rule) that takes one
+product, for which only the cumulative decays are needed, so that the scan may run beside the local
+work; elsewhere the device runs again from the state that enters.
+
+Arguments and results are those of the op of the same name, with these differences:
+
+  - T is a device's own number of steps, the same on all devices;
+  - initial_state and final_state are those of the whole sequence, the same on all devices;
+  - segment_ids are [B, T]. A device asks its neighbour for the id before its first step; the
+    segment that initial_state belongs to is `segment_before` [B], by default that of the first
+    step;
+  - axis_name names the mesh axis, and kind the schedule (`SCAN_KINDS`).
+
+Letters are those of `ops`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ops import diagonal_scan
+from ops.attention_xla import varying
+from ops.delta_rule import delta_rule as _delta_rule
+from ops.delta_rule import gated_delta_rule as _gated_delta_rule
+from ops.gated_linear_attention import gated_linear_attention as _gated_linear_attention
+from ops.linear_recurrence import linear_recurrence as _linear_recurrence
+from ops.recurrence_arguments import check_floating, check_heads, forget_at_starts, state_dtype
+from ops.selective_scan import selective_scan as _selective_scan
+from ops.sequence_parallel.affine_scan import affine_scan, factor_scan, matrix_scan
+from ops.ssd import ssd as _ssd
+
+__all__ = [
+    "delta_rule",
+    "gated_delta_rule",
+    "gated_linear_attention",
+    "linear_recurrence",
+    "selective_scan",
+    "ssd",
+    "with_neighbour",
+]
+
+
+def with_neighbour(segment_ids, segment_before=None, axis_name="sequence", *, reverse=False):
+    """[B, 1 + T]: ids [B, T] behind the one before them; [B, T + 1] before the next if reverse.
+
+    Args:
+      segment_ids: of this device's steps, or None, which stays.
+      segment_before: [B], of the state that enters the whole sequence; that of the first step when
+        None.
+    """
+    if segment_ids is None:
+        return None
+    if segment_ids.ndim != 2:
+        raise ValueError(
+            f"segment_ids must be a device's own [B, T], got shape {segment_ids.shape}; the "
+            "segment of initial_state is segment_before [B]"
+        )
+    P, p = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    edge = segment_ids[:, -1:] if reverse else segment_ids[:, :1]
+    if segment_before is not None:
+        edge = segment_before[:, None].astype(segment_ids.dtype)
+    if P > 1:
+        pairs = [(i + 1, i) if reverse else (i, i + 1) for i in range(P - 1)]
+        near = segment_ids[:, :1] if reverse else segment_ids[:, -1:]
+        near = jax.lax.ppermute(near, axis_name, pairs)
+        edge = jnp.where(p == (P - 1 if reverse else 0), edge, near)
+    parts = [segment_ids, edge] if reverse else [edge, segment_ids]
+    return jnp.concatenate(parts, axis=1)
+
+
+def ssd(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    dt_bias=None,
+    dt_softplus=False,
+    initial_state=None,
+    segment_ids=None,
+    segment_before=None,
+    chunk=None,
+    implementation=None,
+    axis_name="sequence",
+    kind="all_scan",
+):
+    """`ops.ssd`: y [B, T, H, P] of this device, the last state [B, H, P, N] on every device."""
+    dtype = state_dtype(x)
+    dt = _steps(dt, dt_bias, dt_softplus, dtype)
+    ids = with_neighbour(segment_ids, segment_before, axis_name)
+    if x.ndim != 4 or B.ndim != 4:
+        _ssd(x, dt, A, B, C)  # raises in the op's own words
+    (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
+    zeros = _zeros((batch, H, P, N), dtype, axis_name, x, dt, A, B, C, ids)
+    y, state = _ssd(
+        x, dt, A, B, C, D=D, initial_state=zeros, segment_ids=ids, chunk=chunk,
+        implementation=implementation,
+    )  # fmt: skip
+    log_decay = forget_at_starts(dt * A.astype(dtype)[None, None], ids)
+    whole = jnp.sum(log_decay, 1)[..., None, None]
+    S_in, final = affine_scan(whole, state, axis_name, kind=kind, initial_state=initial_state)
+
+    @jax.checkpoint
+    def entered(C, log_decay, S_in):
+        """h_in C_t, decayed: [B, T, H, P]."""
+        decay = jnp.exp(jnp.cumsum(log_decay, 1))[..., None]
+        S_in = S_in.reshape(batch, G, H // G, P, N)
+        y = jnp.einsum("btgn,bgrpn->btgrp", C.astype(dtype), S_in)
+        return y.reshape(batch, T, H, P) * decay
+
+    return (y.astype(dtype) + entered(C, log_decay, S_in)).astype(x.dtype), final
+
+
+def gated_linear_attention(
+    q,
+    k,
+    v,
+    log_decay=None,
+    *,
+    scale=None,
+    initial_state=None,
+    segment_ids=None,
+    segment_before=None,
+    chunk=None,
+    implementation=None,
+    axis_name="sequence",
+    kind="all_scan",
+):
+    """`ops.gated_linear_attention`: o [B, T, H, P] of this device, the last state [B, H, D, P]."""
+    B, T, H, D, P = check_heads(q, k, v)
+    dtype, scale = state_dtype(q), D**-0.5 if scale is None else scale
+    ids = with_neighbour(segment_ids, segment_before, axis_name)
+    zeros = _zeros((B, H, D, P), dtype, axis_name, q, k, v, log_decay, ids)
+    o, state = _gated_linear_attention(
+        q, k, v, log_decay, scale=scale, initial_state=zeros, segment_ids=ids, chunk=chunk,
+        implementation=implementation,
+    )  # fmt: skip
+    if log_decay is None:
+        log_decay = jnp.zeros((B, T, 1, 1), dtype)
+    log_decay = log_decay.astype(dtype).reshape(B, T, log_decay.shape[2], -1)
+    log_decay = forget_at_starts(log_decay, ids)
+    whole = jnp.sum(log_decay, 1)[..., None]
+    S_in, final = affine_scan(whole, state, axis_name, kind=kind, initial_state=initial_state)
+
+    @jax.checkpoint
+    def entered(q, log_decay, S_in):
+        """S_in^T q_t, decayed: [B, T, H, P]."""
+        q = q.astype(dtype) * jnp.exp(jnp.cumsum(log_decay, 1)) * scale
+        return jnp.einsum("bthd,bhdp->bthp", q, S_in)
+
+    return (o.astype(dtype) + entered(q, log_decay, S_in)).astype(q.dtype), final
+
+
+def delta_rule(q, k, v, beta, **options):
+    """`ops.delta_rule`, `gated_delta_rule` without decay."""
+    return _delta(_delta_rule, q, k, v, (beta,), **options)
+
+
+def gated_delta_rule(q, k, v, beta, log_decay, **options):
+    """`ops.gated_delta_rule`: o [B, T, H, P] of this device, the last state [B, H, D, P].
+
+    A step multiplies the state by a matrix, and a stretch of time by their product M [D, D]. M is
+    the state that the same rule makes from the identity where all values are 0. So the op is called
+    once, with D more value columns, and what these give out times S_in is what S_in adds.
+    """
+    return _delta(_gated_delta_rule, q, k, v, (beta, log_decay), **options)
+
+
+def _delta(
+    op,
+    q,
+    k,
+    v,
+    gates,
+    *,
+    scale=None,
+    initial_state=None,
+    segment_ids=None,
+    segment_before=None,
+    chunk=None,
+    implementation=None,
+    axis_name="sequence",
+    kind="all_scan",
+):
+    B, T, H, D, P = check_heads(q, k, v)
+    dtype, out_dtype = state_dtype(q), q.dtype
+    ids = with_neighbour(segment_ids, segment_before, axis_name)
+    # Wide, so that what is given out is rounded once, when all of it is there.
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    both = jnp.concatenate([v, jnp.zeros((*v.shape[:3], D), dtype)], -1)
+    start = _zeros((B, H, D, P), dtype, axis_name, q, k, v, gates, ids)
+    eye = jnp.broadcast_to(jnp.eye(D, dtype=dtype), (B, H, D, D))
+    start = jnp.concatenate([start, varying(eye, start)], -1)
+    o, state = op(
+        q, k, both, *gates, scale=scale, initial_state=start, segment_ids=ids, chunk=chunk,
+        implementation=implementation,
+    )  # fmt: skip
+    S_in, final = matrix_scan(
+        state[..., P:], state[..., :P], axis_name, kind=kind, initial_state=initial_state
+    )
+    o = o[..., :P] + jnp.einsum("bthd,bhdp->bthp", o[..., P:], S_in)
+    return o.astype(out_dtype), final
+
+
+def selective_scan(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    initial_state=None,
+    segment_ids=None,
+    segment_before=None,
+    implementation=None,
+    axis_name="sequence",
+    kind="all_scan",
+):
+    """`ops.selective_scan`: y [B, T, E] of this device, the last state [B, E, N] on every device.
+
+    Outputs read every state of every channel, so a product with S_in would cost what a scan does:
+    the device scans twice, for the state that it leaves, and from the one that enters.
+    """
+    dtype = state_dtype(x)
+    dt = _steps(dt, dt_bias, dt_softplus, dtype)
+    ids = with_neighbour(segment_ids, segment_before, axis_name)
+    scan = functools.partial(_selective_scan, x, dt, A, B)
+    scan = functools.partial(scan, segment_ids=ids, implementation=implementation)
+    _, state = scan(C)
+    # [B, E, N]; forgotten where a segment starts.
+    whole = jnp.sum(dt, 1)[..., None] * A.astype(dtype)[None]
+    if ids is not None:
+        starts = jnp.any(ids[:, 1:] != ids[:, :-1], 1)
+        whole = jnp.where(starts[:, None, None], -jnp.inf, whole)
+    S_in, final = affine_scan(whole, state, axis_name, kind=kind, initial_state=initial_state)
+    y, _ = scan(C, D=D, z=z, initial_state=S_in)
+    return y, final
+
+
+def linear_recurrence(
+    a,
+    b,
+    *,
+    initial_state=None,
+    segment_ids=None,
+    segment_before=None,
+    reverse=False,
+    implementation=None,
+    axis_name="sequence",
+    kind="all_scan",
+):
+    """`ops.linear_recurrence`: h [B, T, *D] of this device, the last state [B, *D].
+
+    If reverse, time runs from the last device to the first: initial_state is behind the last
+    device's last step, and segment_before is its segment. Devices scan twice, as in
+    `selective_scan`.
+    """
+    ids = with_neighbour(segment_ids, segment_before, axis_name, reverse=reverse)
+    scan = functools.partial(
+        _linear_recurrence, a, b, segment_ids=ids, reverse=reverse,
+        implementation=implementation,
+    )  # fmt: skip
+    _, state = scan()
+    T = b.shape[1]
+    decay = a.reshape(1, 1, *a.shape) if a.ndim == b.ndim - 2 else a
+    decay = decay.astype(state.dtype if jnp.iscomplexobj(decay) else state_dtype(decay))
+    # No step is a power of the one decay, others a product of theirs.
+    decay = decay[:, 0] ** T if decay.shape[1] == 1 else jnp.prod(decay, 1)
+    if ids is not None:
+        starts = jnp.any(diagonal_scan.resets(ids, b.shape[0], T, reverse), 1)
+        decay = jnp.where(starts.reshape(-1, *(1,) * (decay.ndim - 1)), 0, decay)
+    split = max(range(state.ndim), key=lambda axis: state.shape[axis])
+    S_in, final = factor_scan(
+        decay, state, axis_name, kind=kind, split=split, initial_state=initial_state,
+        reverse=reverse,
+    )  # fmt: skip
+    return scan(initial_state=S_in)[0], final
+
+
+def _steps(dt, dt_bias, dt_softplus, dtype):
+    check_floating(dt=dt, dt_bias=dt_bias)
+    dt = dt.astype(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.astype(dtype)[None, None]
+    return jax.nn.softplus(dt) if dt_softplus else dt
+
+
+def _zeros(shape, dtype, axis_name, *like):
+    """The state before a stretch, varying over devices as what is made of it."""
+    like = [jnp.asarray(x) for x in jax.tree.leaves(like)]
+    return varying(jnp.zeros(shape, dtype), (like, jax.lax.axis_index(axis_name)))
