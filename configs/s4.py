@@ -11,6 +11,11 @@ Scales:
 Sequential MNIST and the grey images are the real ones, fetched at first use. Test splits are looked
 at once, at the end. S4 has the rate of the paper's configs. The Transformer's is as good as the
 best of 0.002, 0.004 and 0.01 by MNIST's validation images (31.5, 31.3, 25.4% right with one seed).
+
+What to expect at scale cpu: exact kernels and recurrences; S4 far above the Transformer on
+sequential MNIST (86 and 30% right), tokens at the same speed after 8,192 others as after 256, where
+attention takes 33 times as long. Not shown at this scale: ListOps and the images (both models are
+near chance after so few steps) and the order of the initialisations (200 steps of small images).
 """
 
 import ml_collections
