@@ -1,7 +1,6 @@
 """Recurrences and convolutions over time cut over devices are those of one device, exactly."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -103,17 +102,18 @@ def packed(T, devices):
     return ids
 
 
-def results(op, arrays, cotangents, devices=None, **options):
-    """(what `op` gives, its gradients in all floating arrays), on one device or on many."""
+def program(op, arrays, devices=None, **options):
+    """cotangents -> (what `op` gives, gradients in all floating arrays), on one device or many."""
     arrays = {k: jnp.asarray(v) for k, v in arrays.items()}
     fixed = {k: v for k, v in arrays.items() if not jnp.issubdtype(v.dtype, jnp.inexact)}
     moved = {k: v for k, v in arrays.items() if k not in fixed}
     call = functools.partial(op, **options)
     run = lambda arrays: call(**arrays)
     if devices is not None:
-        # What has a step for each of the longest array's is cut.
-        T = max(x.shape[1] for x in arrays.values() if x.ndim > 1)
-        specs = {k: TIME if v.ndim > 1 and v.shape[1] == T else WHOLE for k, v in arrays.items()}
+        # What has as many steps as the first array is cut.
+        T = next(iter(arrays.values())).shape[1]
+        timed = lambda name, x: x.ndim > 1 and x.shape[1] == T and name != "initial_state"
+        specs = {k: TIME if timed(k, v) else WHOLE for k, v in arrays.items()}
         run = jax.shard_map(
             run, mesh=mesh_of(devices), in_specs=(specs,), out_specs=(TIME, WHOLE), check_vma=False
         )
@@ -123,40 +123,46 @@ def results(op, arrays, cotangents, devices=None, **options):
         out, pull = jax.vjp(lambda moved: run(moved | fixed), moved)
         return out, pull(cotangents)[0]
 
-    return everything(moved, fixed, cotangents)
+    return functools.partial(everything, moved, fixed)
 
 
-def assert_close(got, want, tolerance=2e-5):
-    flat, _ = jax.tree.flatten_with_path(want)
-    for (path, want), got in zip(flat, jax.tree.leaves(got), strict=True):
-        want = np.asarray(want)
-        assert np.isfinite(want).all()
-        atol = tolerance * np.abs(want).max(initial=1e-3)
-        np.testing.assert_allclose(got, want, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
-
-
-@functools.cache
-def on_one_device(name, T, full):
-    """A case and what it is to give; `full` ones have a state and segments."""
-    op, inputs, shape = SCANS[name]
-    arrays, options = inputs(T)
-    if full:
-        arrays["initial_state"] = normal(20, *shape)
-        arrays["segment_ids"] = np.concatenate([[[0], [7]], packed(T, 4)], 1).astype(np.int32)
+def whole(op, arrays, **options):
+    """Cotangents, and what comes of them on one device."""
     outputs = jax.eval_shape(functools.partial(op, **options), **jax.tree.map(jnp.asarray, arrays))
     cotangents = tuple(normal(21 + i, *x.shape) for i, x in enumerate(outputs))
-    return arrays, options, cotangents, results(op, arrays, cotangents, **options)
+    return cotangents, program(op, arrays, **options)(cotangents)
 
 
-@pytest.mark.parametrize("kind", SCAN_KINDS)
-@pytest.mark.parametrize("name", SCANS)
-def test_packed_sequences_with_a_state(name, kind):
-    """Values, the last state and all gradients, with decays from none to infinite."""
-    arrays, options, cotangents, want = on_one_device(name, 24, True)
-    ids = arrays["segment_ids"]
-    arrays = arrays | dict(segment_ids=ids[:, 1:], segment_before=ids[:, 0])
-    got = results(getattr(scans, name), arrays, cotangents, 4, kind=kind, **options)
-    assert_close(got, want)
+def assert_close(got, want, name="", tolerance=2e-5):
+    paths, _ = jax.tree.flatten_with_path(want)
+    for (path, w), g in zip(paths, jax.tree.leaves(got), strict=True):
+        w = np.asarray(w)
+        assert np.isfinite(w).all()
+        atol, where = tolerance * np.abs(w).max(initial=1e-3), jax.tree_util.keystr(path)
+        np.testing.assert_allclose(g, w, atol=atol, rtol=0, err_msg=f"{name} {where}")
+
+
+@pytest.mark.parametrize("name", [name for name in SCANS if name != "delta_rule"])
+def test_packed_sequences_with_a_state(name):
+    """Values, the last state and all gradients, with decays from none to infinite, of each kind."""
+    op, inputs, shape = SCANS[name]
+    arrays, options = inputs(24)
+    arrays["initial_state"], ids = normal(20, *shape), packed(24, 4)
+    before = np.array([0, 7], np.int32)
+    joined = np.concatenate([before[:, None], ids], 1)
+    cotangents, want = whole(op, arrays | dict(segment_ids=joined), **options)
+    arrays |= dict(segment_ids=ids, segment_before=before)
+
+    def every_kind(**arrays):
+        call = functools.partial(getattr(scans, name), **options)
+        return tuple(zip(*(call(**arrays, kind=kind) for kind in SCAN_KINDS), strict=True))
+
+    run = program(every_kind, arrays, 4)
+    for i, kind in enumerate(SCAN_KINDS):
+        # Where the others' cotangents are 0, gradients are this kind's.
+        own = [tuple(x * (i == j) for j in range(len(SCAN_KINDS))) for x in cotangents]
+        (y, final), gradients = run(tuple(own))
+        assert_close(((y[i], final[i]), gradients), want, kind)
 
 
 @pytest.mark.parametrize(
@@ -165,12 +171,63 @@ def test_packed_sequences_with_a_state(name, kind):
         ("ssd", 8, "all_scan"),
         ("ssd", 1, "all_scan"),
         ("gated_linear_attention", 3, "all_scan"),
-        ("gated_delta_rule", 3, "log_step"),
+        ("delta_rule", 3, "log_step"),
         ("selective_scan", 8, "log_step"),
-        ("linear_recurrence", 3, "all_scan"),
     ],
 )
 def test_any_number_of_devices_from_zeros(name, devices, kind):
-    arrays, options, cotangents, want = on_one_device(name, 24, False)
-    got = results(getattr(scans, name), arrays, cotangents, devices, kind=kind, **options)
-    assert_close(got, want)
+    op, inputs, _ = SCANS[name]
+    arrays, options = inputs(24)
+    cotangents, want = whole(op, arrays, **options)
+    run = program(getattr(scans, name), arrays, devices, kind=kind, **options)
+    assert_close(run(cotangents), want)
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_short_convolution(devices):
+    """Segments that start in the halo; on 8 devices, a halo of all that they have."""
+    T, W, ids = 24, 4, packed(24, 3)
+    ids[0, 7], ids[1, 14] = 9, 3
+    arrays = dict(x=normal(0, B, T, E), weight=normal(1, W, E), bias=normal(2, E))
+    arrays["initial_state"] = normal(3, B, W - 1, E)
+    before, options = np.array([0, 7], np.int32), dict(activation="silu")
+    joined = np.concatenate([before[:, None], ids], 1)
+    cotangents, want = whole(short_convolution, arrays | dict(segment_ids=joined), **options)
+    arrays |= dict(segment_ids=ids, segment_before=before)
+    run = program(convolutions.short_convolution, arrays, devices, **options)
+    assert_close(run(cotangents), want)
+
+
+def test_a_halo_is_no_longer_than_the_device_before_is():
+    arrays = dict(x=normal(0, B, 16, E), weight=normal(1, 4, E))
+    with pytest.raises(ValueError, match="reads 3 inputs .* at most 5 devices along 'sequence'"):
+        program(convolutions.short_convolution, arrays, 8)(None)
+
+
+@pytest.mark.parametrize(
+    ("K", "devices"), [(1, 4), (7, 4), (8, 4), (30, 4), (20, 8)], ids=lambda n: str(n)
+)
+def test_long_convolution(K, devices):
+    """Kernels of one step, up to a device's 6 steps and one, and longer than the sequence; 6
+    channels on 4 and on 8 devices."""
+    T = 24
+    arrays = dict(u=normal(0, B, T, E), kernel=normal(1, K, E), D=normal(2, E))
+    arrays |= dict(pre_gate=normal(3, B, T, E), post_gate=normal(4, B, T, E))
+    arrays["initial_state"] = normal(5, B, K - 1, E)
+    cotangents, want = whole(long_convolution, arrays)
+    assert_close(program(convolutions.long_convolution, arrays, devices)(cotangents), want)
+
+
+def test_long_convolution_by_a_device_s_own_columns():
+    u, kernel = normal(0, B, 24, E), normal(1, 24, E)
+    part = jax.jit(
+        jax.shard_map(
+            lambda u, kernel: convolutions.long_convolution(u, kernel)[0],
+            mesh=mesh_of(3),
+            in_specs=(TIME, P(None, "sequence")),
+            out_specs=TIME,
+        )
+    )
+    assert_close(part(u, kernel), long_convolution(u, kernel)[0])
+    with pytest.raises(ValueError, match=r"own \[K, E / P\] with u's E = 6 and P = 3"):
+        part(u, normal(1, 24, 9))

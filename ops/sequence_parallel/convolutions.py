@@ -1,0 +1,157 @@
+"""Causal convolutions over time that is cut over devices, inside `jax.shard_map`.
+
+A short kernel reads the last W - 1 inputs of the device before: a halo. A long one that is no
+longer than a device's stretch of time reaches one device further, and what it adds there is passed
+on (overlap-add). Longer kernels need all of time: devices exchange time for channels (all-to-all),
+convolve whole sequences of E / P channels each, and exchange back.
+
+Arguments and results are those of the op of the same name, with the differences that
+`ops.sequence_parallel.scans` names. Letters are those of `ops`, p of P devices.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ops import diagonal_scan
+from ops.long_convolution import long_convolution as _long
+from ops.recurrence_arguments import state_dtype
+from ops.sequence_parallel.affine_scan import from_last_device
+from ops.sequence_parallel.scans import with_neighbour
+from ops.short_convolution import short_convolution as _short
+
+__all__ = ["long_convolution", "short_convolution"]
+
+
+def short_convolution(
+    x,
+    weight,
+    *,
+    bias=None,
+    activation=None,
+    initial_state=None,
+    segment_ids=None,
+    segment_before=None,
+    implementation=None,
+    axis_name="sequence",
+    kind=None,
+):
+    """`ops.short_convolution`: y [B, T, E] of this device, the last inputs [B, W - 1, E] of all.
+
+    `kind` is not used: one message to the next device is all.
+
+    Raises:
+      ValueError: a device with fewer steps than the kernel looks back, beside the op's own errors.
+    """
+    del kind
+    (B, T, E), halo = x.shape, weight.shape[0] - 1
+    P, p = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    if P > 1 and halo > T:
+        raise ValueError(
+            f"a kernel of width {halo + 1} reads {halo} inputs before a device's first, but the "
+            f"device before has only {T} steps: use at most {P * T // halo} devices along "
+            f"{axis_name!r}, or sequences of at least {P * halo} steps"
+        )
+    ids = with_neighbour(segment_ids, segment_before, axis_name)
+    before = initial_state
+    if before is None:
+        before = jnp.zeros((B, halo, E), x.dtype)
+    if P > 1 and halo:
+        tail = x[:, T - halo :]
+        if ids is not None:
+            # Nothing of segments before the last enters the next device.
+            starts = diagonal_scan.resets(ids, B, T)[:, T - halo :]
+            later = jnp.cumsum(starts[:, ::-1], 1, dtype=jnp.int32)[:, ::-1]
+            later = jnp.pad(later[:, 1:], ((0, 0), (0, 1)))
+            tail = jnp.where(later[..., None] == 0, tail, 0)
+        tail = jax.lax.ppermute(tail, axis_name, _to_next(P))
+        before = jnp.where(p == 0, before.astype(x.dtype), tail)
+    y, state = _short(
+        x, weight, bias=bias, activation=activation, initial_state=before, segment_ids=ids,
+        implementation=implementation,
+    )  # fmt: skip
+    return y, from_last_device(state, axis_name)
+
+
+def long_convolution(
+    u,
+    kernel,
+    *,
+    D=None,
+    pre_gate=None,
+    post_gate=None,
+    initial_state=None,
+    method=None,
+    implementation=None,
+    axis_name="sequence",
+    kind=None,
+):
+    """`ops.long_convolution`: y [B, T, E] of this device, final_state [B, K - 1, E] of all.
+
+    Args:
+      u, D, pre_gate, post_gate, initial_state, method, implementation: as of the op.
+      kernel: [K, E], the same on all devices. Where K > T + 1 and P divides E it may also be
+        [K, E / P], the columns of this device's channels, E / P p and on: then no device holds,
+        nor sums over devices a gradient of, what is as large as the sequence.
+      kind: not used.
+
+    Up to K = T + 1, K - 1 sums per channel go to the next device. Longer kernels move u and y once
+    each, all but a P-th of them, and E is filled up to a multiple of P.
+    """
+    del kind
+    options = dict(method=method, implementation=implementation)
+    P, dtype = jax.lax.axis_size(axis_name), state_dtype(u)
+    wide = lambda x: None if x is None else x.astype(dtype)
+    x = u if pre_gate is None else wide(u) * wide(pre_gate)
+    convolve = _passed_on if kernel.shape[0] - 1 <= u.shape[1] else _exchanged
+    y, final = convolve(x, wide(kernel), wide(initial_state), dtype, axis_name, P, options)
+    if D is not None:
+        y = y + wide(x) * wide(D).reshape(1, 1, -1)
+    if post_gate is not None:
+        y = y * wide(post_gate)
+    return y.astype(u.dtype), final
+
+
+def _passed_on(x, kernel, state, dtype, axis_name, P, options):
+    """y without skip and gates, in `dtype`, and the final state: K - 1 sums go one device on."""
+    y, tail = _long(x.astype(dtype), kernel, **options)
+    n = tail.shape[1]
+    if n and P > 1:
+        before = jax.lax.ppermute(tail, axis_name, _to_next(P))
+        if state is not None:
+            before = before + jnp.where(jax.lax.axis_index(axis_name) == 0, state, 0)
+        y = y.at[:, :n].add(before)
+    elif n and state is not None:
+        y = y.at[:, :n].add(state)
+    return y, from_last_device(tail, axis_name)
+
+
+def _exchanged(x, kernel, state, dtype, axis_name, P, options):
+    """As `_passed_on`, of whole sequences of a P-th of the channels."""
+    E = x.shape[2]
+    own = -(-E // P)
+    fill = lambda v: jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, own * P - E)])
+    start = jax.lax.axis_index(axis_name) * own
+    mine = lambda v: jax.lax.dynamic_slice_in_dim(fill(v), start, own, v.ndim - 1)
+    if kernel.shape[1] == E:
+        kernel = mine(kernel)
+    elif kernel.shape[1] * P != E:
+        raise ValueError(
+            f"kernel must be [K, E] or a device's own [K, E / P] with u's E = {E} and P = {P} "
+            f"devices along {axis_name!r}, got shape {kernel.shape}"
+        )
+    x = jax.lax.all_to_all(fill(x), axis_name, 2, 1, tiled=True)
+    state = None if state is None else mine(state)
+    y, final = _long(x.astype(dtype), kernel, initial_state=state, **options)
+    y = jax.lax.all_to_all(y, axis_name, 1, 2, tiled=True)[..., :E]
+    return y, _joined(final, axis_name, start, own * P)[..., :E]
+
+
+def _joined(x, axis_name, start, E):
+    """[..., E], the same on all devices, of their channels `start` and on."""
+    whole = jnp.zeros((*x.shape[:-1], E), x.dtype)
+    whole = jax.lax.dynamic_update_slice_in_dim(whole, x, start, x.ndim - 1)
+    return jax.lax.psum(whole, axis_name)
+
+
+def _to_next(P):
+    return [(i, i + 1) for i in range(P - 1)]
