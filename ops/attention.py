@@ -19,10 +19,15 @@ from jaxtyping import Array, Float
 from ops import attention_xla, masks
 from ops.decode_attention import decode_attention, merge_partials
 from ops.lowering import choose_when_lowered
+from ops.mask_placed import is_placed
 
 __all__ = ["attention", "decode_attention", "merge_partials"]
 
 IMPLEMENTATIONS = ("xla", "pallas", None)
+_PLACED = (
+    "a mask whose keys are not counted from 0 (Prefix, Lambda, BlockSparse, or a window in "
+    'stripes, in a part of a split sequence) has no kernel; implementation="xla" or None takes it'
+)
 _KERNELS = {"tpu": "ops.attention_tpu", "cuda": "ops.attention_gpu"}
 
 
@@ -133,13 +138,41 @@ def _attention_bwd(options, residuals, cotangents):
 _attention.__wrapped__.defvjp(_attention_fwd, _attention_bwd)
 
 
+def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap=None, implementation=None):
+    """(o, lse) of `attention`, for those who write the derivative themselves, as a ring does.
+
+    bias is None or of rank 4, q_offset an integer or an int32 scalar; nothing is checked.
+    """
+    options, q_offset = _passes(q_offset, scale, logit_cap, implementation)
+    return _dispatch("forward", options, q, k, v, bias, mask, q_offset)
+
+
+def backward(
+    q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap=None, implementation=None
+):
+    """What these keys add to the gradients (dq, dk, dv, dbias) of attention to more keys.
+
+    o, lse and their cotangents are those of the attention to all keys, of which k and v may be a
+    part: rows' weights are powers of logits - lse.
+    """
+    options, q_offset = _passes(q_offset, scale, logit_cap, implementation)
+    return _dispatch("backward", options, q, k, v, bias, mask, q_offset, o, lse, do, dlse)
+
+
+def _passes(q_offset, scale, logit_cap, implementation):
+    static = isinstance(q_offset, (int, np.integer))
+    options = _Options(float(scale), logit_cap, int(q_offset) if static else None, implementation)
+    return options, None if static else q_offset
+
+
 def _dispatch(direction, options, *arrays):
     """Calls `direction` of one implementation, or leaves the choice to the lowering."""
 
     def call(module, q, k, v, bias, mask, q_offset, *rest):
         q_offset = options.q_offset if q_offset is None else q_offset
         if module is not attention_xla:
-            reason = module.unsupported(q, k, v, bias, mask, q_offset)
+            reason = _PLACED if is_placed(mask) else None
+            reason = reason or module.unsupported(q, k, v, bias, mask, q_offset)
             if reason is not None and options.implementation == "pallas":
                 raise ValueError(f'implementation="pallas": {reason}')
             module = attention_xla if reason else module

@@ -343,7 +343,9 @@ def _add_bias_tile(dbias, ds, i, j, tiles, R):
     for axis in range(3):
         if dbias.shape[axis] == 1:
             tile = jnp.sum(tile, axis=axis, keepdims=True)
+    # With 64-bit types, loops count in int64 and tables hold int32.
     start = (0, i * I if dbias.shape[1] > 1 else 0, j * J if dbias.shape[2] > 1 else 0)
+    start = [jnp.asarray(x, jnp.int32) for x in start]
     old = jax.lax.dynamic_slice(dbias, start, tile.shape)
     return jax.lax.dynamic_update_slice(dbias, old + tile, start)
 

@@ -1,0 +1,113 @@
+"""Attention to keys and values gathered from all devices (LASP-2H, arXiv 2502.07563, section 3.4;
+context parallelism of Llama 3, arXiv 2407.21783, section 3.3.2).
+
+One message instead of a ring's many: right where the keys are few (few key-value heads, short
+sequences), since each device holds the keys of the whole sequence while it works on a layer. They
+are gathered again for the backward pass, not kept.
+
+Letters: B batch, T query time, S key time of one device, H heads, G key-value heads, D head dim,
+P value dim, or devices along the axis.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ops import masks
+from ops.mask_placed import Stretch
+from ops.sequence_parallel import layouts, parts
+
+
+def gather_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    *,
+    mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
+    bias: Float[Array, "#B #H #T #PS"] | None = None,
+    scale: float | None = None,
+    logit_cap: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    axis_name: str = "sequence",
+    balance: str = "contiguous",
+):
+    """`ops.attention` of a sequence that a mesh axis splits; called inside `jax.shard_map`.
+
+    Arguments, results and errors are those of `ring_attention`. Each device receives P - 1 times
+    its own k and v, forward and backward, and sends as many gradients of keys back.
+    """
+    parts.check(q, k, v, mask, bias, jax.lax.axis_size(axis_name), balance)
+    options = _Options(parts.options(q, scale, logit_cap, implementation), axis_name, balance)
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    o, lse = _attend(q, k, v, bias, mask, options)
+    return (o, lse) if return_lse else o
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    attention: parts.Options
+    axis_name: str
+    balance: str
+
+    def call(self, q, k, v, bias, mask):
+        """The first arguments of the passes of `parts`: these queries, all keys in order."""
+        T, S, P = q.shape[1], k.shape[1], jax.lax.axis_size(self.axis_name)
+        order = layouts.restore(S * P, P, self.balance)
+        q_ids, kv_ids = parts.segment_ids(mask, T, S)
+
+        def all_of(x):
+            if x is None:
+                return None
+            return _take(jax.lax.all_gather(x, self.axis_name, axis=1, tiled=True), order, 1)
+
+        if bias is not None and bias.shape[3] > 1:
+            bias = _take(bias, order, 3)
+        queries = layouts.stretches(jax.lax.axis_index(self.axis_name), P, T, self.balance)
+        keys = (Stretch(0, 1, S * P),)
+        ids = q_ids, all_of(kv_ids)
+        return q, all_of(k), all_of(v), bias, mask, ids, queries, keys, self.attention
+
+    def scatter(self, x):
+        """The sums over devices of gradients of all keys, each for the device that has them."""
+        P = jax.lax.axis_size(self.axis_name)
+        x = _take(x, layouts.order(x.shape[1], P, self.balance), 1)
+        return jax.lax.psum_scatter(x, self.axis_name, scatter_dimension=1, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, bias, mask, options):
+    o, lse = parts.forward(*options.call(q, k, v, bias, mask))
+    return o.astype(q.dtype), lse
+
+
+def _attend_fwd(q, k, v, bias, mask, options):
+    o, lse = _attend(q, k, v, bias, mask, options)
+    return (o, lse), (q, k, v, bias, mask, o, lse)
+
+
+def _attend_bwd(options, residuals, cotangents):
+    q, k, v, bias, mask, o, lse = residuals
+    call = options.call(q, k, v, bias, mask)
+    dq, dk, dv, dbias = parts.backward(*call, o, lse, *cotangents)
+    dk, dv = options.scatter(dk), options.scatter(dv)
+    if bias is not None:
+        if bias.shape[3] > 1:
+            P = jax.lax.axis_size(options.axis_name)
+            dbias = _take(dbias, layouts.order(bias.shape[3], P, options.balance), 3)
+        dbias = dbias.astype(bias.dtype)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _take(x, order, axis):
+    if np.array_equal(order, np.arange(len(order))):
+        return x
+    return jnp.take(x, order, axis=axis)

@@ -1,0 +1,62 @@
+"""Which tokens of a sequence a device holds.
+
+Under a causal mask, a device with the first tokens has little to do and one with the last has
+much. Three orders of the tokens, for P devices along an axis:
+
+    contiguous  device p holds one run of T / P tokens, in their order
+    zigzag      two runs, number p and number 2P - 1 - p of 2P (Llama 3, arXiv 2407.21783, 3.3.2)
+    striped     every P-th token, from token p on (striped attention, arXiv 2311.09431)
+
+The order is made once, where batches are made; everything that asks where a token stands (rotary
+phases, masks, the loss) takes positions, ids and targets in the same order.
+"""
+
+import numpy as np
+
+from ops.mask_placed import Stretch
+from ops.sequence_parallel.kinds import BALANCES
+
+
+def order(T: int, P: int, balance: str) -> np.ndarray:
+    """int [T]: the position of each token when the devices' tokens stand one behind the other.
+
+    `x[:, order(T, P, balance)]` puts a sequence in this order; its inverse is `restore`.
+
+    Raises:
+      ValueError: P parts (2P for zigzag) don't divide T; an unknown balance.
+    """
+    check(T, P, balance)
+    positions = np.arange(T)
+    if balance == "striped":
+        return positions.reshape(T // P, P).T.reshape(T)
+    if balance == "zigzag":
+        runs = positions.reshape(2 * P, T // (2 * P))
+        return np.concatenate([runs[[p, 2 * P - 1 - p]].reshape(-1) for p in range(P)])
+    return positions
+
+
+def restore(T: int, P: int, balance: str) -> np.ndarray:
+    """int [T]: the row of each position; the inverse permutation of `order`."""
+    return np.argsort(order(T, P, balance))
+
+
+def stretches(p, P: int, T: int, balance: str) -> tuple[Stretch, ...]:
+    """The positions of device p's T tokens, as few stretches; p may be traced."""
+    if balance == "striped":
+        return (Stretch(p, P, T),)
+    if balance == "zigzag":
+        n = T // 2
+        return Stretch(p * n, 1, n), Stretch((2 * P - 1 - p) * n, 1, n, n)
+    return (Stretch(p * T, 1, T),)
+
+
+def check(T: int, P: int, balance: str) -> None:
+    """Raises ValueError unless T tokens can be dealt to P devices."""
+    if balance not in BALANCES:
+        raise ValueError(f"balance={balance!r} is unknown; it must be one of {', '.join(BALANCES)}")
+    parts = 2 * P if balance == "zigzag" else P
+    if T % parts:
+        raise ValueError(
+            f"balance={balance!r} deals {parts} equal parts to {P} devices, and {T} tokens are not "
+            f"a multiple of {parts}; pad the sequence to {-(-T // parts) * parts}"
+        )

@@ -1,0 +1,209 @@
+"""Ring attention: keys and values travel round the devices, queries stay (arXiv 2310.01889).
+
+Every device attends to the keys that it holds at the moment, merges the result by its
+log-sum-exp, and hands the keys on. The backward pass is a second ring, in which the gradients of
+the keys travel with them: a device never keeps another's keys, so its memory is linear in its own
+tokens, whatever the number of devices. The next keys are asked for before the present ones are
+used, so that the compiler can hide the transfer.
+
+Letters: B batch, T query time, S key time of one device, H heads, G key-value heads, D head dim,
+P value dim, R devices of the ring.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ops import masks
+from ops.decode_attention import merge_partials
+from ops.mask_placed import any_visible
+from ops.sequence_parallel import layouts, parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """The devices of a mesh axis that form rings of `size`; by default all of them form one.
+
+    rings[i] are the axis indices of ring i, in their order; each device is in one.
+    """
+
+    axis_name: str
+    rings: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.rings[0])
+
+    @classmethod
+    def whole(cls, axis_name: str) -> "Ring":
+        return cls(axis_name, (tuple(range(jax.lax.axis_size(axis_name))),))
+
+    def index(self):
+        """This device's place in its ring."""
+        if len(self.rings) == 1:
+            return jax.lax.axis_index(self.axis_name)
+        places = {device: i for ring in self.rings for i, device in enumerate(ring)}
+        table = jnp.asarray([places[d] for d in range(len(places))], jnp.int32)
+        return table[jax.lax.axis_index(self.axis_name)]
+
+    def send(self, tree, hops: int = 1):
+        """tree of the device `hops` places before this one."""
+        n = self.size
+        if hops % n == 0:
+            return tree
+        pairs = [(ring[i], ring[(i + hops) % n]) for ring in self.rings for i in range(n)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis_name, pairs), tree)
+
+
+def ring_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    *,
+    mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
+    bias: Float[Array, "#B #H #T #RS"] | None = None,
+    scale: float | None = None,
+    logit_cap: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    axis_name: str = "sequence",
+    balance: str = "contiguous",
+    ring: Ring | None = None,
+):
+    """`ops.attention` of a sequence that a mesh axis splits; called inside `jax.shard_map`.
+
+    Args:
+      q, k, v: this device's tokens, in the order of `balance`.
+      mask: any mask of `ops.masks`, about positions of the whole sequence; its Segments hold the
+        ids of this device's tokens [B, T] (and [B, S]).
+      bias: of this device's queries (or 1) and the keys of all devices (or 1), in the devices'
+        order.
+      scale, logit_cap, return_lse, implementation: as in `ops.attention`.
+      axis_name: the mesh axis that splits time.
+      balance: which tokens a device holds, see `ops.sequence_parallel.layouts`.
+      ring: some of the axis's devices, for several rings side by side; default: all.
+
+    Returns:
+      o [B, T, H, P] in q's dtype; with return_lse also lse [B, T, H].
+
+    Rounds in which no device sees any of the keys are left out: a window costs as many rounds as
+    it is long. Each round sends S (D + P) G elements (and their gradients in the backward pass).
+
+    Raises:
+      ValueError: as `ops.attention`; T that differs from S; lengths that `balance` cannot deal.
+    """
+    ring = Ring.whole(axis_name) if ring is None else ring
+    parts.check(q, k, v, mask, bias, ring.size, balance)
+    options = _Options(
+        parts.options(q, scale, logit_cap, implementation),
+        ring,
+        balance,
+        rounds(mask, ring.size, q.shape[1], balance),
+    )
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    o, lse = _ring(q, k, v, bias, mask, options)
+    return (o, lse) if return_lse else o
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    attention: parts.Options
+    ring: Ring
+    balance: str
+    rounds: int
+
+    def stretches(self, p, T):
+        return layouts.stretches(p, self.ring.size, T, self.balance)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _ring(q, k, v, bias, mask, options):
+    return _forward(q, k, v, bias, mask, options)
+
+
+def _ring_fwd(q, k, v, bias, mask, options):
+    o, lse = _forward(q, k, v, bias, mask, options)
+    return (o, lse), (q, k, v, bias, mask, o, lse)
+
+
+def _forward(q, k, v, bias, mask, options):
+    T, S, P = q.shape[1], k.shape[1], options.ring.size
+    here = options.ring.index()
+    q_ids, kv_ids = parts.segment_ids(mask, T, S)
+
+    def attend(part, r, keys):
+        """part, merged with the attention to the keys that have made r hops."""
+        k, v, kv_ids = keys
+        owner = (here - r) % P
+        new = parts.forward(
+            q, k, v, parts.columns(bias, owner, S), mask, (q_ids, kv_ids),
+            options.stretches(here, T), options.stretches(owner, S), options.attention,
+        )  # fmt: skip
+        return merge_partials(*part, *new)
+
+    def one_round(carry, r):
+        part, keys = carry
+        coming = options.ring.send(keys)
+        return (attend(part, r, keys), coming), None
+
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    B, _, H, _ = q.shape
+    part = jnp.zeros((B, T, H, v.shape[3]), dtype), jnp.full((B, T, H), -jnp.inf, dtype)
+    keys = k, v, kv_ids
+    last = options.rounds - 1
+    (part, keys), _ = jax.lax.scan(one_round, (part, keys), jnp.arange(last))
+    o, lse = attend(part, last, keys)
+    return o.astype(q.dtype), lse
+
+
+def _ring_bwd(options, residuals, cotangents):
+    q, k, v, bias, mask, o, lse = residuals
+    do, dlse = cotangents
+    T, S, P = q.shape[1], k.shape[1], options.ring.size
+    here = options.ring.index()
+    q_ids, kv_ids = parts.segment_ids(mask, T, S)
+
+    def add(sums, dkeys, r, keys):
+        k, v, kv_ids = keys
+        owner = (here - r) % P
+        dq, dk, dv, dbias = parts.backward(
+            q, k, v, parts.columns(bias, owner, S), mask, (q_ids, kv_ids),
+            options.stretches(here, T), options.stretches(owner, S), options.attention,
+            o, lse, do, dlse,
+        )  # fmt: skip
+        sums = sums[0] + dq, parts.add_columns(sums[1], dbias, owner, S)
+        return sums, (dkeys[0] + dk, dkeys[1] + dv)
+
+    def one_round(carry, r):
+        sums, dkeys, keys = carry
+        coming = options.ring.send(keys)
+        sums, dkeys = add(sums, dkeys, r, keys)
+        return (sums, options.ring.send(dkeys), coming), None
+
+    zeros = lambda x: None if x is None else jnp.zeros(x.shape, lse.dtype)
+    carry = (zeros(q), zeros(bias)), (zeros(k), zeros(v)), (k, v, kv_ids)
+    last = options.rounds - 1
+    (sums, dkeys, keys), _ = jax.lax.scan(one_round, carry, jnp.arange(last))
+    (dq, dbias), dkeys = add(sums, dkeys, last, keys)
+    dk, dv = options.ring.send(dkeys, -last)  # home, in one message
+    cast = lambda x, like: None if like is None else x.astype(like.dtype)
+    return cast(dq, q), cast(dk, k), cast(dv, v), cast(dbias, bias), None
+
+
+_ring.defvjp(_ring_fwd, _ring_bwd)
+
+
+def rounds(mask: masks.Mask, P: int, T: int, balance: str) -> int:
+    """How many devices' keys any device has to look at: 1 + the hops to the farthest."""
+    where = [layouts.stretches(p, P, T, balance) for p in range(P)]
+    for r in range(P - 1, 0, -1):
+        for p in range(P):
+            pairs = itertools.product(where[p], where[(p - r) % P])
+            if any(any_visible(mask, a, b) for a, b in pairs):
+                return r + 1
+    return 1
