@@ -14,7 +14,7 @@ from models import positions as positions_lib
 from models.layers import RMSNorm, linear, scaled_fan_in
 from ops import masks
 from ops.attention import attention, decode_attention
-from ops.partitioned import partitioned
+from ops.partitioned import partitioned, sequence_devices
 
 # Up to this many queries against a cache are split over keys instead of over queries.
 DECODE_QUERIES = 8
@@ -78,6 +78,8 @@ class Attention(nn.Module):
       out_scale: multiplies the standard deviation of the output's initial weights.
       implementation: of `ops.attention`, which every device of a mesh in use (`jax.set_mesh`)
         calls for its own rows and heads; see `ops.partitioned`.
+      sequence_parallel, sequence_balance: how devices share time, and in which order the tokens
+        then are; see `ops.sequence_parallel`. With a state, time is not shared.
     """
 
     n_heads: int
@@ -94,6 +96,8 @@ class Attention(nn.Module):
     use_bias: bool = False
     out_scale: float = 1.0
     implementation: str | None = None
+    sequence_parallel: str = "ring"
+    sequence_balance: str = "contiguous"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -143,7 +147,9 @@ class Attention(nn.Module):
             k = positions_lib.apply_rope(k, positions, **rope)
 
         if state is None:
-            o = self._attend(q, k, v, segment_ids, segment_ids, 0)
+            self._check_balance()
+            split = dict(sequence_parallel=self.sequence_parallel, balance=self.sequence_balance)
+            o = self._attend(q, k, v, segment_ids, segment_ids, 0, **split)
         else:
             o, state = self._extend(q, k, v, segment_ids, state)
         out = linear(
@@ -180,7 +186,16 @@ class Attention(nn.Module):
             )
         return options
 
-    def _attend(self, q, k, v, q_ids, kv_ids, q_offset) -> Float[Array, "B T H D"]:
+    def _check_balance(self) -> None:
+        """ALiBi's biases count columns, which is right for tokens in their order alone."""
+        moved = self.sequence_balance != "contiguous" and sequence_devices() > 1
+        if moved and self.position == "alibi":
+            raise ValueError(
+                f"sequence_balance={self.sequence_balance!r} moves tokens, which position='alibi' "
+                "can't follow; use sequence_balance='contiguous' or another position"
+            )
+
+    def _attend(self, q, k, v, q_ids, kv_ids, q_offset, **split) -> Float[Array, "B T H D"]:
         mask = self.mask if q_ids is None else self.mask & masks.Segments(q_ids, kv_ids)
         return partitioned(
             attention,
@@ -190,6 +205,7 @@ class Attention(nn.Module):
             mask=mask,
             q_offset=q_offset,
             implementation=self.implementation,
+            **split,
             **self._options(q.shape[1], k.shape[1], q_offset),
         )
 

@@ -43,6 +43,8 @@ def _attention(config: LanguageModelConfig, mask: masks.Mask, name: str | None) 
         use_bias=config.attention_bias,
         out_scale=config.n_blocks**-0.5,
         implementation=config.attention_implementation,
+        sequence_parallel=config.sequence_parallel,
+        sequence_balance=config.sequence_balance,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         name=name,

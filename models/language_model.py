@@ -15,6 +15,7 @@ from models.blocks import Repeat, init_state, make_norm
 from models.config import LanguageModelConfig
 from models.layers import Embedding, linear
 from models.positions import token_positions
+from ops.partitioned import sequence_devices
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -80,6 +81,7 @@ class Backbone(nn.Module):
         _check(config, tokens, positions=positions, segment_ids=segment_ids)
         B, T = tokens.shape[:2]
         if positions is None:
+            _check_order(config)
             carried = (None, None) if state is None else (state.position, state.segment)
             positions = token_positions(B, T, segment_ids, *carried)
         x = self.embed(tokens)
@@ -249,6 +251,15 @@ def unroll_params(config: LanguageModelConfig, params):
     for i in range(config.repeats):
         backbone[f"layers_{i}"] = jax.tree.map(lambda a, i=i: a[i], stacked)
     return {**nn.unbox(params), "backbone": backbone}
+
+
+def _check_order(config: LanguageModelConfig) -> None:
+    """Positions can't be counted where tokens are not in their order."""
+    if config.sequence_balance != "contiguous" and sequence_devices() > 1:
+        raise ValueError(
+            f"sequence_balance={config.sequence_balance!r} needs positions, in the order of the "
+            "tokens: see ops.sequence_parallel.layouts.order"
+        )
 
 
 def _check(config: LanguageModelConfig, tokens, **per_token) -> None:

@@ -3,11 +3,13 @@
 The compiler cuts XLA's operations for the devices of a mesh by itself, but not a Pallas kernel. So
 the op is called inside `jax.shard_map`, where it sees one device's part, whatever implements it.
 Rows and heads know nothing of each other: nothing is sent but sums of gradients that devices
-share. Time stays whole.
+share. Where the mesh has an axis for it, time is cut as well, and devices exchange keys or heads in
+one of the ways of `ops.sequence_parallel`.
 
 Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,10 +19,12 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 from ops import masks
+from ops.sequence_parallel import ATTENTION, kinds, layouts
 
 # Names of mesh axes; a mesh may lack any of them.
 BATCH_AXES = ("data", "fsdp")
 HEAD_AXIS = "tensor"
+TIME_AXIS = "sequence"
 
 
 def partitioned(
@@ -32,6 +36,8 @@ def partitioned(
     mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
     bias: Float[Array, "#B #H #T #S"] | None = None,
     q_offset: int | Array | None = None,
+    sequence_parallel: str | None = None,
+    balance: str = "contiguous",
     **options,
 ):
     """op(q, k, v, mask=mask, bias=bias, q_offset=q_offset, **options), cut for the mesh in use.
@@ -45,10 +51,17 @@ def partitioned(
     Args:
       op: `ops.attention.attention` or a function like it.
       q, k, v, mask, bias, q_offset: as there.
+      sequence_parallel: a setting of `ops.sequence_parallel.kinds`, by which time is cut over
+        TIME_AXIS; None keeps time whole. Only for self-attention of whole sequences (q_offset is
+        0 or None), and only with `ops.attention.attention` as op.
+      balance: the order of the tokens then, by which devices hold equal work.
       **options: of `op`; no arrays.
 
     Returns:
-      What `op` returns: arrays whose dimensions 0 and 2 are B and H.
+      What `op` returns: arrays whose first dimensions are B, T and H.
+
+    Raises:
+      ValueError: time that the devices of TIME_AXIS cannot share equally.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = {
@@ -64,6 +77,13 @@ def partitioned(
         heads = HEAD_AXIS
         k, v = (_repeat_heads(x, q.shape[2], parts) for x in (k, v))
 
+    time, parts = None, free.get(TIME_AXIS, 1)
+    if parts > 1 and sequence_parallel is not None:
+        _check_time(q, k, parts, balance, q_offset)
+        time, q_offset = TIME_AXIS, None
+        kind = kinds(sequence_parallel).attention
+        op = functools.partial(ATTENTION[kind], axis_name=TIME_AXIS, balance=balance)
+
     def cut(x, *axes):
         """The spec of an array; dimensions of length 1 are broadcast, so they stay whole."""
         return PartitionSpec(
@@ -71,12 +91,14 @@ def partitioned(
         )
 
     arrays = {"q": q, "k": k, "v": v, "mask": mask}
-    specs = {name: PartitionSpec(batch, None, heads) for name in ("q", "k", "v")}
-    specs["mask"] = jax.tree.map(lambda ids: cut(ids, batch), mask)
+    specs = {name: PartitionSpec(batch, time, heads) for name in ("q", "k", "v")}
+    specs["mask"] = jax.tree.map(lambda ids: cut(ids, batch, time), mask)
     if bias is not None:
         arrays["bias"] = bias
-        specs["bias"] = cut(bias, *(batch, heads, None, None)[-bias.ndim :])
-    if q_offset is None or isinstance(q_offset, (int, np.integer)):
+        specs["bias"] = cut(bias, *(batch, heads, time, None)[-bias.ndim :])
+    if time is not None:
+        pass
+    elif q_offset is None or isinstance(q_offset, (int, np.integer)):
         options["q_offset"] = q_offset
     else:
         arrays["q_offset"], specs["q_offset"] = q_offset, PartitionSpec()
@@ -86,10 +108,26 @@ def partitioned(
     return jax.shard_map(
         lambda arrays: op(**arrays, **options),
         in_specs=(specs,),
-        out_specs=PartitionSpec(batch, None, heads),
+        out_specs=PartitionSpec(batch, time, heads),
         axis_names=set(free),
         check_vma=False,
     )(arrays)
+
+
+def sequence_devices() -> int:
+    """Devices along TIME_AXIS of the mesh in use; 1 where there is none or it is manual already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape[TIME_AXIS] if axes.get(TIME_AXIS) == AxisType.Auto else 1
+
+
+def _check_time(q, k, P: int, balance: str, q_offset) -> None:
+    layouts.check(q.shape[1], P, balance)
+    if q.shape[1] != k.shape[1] or not (q_offset is None or isinstance(q_offset, int)) or q_offset:
+        raise ValueError(
+            f"time is cut over {P} devices only for self-attention from position 0, not for "
+            f"{q.shape[1]} queries and {k.shape[1]} keys with q_offset={q_offset}"
+        )
 
 
 def _batch_axes(B: int, sizes: dict[str, int]) -> tuple[str, ...] | None:

@@ -5,7 +5,6 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 
-import jax
 import numpy as np
 from flax import linen as nn
 
@@ -36,8 +35,8 @@ def eval_batches(dataset: Iterable, rows: int, limit: int) -> Iterator[dict[str,
         yield pad_rows(batch, rows)
 
 
-def make_datasets(c: Settings) -> dict[str, Iterable]:
-    """Loads, splits and batches the documents of `c.data`; each process gets its own rows.
+def make_datasets(c: Settings, shard_index: int = 0, shard_count: int = 1) -> dict[str, Iterable]:
+    """Loads, splits and batches the documents of `c.data`: part `shard_index` of each batch's rows.
 
     "train" repeats without end in an order that the seed gives; "validation" and "test" pass once.
     """
@@ -51,8 +50,8 @@ def make_datasets(c: Settings) -> dict[str, Iterable]:
     common = dict(
         seq_len=c.data.seq_len,
         batch_size=c.data.batch_size,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        shard_index=shard_index,
+        shard_count=shard_count,
     )
     shuffled = dict(seed=c.seed, shuffle=c.data.shuffle)
     if c.task == "classification":

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from models import LanguageModelConfig
+from ops.sequence_parallel import layouts
 
 TASKS = ("language_model", "classification")
 OPTIMIZERS = ("adamw", "adam", "lion", "sgd")
@@ -166,7 +167,7 @@ class ClassifierConfig:
 class MeshConfig:
     data: int = -1  # copies of the model; -1: whatever devices the other axes leave
     fsdp: int = 1  # parts of each parameter and its moments; the batch is cut as well
-    sequence: int = 1  # parts of the time axis; only 1 for now
+    sequence: int = 1  # parts of the time axis; model.sequence_parallel says how they meet
     tensor: int = 1  # parts of heads, MLP and vocabulary
 
     def __post_init__(self):
@@ -176,11 +177,6 @@ class MeshConfig:
                 raise ConfigError(
                     f"mesh.{field.name} = {value} must be at least 1 (or -1 for mesh.data)"
                 )
-        if self.sequence > 1:
-            raise ConfigError(
-                f"mesh.sequence = {self.sequence}: the time axis is not split yet; set it to 1 and "
-                "use mesh.data, mesh.fsdp and mesh.tensor"
-            )
 
 
 SECTIONS = {
@@ -220,8 +216,15 @@ class Settings:
             )
         try:
             self.model_config(vocab_size=1)
+            if self.mesh.sequence > 1:
+                layouts.check(self.data.seq_len, self.mesh.sequence, self.balance)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model: {error}") from error
+
+    @property
+    def balance(self) -> str:
+        """The order of tokens on the devices that share a sequence."""
+        return self.model.get("sequence_balance", "contiguous")
 
     def model_config(self, vocab_size: int) -> LanguageModelConfig:
         """The model's configuration; `vocab_size` is used if config.model has none."""

@@ -1,11 +1,10 @@
 """The mesh, and where each array lives on it.
 
 Axes: `data` (copies of the model), `fsdp` (parameters cut along their embedding dimension, batch
-cut as well), `sequence` (time; not used yet) and `tensor` (heads, MLP width, recurrent channels,
-vocabulary). Modules
-name the dimensions of their parameters; RULES is the one place that maps those names to mesh axes.
-The compiler inserts the communication; attention, which may be a kernel that it cannot cut, is cut
-by ops.partitioned.
+cut as well), `sequence` (time of activations) and `tensor` (heads, MLP width, recurrent channels,
+vocabulary). Modules name the dimensions of their parameters; RULES is the one place that maps those
+names to mesh axes. The compiler inserts the communication; attention, which may be a kernel that it
+cannot cut, is cut by ops.partitioned, and what mixes over time meets by ops.sequence_parallel.
 """
 
 import jax
@@ -15,7 +14,8 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ops.partitioned import BATCH_AXES, HEAD_AXIS
+from ops.partitioned import BATCH_AXES, HEAD_AXIS, TIME_AXIS
+from ops.sequence_parallel import layouts
 from training.settings import MeshConfig
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -24,7 +24,7 @@ BATCH = P(BATCH_AXES)
 # Logical name of a dimension -> mesh axis. A dimension that its axis does not divide stays whole.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
-    "time": "sequence",
+    "time": TIME_AXIS,
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": HEAD_AXIS,
@@ -137,13 +137,74 @@ def optimizer_shardings(tx: optax.GradientTransformation, params, shardings, mes
     )
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Sends this host's rows [B / hosts, ...] to its devices; returns the global [B, ...]."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-        for name, value in batch.items()
-    }
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which part of each batch's rows this process feeds, and of how many.
+
+    Processes along `sequence` or `tensor` feed the same rows.
+
+    Raises:
+        ValueError: processes whose rows overlap without being the same.
+    """
+    rows: dict[int, set[int]] = {}
+    parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    for row, devices in enumerate(parts):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(row)
+    shards = sorted({tuple(sorted(part)) for part in rows.values()})
+    if sum(map(len, shards)) != len(parts):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: the rows of a batch do not fall apart by processes: "
+            f"{shards}; let mesh.sequence * mesh.tensor be a multiple or a divisor of the devices "
+            "of a process"
+        )
+    return shards.index(tuple(sorted(rows[jax.process_index()]))), len(shards)
+
+
+def put_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, balance: str = "contiguous"
+) -> dict[str, jax.Array]:
+    """Sends this process's rows [B / shards, T, ...] to its devices; returns the global arrays.
+
+    Arrays with time are cut over `sequence` too, their tokens in the order that `balance` gives
+    (ops.sequence_parallel.layouts); positions are added where that is not the tokens' own.
+
+    Raises:
+        ValueError: time that the devices along `sequence` cannot share equally.
+    """
+    index, count = data_shard(mesh)
+    P_time = mesh.shape["sequence"]
+    batch = {name: np.asarray(value) for name, value in batch.items()}
+    if P_time > 1 and balance != "contiguous":
+        if "positions" not in batch:
+            batch["positions"] = _positions(batch)
+        order = layouts.order(batch["tokens"].shape[1], P_time, balance)
+        batch = {k: v[:, order] if v.ndim > 1 else v for k, v in batch.items()}
+    elif P_time > 1:
+        layouts.check(batch["tokens"].shape[1], P_time, balance)
+
+    def put(rows):
+        timed = P_time > 1 and rows.ndim > 1
+        sharding = NamedSharding(mesh, P(BATCH_AXES, TIME_AXIS) if timed else BATCH)
+        first = index * len(rows)
+
+        def part(where):
+            start, stop, _ = where[0].indices(len(rows) * count)
+            return rows[(slice(start - first, stop - first), *where[1:])]
+
+        return jax.make_array_from_callback((len(rows) * count, *rows.shape[1:]), sharding, part)
+
+    return {name: put(value) for name, value in batch.items()}
+
+
+def _positions(batch: dict[str, np.ndarray]) -> np.ndarray:
+    """Positions [B, T] that start at 0 in each segment, as models count them by themselves."""
+    B, T = batch["tokens"].shape[:2]
+    index = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    if "segment_ids" not in batch:
+        return index
+    ids = batch["segment_ids"]
+    starts = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
 
 
 def use(mesh: Mesh):

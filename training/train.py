@@ -34,6 +34,7 @@ FREE_ON_RESUME = (
     "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
     "train.keep", "train.resume_step", "train.progress", "train.tensorboard",
     "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
+    "model.sequence_parallel", "model.sequence_balance",
 )  # fmt: skip
 
 
@@ -67,11 +68,12 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
     # Mesh.
     mesh = sharding.make_mesh(c.mesh)
     sharding.check_batch(mesh, c.data.batch_size, c.train.microbatches)
-    rows = local_rows(c)
+    shard = sharding.data_shard(mesh)
+    rows = local_rows(c, shard[1])
 
     # Data.
     if datasets is None:
-        datasets = inputs.make_datasets(c)
+        datasets = inputs.make_datasets(c, *shard)
     iterator = iter(datasets["train"])
     example = _peek(iterator)
 
@@ -112,7 +114,9 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
                 return
             sums: dict[str, float] = {}
             for batch in inputs.eval_batches(datasets[split], rows, c.train.eval_batches):
-                part = jax.device_get(eval_step(state.params, sharding.put_batch(batch, mesh)))
+                part = jax.device_get(
+                    eval_step(state.params, sharding.put_batch(batch, mesh, c.balance))
+                )
                 sums = {name: sums.get(name, 0.0) + float(x) for name, x in part.items()}
             recorder.row(step, split, eval_metrics(sums, split))
             recorder.restart_clock()
@@ -138,7 +142,8 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
         if restored is None:
             evaluate(0, "validation")
         for step in range((restored or 0) + 1, c.train.steps + 1):
-            batch = sharding.put_batch(_next(iterator, step, c.train.steps), mesh)
+            batch = _next(iterator, step, c.train.steps)
+            batch = sharding.put_batch(batch, mesh, c.balance)
             state, metrics = train_step(state, batch)
             finish_pending()
             pending = (step, metrics)
@@ -256,14 +261,14 @@ def check_finite(step: int, values: dict[str, float], saver: Checkpoints) -> Non
             )
 
 
-def local_rows(c: Settings) -> int:
-    """Rows of a batch that this process feeds."""
-    if c.data.batch_size % jax.process_count():
+def local_rows(c: Settings, shards: int) -> int:
+    """Rows of a batch that this process feeds, as one of `shards` groups of processes."""
+    if c.data.batch_size % shards:
         raise ValueError(
-            f"data.batch_size = {c.data.batch_size} must be a multiple of the "
-            f"{jax.process_count()} processes"
+            f"data.batch_size = {c.data.batch_size} must be a multiple of the {shards} groups of "
+            "processes that feed it"
         )
-    return c.data.batch_size // jax.process_count()
+    return c.data.batch_size // shards
 
 
 def eval_metrics(sums: dict[str, float], split: str) -> dict[str, float]:
