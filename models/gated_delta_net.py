@@ -21,6 +21,7 @@ from models.recurrent import (
     step_size_bias,
 )
 from ops.delta_rule import gated_delta_rule
+from ops.sequence_parallel.on_mesh import on_mesh
 
 
 class GatedDeltaNetState(NamedTuple):
@@ -47,6 +48,7 @@ class GatedDeltaNet(nn.Module):
       negative_eigenvalues: b = 2 sigmoid, so that a step may turn the state (arXiv 2411.12537).
       norm_eps: of the norm over P.
       chunk, implementation: of `ops.gated_delta_rule`.
+      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
       out_scale: multiplies the output's initial weights.
     """
 
@@ -63,6 +65,7 @@ class GatedDeltaNet(nn.Module):
     implementation: str | None = None
     norm_eps: float = 1e-5
     out_scale: float = 1.0
+    sequence_parallel: str = "ring"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -99,7 +102,13 @@ class GatedDeltaNet(nn.Module):
         tails, qkv = [], []
         for i, (name, features) in enumerate((("query", D), ("key", D), ("value", P))):
             y = linear(H * features, ("embed", "inner"), name=name, **common)(x)
-            conv = ShortConvolution(self.conv_width, False, name=f"{name}_conv", **common)
+            conv = ShortConvolution(
+                self.conv_width,
+                False,
+                name=f"{name}_conv",
+                sequence_parallel=self.sequence_parallel,
+                **common,
+            )
             y, tail = conv(y, state=None if state is None else state.conv[i], segment_ids=ids)
             tails.append(tail)
             qkv.append(y.reshape(batch, T, H, features))
@@ -119,7 +128,9 @@ class GatedDeltaNet(nn.Module):
         dt_bias = vector("dt_bias", step_size_bias(self.dt_min, self.dt_max))
         A_log = vector("A_log", _log_uniform(*self.A_range))
         log_decay = -jnp.exp(A_log) * jax.nn.softplus(a + dt_bias)
-        o, memory = gated_delta_rule(
+        o, memory = on_mesh(
+            gated_delta_rule,
+            self.sequence_parallel,
             q,
             k,
             v,

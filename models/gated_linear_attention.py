@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from models.layers import linear, scaled_fan_in
 from models.recurrent import carried_segments, check_mixer_inputs
 from ops.gated_linear_attention import gated_linear_attention
+from ops.sequence_parallel.on_mesh import on_mesh
 
 
 class GLAState(NamedTuple):
@@ -35,6 +36,7 @@ class GatedLinearAttention(nn.Module):
       gate_normalizer: the larger, the slower is the decay.
       norm_eps: of the norm over P.
       chunk, implementation: of `ops.gated_linear_attention`.
+      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
       out_scale: multiplies the output's initial weights.
     """
 
@@ -48,6 +50,7 @@ class GatedLinearAttention(nn.Module):
     implementation: str | None = None
     norm_eps: float = 1e-5
     out_scale: float = 1.0
+    sequence_parallel: str = "ring"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -89,7 +92,9 @@ class GatedLinearAttention(nn.Module):
         decay = linear((H, D), axes, use_bias=True, name="decay_out", **common)(low)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         log_decay = jax.nn.log_sigmoid(decay.astype(wide)) / self.gate_normalizer
-        o, memory = gated_linear_attention(
+        o, memory = on_mesh(
+            gated_linear_attention,
+            self.sequence_parallel,
             q,
             k,
             v,

@@ -11,10 +11,16 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from models.layers import linear
-from models.recurrent import carried_segments, check_mixer_inputs, uniform_fan_in
-from models.s4 import log_steps, output_matrix, poles
+from models.recurrent import (
+    carried_segments,
+    check_mixer_inputs,
+    check_whole_time,
+    uniform_fan_in,
+)
+from models.s4 import chunked, log_steps, output_matrix, poles
 from ops import s4
 from ops.long_convolution import long_convolution
+from ops.sequence_parallel.on_mesh import on_mesh
 from ops.short_convolution import short_convolution
 from ops.state_space import diagonal_state_space
 
@@ -42,6 +48,7 @@ class H3(nn.Module):
       dt_min, dt_max: its initial steps are log-uniform between them.
       fft: as of `models.s4.S4D`.
       use_bias: of the linear maps.
+      sequence_parallel: of `ops.sequence_parallel.on_mesh`, and as S4D's.
       out_scale: multiplies the output's initial weights.
     """
 
@@ -56,6 +63,7 @@ class H3(nn.Module):
     fft: bool = True
     use_bias: bool = True
     out_scale: float = 1.0
+    sequence_parallel: str = "ring"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -80,10 +88,13 @@ class H3(nn.Module):
           y and the new state (None if none was given).
 
         Raises:
-          ValueError: for a wrong rank, ids that are not [B, T], or sizes that don't fit.
+          ValueError: for a wrong rank, ids that are not [B, T], sizes that don't fit, or what
+            can't be cut where the mesh in use cuts time.
         """
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         H, D = self._heads(), self.head_dim
+        if not (self.fft and state is None and segment_ids is None):
+            check_whole_time(x, chunked("h3", state, segment_ids))
         batch, T, E = x.shape
         wide = jnp.promote_types(self.dtype, jnp.float32)
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
@@ -133,9 +144,9 @@ class H3(nn.Module):
         taps = self.param("shift", init, (self.taps, E), self.param_dtype)
         D = self._skip("D_shift", E).astype(wide)
         if self.fft and state is None and ids is None:
-            y, state = long_convolution(k.astype(wide), taps[::-1].astype(wide), D=D)[0], None
-            return y, state
-        y, state = short_convolution(k, taps, initial_state=state, segment_ids=ids)
+            taps = taps[::-1].astype(wide)
+            return self._cut(long_convolution, k.astype(wide), taps, D=D)[0], None
+        y, state = self._cut(short_convolution, k, taps, initial_state=state, segment_ids=ids)
         return y.astype(wide) + D.reshape(1, 1, E) * k.astype(wide), state
 
     def _diagonal(self, kv, state, ids):
@@ -153,7 +164,7 @@ class H3(nn.Module):
             kernel = s4.s4d_kernel(*system, kv.shape[1], self.discretization)
             channels = kv.reshape(*kv.shape[:2], -1)
             kernel = jnp.repeat(kernel, channels.shape[2] // H, axis=1)
-            y = long_convolution(channels, kernel)[0].reshape(kv.shape)
+            y = self._cut(long_convolution, channels, kernel)[0].reshape(kv.shape)
         else:
             y, state = diagonal_state_space(
                 kv,
@@ -163,6 +174,9 @@ class H3(nn.Module):
                 segment_ids=ids,
             )
         return y + D * kv, state
+
+    def _cut(self, op, *arrays, **options):
+        return on_mesh(op, self.sequence_parallel, *arrays, **options)
 
     def _skip(self, name, features):
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("inner",))

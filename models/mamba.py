@@ -21,6 +21,7 @@ from models.recurrent import (
     uniform_fan_in,
 )
 from ops.selective_scan import selective_scan
+from ops.sequence_parallel.on_mesh import on_mesh
 
 
 class MambaState(NamedTuple):
@@ -44,6 +45,7 @@ class Mamba(nn.Module):
       conv_width: W.
       conv_bias, use_bias: of the convolution; of W_in and W_out.
       dt_min, dt_max: initial step sizes are log-uniform between them.
+      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
       out_scale: multiplies the output's initial weights.
       implementation: of `ops.selective_scan`.
     """
@@ -59,6 +61,7 @@ class Mamba(nn.Module):
     dt_max: float = 1e-1
     implementation: str | None = None
     out_scale: float = 1.0
+    sequence_parallel: str = "ring"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -100,7 +103,13 @@ class Mamba(nn.Module):
             **common,
         )(x)
         u, z = jnp.split(xz, 2, axis=-1)
-        conv = ShortConvolution(self.conv_width, self.conv_bias, name="conv", **common)
+        conv = ShortConvolution(
+            self.conv_width,
+            self.conv_bias,
+            name="conv",
+            sequence_parallel=self.sequence_parallel,
+            **common,
+        )
         u, tail = conv(u, state=None if state is None else state.conv, segment_ids=ids)
 
         axes = ("inner", "rank")
@@ -113,7 +122,9 @@ class Mamba(nn.Module):
         dt_bias = self.param("dt_bias", named(bias_init, ("inner",)), (E,), exact)
         A_log = self.param("A_log", named(_log_steps, ("inner", "state")), (E, N), exact)
         D = self.param("D", named(nn.initializers.ones_init(), ("inner",)), (E,), exact)
-        y, ssm = selective_scan(
+        y, ssm = on_mesh(
+            selective_scan,
+            self.sequence_parallel,
             u,
             dt,
             -jnp.exp(A_log.astype(jnp.promote_types(A_log.dtype, jnp.float32))),

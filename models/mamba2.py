@@ -18,11 +18,13 @@ from models.recurrent import (
     ShortConvolution,
     carried_segments,
     check_mixer_inputs,
+    check_whole_time,
     exact_dtype,
     step_size_bias,
     uniform_fan_in,
 )
 from models.state_window import StateWindow, beyond_window
+from ops.sequence_parallel.on_mesh import on_mesh
 from ops.ssd import ssd
 
 
@@ -64,6 +66,7 @@ class Mamba2(nn.Module):
         W - 1 tokens more.
       norm_eps: of the norm.
       chunk, implementation: of `ops.ssd`.
+      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
       out_scale: multiplies the output's initial weights.
     """
 
@@ -87,6 +90,7 @@ class Mamba2(nn.Module):
     implementation: str | None = None
     norm_eps: float = 1e-5
     out_scale: float = 1.0
+    sequence_parallel: str = "ring"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -111,8 +115,8 @@ class Mamba2(nn.Module):
           y and the new state (None if none was given).
 
         Raises:
-          ValueError: for a wrong rank, ids that are not [B, T], sizes that don't divide, or
-            decay_scale out of (0, 1].
+          ValueError: for a wrong rank, ids that are not [B, T], sizes that don't divide,
+            decay_scale out of (0, 1], or a state_window where the mesh in use cuts time.
         """
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         E, H, G, N = self._sizes()
@@ -132,7 +136,13 @@ class Mamba2(nn.Module):
             **common,
         )(x)
         z, xBC, dt = jnp.split(zxbcdt, (E, 2 * E + 2 * G * N), axis=-1)
-        conv = ShortConvolution(self.conv_width, self.conv_bias, name="conv", **common)
+        conv = ShortConvolution(
+            self.conv_width,
+            self.conv_bias,
+            name="conv",
+            sequence_parallel=self.sequence_parallel,
+            **common,
+        )
         xBC, tail = conv(xBC, state=carried.conv, segment_ids=ids)
         u, B, C = jnp.split(xBC, (E, E + G * N), axis=-1)
         u = u.reshape(batch, T, H, P)
@@ -158,10 +168,22 @@ class Mamba2(nn.Module):
             slower = dt + math.log(self.decay_scale) / A[None, None]
             faded = (u.astype(A.dtype) * (dt / slower)[..., None]).astype(u.dtype)
         options = dict(chunk=self.chunk, implementation=self.implementation)
-        y, ssm = ssd(faded, slower, A, B, C, initial_state=carried.ssm, segment_ids=ids, **options)
+        y, ssm = on_mesh(
+            ssd,
+            self.sequence_parallel,
+            faded,
+            slower,
+            A,
+            B,
+            C,
+            initial_state=carried.ssm,
+            segment_ids=ids,
+            **options,
+        )
         y = y.astype(A.dtype) + D.astype(A.dtype).reshape(1, 1, H, 1) * u.astype(A.dtype)
         window = carried.window
         if window is not None:
+            check_whole_time(x, f"mamba2: state_window={self.state_window}")
             old, window = beyond_window(
                 faded, slower, A, B, C, window, segment_ids=segment_ids, **options
             )

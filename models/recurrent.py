@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from ops.sequence_parallel.on_mesh import on_mesh, sequence_parts
 from ops.short_convolution import short_convolution
 
 
@@ -23,6 +24,16 @@ def check_mixer_inputs(x, *, positions=None, segment_ids=None) -> None:
             raise ValueError(
                 f"{name} must be [batch, time] = {x.shape[:2]} like x, got {value.shape}"
             )
+
+
+def check_whole_time(x, option: str) -> None:
+    """Raises ValueError, which names the option, if the mesh in use cuts x's time."""
+    P = sequence_parts(x.shape[1])
+    if P > 1:
+        raise ValueError(
+            f"{option} needs all of time on one device, but mesh.sequence = {P} cuts it; use "
+            "mesh.sequence = 1, or do without"
+        )
 
 
 def carried_segments(
@@ -67,11 +78,13 @@ class ShortConvolution(nn.Module):
     Attributes:
       width: W.
       activation: None or "silu".
+      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
     """
 
     width: int = 4
     use_bias: bool = True
     activation: str | None = "silu"
+    sequence_parallel: str = "ring"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -94,7 +107,9 @@ class ShortConvolution(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", named(init, axes[1:]), (E,), self.param_dtype)
-        return short_convolution(
+        return on_mesh(
+            short_convolution,
+            self.sequence_parallel,
             x.astype(self.dtype),
             kernel,
             bias=bias,

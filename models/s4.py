@@ -17,9 +17,16 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from models.layers import linear
-from models.recurrent import carried_segments, check_mixer_inputs, exact_dtype, uniform_fan_in
+from models.recurrent import (
+    carried_segments,
+    check_mixer_inputs,
+    check_whole_time,
+    exact_dtype,
+    uniform_fan_in,
+)
 from ops import s4, state_space
 from ops.long_convolution import long_convolution
+from ops.sequence_parallel.on_mesh import on_mesh
 
 OUTPUTS = ("glu", "linear", "none")
 # Real parts stay below it, so that no mode grows.
@@ -49,6 +56,8 @@ class _StateSpaceLayer(nn.Module):
       output: "glu", W y * sigmoid(W' y); "linear", W y; or "none", y.
       dropout: rate behind GELU, one mask for all of time; active where `apply` has a "dropout" key.
       use_bias: of W and W'.
+      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
+        Only whole sequences without state and segments, and with fft, can be cut.
       out_scale: multiplies the initial weights W.
     """
 
@@ -64,6 +73,7 @@ class _StateSpaceLayer(nn.Module):
     dropout: float = 0.0
     use_bias: bool = True
     out_scale: float = 1.0
+    sequence_parallel: str = "ring"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -89,7 +99,8 @@ class _StateSpaceLayer(nn.Module):
 
         Raises:
           ValueError: for a wrong rank, ids that are not [B, T], a state of a bidirectional
-            layer, or attributes that don't fit.
+            layer, attributes that don't fit, or what can't be cut where the mesh in use cuts
+            time.
         """
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         self._check_attributes()
@@ -135,7 +146,9 @@ class _StateSpaceLayer(nn.Module):
 
     def _ssm(self, u, system, initial_state, ids):
         if self.fft and initial_state is None and ids is None:
-            return long_convolution(u, self._kernel(system, u.shape[1]))[0], None
+            kernel = self._kernel(system, u.shape[1])
+            return on_mesh(long_convolution, self.sequence_parallel, u, kernel)[0], None
+        check_whole_time(u, chunked(type(self).__name__.lower(), initial_state, ids))
         return self._chunks(u, system, initial_state, ids)
 
     def _mix(self, y):
@@ -243,6 +256,13 @@ class S4(_StateSpaceLayer):
         return state_space.dplr_state_space(
             u, *system, initial_state=initial_state, segment_ids=ids
         )
+
+
+def chunked(mixer: str, state, segment_ids) -> str:
+    """Why a state space is computed in chunks, for messages."""
+    if segment_ids is not None:
+        return f"{mixer}: segment_ids"
+    return f"{mixer}: fft=False" if state is None else f"{mixer}: a state"
 
 
 def poles(module: nn.Module, Lambda: np.ndarray | None, shape, axes, wide) -> Array:
