@@ -1,0 +1,232 @@
+"""Counts what the devices of a compiled program send each other.
+
+    compiled = jax.jit(step).lower(state, batch).compile()
+    for c in collectives(compiled.as_text()):
+        print(c.kind, c.times, c.sent_bytes)
+    print(table(collectives(compiled.as_text())))
+
+Exact counts of what the program says, loops included: no model of links, and no time.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+_BITS = {
+    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16,
+    "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
+}  # fmt: skip
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_HEAD = re.compile(r"^(ENTRY )?%?(\S+) \(.*\) -> .* \{$")
+_DEFINITION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (.*)$")
+_TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One instruction of a program, for one device.
+
+    Attributes:
+      kind: of KINDS.
+      times: how often it runs, as loops around it say; None in a loop whose length the program
+        does not know.
+      operand_bytes: what a device puts in, each time.
+      devices: that take part with it; of a permutation, the pairs of sender and receiver.
+      name: where it comes from: the JAX operation, or "".
+    """
+
+    kind: str
+    times: int | None
+    operand_bytes: int
+    devices: int
+    name: str = ""
+
+    @property
+    def sent_bytes(self) -> float | None:
+        """What a device sends in all runs, by the algorithms that need least.
+
+        Of n operand bytes and g devices: all-gather n (g - 1); reduce-scatter and all-to-all
+        n (g - 1) / g; all-reduce twice that; a permutation n, for a device that sends.
+        """
+        if self.times is None:
+            return None
+        g = self.devices
+        share = {
+            "all-gather": g - 1,
+            "all-reduce": 2 * (g - 1) / g if g else 0,
+            "reduce-scatter": (g - 1) / g if g else 0,
+            "all-to-all": (g - 1) / g if g else 0,
+            "ragged-all-to-all": (g - 1) / g if g else 0,
+        }.get(self.kind, 1)
+        return self.times * self.operand_bytes * share
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collectives of a compiled program's text (`compiled.as_text()`), in its order.
+
+    Raises:
+      ValueError: text that is no compiled program.
+    """
+    computations, entry = _computations(hlo)
+    found: list[Collective] = []
+    _visit(computations, entry, 1, found, _partitions(hlo))
+    return found
+
+
+def sent_bytes(found: Iterable[Collective]) -> dict[str, float]:
+    """Bytes that a device sends, by kind.
+
+    Raises:
+      ValueError: a collective in a loop of unknown length.
+    """
+    total: dict[str, float] = {}
+    for c in found:
+        if c.sent_bytes is None:
+            raise ValueError(f"{c.kind} {c.name!r} is in a loop whose length is not known")
+        total[c.kind] = total.get(c.kind, 0.0) + c.sent_bytes
+    return total
+
+
+def table(found: Iterable[Collective]) -> str:
+    """A line per kind: how many instructions, runs and bytes sent by a device."""
+    found = list(found)
+    lines = [f"{'collective':<20} {'instructions':>12} {'runs':>8} {'MiB sent':>10}"]
+    for kind in sorted({c.kind for c in found}):
+        ours = [c for c in found if c.kind == kind]
+        known = [c for c in ours if c.times is not None]
+        mark = "" if len(known) == len(ours) else " + loops of unknown length"
+        runs, sent = sum(c.times for c in known), sum(c.sent_bytes for c in known)
+        lines.append(f"{kind:<20} {len(ours):>12} {runs:>8} {sent / 2**20:>10.2f}{mark}")
+    return "\n".join(lines)
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """{name: its instructions} and the name of the one that runs."""
+    computations, entry, lines = {}, None, None
+    for line in hlo.splitlines():
+        if head := _HEAD.match(line):
+            lines = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif line.startswith("}"):
+            lines = None
+        elif lines is not None:
+            lines.append(line)
+    if entry is None:
+        raise ValueError("no ENTRY computation: give the text of a compiled program, as_text()")
+    return computations, entry
+
+
+def _visit(computations, name, times, found, partitions):
+    """Adds the collectives of a computation that runs `times` times, and of what it calls."""
+    sizes = {}
+    for line in computations[name]:
+        definition = _DEFINITION.match(line)
+        if definition is None:
+            continue
+        result, body = definition[1], definition[2]
+        kind, operands = _operation(body)
+        sizes[result] = _bytes(body[: body.find(f" {kind}(")]) if kind else 0
+        base = kind.removesuffix("-start") if kind else None
+        if base in KINDS:
+            found.append(
+                Collective(
+                    base,
+                    times,
+                    sum(sizes.get(operand, 0) for operand in operands),
+                    _devices(base, body, partitions),
+                    _op_name(body),
+                )
+            )
+            continue
+        if kind is None or kind.endswith("-done"):
+            continue
+        trips = _TRIPS.search(body) if kind == "while" else None
+        inside = times
+        if kind == "while":
+            inside = times * int(trips[1]) if trips and times is not None else None
+        for called in _called(body):
+            if called in computations:
+                _visit(computations, called, inside, found, partitions)
+
+
+def _operation(body: str):
+    """(opcode, names of operands) of an instruction's right-hand side."""
+    depth, start = 0, 0
+    for i, c in enumerate(body):  # the result's type may be a tuple, with spaces and parentheses
+        depth += (c in "([{") - (c in ")]}")
+        if c == " " and depth == 0:
+            start = i + 1
+            break
+    match = re.match(r"([\w-]+)\(", body[start:])
+    if match is None:
+        return None, ()
+    end = _closing(body, start + match.end() - 1)
+    inner = body[start + match.end() : end]
+    return match[1], re.findall(r"%([\w.\-]+)", inner)
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    return len(text)
+
+
+def _bytes(shapes: str) -> int:
+    bits = 0
+    for dtype, dims in _SHAPE.findall(shapes):
+        size = _BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
+        bits += size * math.prod(int(n) for n in dims.split(",") if n)
+    return bits // 8
+
+
+def _called(body: str) -> list[str]:
+    """Computations that an instruction runs: bodies of loops, branches, calls, fusions."""
+    names = re.findall(
+        r"(?:body|calls|to_apply|true_computation|false_computation|called_computations)="
+        r"\{?%?([\w.\-]+)",
+        body,
+    )
+    for branches in re.findall(r"branch_computations=\{([^}]*)\}", body):
+        names += re.findall(r"%?([\w.\-]+)", branches)
+    return names
+
+
+def _devices(kind: str, body: str, partitions: int) -> int:
+    """How many devices take part together."""
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{((?:\{[^}]*\},?)*)\}", body)
+        return pairs[1].count("{") if pairs else 0
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", body):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        size = 1
+        for axis in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2]):
+            size *= int(axis[1] or sizes[axis[0]])
+        return size
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", body):
+        return int(iota[1])
+    if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", body):
+        return len(groups[1].split(","))
+    return partitions
+
+
+def _partitions(hlo: str) -> int:
+    found = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo)]
+    return max(found, default=1)
+
+
+def _op_name(body: str) -> str:
+    match = re.search(r'op_name="([^"]*)"', body)
+    return match[1] if match else ""
