@@ -13,13 +13,11 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from ops.partitioned import BATCH_AXES, HEAD_AXIS
+from ops.partitioned import BATCH_AXES, HEAD_AXIS, TIME_AXIS
 from ops.sequence_parallel import convolutions, scans
 from ops.sequence_parallel.kinds import kinds
 
 __all__ = ["on_mesh", "sequence_parts"]
-
-TIME_AXIS = "sequence"
 
 
 class _Cut(NamedTuple):
