@@ -33,9 +33,9 @@ def normal(seed, *shape):
 
 
 def strong(x, seed):
-    """Log-decays: of the second row a tenth is very strong, and one in twenty forgets all."""
+    """Log-decays: in the second row, some very strong ones, and some that forget all."""
     u = np.random.default_rng(seed).random(x.shape)
-    hard = np.where(u < 0.1, np.where(u < 0.05, -np.inf, 60 * x), x)
+    hard = np.where(u < 0.06, np.where(u < 0.03, -np.inf, 600 * x), x)
     return np.where(np.arange(B).reshape(-1, *(1,) * (x.ndim - 1)) == 1, hard, x)
 
 
@@ -47,12 +47,12 @@ def heads(T):
 def ssd_inputs(T):
     x, Bs, Cs = normal(0, B, T, H, V), normal(1, B, T, G, N), normal(2, B, T, G, N)
     dt = np.where(normal(4, B, T, H) > 1.8, 300, normal(3, B, T, H)).astype(np.float32)
-    A, skip, bias = -np.exp(normal(5, H)), normal(6, H), normal(7, H)
+    A, skip, bias = -0.1 * np.exp(normal(5, H)), normal(6, H), normal(7, H)
     return dict(x=x, dt=dt, A=A, B=Bs, C=Cs, D=skip, dt_bias=bias), dict(dt_softplus=True)
 
 
 def gla_inputs(T):
-    decay = strong(-np.exp(normal(3, B, T, H, D)), 4)
+    decay = strong(-0.1 * np.exp(normal(3, B, T, H, D)), 4)
     return dict(zip("qkv", heads(T), strict=True), log_decay=decay), {}
 
 
@@ -63,21 +63,22 @@ def delta_inputs(T):
 
 def gated_delta_inputs(T):
     arrays, options = delta_inputs(T)
-    return dict(arrays, log_decay=strong(-np.exp(normal(3, B, T, H) - 1), 4)), options
+    return dict(arrays, log_decay=strong(-0.1 * np.exp(normal(3, B, T, H)), 4)), options
 
 
 def selective_inputs(T):
     x, z, dt = normal(0, B, T, E), normal(8, B, T, E), 2 * normal(3, B, T, E)
     dt = np.where(normal(4, B, T, E) > 1.8, 300, dt).astype(np.float32)
     Bs, Cs = normal(1, B, T, N), normal(2, B, T, N)
-    A, skip, bias = -np.exp(normal(5, E, N)), normal(6, E), normal(7, E)
+    A, skip, bias = -0.1 * np.exp(normal(5, E, N)), normal(6, E), normal(7, E)
     arrays = dict(x=x, dt=dt, A=A, B=Bs, C=Cs, D=skip, z=z, dt_bias=bias)
     return arrays, dict(dt_softplus=True)
 
 
 def linear_inputs(T):
     """Decays of any sign, some of them 0, that N columns share."""
-    a = np.where(normal(4, B, T, E, 1) > 2, 0, 0.6 * normal(3, B, T, E, 1)).astype(np.float32)
+    a = (0.9 + 0.2 * normal(3, B, T, E, 1)) * np.sign(normal(5, B, T, E, 1))
+    a = np.where(normal(4, B, T, E, 1) > 2, 0, a).astype(np.float32)
     return dict(a=a, b=normal(0, B, T, E, N)), {}
 
 
@@ -98,7 +99,7 @@ def packed(T, devices):
     ids[0, n:] = 1
     ids[0, n + 2 :] = 0
     ids[0, T - n - 1 :] = 4
-    ids[1, 3:] = 2
+    ids[1, 3:] = 2  # to the end
     return ids
 
 
