@@ -160,40 +160,53 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     return shards.index(tuple(sorted(rows[jax.process_index()]))), len(shards)
 
 
+def in_order(
+    batch: dict[str, np.ndarray], mesh: Mesh, balance: str = "contiguous"
+) -> dict[str, np.ndarray]:
+    """A batch with its tokens in the order of `balance` (ops.sequence_parallel.layouts).
+
+    Positions are added where they can no longer be counted.
+
+    Raises:
+        ValueError: time that the devices along `sequence` cannot share equally.
+    """
+    parts, T = mesh.shape[TIME_AXIS], batch["tokens"].shape[1]
+    if parts == 1:
+        return batch
+    layouts.check(T, parts, balance)
+    if balance == "contiguous":
+        return batch
+    order = layouts.order(T, parts, balance)
+    batch = {"positions": _positions(batch)} | batch
+    return {k: np.asarray(v)[:, order] if np.ndim(v) > 1 else v for k, v in batch.items()}
+
+
+def batch_spec(ndim: int) -> P:
+    """How an array of a batch is cut: rows and, if it has it, time."""
+    return P(BATCH_AXES, TIME_AXIS) if ndim > 1 else BATCH
+
+
 def put_batch(
     batch: dict[str, np.ndarray], mesh: Mesh, balance: str = "contiguous"
 ) -> dict[str, jax.Array]:
     """Sends this process's rows [B / shards, T, ...] to its devices; returns the global arrays.
 
-    Arrays with time are cut over `sequence` too, their tokens in the order that `balance` gives
-    (ops.sequence_parallel.layouts); positions are added where that is not the tokens' own.
-
-    Raises:
-        ValueError: time that the devices along `sequence` cannot share equally.
+    Time is cut over `sequence`, in the order of `balance`, as `in_order` says.
     """
     index, count = data_shard(mesh)
-    P_time = mesh.shape["sequence"]
-    batch = {name: np.asarray(value) for name, value in batch.items()}
-    if P_time > 1 and balance != "contiguous":
-        if "positions" not in batch:
-            batch["positions"] = _positions(batch)
-        order = layouts.order(batch["tokens"].shape[1], P_time, balance)
-        batch = {k: v[:, order] if v.ndim > 1 else v for k, v in batch.items()}
-    elif P_time > 1:
-        layouts.check(batch["tokens"].shape[1], P_time, balance)
 
     def put(rows):
-        timed = P_time > 1 and rows.ndim > 1
-        sharding = NamedSharding(mesh, P(BATCH_AXES, TIME_AXIS) if timed else BATCH)
+        rows = np.asarray(rows)
         first = index * len(rows)
 
         def part(where):
             start, stop, _ = where[0].indices(len(rows) * count)
             return rows[(slice(start - first, stop - first), *where[1:])]
 
-        return jax.make_array_from_callback((len(rows) * count, *rows.shape[1:]), sharding, part)
+        shape = (len(rows) * count, *rows.shape[1:])
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, batch_spec(rows.ndim)), part)
 
-    return {name: put(value) for name, value in batch.items()}
+    return {name: put(value) for name, value in in_order(batch, mesh, balance).items()}
 
 
 def _positions(batch: dict[str, np.ndarray]) -> np.ndarray:

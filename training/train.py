@@ -75,7 +75,7 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
     if datasets is None:
         datasets = inputs.make_datasets(c, *shard)
     iterator = iter(datasets["train"])
-    example = _peek(iterator)
+    example = sharding.in_order(_peek(iterator), mesh, c.balance)
 
     # Model.
     model = model if model is not None else inputs.make_model(c, datasets)

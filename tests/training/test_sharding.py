@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec as P
 from tiny_training import Rows, TinyModel
 
 from models import LOGICAL_AXES, LanguageModel, LanguageModelConfig
+from ops.sequence_parallel import layouts
 from training import sharding, steps
+from training.config import default_config, settings
 from training.optimizers import make_optimizer, path_name
 from training.settings import ConfigError, MeshConfig, OptimizerConfig
 from training.train import sharded_init
@@ -59,7 +61,7 @@ class PackedRows(Rows):
         return batch | {"segment_ids": np.where(ids > 3, 0, ids)}
 
 
-def two_steps(mesh, microbatches=1, model=None, before=None, rows=Rows):
+def two_steps(mesh, microbatches=1, model=None, before=None, rows=Rows, balance="contiguous"):
     """Two updates on a mesh, from its own parameters or those given.
 
     Returns:
@@ -68,7 +70,9 @@ def two_steps(mesh, microbatches=1, model=None, before=None, rows=Rows):
     # A larger eps than usual: Adam would make rounding of the smallest gradients a matter of signs.
     config = OptimizerConfig(learning_rate=0.01, warmup_steps=0, eps=1e-3)
     tx, rate = make_optimizer(config, 10)
-    model, rows, example = model or TinyModel(), iter(rows()), next(iter(rows()))
+    model, rows = model or TinyModel(), iter(rows())
+    put = functools.partial(sharding.put_batch, mesh=mesh, balance=balance)
+    example = sharding.in_order(next(iter(rows)), mesh, balance)
     shardings, _, initialise = sharded_init(model, tx, example, 0, mesh)
     loss = steps.make_loss(model, "language_model")
     train_step = steps.make_train_step(loss, tx, rate, microbatches)
@@ -82,8 +86,8 @@ def two_steps(mesh, microbatches=1, model=None, before=None, rows=Rows):
     step = jax.jit(step_and_gradients, out_shardings=(shardings, sharding.replicated(mesh), None))
     before = initialise() if before is None else jax.device_put(before, shardings)
     with sharding.use(mesh):
-        middle, _, grads = step(before, sharding.put_batch(next(rows), mesh))
-        after, metrics, _ = step(middle, sharding.put_batch(next(rows), mesh))
+        middle, _, grads = step(before, put(next(rows)))
+        after, metrics, _ = step(middle, put(next(rows)))
     return jax.device_get(before), grads, after, metrics
 
 
@@ -135,6 +139,68 @@ def test_sharded_language_model_equals_the_one_on_a_single_device(name):
     assert up == P(None, fsdp, "tensor")  # layers, embed, mlp
 
 
+# The way to split time, the order of tokens, the model besides, and the mesh.
+SEQUENCES = [
+    ("ring", "zigzag", dict(n_heads=4, n_kv_heads=2), MeshConfig(data=2, sequence=4)),
+    pytest.param(
+        "ulysses", "striped", dict(n_heads=4), MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        "usp", "striped", dict(window=5, pattern=("local_attention", "mlp"), n_heads=4),
+        MeshConfig(data=1, sequence=8), marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        "all_gather", "contiguous", dict(n_heads=4, position="alibi"),
+        MeshConfig(data=1, sequence=8), marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        "ring_self_attention", "zigzag", dict(n_heads=4, position="learned"),
+        MeshConfig(data=2, sequence=4), marks=pytest.mark.slow,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "balance", "fields", "mesh"), SEQUENCES)
+def test_a_step_with_time_cut_equals_the_one_on_a_single_device(kind, balance, fields, mesh):
+    """Two updates of packed documents: values, gradients and moments."""
+    rows = functools.partial(PackedRows, 8, 16)
+    model = language_model(sequence_parallel=kind, sequence_balance=balance, **fields)
+    want = two_steps(single_device(), model=model, rows=rows)
+    mesh = sharding.make_mesh(mesh)
+    got = two_steps(mesh, model=model, before=want[0], rows=rows, balance=balance)
+    assert_same(got, want)
+
+
+def test_tokens_are_dealt_in_the_order_of_the_balance():
+    mesh = sharding.make_mesh(MeshConfig(data=2, sequence=4))
+    batch = next(iter(PackedRows(4, 16)))
+    put = sharding.put_batch(batch, mesh, "zigzag")
+    assert all(x.sharding.spec == P(("data", "fsdp"), "sequence") for x in put.values())
+    first = put["tokens"].addressable_shards[0].data
+    np.testing.assert_array_equal(first, batch["tokens"][:2, [0, 1, 14, 15]])
+    ids, positions = put["segment_ids"], put["positions"]
+    order = layouts.order(16, 4, "zigzag")
+    for row, where in zip(np.asarray(ids), np.asarray(positions), strict=True):
+        for segment in set(row):
+            at = np.sort(order[row == segment])
+            runs = np.split(at, np.flatnonzero(np.diff(at) != 1) + 1)
+            want = np.concatenate([np.arange(len(run)) for run in runs])
+            np.testing.assert_array_equal(where[np.argsort(order)][at], want)
+    with pytest.raises(ValueError, match="pad the sequence to 24"):
+        sharding.put_batch(next(iter(PackedRows(4, 20))), mesh, "zigzag")
+
+
+def test_a_model_whose_tokens_are_moved_asks_for_positions():
+    model = language_model(sequence_balance="zigzag")
+    tokens = jnp.zeros((2, 16), jnp.int32)
+    with (
+        sharding.use(sharding.make_mesh(MeshConfig(data=2, sequence=4))),
+        pytest.raises(ValueError, match="'zigzag' needs positions"),
+    ):
+        jax.eval_shape(model.init, jax.random.key(0), tokens)
+
+
 def test_parameters_and_moments_are_cut_where_the_rules_say():
     tx, _ = make_optimizer(OptimizerConfig(), 1000)
     mesh = sharding.make_mesh(MESHES["all"])
@@ -181,8 +247,10 @@ def test_mesh_sizes_must_multiply_to_the_devices():
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"mesh.fsdp = 0 must be at least 1"):
         MeshConfig(fsdp=0)
-    with pytest.raises(ConfigError, match=r"mesh.sequence = 2: .*use mesh.data, mesh.fsdp"):
-        MeshConfig(sequence=2)
+    config = default_config()
+    config.mesh.sequence, config.data.seq_len = 3, 256
+    with pytest.raises(ConfigError, match=r"256 tokens are not a multiple of 3; pad .* to 258"):
+        settings(config)
 
 
 def test_every_device_needs_a_row_of_every_microbatch():
