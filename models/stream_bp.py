@@ -114,9 +114,9 @@ class _Plan:
     stages: tuple[_Stage, ...]
 
     def spans(self, T: int) -> list[tuple[int, int]]:
-        """Where chunks begin and end; the last may be shorter."""
+        """Where chunks begin and how long they are; the last may be shorter."""
         C = -(-T // self.chunks)
-        return [(start, min(start + C, T)) for start in range(0, T, C)]
+        return [(start, min(C, T - start)) for start in range(0, T, C)]
 
 
 def _stages(config: LanguageModelConfig) -> tuple[_Stage, ...]:
@@ -171,49 +171,48 @@ _layers.defvjp(_layers_fwd, _layers_bwd)
 
 
 def _attention_forward(plan, stage, params, x, tokens):
-    positions, ids = tokens
     own = _of_stage(stage, params)
-    k, v = _keys_values(plan.config, stage.mixer, own[stage.blocks[0][0]], x, positions)
+    k, v = _keys_values(plan.config, stage.mixer, own[stage.blocks[0][0]], x, tokens[0])
 
-    def step(span, out):
-        seen = _seen(plan.config, stage.mixer, span, x.shape[1])
-        arrays = (_cut(x, span), _cut(k, seen), _cut(v, seen))
-        return _put(out, span, _attend(plan.config, stage, span, seen, tokens, own, *arrays))
+    def step(span, x, _):
+        # A chunk reads no other chunk of x, so the output may take its place.
+        y = _attend(plan.config, stage, span, tokens, own, _cut(x, span), k, v)
+        return _put(x, span, y), None
 
-    return _one_after_another(step, plan.spans(x.shape[1]), jnp.zeros_like(x)), ()
+    return _in_turn(step, plan.spans(x.shape[1]), x)[0], ()
 
 
 def _attention_backward(plan, stage, params, x, states, tokens, g):
     del states
-    config, T = plan.config, x.shape[1]
+    config, own = plan.config, _of_stage(stage, params)
     name, kind = stage.blocks[0]
-    own, total = _of_stage(stage, params), _zeros(_of_stage(stage, params))
     project = functools.partial(_keys_values, config, kind)
     k, v = project(own[name], x, tokens[0])
-    dk, dv = _zeros((k, v))
 
-    def step(span, carry):
-        dx, total, dk, dv = carry
-        seen = _seen(config, kind, span, T)
-        chunk = functools.partial(_attend, config, stage, span, seen, tokens)
-        _, pull = jax.vjp(chunk, own, _cut(x, span), _cut(k, seen), _cut(v, seen))
-        found, dx_i, dk_i, dv_i = pull(_cut(dx, span))
-        dk, dv = (_add_at(a, seen, b) for a, b in ((dk, dk_i), (dv, dv_i)))
-        return _put(dx, span, dx_i), _add(total, found), dk, dv
+    def step(span, carry, _):
+        dx, total = carry
+        chunk = functools.partial(_attend, config, stage, span, tokens)
+        _, pull = jax.vjp(chunk, own, _cut(x, span), k, v)
+        found, dx_i, dk, dv = pull(_cut(dx, span))
+        return (_put(dx, span, dx_i), _add(total, (found, dk, dv))), None
 
-    # g is overwritten chunk by chunk.
-    dx, total, dk, dv = _one_after_another(step, plan.spans(T), (g, total, dk, dv), reverse=True)
+    # Sums begin with the last chunk's. What it was given, g, makes room for dx.
+    *spans, last = plan.spans(x.shape[1])
+    first = step(last, (g, None), None)[0]
+    dx, (total, dk, dv) = _in_turn(step, spans, first, reverse=True)[0]
+    dk, dv = _like((dk, dv), (k, v))
 
-    def through_projections(span, carry):
+    def through_projections(span, carry, _):
         dx, total = carry
         chunk = lambda p, x: project(p, x, _cut(tokens[0], span))
-        made, pull = jax.vjp(chunk, own[name], _cut(x, span))
-        found, dx_i = pull(_like((_cut(dk, span), _cut(dv, span)), made))
-        return _put(dx, span, _cut(dx, span) + dx_i), total | {name: _add(total[name], found)}
+        _, pull = jax.vjp(chunk, own[name], _cut(x, span))
+        found, dx_i = pull((_cut(dk, span), _cut(dv, span)))
+        return (_put(dx, span, _cut(dx, span) + dx_i), _add(total, found)), None
 
     # Only now are the gradients of all keys and values complete.
-    dx, total = _one_after_another(through_projections, plan.spans(T), (dx, total))
-    return dx, _like(total, own)
+    carry = (dx, total[name])
+    dx, of_mixer = _in_turn(through_projections, plan.spans(x.shape[1]), carry, alike=True)[0]
+    return dx, _like(total | {name: of_mixer}, own)
 
 
 def _keys_values(config, kind, params, x, positions):
@@ -225,10 +224,12 @@ def _keys_values(config, kind, params, x, positions):
     )
 
 
-def _attend(config, stage, span, seen, tokens, own, x, k, v):
-    """A chunk of the stage's output, of the same chunk of its input and the keys that it sees."""
+def _attend(config, stage, span, tokens, own, x, k, v):
+    """A chunk of the stage's output, from that chunk of its input and all keys and values."""
     (name, kind), *rest = stage.blocks
     positions, ids = (None if a is None else _cut(a, span) for a in tokens)
+    seen = _seen(config, kind, span, k.shape[1])
+    k, v = _cut(k, seen), _cut(v, seen)
     mixer, params, h = _normed(config, kind, own[name], x)
     q = _project(mixer, "query", mixer.n_heads, params, h)
     q = _placed(mixer, "query_norm", params, q, positions)
@@ -295,18 +296,22 @@ def _placed(mixer, norm, params, x, positions):
 
 
 def _seen(config, kind, span, T) -> tuple[int, int]:
-    """First and end of the keys that a chunk of queries needs; all, if the mask can't tell.
+    """The keys that a chunk of queries needs, as (start, length); all if it saves little.
 
-    Masks that count from the first key on need the keys from there.
+    A slice is a copy, and the op looks at no tile that its mask empties. Masks that count from the
+    first key on need the keys from there.
     """
-    mask = make_mixer(config, kind).mask
+    start, length = span
+    mask, first, end = make_mixer(config, kind).mask, 0, T
     band = mask.band()
     if band is not None:
-        first, last = (int(n) for n in band.key_bounds(span[0], span[1] - 1, T))
-        counts_from_start = band.prefix > 0 or band.limit is not None
-        # At least one key, which the mask may hide.
-        return (0 if counts_from_start else first), max(last, first) + 1
-    return 0, span[1] if isinstance(mask, masks.Lambda) else T
+        lowest, highest = (int(n) for n in band.key_bounds(start, start + length - 1, T))
+        if band.prefix == 0 and band.limit is None:
+            first = min(lowest, T - 1)
+        end = max(highest, first) + 1  # at least one key, which the mask may hide
+    elif isinstance(mask, masks.Lambda):
+        end = start + length
+    return (first, end - first) if end - first <= T // 2 else (0, T)
 
 
 # Recurrent mixers, and blocks that do not mix over time.
@@ -316,42 +321,44 @@ def _recurrent_chunk(config, stage, span, tokens, own, x, state):
     positions, ids = (None if a is None else _cut(a, span) for a in tokens)
     for i, (name, kind) in enumerate(stage.blocks):
         block = functools.partial(Block(config, kind).apply, {"params": own[name]})
-        y, s = block(x, state=None if i else state, positions=positions, segment_ids=ids)
-        x, state = y, state if i else s
+        x, after = block(x, state=None if i else state, positions=positions, segment_ids=ids)
+        state = state if i else after
     return x, state
 
 
 def _recurrent_forward(plan, stage, params, x, tokens):
-    """The output, and the states before each chunk but the first."""
-    own, states, parts = _of_stage(stage, params), [], []
+    """The output, and the states before each chunk, [chunks, ...]."""
+    own = _of_stage(stage, params)
     state = make_mixer(plan.config, stage.mixer).init_state(x.shape[0], x.shape[1])
-    for span in plan.spans(x.shape[1]):
-        if parts:
-            states.append(state)
-        x_i, state = _after(parts[-1:], (_cut(x, span), state))
-        part, state = _recurrent_chunk(plan.config, stage, span, tokens, own, x_i, state)
-        parts.append(part)
-    return jnp.concatenate(parts, axis=1), states
+
+    def step(span, carry, _):
+        x, state = carry
+        y, after = _recurrent_chunk(plan.config, stage, span, tokens, own, _cut(x, span), state)
+        return (_put(x, span, y), after), state
+
+    (x, _), states = _in_turn(step, plan.spans(x.shape[1]), (x, state), alike=True)
+    return x, states
 
 
 def _recurrent_backward(plan, stage, params, x, states, tokens, g):
     own, total = _of_stage(stage, params), _zeros(_of_stage(stage, params))
-    first = make_mixer(plan.config, stage.mixer).init_state(x.shape[0], x.shape[1])
-    states, spans = [first, *states], plan.spans(x.shape[1])
-    dx, dstate = g, None
-    for span, state in reversed(list(zip(spans, states, strict=True))):
-        (x_i, state), dx, total, dstate = _after((), ((_cut(x, span), state), dx, total, dstate))
+
+    def step(span, carry, state):
+        dx, dstate, total = carry
         real, rebuild = _floating(state)
 
-        def chunk(own, x, real, span=span, rebuild=rebuild):
-            y, state = _recurrent_chunk(plan.config, stage, span, tokens, own, x, rebuild(real))
-            return y, _floating(state)[0]
+        def chunk(own, x, real):
+            y, after = _recurrent_chunk(plan.config, stage, span, tokens, own, x, rebuild(real))
+            return y, _floating(after)[0]
 
-        (_, after), pull = jax.vjp(chunk, own, x_i, real)
-        dstate = [jnp.zeros_like(a) for a in after] if dstate is None else dstate
+        _, pull = jax.vjp(chunk, own, _cut(x, span), real)
         found, dx_i, dstate = pull((_cut(dx, span), dstate))
-        total, dx = _add(total, found), _put(dx, span, dx_i)
-    return dx, _like(total, own)
+        return (_put(dx, span, dx_i), dstate, _add(total, found)), None
+
+    dstate = [jnp.zeros(a.shape[1:], a.dtype) for a in _floating(states)[0]]
+    spans = plan.spans(x.shape[1])
+    carry = _in_turn(step, spans, (g, dstate, total), states, alike=True, reverse=True)[0]
+    return carry[0], _like(carry[2], own)
 
 
 def _floating(tree):
@@ -368,20 +375,47 @@ def _floating(tree):
     return [a for r, a in zip(real, leaves, strict=True) if r], rebuild
 
 
-# Sums and slices.
+# Loops, sums and slices.
+
+
+def _in_turn(step, spans, carry, xs=None, *, alike=False, reverse=False):
+    """Scans `carry, y = step(span, carry, x)` over spans.
+
+    It is a loop, which chooses among the spans' programs, because what is merely written in a row
+    a compiler may compute at once, and may fuse sums into one that needs all of their terms. With
+    `alike`, spans of one length need one program.
+    """
+    if not spans:
+        return carry, None
+    lengths = {length for _, length in spans}
+    if alike and len(lengths) == 1:
+        (length,) = lengths
+        body = lambda carry, at: step((at[0], length), carry, at[1])
+        index = jnp.asarray([start for start, _ in spans])
+    else:
+        branches = [functools.partial(step, span) for span in spans]
+        body = lambda carry, at: jax.lax.switch(at[0], branches, carry, at[1])
+        index = jnp.arange(len(spans))
+    return jax.lax.scan(body, carry, (index, xs), reverse=reverse)
 
 
 def _of_stage(stage, params):
     return {name: params[name] for name, _ in stage.blocks}
 
 
+def _wide(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _zeros(tree):
     """Zeros to add up in: at least float32."""
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, "float32")), tree)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, _wide(a)), tree)
 
 
 def _add(total, tree):
-    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, tree)
+    """total + tree in at least float32; total may be None."""
+    tree = jax.tree.map(lambda a: a.astype(_wide(a)), tree)
+    return tree if total is None else jax.tree.map(jnp.add, total, tree)
 
 
 def _like(tree, like):
@@ -389,30 +423,12 @@ def _like(tree, like):
 
 
 def _cut(x, span):
-    return jax.lax.slice_in_dim(x, *span, axis=1)
+    """x[:, start : start + length]"""
+    start, length = span
+    if isinstance(start, int):
+        return jax.lax.slice_in_dim(x, start, start + length, axis=1)
+    return jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
 
 
 def _put(x, span, part):
-    return jax.lax.dynamic_update_slice_in_dim(x, part, span[0], axis=1)
-
-
-def _add_at(x, span, part):
-    return _put(x, span, _cut(x, span) + part.astype(x.dtype))
-
-
-def _one_after_another(step, spans, carry, reverse=False):
-    """carry = step(span, carry) for each span.
-
-    A loop that chooses a branch, since a compiler may compute what is merely written in a row at
-    once, and may fuse the sums into one that needs all their terms.
-    """
-    if len(spans) == 1:
-        return step(spans[0], carry)
-    branches = [functools.partial(step, span) for span in spans]
-    body = lambda carry, i: (jax.lax.switch(i, branches, carry), None)
-    return jax.lax.scan(body, carry, jnp.arange(len(spans)), reverse=reverse)[0]
-
-
-def _after(previous, arrays):
-    """`arrays`, to be used only when `previous` and all of them are there."""
-    return jax.lax.optimization_barrier((arrays, list(previous)))[0]
+    return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), span[0], axis=1)

@@ -190,7 +190,7 @@ def _fused(objective, options, hidden, head, per_token):
     head = head.astype(hidden.dtype)
 
     def one(i):
-        h, x = cut.take(i)
+        h, x = cut.take(i, cut.hidden)
         return objective(options.logits(options.products(h, head)), x)
 
     def add(total, i):
@@ -204,23 +204,23 @@ def _fused_fwd(objective, options, hidden, head, per_token):
     cut = _Chunks(hidden, per_token, options.chunk)
     narrow = head.astype(hidden.dtype)
 
-    def one(i):
-        h, x = cut.take(i)
+    def one(i, hidden):
+        h, x = cut.take(i, hidden)
         products = options.products(h, narrow)
         of_products = lambda products: objective(options.logits(products), x)
         sums, g = jax.value_and_grad(of_products, has_aux=True)(products)
         return sums, options.gradients(h, narrow, g)
 
     def add(carry, i):
-        total, to_hidden, to_head = carry
-        sums, (dh, dw) = one(i)
+        total, hidden, to_head = carry
+        sums, (dh, dw) = one(i, hidden)
         total = jax.tree.map(jnp.add, total, sums)
-        return (total, cut.put(to_hidden, i, dh), to_head + dw), None
+        # Nobody reads this chunk of hidden again: its gradient takes its place.
+        return (total, cut.put(hidden, i, dh), to_head + dw), None
 
-    sums = _zeros(lambda i: one(i)[0], cut)
-    to_hidden = jnp.zeros_like(cut.hidden)
+    sums = _zeros(lambda i: one(i, cut.hidden)[0], cut)
     to_head = varying(jnp.zeros(head.shape, _wide(hidden)), head)
-    carry = jax.lax.scan(add, (sums, to_hidden, to_head), jnp.arange(cut.n))[0]
+    carry = jax.lax.scan(add, (sums, cut.hidden, to_head), jnp.arange(cut.n))[0]
     total, to_hidden, to_head = carry
     like = jnp.zeros((0,), head.dtype)
     return total, (to_hidden[:, : hidden.shape[1]], to_head, like)
@@ -241,7 +241,7 @@ def _log_probabilities(options, hidden, head, targets):
     head = head.astype(hidden.dtype)
 
     def add(out, i):
-        h, ids = cut.take(i)
+        h, ids = cut.take(i, cut.hidden)
         log_p = log_probabilities_of(options.logits(options.products(h, head)), ids)[0]
         return cut.put(out, i, log_p), None
 
@@ -282,9 +282,9 @@ class _Chunks:
 
         self.hidden, self.per_token = jax.tree.map(pad, (hidden, per_token))
 
-    def take(self, i):
+    def take(self, i, hidden):
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * self.C, self.C, axis=1)
-        return jax.tree.map(cut, (self.hidden, self.per_token))
+        return jax.tree.map(cut, (hidden, self.per_token))
 
     def put(self, x, i, part):
         return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * self.C, axis=1)
