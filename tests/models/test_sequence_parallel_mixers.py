@@ -55,7 +55,6 @@ CASES = {
         True,
     ),
     "gated_deltanet, chain": (GatedDeltaNet(E, n_heads=2, sequence_parallel="chain"), True),
-    "h3": (H3(E, taps=5, state_dim=4), False),
     "h3 with heads, long taps": (H3(E, head_dim=2, taps=9, state_dim=4), False),
     "s4d": (S4D(E, state_dim=4), False),
     "s4, bidirectional": (S4(E, state_dim=4, bidirectional=True), False),

@@ -170,10 +170,8 @@ def test_packed_sequences_with_a_state(name):
     ("name", "devices", "kind"),
     [
         ("ssd", 8, "all_scan"),
-        ("ssd", 1, "all_scan"),
         ("gated_linear_attention", 3, "all_scan"),
         ("delta_rule", 3, "log_step"),
-        ("selective_scan", 8, "log_step"),
     ],
 )
 def test_any_number_of_devices_from_zeros(name, devices, kind):
