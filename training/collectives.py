@@ -30,6 +30,7 @@ _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?(\S+) \(.*\) -> .* \{$")
 _DEFINITION = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (.*)$")
 _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
+_WHILE = re.compile(r" while\(%([^)]+)\), condition=%([^\s,]+), body=%([^\s,]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +127,13 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _visit(computations, name, times, found, partitions):
-    """Adds the collectives of a computation that runs `times` times, and of what it calls."""
-    sizes = {}
+def _visit(computations, name, times, found, partitions, begun=None):
+    """Adds the collectives of a computation that runs `times` times, and of what it calls.
+
+    Libtpu cuts an asynchronous collective into parts that lie in several fusions and share a
+    channel; `begun` has the channels that were met in the loop body, or the program, around.
+    """
+    sizes, begun = {}, set() if begun is None else begun
     for line in computations[name]:
         definition = _DEFINITION.match(line)
         if definition is None:
@@ -138,6 +143,13 @@ def _visit(computations, name, times, found, partitions):
         sizes[result] = _bytes(body[: body.find(f" {kind}(")]) if kind else 0
         base = kind.removesuffix("-start") if kind else None
         if base in KINDS:
+            channel = re.search(r"channel_id=(\d+)", body)
+            if channel and "async_collective_fusion_config" in body:
+                if channel[1] in begun:
+                    continue
+                begun.add(channel[1])
+            if base == "all-reduce" and name.startswith("all-reduce-scatter"):
+                base = "reduce-scatter"  # libtpu's fusion: an all-reduce of which a part is kept
             found.append(
                 Collective(
                     base,
@@ -150,13 +162,69 @@ def _visit(computations, name, times, found, partitions):
             continue
         if kind is None or kind.endswith("-done"):
             continue
-        trips = _TRIPS.search(body) if kind == "while" else None
         inside = times
         if kind == "while":
-            inside = times * int(trips[1]) if trips and times is not None else None
+            trips = _trips(computations, name, body)
+            inside = None if trips is None or times is None else times * trips
         for called in _called(body):
             if called in computations:
-                _visit(computations, called, inside, found, partitions)
+                shared = begun if kind == "fusion" else None
+                _visit(computations, called, inside, found, partitions, shared)
+
+
+def _trips(computations, name: str, body: str) -> int | None:
+    """How often a loop in a computation runs: as the program says, or as its counter does.
+
+    Libtpu does not say. There the counter is the tuple's first element: it starts at a constant, is
+    compared with one, and grows by one.
+    """
+    if said := _TRIPS.search(body):
+        return int(said[1])
+    loop = _WHILE.search(f" {body}")
+    if loop is None or not {loop[2], loop[3]} <= set(computations):
+        return None
+    around, condition, inside = (_definitions(computations[c]) for c in (name, *loop.groups()[1:]))
+    compared = re.search(r" compare\(%([^,]+), %([^)]+)\), direction=LT", condition["ROOT"])
+    counter = compared and re.search(r"\), index=(\d+)", condition.get(compared[1], ""))
+    if not counter:
+        return None
+    index = int(counter[1])
+    grown = _constant(inside, _element(inside["ROOT"], index), grows=True)
+    bounds = (
+        _constant(around, _element(around.get(loop[1], ""), index)),
+        _constant(condition, compared[2]),
+    )
+    return None if grown != 1 or None in bounds else max(0, bounds[1] - bounds[0])
+
+
+def _definitions(lines: list[str]) -> dict[str, str]:
+    """{name: right-hand side}, of the instruction that is the result also as "ROOT"."""
+    made = {m[1]: m[2] for line in lines if (m := _DEFINITION.match(line))}
+    roots = [
+        m[2]
+        for line in lines
+        if line.lstrip().startswith("ROOT") and (m := _DEFINITION.match(line))
+    ]
+    return made | {"ROOT": roots[0] if roots else ""}
+
+
+def _element(body: str, index: int) -> str:
+    """Name of an operand of a tuple."""
+    kind, operands = _operation(body)
+    return operands[index] if kind == "tuple" and index < len(operands) else ""
+
+
+def _constant(definitions: dict[str, str], name: str, grows: bool = False) -> int | None:
+    """The value of a name that is a constant; with `grows`, the constant that is added in it."""
+    body = definitions.get(name, "")
+    kind, operands = _operation(body)
+    if kind == "copy":
+        return _constant(definitions, operands[0], grows)
+    if grows and kind == "add":
+        values = [_constant(definitions, operand) for operand in operands]
+        return next((v for v in values if v is not None), None)
+    value = re.search(r" constant\((-?\d+)\)", body)
+    return int(value[1]) if value and not grows else None
 
 
 def _operation(body: str):
