@@ -147,6 +147,12 @@ class LanguageModelConfig:
         _one_of("remat", self.remat, REMAT_KINDS)
         kinds(self.sequence_parallel)
         _one_of("sequence_balance", self.sequence_balance, BALANCES)
+        recurrent = [block for block in self.pattern if block in MIXERS]
+        if recurrent and self.sequence_balance != "contiguous":
+            raise ValueError(
+                f"sequence_balance={self.sequence_balance!r} moves tokens, and {recurrent[0]!r} in "
+                "pattern reads them in their order; use sequence_balance='contiguous'"
+            )
         if self._attends and self.position.startswith("rope") and self.head_dim % 2:
             raise ValueError(
                 f"position={self.position!r} turns pairs of channels, but "
