@@ -58,13 +58,7 @@ def chunked_cross_entropy(
         objective, hidden, head, per_token, chunk=chunk, tied=tied,
         logit_scale=logit_scale, logit_cap=logit_cap,
     )  # fmt: skip
-    rows, wrong = sums.pop("counted") > 0, sums.pop("wrong") > 0
-    return {
-        "loss": loss,
-        **sums,
-        "exact": jnp.sum((rows & ~wrong).astype(loss.dtype)),
-        "rows": jnp.sum(rows.astype(loss.dtype)),
-    }
+    return {"loss": loss, **whole_rows(sums)}
 
 
 def chunked_log_probabilities(
@@ -133,20 +127,37 @@ def log_probabilities_of(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
     return jnp.where(known, picked - log_z, jnp.nan), log_z
 
 
-def _cross_entropy(logits, x, z_loss):
-    targets, weights = x["targets"], x["weights"].astype(logits.dtype)
-    log_p, log_z = log_probabilities_of(logits, targets)
+def count_hits(
+    logits: Float[Array, "B C V"], targets: Int[Array, "B C"], weights: Float[Array, "B C"]
+) -> dict[str, Array]:
+    """What a chunk adds to "correct", "weight" and, by `whole_rows`, to "exact" and "rows"."""
     hit = jnp.argmax(logits, axis=-1) == targets
     counts = weights > 0
-    nll = jnp.sum(weights * -log_p)
-    loss = nll if not z_loss else nll + z_loss * jnp.sum(weights * jnp.square(log_z))
-    return loss, {
-        "nll": nll,
+    return {
         "correct": jnp.sum(weights * hit),
         "weight": jnp.sum(weights),
         "counted": jnp.sum(counts, axis=-1),
         "wrong": jnp.sum(counts & ~hit, axis=-1),
     }
+
+
+def whole_rows(sums: dict[str, Array]) -> dict[str, Array]:
+    """Sums of `count_hits` with "rows" that count and "exact" ones for each row's own counts."""
+    dtype = sums["weight"].dtype
+    rows, right = sums["counted"] > 0, sums["wrong"] == 0
+    rest = {name: value for name, value in sums.items() if name not in ("counted", "wrong")}
+    return rest | {
+        "exact": jnp.sum((rows & right).astype(dtype)),
+        "rows": jnp.sum(rows.astype(dtype)),
+    }
+
+
+def _cross_entropy(logits, x, z_loss):
+    targets, weights = x["targets"], x["weights"].astype(logits.dtype)
+    log_p, log_z = log_probabilities_of(logits, targets)
+    nll = jnp.sum(weights * -log_p)
+    loss = nll if not z_loss else nll + z_loss * jnp.sum(weights * jnp.square(log_z))
+    return loss, {"nll": nll, **count_hits(logits, targets, weights)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""Losses of a language model in the memory of a part of the sequence: StreamBP (arXiv 2506.03077).
+
+    loss = stream_loss(model, chunks=4)       # in place of steps.make_loss(model, "language_model")
+    step = steps.make_train_step(loss, tx, rate)
+
+Each returns `loss(params, batch, key) -> (summed loss, Sums)`, as `training.steps` takes it. With
+`chunks=None` the layers are the model's own, with its remat, and only the logits go by chunks.
+
+Batches hold tokens, targets and weights [B, T], positions and segment_ids or not, and what a loss
+asks for besides.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+from models import LanguageModel
+from models.stream_bp import stream_hidden
+from ops.cross_entropy import chunked_cross_entropy, chunked_log_probabilities
+from training.preference_losses import dpo, grpo
+from training.steps import model_inputs
+
+LOGIT_CHUNK = 128
+
+
+def stream_loss(
+    model: LanguageModel,
+    *,
+    chunks: int | None,
+    logit_chunk: int = LOGIT_CHUNK,
+    z_loss: float = 0.0,
+) -> Callable:
+    """The next token's cross-entropy.
+
+    Args:
+      model: any LanguageModel.
+      chunks: parts of the sequence in the layers' backward pass; see `models.stream_bp`.
+      logit_chunk: positions whose logits exist at once.
+      z_loss: as in `training.steps.make_loss`.
+    """
+
+    def loss(params, batch, key=None):
+        del key  # these models have no dropout
+        sums = chunked_cross_entropy(
+            hidden_of(model, params, batch, chunks),
+            targets=batch["targets"],
+            weights=batch["weights"],
+            chunk=logit_chunk,
+            z_loss=z_loss,
+            **head_of(model, params),
+        )
+        return sums["loss"], sums
+
+    return loss
+
+
+def stream_grpo_loss(
+    model: LanguageModel, *, chunks: int | None, logit_chunk: int = LOGIT_CHUNK, **options
+) -> Callable:
+    """`preference_losses.grpo`, with its options; batches hold its arguments by their names.
+
+    The mask is "weights"; "advantages" [B], "old_log_probs" and "reference_log_probs" [B, T].
+    """
+
+    def loss(params, batch, key=None):
+        del key
+        sums = grpo(
+            hidden_of(model, params, batch, chunks),
+            targets=batch["targets"],
+            mask=batch["weights"],
+            advantages=batch["advantages"],
+            old_log_probs=batch["old_log_probs"],
+            reference_log_probs=batch.get("reference_log_probs"),
+            chunk=logit_chunk,
+            **head_of(model, params),
+            **options,
+        )
+        return sums["loss"], sums
+
+    return loss
+
+
+def stream_dpo_loss(
+    model: LanguageModel, *, chunks: int | None, logit_chunk: int = LOGIT_CHUNK, beta: float = 0.1
+) -> Callable:
+    """`preference_losses.dpo`; batches hold "reference_log_probs" [B, T], and "weights", the mask.
+
+    Microbatches keep pairs together where their number divides that of pairs.
+    """
+
+    def loss(params, batch, key=None):
+        del key
+        sums = dpo(
+            hidden_of(model, params, batch, chunks),
+            targets=batch["targets"],
+            mask=batch["weights"],
+            reference_log_probs=batch["reference_log_probs"],
+            chunk=logit_chunk,
+            beta=beta,
+            **head_of(model, params),
+        )
+        return sums["loss"], sums
+
+    return loss
+
+
+def log_probabilities(
+    model: LanguageModel,
+    params,
+    batch: dict,
+    *,
+    logit_chunk: int = LOGIT_CHUNK,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """log p(target) of every token [B, T], float32: what references and old policies give."""
+    return chunked_log_probabilities(
+        hidden_of(model, params, batch, None),
+        targets=batch["targets"],
+        chunk=logit_chunk,
+        temperature=temperature,
+        **head_of(model, params),
+    )
+
+
+def hidden_of(model: LanguageModel, params, batch: dict, chunks: int | None) -> jax.Array:
+    """What the head reads [B, T, E], streamed unless chunks is None."""
+    if chunks is None:
+        return model.apply({"params": params}, **model_inputs(batch), method="hidden")[0]
+    return stream_hidden(model, params, **model_inputs(batch), chunks=chunks)
+
+
+def head_of(model: LanguageModel, params) -> dict:
+    """The head's arguments to the functions of `ops.cross_entropy`."""
+    config = model.config
+    if config.tie_embeddings:
+        head = params["backbone"]["embed"]["embedding"]
+    else:
+        head = params["head"]["kernel"]
+    return {
+        "head": head,
+        "tied": config.tie_embeddings,
+        "logit_scale": config.logit_scale,
+        "logit_cap": config.logit_cap,
+    }
