@@ -67,11 +67,14 @@ stopped goes on in its workdir to the same numbers.
 """
 
 _PLAN = """\
-Compile the very training step ahead of time, for this machine or for TPUs that nobody has at
-hand, and print bytes per device and operations. Nothing runs, and no parameter is allocated.
+Compile the very training step ahead of time, for this machine or for chips that nobody has at
+hand, and print whether it fits: bytes of each device, operations, bytes sent, and bounds on the
+time by the vendor's figures. Nothing runs, and no parameter is allocated.
 
   tilescan plan --config.model.d_model=768
   tilescan plan --topology=v5e:2x4 --config.mesh.fsdp=8      needs the package libtpu
+  tilescan plan --topology=h100:64 --config.mesh.fsdp=64     needs XLA's CUDA plugin
+  tilescan plan --topology=v5p:4x4x4 --config=my_config.py --config.mesh.sequence=64 --longest
 """
 
 
@@ -163,7 +166,12 @@ def _build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--from", dest="source", type=pathlib.Path, help="publish this workdir first")
 
     sub = add("plan", _plan, "compile a training step without running it", _PLAN, overridable=True)
-    sub.add_argument("--topology", help="TPU generation and shape, e.g. v5e:2x4 [this machine]")
+    _add_config(sub)
+    sub.add_argument("--topology", help="e.g. v5e:2x4, v5p:4x4x4, h100:64 [this machine]")
+    sub.add_argument("--memory", type=float, help="GiB of a device [the vendor's figure]")
+    sub.add_argument(
+        "--longest", action="store_true", help="find the longest data.seq_len that fits"
+    )
 
     from experiments import diagnose_mamba2
 
@@ -189,6 +197,7 @@ def _build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
 
     sub = add("train", _train, "train a language model", _TRAIN, overridable=True)
+    _add_config(sub)
     sub.add_argument("--workdir", required=True, help="folder of checkpoints and metrics")
     sub.add_argument(
         "--distributed",
@@ -198,6 +207,11 @@ def _build_parser() -> argparse.ArgumentParser:
         help="be one of several processes; without a value SLURM, GKE or Cloud TPU say which",
     )
     return parser
+
+
+def _add_config(sub: argparse.ArgumentParser) -> None:
+    about = "Python file whose get_config() returns an edited training.config.default_config()"
+    sub.add_argument("--config", metavar="FILE", help=about)
 
 
 def _list(options) -> int:
@@ -245,7 +259,7 @@ def _report(options) -> int:
 def _plan(options) -> int:
     from experiments import commands
 
-    return commands.plan(options.overrides, options.topology)
+    return commands.plan(options)
 
 
 def _diagnose(options) -> int:
@@ -284,7 +298,7 @@ def _train(options) -> int:
 
     if options.distributed:
         commands.join_processes(options.distributed)
-    return commands.train(options.overrides, options.workdir)
+    return commands.train(options.overrides, options.workdir, options.config)
 
 
 if __name__ == "__main__":

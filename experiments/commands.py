@@ -1,6 +1,7 @@
 """What `tilescan plan`, `data`, `generate` and `train` do; heavy imports stay inside."""
 
 import math
+import runpy
 import sys
 
 import rich.console
@@ -48,26 +49,27 @@ def show_data(name: str, offline: bool = False) -> int:
     return 0
 
 
-def plan(overrides: list[str], topology: str | None) -> int:
-    """Compiles a training step and prints what it needs."""
-    from experiments.plan import compile_step
+def plan(options) -> int:
+    """Compiles a training step, or several to find the longest sequence, and prints its needs."""
+    from experiments import plan_longest, plan_text
+    from experiments.plan import plan as plan_step
 
-    needs = compile_step(_training_config(overrides), topology)
-    mebi = {name: needs[f"{name}_bytes"] / 2**20 for name in ("argument", "temp", "output")}
-    peak = sum(mebi.values()) - needs["donated_bytes"] / 2**20
-    tokens, parameters = needs["tokens"], needs["parameters"]
-    print(f"devices        {needs['devices']} x {needs['device']}")
-    print(f"parameters     {parameters:,}")
-    print(f"tokens a step  {tokens:,}")
-    print(
-        f"operations     {6 * parameters * tokens:.3g} a step (6 x parameters x tokens, no scores)"
-    )
-    print(f"Pallas kernels {', '.join(needs['kernels']) or 'none'}")
-    print("bytes of each device, as the compiler says:")
-    print(f"  state and batch  {mebi['argument']:,.1f} MiB")
-    print(f"  temporaries      {mebi['temp']:,.1f} MiB")
-    print(f"  in all           {peak:,.1f} MiB (the new state takes the place of the old)")
-    print(f"compiled in {needs['seconds']:.1f} s; nothing was run")
+    config = _training_config(options.overrides, options.config)
+    memory = None if options.memory is None else options.memory * 2**30
+
+    def tried(p) -> None:
+        verdict = plan_text.verdict(p)
+        print(f"{p.seq_len:>12,} tokens: {verdict} ({p.seconds:.1f} s)", flush=True)
+
+    if not options.longest:
+        print(plan_text.text(plan_step(config, options.topology, memory=memory)))
+        return 0
+    best = plan_longest.longest(config, options.topology, memory=memory, report=tried)
+    if best is None:
+        print("no length fits: cut more (mesh.sequence, mesh.fsdp), or use model.remat=full")
+        return 1
+    print(f"the longest of these that fits: data.seq_len={best.seq_len}\n")
+    print(plan_text.text(best))
     return 0
 
 
@@ -86,21 +88,43 @@ def join_processes(where: str) -> None:
     jax.distributed.initialize(coordinator, int(numbers[0]), int(numbers[1]))
 
 
-def train(overrides: list[str], workdir: str) -> int:
+def train(overrides: list[str], workdir: str, file: str | None = None) -> int:
     """Trains a language model and prints its last metrics."""
     from training.train import train as run
 
-    for name, value in sorted(run(_training_config(overrides), workdir).items()):
+    for name, value in sorted(run(_training_config(overrides, file), workdir).items()):
         print(f"{name:28} {value:.6g}")
     return 0
 
 
-def _training_config(overrides: list[str]):
+def _training_config(overrides: list[str], file: str | None = None):
+    """The default configuration or that of a file, "PATH" or "PATH:ARGUMENT", with overrides."""
     from training import config as config_lib
 
-    config = config_lib.default_config()
+    config = config_lib.default_config() if file is None else _config_of(file)
     for assignment in overrides:
         config_lib.override(config, assignment)
+    return config
+
+
+def _config_of(file: str):
+    """What get_config(), or get_config(ARGUMENT), of a Python file returns."""
+    path, colon, argument = file.partition(":")
+    try:
+        names = runpy.run_path(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"--config={file}: there is no file {path!r}") from error
+    if "get_config" not in names:
+        raise ValueError(
+            f"--config={file}: {path} has no get_config(); it should return a "
+            "training.config.default_config(), edited"
+        )
+    config = names["get_config"](*([argument] if colon else []))
+    if not {"model", "data", "mesh"} <= set(config):
+        raise ValueError(
+            f"--config={file} is no training configuration: its get_config() should return a "
+            f"training.config.default_config(), edited, not one of {', '.join(config)}"
+        )
     return config
 
 

@@ -1,0 +1,125 @@
+"""Operations of a training step, by formulas: a compiler's count has loops once and no kernels.
+
+Letters: B batch, T time, S key time, H heads, D head dim.
+"""
+
+import dataclasses
+import math
+
+import jax
+
+from models import LanguageModelConfig
+from models.blocks import BLOCKS, make_mixer
+from ops import masks
+
+# Of a recurrence, for each entry of its state and each token, at the least: the decay, the input's
+# product, their sum, and the output's product and sum. Chunked forms do more.
+RECURRENCE = 5
+# Backward over forward. Attention's computes the scores again (FlashAttention-2, section 4.1).
+BACKWARD, ATTENTION_BACKWARD = 2.0, 2.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of the forward pass over a batch, all devices together.
+
+    Attributes:
+      matmuls: 2 x weights x tokens, of all linear maps and convolutions inside blocks.
+      head: the same of the map to the vocabulary.
+      attention: 4 x pairs of query and visible key x H x D.
+      recurrences: RECURRENCE x entries of the states x tokens.
+      remat: the model's.
+    """
+
+    matmuls: float
+    head: float
+    attention: float
+    recurrences: float
+    remat: str
+
+    @property
+    def model(self) -> float:
+        """Forward and backward, nothing twice but attention's scores."""
+        others = self.matmuls + self.head + self.recurrences
+        return (1 + BACKWARD) * others + (1 + ATTENTION_BACKWARD) * self.attention
+
+    @property
+    def step(self) -> float:
+        """The model's, and what the backward pass computes again."""
+        again = 0.0
+        if self.remat != "none":
+            again = self.attention + self.recurrences  # no plain matmul: no policy keeps them
+        if self.remat == "full":
+            again += self.matmuls
+        return self.model + again
+
+
+def operations(config: LanguageModelConfig, params, B: int, T: int) -> Operations:
+    """Counts B rows of T tokens, each one sequence: documents packed in a row attend less.
+
+    Args:
+      params: the model's parameters, or their shapes.
+    """
+    weights = {"blocks": 0, "head": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [str(getattr(key, "key", key)) for key in path]
+        if names[-1] == "kernel":
+            weights["blocks" if "layers" in " ".join(names) else "head"] += math.prod(leaf.shape)
+        if names[-1] == "embedding" and "embed" in names and config.tie_embeddings:
+            weights["head"] += math.prod(leaf.shape)
+    pairs, entries = 0, 0
+    for kind in config.pattern:
+        if kind == "attention":
+            pairs += visible_pairs(config.attention_mask, T)
+        elif kind == "local_attention":
+            pairs += visible_pairs(config.local_mask, T)
+        elif kind not in BLOCKS:
+            entries += state_entries(config, kind)
+    return Operations(
+        matmuls=2.0 * weights["blocks"] * B * T,
+        head=2.0 * weights["head"] * B * T,
+        attention=4.0 * B * config.repeats * pairs * config.n_heads * config.head_dim,
+        recurrences=float(RECURRENCE) * config.repeats * entries * B * T,
+        remat=config.remat,
+    )
+
+
+def visible_pairs(mask: masks.Mask, T: int) -> int:
+    """Pairs of query and key that a mask lets T tokens see; all T^2 of a mask not known here."""
+    match mask:
+        case masks.Causal():
+            return T * (T + 1) // 2
+        case masks.SlidingWindow():
+            return _band(T, mask.left) + _band(T, mask.right) - T
+        case masks.Lambda():
+            near = _band(T, mask.window - 1)
+            # The sinks that the window has left behind: of query i, min(sinks, i + 1 - window).
+            behind = max(0, T - mask.window)
+            sinks = min(mask.sinks, behind)
+            return near + sinks * (sinks + 1) // 2 + (behind - sinks) * sinks
+    return T * T
+
+
+def _band(T: int, width: int | None) -> int:
+    """Pairs at most `width` tokens apart, on one side, own token included."""
+    width = T - 1 if width is None else min(width, T - 1)
+    return T * (width + 1) - width * (width + 1) // 2
+
+
+def state_entries(config: LanguageModelConfig, kind: str) -> int:
+    """Numbers in what a recurrent block carries over time, without its convolution's window."""
+    mixer = make_mixer(config, kind)
+    try:
+        state = jax.eval_shape(lambda: mixer.init_state(1, 1))
+    except ValueError:  # a layer that reads from both ends has no state: count each direction's
+        state = jax.eval_shape(lambda: mixer.clone(bidirectional=False).init_state(1, 1))
+        return 2 * _entries(state)
+    return _entries(state)
+
+
+def _entries(state) -> int:
+    return sum(
+        math.prod(leaf.shape)
+        for name in ("ssm", "memory")
+        for leaf in jax.tree.leaves(getattr(state, name, ()))
+    )

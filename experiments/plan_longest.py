@@ -1,0 +1,71 @@
+"""The longest sequence whose training step fits, found by compiling."""
+
+import dataclasses
+from collections.abc import Callable
+
+from experiments import plan_machines as machines
+from experiments.plan import Plan, plan
+
+
+def longest(
+    config,
+    topology: str | None = None,
+    *,
+    memory: float | None = None,
+    resolution: float = 1 / 16,
+    report: Callable[[Plan], None] = lambda plan: None,
+) -> Plan | None:
+    """The longest data.seq_len whose step fits, found by doubling, halving and bisection.
+
+    Lengths are multiples of what the mesh and model.sequence_balance need, times 128 where the
+    first length allows it.
+
+    Args:
+      resolution: stop when a length that does not fit is at most so much longer.
+      report: called with every plan that was made.
+
+    Returns:
+      The plan of that length; None if not even the shortest fits.
+
+    Raises:
+      ValueError: neither the topology nor `memory` says what a device has; and as `plan`.
+    """
+    from training import config as config_lib
+
+    if memory is None and machines.generation(topology) not in machines.CHIPS:
+        raise ValueError(
+            f"how much memory has a device of topology={topology!r}? Give memory (--memory=GIB)"
+        )
+    settings = config_lib.settings(config)
+    parts = max(1, settings.mesh.sequence) * (1 + (settings.balance == "zigzag"))
+    unit = parts * 128 if settings.data.seq_len % (parts * 128) == 0 else parts
+
+    made: dict[int, Plan] = {}
+
+    def fits(units: int) -> bool:
+        data = dataclasses.replace(settings.data, seq_len=units * unit)
+        tried = dataclasses.replace(settings, data=data)
+        made[units] = plan(config_lib.as_dict(tried), topology, memory=memory)
+        report(made[units])
+        return bool(made[units].fits)
+
+    return made.get(search(fits, max(1, settings.data.seq_len // unit), resolution))
+
+
+def search(fits: Callable[[int], bool], first: int, resolution: float) -> int:
+    """The largest number tried that fits, by doubling, halving and bisection; 0 if 1 does not.
+
+    The smallest number tried that does not fit is larger by 1, or by at most `resolution` of it.
+    """
+    good, bad, number = 0, None, first
+    while True:
+        if fits(number):
+            good = number
+        else:
+            bad = number
+        if bad is None:
+            number = 2 * good
+        elif bad == 1 or (good and bad - good <= max(1, int(resolution * bad))):
+            return good
+        else:
+            number = (good + bad) // 2
