@@ -8,6 +8,7 @@ import sys
 import numpy as np
 from flax import linen as nn
 
+from models import LanguageModel, LanguageModelConfig
 from training.config import default_config, override
 
 VOCAB, WIDTH, HIDDEN, HEADS = 32, 16, 32, 4
@@ -31,6 +32,22 @@ class TinyModel(nn.Module):
         h = nn.relu((h[..., None, None] * up[None, None]).sum(2)).reshape(*tokens.shape, -1)
         h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(h)
         return (x + h @ down) @ embedding.T, None
+
+
+def hybrid_model():
+    """A language model with attention and a recurrence, whose sequence can be cut."""
+    return LanguageModel(
+        LanguageModelConfig(
+            vocab_size=VOCAB,
+            d_model=WIDTH,
+            pattern=("attention", "mamba2"),
+            repeats=1,
+            n_heads=4,
+            n_kv_heads=2,
+            mixers=dict(mamba2=dict(head_dim=4, state_dim=4)),
+            sequence_parallel="ring+all_scan",
+        )
+    )
 
 
 class Rows:
