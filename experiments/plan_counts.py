@@ -7,6 +7,7 @@ import dataclasses
 import math
 
 import jax
+from flax import linen as nn
 
 from models import LanguageModelConfig
 from models.blocks import BLOCKS, make_mixer
@@ -61,7 +62,7 @@ def operations(config: LanguageModelConfig, params, B: int, T: int) -> Operation
       params: the model's parameters, or their shapes.
     """
     weights = {"blocks": 0, "head": 0}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(params)):
         names = [str(getattr(key, "key", key)) for key in path]
         if names[-1] == "kernel":
             weights["blocks" if "layers" in " ".join(names) else "head"] += math.prod(leaf.shape)
