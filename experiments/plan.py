@@ -105,7 +105,13 @@ def plan(config, topology: str | None = None, *, memory: float | None = None) ->
     from training.optimizers import make_optimizer
 
     c = config_lib.settings(config)
-    mesh = sharding.make_mesh(c.mesh, devices)
+    try:
+        mesh = sharding.make_mesh(c.mesh, devices)
+    except NotImplementedError as error:  # JAX lays no other axis on a torus
+        raise ValueError(
+            f"{c.mesh} does not lie on topology={topology!r}: there each axis must be one of "
+            f"{', '.join(map(str, machines.torus_axes(topology)))}, products of the slice's sides"
+        ) from error
     sharding.check_batch(mesh, c.data.batch_size, c.train.microbatches)
     model = inputs.make_model(c)
     tx, rate = make_optimizer(c.optimizer, c.train.steps)
@@ -182,7 +188,7 @@ def pallas_kernels(hlo: str) -> list[str]:
     calls = re.findall(
         r'^ *(?:ROOT )?%(\S+) = .*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"', hlo, re.M
     )
-    return sorted({re.sub(r"(\.\d+)+$", "", name) for name in calls})
+    return sorted({re.sub(r"(\.\d+|\.refs_\d+_)+$", "", name) for name in calls})
 
 
 def _batch(c, mesh) -> dict:

@@ -6,6 +6,8 @@ devices(None)           of this machine
 """
 
 import dataclasses
+import itertools
+import math
 import os
 import pathlib
 import re
@@ -99,6 +101,13 @@ def devices(topology: str | None) -> list:
             f"v5p:2x2x2, v6e:4x4 or h100:64 ({error})"
         ) from error
     return found.devices
+
+
+def torus_axes(topology: str) -> list[int]:
+    """Sizes that a mesh axis can have on a TPU slice: the products of some of its sides, rising."""
+    sides = [int(side) for side in re.findall(r"\d+", topology.partition(":")[2])]
+    some = itertools.product(*((1, side) for side in sides))
+    return sorted({math.prod(chosen) for chosen in some})
 
 
 def h100_shape(topology: str) -> str:

@@ -263,23 +263,24 @@ def test_the_step_of_eight_tpus_runs_the_attention_kernels():
     assert "of 16.00 GiB" in out and "bounds of a step by the figures of TPU v5e's vendor" in out
 
 
-TPU_CODE = f"""
+TPU_CODE = """
 import dataclasses, json
 from experiments.plan import plan
 from training import config as config_lib
 def planned(*more):
     config = config_lib.default_config()
-    for word in {RING} + more:
+    for word in RING + more:
         config_lib.override(config, word)
     print(json.dumps(dataclasses.asdict(plan(config, "v5e:2x4"))))
 planned()
 planned("data.seq_len=1048576", "data.batch_size=64")
-for topology in ("v5e:7x9", "v99:2x2", "v5e:1x1"):
+for topology, mesh in [("v5e:7x9", {}), ("v99:2x2", {}), ("v5e:1x1", dict(fsdp=2)),
+                       ("v5p:4x4x4", dict(fsdp=8, sequence=8))]:
     try:
-        plan(config_lib.default_config() if topology != "v5e:1x1" else MESH, topology)
+        plan(dict(mesh=mesh), topology)
     except ValueError as error:
         print(json.dumps(str(error)))
-""".replace("MESH", "{'mesh': {'fsdp': 2}}")
+""".replace("RING", repr(RING))
 
 
 @TPU
@@ -304,6 +305,7 @@ def test_loops_sends_and_refusals_of_tpus():
     assert "CompileTimeHbmOom" in refused["refusal"]
     assert all("is unknown; it is a generation and a shape" in error for error in errors[:2])
     assert "mesh.data=-1" in errors[2] and "1 devices" in errors[2]
+    assert "there each axis must be one of 1, 4, 16, 64, products of the slice" in errors[3]
 
 
 @pytest.mark.slow
