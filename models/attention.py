@@ -14,7 +14,7 @@ from models import positions as positions_lib
 from models.layers import RMSNorm, linear, scaled_fan_in
 from ops import masks
 from ops.attention import attention, decode_attention
-from ops.partitioned import partitioned, sequence_devices
+from ops.partitioned import partitioned, partitioned_decode, sequence_devices
 
 # Up to this many queries against a cache are split over keys instead of over queries.
 DECODE_QUERIES = 8
@@ -213,15 +213,22 @@ class Attention(nn.Module):
         """Attention of T new tokens to themselves and to everything in the cache."""
         (B, T), S = q.shape[:2], state.k.shape[1]
         packed = ids is not None
-        new = state.append(k, v, ids if packed else jnp.ones((B, T), jnp.int32))
-        if T <= DECODE_QUERIES:
-            mask = self.mask & masks.Segments(ids, new.segment_ids) if packed else self.mask
-            o = decode_attention(
-                q, new.k, new.v, lengths=new.length, mask=mask, **self._options(T, S, 0)
+        slots = ids if packed else jnp.ones((B, T), jnp.int32)
+        options = self._options(T, S, 0)
+        if T <= DECODE_QUERIES and sequence_devices() > 1:
+            caches = state.k, state.v, state.segment_ids
+            o, caches = partitioned_decode(
+                q, (k, v, slots), caches, state.length, mask=self.mask, ids=ids, **options
             )
+            new = KVCache(*caches, state.length + T)
+        elif T <= DECODE_QUERIES:
+            new = state.append(k, v, slots)
+            mask = self.mask & masks.Segments(ids, new.segment_ids) if packed else self.mask
+            o = decode_attention(q, new.k, new.v, lengths=new.length, mask=mask, **options)
         else:
+            new = state.append(k, v, slots)
             if not packed and not sees_only_past(self.mask):
-                ids = jnp.ones((B, T), jnp.int32)  # hides the slots still empty, whose id is 0
+                ids = slots  # hides the slots still empty, whose id is 0
             o = self._attend_rows(q, new, ids, state.length)
         # Writing past the end would move the slice and give plausible, wrong numbers.
         full = (new.length > S)[:, None, None, None]

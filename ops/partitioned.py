@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ops import masks
 from ops.sequence_parallel import ATTENTION, kinds, layouts
+from ops.sequence_parallel.decode import sharded_append, sharded_decode_attention
 
 # Names of mesh axes; a mesh may lack any of them.
 BATCH_AXES = ("data", "fsdp")
@@ -64,11 +65,7 @@ def partitioned(
       ValueError: time that the devices of TIME_AXIS cannot share equally.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        name: mesh.shape[name]
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto
-    }
+    free = _free_axes(mesh)
     if not free or mesh.size == 1:
         return op(q, k, v, mask=mask, bias=bias, q_offset=q_offset, **options)
     batch, heads = _batch_axes(q.shape[0], free), None
@@ -114,11 +111,84 @@ def partitioned(
     )(arrays)
 
 
+def partitioned_decode(
+    q: Float[Array, "B T H D"],
+    new: tuple[Array, ...],
+    caches: tuple[Array, ...],
+    lengths: Int[Array, " B"],
+    *,
+    mask: masks.Mask,
+    ids: Int[Array, "B T"] | None,
+    bias: Float[Array, "1 H #T S"] | None = None,
+    **options,
+):
+    """Appends to a cache that TIME_AXIS cuts and attends to it, each device to its own slots.
+
+    Args:
+      q: queries of T new tokens.
+      new: their keys [B, T, G, D], values [B, T, G, P] and segment ids [B, T].
+      caches: [B, S, ...] of the same, S over all devices.
+      lengths: filled slots of each row before the new ones.
+      mask: without Segments.
+      ids: the queries' segment ids, where they hide other segments' keys.
+      bias, **options: of `ops.decode_attention`.
+
+    Returns:
+      (o [B, T, H, P], the caches with the new tokens).
+
+    Raises:
+      ValueError: S that the devices along TIME_AXIS don't divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = _free_axes(mesh)
+    P, S = free[TIME_AXIS], caches[0].shape[1]
+    if S % P:
+        raise ValueError(
+            f"a cache of max_len={S} can't be cut over mesh.{TIME_AXIS} = {P} devices; use "
+            f"max_len={-(-S // P) * P}"
+        )
+    batch, parts = _batch_axes(q.shape[0], free), free.get(HEAD_AXIS, 1)
+    cuts = parts > 1 and q.shape[2] % parts == 0 and new[0].shape[2] % parts == 0
+    heads = HEAD_AXIS if cuts else None
+    whole, cut = (PartitionSpec(batch, time, heads) for time in (None, TIME_AXIS))
+    rows = PartitionSpec(batch)
+    bias_spec = None
+    if bias is not None:
+        bias_spec = PartitionSpec(None, heads, None, TIME_AXIS)
+
+    def step(q, new, caches, lengths, ids, bias):
+        k, v, kv_ids = (
+            sharded_append(c, x, lengths, TIME_AXIS) for c, x in zip(caches, new, strict=True)
+        )
+        seen = mask if ids is None else mask & masks.Segments(ids, kv_ids)
+        o = sharded_decode_attention(
+            q, k, v, lengths=lengths + q.shape[1], mask=seen, bias=bias, axis_name=TIME_AXIS,
+            **options,
+        )  # fmt: skip
+        return o, (k, v, kv_ids)
+
+    caches_spec = (cut, cut, PartitionSpec(batch, TIME_AXIS))
+    return jax.shard_map(
+        step,
+        in_specs=(whole, (whole, whole, rows), caches_spec, rows, rows, bias_spec),
+        out_specs=(whole, caches_spec),
+        axis_names=set(free),
+        check_vma=False,
+    )(q, new, caches, lengths, ids, bias)
+
+
 def sequence_devices() -> int:
     """Devices along TIME_AXIS of the mesh in use; 1 where there is none or it is manual already."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh.shape[TIME_AXIS] if axes.get(TIME_AXIS) == AxisType.Auto else 1
+    return _free_axes(jax.sharding.get_abstract_mesh()).get(TIME_AXIS, 1)
+
+
+def _free_axes(mesh) -> dict[str, int]:
+    """{axis: devices} of the axes that the compiler cuts over."""
+    return {
+        name: mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
 
 
 def _check_time(q, k, P: int, balance: str, q_offset) -> None:

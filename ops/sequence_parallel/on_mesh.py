@@ -91,7 +91,8 @@ def on_mesh(op: Callable, setting: str, *arrays, **options):
       - the batch is cut over those of BATCH_AXES that divide it;
       - heads or channels over HEAD_AXIS, if it divides them and their groups (one group is whole
         on every device);
-      - time over TIME_AXIS, but for a single step.
+      - time over TIME_AXIS, but for a single step, and for a short convolution that reads more
+        steps back than a device has.
 
     What is not cut is whole on every device. Where time is cut, a kernel of `long_convolution`
     that is longer than a device's time is cut over TIME_AXIS by channels, if it divides them.
@@ -127,6 +128,8 @@ def on_mesh(op: Callable, setting: str, *arrays, **options):
 
     axes = {"B": _batch_axes(sizes["B"], free), **_head_axes(sizes, free)}
     P = sequence_parts(sizes["T"])
+    if name == "short_convolution" and sizes["T"] // P < sizes["W"] - 1:
+        P = 1
     if P > 1:
         axes["T"], op = TIME_AXIS, parallel
         options["kind"], options["axis_name"] = kinds(setting).scan, TIME_AXIS

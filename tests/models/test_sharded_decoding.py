@@ -1,0 +1,92 @@
+"""Decoding with a cache cut along time over devices gives the logits of one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from models import LanguageModel, LanguageModelConfig
+from training import sharding
+from training.collectives import collectives, sent_bytes
+from training.settings import MeshConfig
+
+FIELDS = dict(
+    vocab_size=32, d_model=16, repeats=1, n_heads=4, n_kv_heads=2, mlp_dim=32,
+    mixers=dict(mamba2=dict(head_dim=4, state_dim=4)),
+)  # fmt: skip
+CASES = {
+    "attention": (MeshConfig(data=2, sequence=4), dict(), False),
+    "packed and sinks": (
+        MeshConfig(data=1, sequence=8),
+        dict(pattern=("local_attention",), window=5, sinks=2),
+        True,
+    ),
+    "hybrid": (
+        MeshConfig(data=1, sequence=4, tensor=2),
+        dict(pattern=("attention", "mamba2")),
+        False,
+    ),
+    "alibi": (MeshConfig(data=2, sequence=4), dict(position="alibi"), False),
+}  # fmt: skip
+SLOW = {"hybrid", "alibi"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
+)
+def test_logits_are_those_of_one_device(name):
+    """A prompt, a few tokens at once, then tokens one by one, over the shards' borders."""
+    mesh, fields, packed = CASES[name]
+    model = LanguageModel(LanguageModelConfig(**FIELDS | fields))
+    tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 32)
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (2, 24)), axis=1), jnp.int32)
+    params = nn.unbox(model.init(jax.random.key(1), tokens))
+
+    def read(state, part, ids):
+        more = dict(segment_ids=ids) if packed else {}
+        return model.apply(params, part, state=state, **more)
+
+    def all_logits():
+        step, state, out = jax.jit(read), model.init_state(2, 32), []
+        for start, stop in ((0, 12), (12, 16), *((t, t + 1) for t in range(16, 24))):
+            logits, state = step(state, tokens[:, start:stop], ids[:, start:stop])
+            out.append(logits)
+        return jnp.concatenate(out, axis=1), state
+
+    want, last = all_logits()
+    with sharding.use(sharding.make_mesh(mesh)):
+        got, state = all_logits()
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state, last)
+
+
+def test_a_step_sends_as_little_for_a_long_cache_as_for_a_short_one():
+    model = LanguageModel(LanguageModelConfig(**FIELDS))
+    token = jnp.zeros((1, 1), jnp.int32)
+    params = nn.unbox(model.init(jax.random.key(1), token))
+    mesh = sharding.make_mesh(MeshConfig(data=1, sequence=8))
+
+    def sent(max_len):
+        state = jax.eval_shape(lambda: model.init_state(1, max_len))
+        cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "sequence"))
+        state = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=cut if a.ndim > 2 else None),
+            state,
+        )
+        with sharding.use(mesh):
+            step = jax.jit(lambda state: model.apply(params, token, state=state)[0])
+            return sum(sent_bytes(collectives(step.lower(state).compile().as_text())).values())
+
+    assert sent(1024) == sent(64) < 4096
+
+
+def test_a_cache_that_devices_cannot_share_is_an_error():
+    model = LanguageModel(LanguageModelConfig(**FIELDS))
+    token = jnp.zeros((1, 1), jnp.int32)
+    params = nn.unbox(model.init(jax.random.key(1), token))
+    with (
+        sharding.use(sharding.make_mesh(MeshConfig(data=1, sequence=8))),
+        pytest.raises(ValueError, match="max_len=30 can't be cut .* use max_len=32"),
+    ):
+        model.apply(params, token, state=model.init_state(1, 30))
