@@ -18,7 +18,8 @@ A cotangent of S_in travels the other way by the same recurrence, dS(p) = A(p+1)
 dS_in(p+1), so the backward pass is the same scan, reversed. Kept for it are A and S_in alone.
 
 All of it is for the inside of `jax.shard_map`. Every device runs the same program, so devices send
-also where nobody needs what they send: in "all_scan" (P + K - 2) / K states in all, not one.
+also where nobody needs what they send: in "all_scan" (P + K - 2) / K states in all, not one, but
+for TPUs, where a kernel sends by remote copies.
 
 Letters: p of P devices, K blocks, D decayed dim, V value dim.
 """
@@ -31,6 +32,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from ops.attention_xla import varying
+from ops.lowering import choose_when_lowered
+from ops.sequence_parallel import all_scan_tpu
 from ops.sequence_parallel.kinds import SCAN_KINDS
 
 __all__ = ["affine_scan", "factor_scan", "from_last_device", "matrix_scan"]
@@ -257,6 +260,17 @@ def _log_step(A, S, schedule):
 
 
 def _all_scan(A, S, schedule):
+    """On TPUs by remote copies within a kernel, where it takes the state; else by collectives."""
+
+    def pick(platform):
+        if platform != "tpu" or all_scan_tpu.unsupported(A, S, schedule) is not None:
+            return None
+        return functools.partial(all_scan_tpu.scan, schedule=schedule)
+
+    return choose_when_lowered(pick, functools.partial(_ticks, schedule=schedule), A, S)
+
+
+def _ticks(A, S, schedule):
     """At tick t, device p is at block t - p: it sends what leaves it, and keeps what arrives."""
     p, P = schedule.place(), schedule.devices
     size, split = S.shape[schedule.split], schedule.split % S.ndim

@@ -1,0 +1,57 @@
+"""All-Scan on TPUs: shapes states for pallas_kernels.tpu.all_scan, and knows what it can't take.
+
+Letters: V value dim, the last of a state.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.tpu import all_scan as kernels
+
+# Lanes of a row of VMEM: decays that differ by value are flattened into rows of it.
+LANES = 128
+VMEM_LIMIT = 12 * 2**20
+
+
+def unsupported(A, S, schedule) -> str | None:
+    """Why the kernel can't take these states; or None."""
+    if schedule.matrix:
+        return "transitions that are matrices have no kernel"
+    if S.dtype != jnp.float32 or A.dtype != jnp.float32:
+        return f"states are {S.dtype}; float32 has a kernel"
+    rows, V, decays = _layout(A, S)
+    need = kernels.vmem(rows + kernels.SUBLANES * schedule.devices, V, decays)
+    if need > VMEM_LIMIT:
+        return f"the state takes {need} bytes of VMEM, of which {VMEM_LIMIT} are allowed"
+    return None
+
+
+def scan(A, S, *, schedule, interpret=False):
+    """S_in of `affine_scan`'s recurrence from zeros."""
+    rows, V, decays = _layout(A, S)
+    if decays == 1:
+        flat = jnp.broadcast_to(A, (*S.shape[:-1], 1)).reshape(-1, 1)
+    else:
+        flat = _rows(jnp.broadcast_to(A, S.shape), rows, V)
+    blocks = schedule.blocks or max(1, min(schedule.devices, rows // kernels.SUBLANES))
+    more = -rows % (kernels.SUBLANES * blocks)
+    pad = lambda x: jnp.pad(x, ((0, more), (0, 0)))
+    S_in = kernels.all_scan(
+        pad(flat), pad(_rows(S, rows, V)),
+        axis_name=schedule.axis_name, blocks=blocks, reverse=schedule.reverse, interpret=interpret,
+    )  # fmt: skip
+    return S_in.reshape(-1)[: math.prod(S.shape)].reshape(S.shape)
+
+
+def _layout(A, S) -> tuple[int, int, int]:
+    """(rows, values of a row, decays of a row): a state's own, if its rows share their decay."""
+    if A.shape[-1] == 1 and S.shape[-1] >= LANES // 2:
+        return math.prod(S.shape[:-1]), S.shape[-1], 1
+    return -(-math.prod(S.shape) // LANES), LANES, LANES
+
+
+def _rows(x: jax.Array, rows: int, V: int) -> jax.Array:
+    flat = x.reshape(-1)
+    return jnp.pad(flat, (0, rows * V - flat.size)).reshape(rows, V)
