@@ -174,8 +174,9 @@ def show(rows: list[dict]) -> None:
             table.add_row(r["topology"], "", r["op"], r["error"])
             continue
         messages = sum(c["times"] or 0 for c in r["collectives"])
+        sent = (r["sent_bytes"] + r["remote_copies"]) / 2**20
         table.add_row(
-            r["topology"], str(r["devices"]), r["op"], f"{(r['sent_bytes'] + r['remote_copies']) / 2**20:.1f}",
+            r["topology"], str(r["devices"]), r["op"], f"{sent:.1f}",
             str(messages), " ".join(map(str, r["between"])), f"{r['temp_bytes'] / 2**20:.0f}",
             " ".join(r["kernels"]),
         )  # fmt: skip
