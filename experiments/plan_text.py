@@ -62,8 +62,10 @@ def _bytes(p: Plan) -> list[str]:
         if name in p.bytes:
             lines.append(f"  {size(p.bytes[name]):>12}  {words}")
     if p.refusal is None:
+        new, donated = p.bytes["outputs"], p.bytes["donated"]
         rest = p.needs - sum(p.bytes[name] for name, _ in _KINDS)
-        lines.append(f"  {size(rest):>12}  code, padding, outputs that take no old array's place")
+        lines.append(f"  {size(rest):>12}  code, padding, results that take no old array's place")
+        lines.append(f"  (of {size(new)} of results, {size(donated)} take the old state's place)")
         if p.bytes["peak"] >= p.bytes["temporaries"]:  # on CPUs it lacks them
             lines.append(f"  {size(p.bytes['peak']):>12}  at the same time, as the compiler says")
     lines.append(f"  {verdict(p)}")
