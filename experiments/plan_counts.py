@@ -50,7 +50,7 @@ class Operations:
         again = 0.0
         if self.remat != "none":
             again = self.attention + self.recurrences  # no plain matmul: no policy keeps them
-        if self.remat == "full":
+        if self.remat in ("full", "offload"):
             again += self.matmuls
         return self.model + again
 

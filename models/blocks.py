@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from models.attention import Attention
 from models.config import LanguageModelConfig
@@ -62,6 +63,9 @@ def _mlp(config: LanguageModelConfig, name: str | None) -> MLP:
         name=name,
     )
 
+
+# What remat="offload" keeps of each repetition, by this name and in the host's memory.
+REPEAT_INPUT = "repeat_input"
 
 # Blocks with a recurrent mixer.
 MIXERS: dict[str, type[nn.Module]] = {
@@ -131,6 +135,7 @@ class Repeat(nn.Module):
 
     @nn.compact
     def __call__(self, x, state, positions, segment_ids):
+        x = checkpoint_name(x, REPEAT_INPUT)
         states = (None,) * len(self.config.pattern) if state is None else state
         new = []
         for i, kind in enumerate(self.config.pattern):

@@ -14,7 +14,7 @@ from models.positions import POSITION_KINDS, RopeScaling
 from ops import masks
 from ops.sequence_parallel.kinds import BALANCES, kinds
 
-REMAT_KINDS = ("none", "full", "dots", "dots_no_batch")
+REMAT_KINDS = ("none", "full", "dots", "dots_no_batch", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,8 @@ class LanguageModelConfig:
       max_len: rows of learned positions; what the model is meant to read at most.
       dtype, param_dtype: of the computation and of the parameters.
       remat: what the backward pass computes again: "none", "full" (all but each repeat's
-        input), "dots" (all but matmuls), "dots_no_batch" (all but matmuls with weights).
+        input), "dots" (all but matmuls), "dots_no_batch" (all but matmuls with weights), "offload"
+        (as "full", with the inputs kept in the host's memory).
       scan_layers: False unrolls the repeats: slower to compile, same numbers.
       attention_implementation: of `ops.attention`.
       sequence_parallel: how mixers work where the mesh in use splits the sequence: a setting of

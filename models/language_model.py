@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from models.blocks import Repeat, init_state, make_norm
+from models.blocks import REPEAT_INPUT, Repeat, init_state, make_norm
 from models.config import LanguageModelConfig
 from models.layers import Embedding, linear
 from models.positions import token_positions
@@ -21,6 +21,12 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[REPEAT_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
