@@ -146,7 +146,7 @@ def test_remat_changes_no_number():
         return jax.jit(jax.value_and_grad(loss))(params)
 
     expected = value_and_grad("none")
-    for remat in ("full", "dots_no_batch"):
+    for remat in ("full", "dots_no_batch", "offload"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
             value_and_grad(remat),
