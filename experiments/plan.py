@@ -33,7 +33,8 @@ class Plan:
       batch, seq_len, parameters: rows, tokens of a row, numbers in the model.
       bytes: "parameters", "optimizer", "batch" by their shardings; "outputs" the compiler's (the
         new state, of which "donated" takes the place of the old), "temporaries" (activations,
-        gradients, buffers), "code", and "peak" where it says one. Refused: the first three alone.
+        gradients, buffers), "code", "peak" where it says one, and "host" (temporaries in the
+        host's memory, not in needs). Refused: the first three alone.
       needs: bytes in all; of a refused program what the compiler says, without "at_least" of which
         it would be all.
       memory: bytes of the chip, None if not known; fits: whether needs are within it.
@@ -120,7 +121,7 @@ def plan(config, topology: str | None = None, *, memory: float | None = None) ->
     example = {k: np.zeros((1, *v.shape[1:]), v.dtype) for k, v in batch.items()}
     shardings, state, _ = train.sharded_init(model, tx, example, c.seed, mesh)
     step = steps.make_train_step(
-        steps.make_loss(model, c.task, c.train.z_loss), tx, rate, c.train.microbatches
+        train.make_loss(model, c), tx, rate, c.train.microbatches
     )
     counts = plan_counts.operations(model.config, state.params, B, T)
     sizes = {
@@ -154,6 +155,7 @@ def plan(config, topology: str | None = None, *, memory: float | None = None) ->
             "temporaries": analysis.temp_size_in_bytes,
             "code": analysis.generated_code_size_in_bytes,
             "peak": getattr(analysis, "peak_memory_in_bytes", 0),
+            "host": analysis.host_temp_size_in_bytes,
         }
         needs = analysis.argument_size_in_bytes + sizes["outputs"] - sizes["donated"]
         needs += sizes["temporaries"] + sizes["code"]

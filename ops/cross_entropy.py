@@ -30,6 +30,7 @@ def chunked_cross_entropy(
     tied: bool = False,
     logit_scale: float | None = None,
     logit_cap: float | None = None,
+    axis_name: str | None = None,
 ) -> dict[str, Array]:
     """The sums of `training.steps.cross_entropy` for logits cap(scale hidden head), by chunks.
 
@@ -43,6 +44,7 @@ def chunked_cross_entropy(
       z_loss: "loss" has + z_loss * logsumexp(logits)^2 per token.
       tied: whether head is [V, E].
       logit_scale, logit_cap: as in `models.LanguageModelConfig`.
+      axis_name: inside `jax.shard_map`, the mesh axis that cuts time, over which sums are added.
 
     Returns:
       {"loss", "nll", "correct", "weight", "exact", "rows"}, float32 (float64 for float64). "loss"
@@ -58,6 +60,8 @@ def chunked_cross_entropy(
         objective, hidden, head, per_token, chunk=chunk, tied=tied,
         logit_scale=logit_scale, logit_cap=logit_cap,
     )  # fmt: skip
+    if axis_name is not None:
+        loss, sums = jax.lax.psum((loss, sums), axis_name)
     return {"loss": loss, **whole_rows(sums)}
 
 

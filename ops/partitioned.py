@@ -19,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ops import masks
+from ops.cross_entropy import chunked_cross_entropy
 from ops.sequence_parallel import ATTENTION, kinds, layouts
 from ops.sequence_parallel.decode import sharded_append, sharded_decode_attention
 
@@ -175,6 +176,22 @@ def partitioned_decode(
         axis_names=set(free),
         check_vma=False,
     )(q, new, caches, lengths, ids, bias)
+
+
+def partitioned_cross_entropy(hidden, head, targets, weights, **options) -> dict[str, Array]:
+    """`ops.cross_entropy.chunked_cross_entropy`, each device for its own part of time.
+
+    Rows, and the parts of the head, are left to the compiler; arguments as there.
+    """
+    if sequence_devices() == 1:
+        return chunked_cross_entropy(hidden, head, targets, weights, **options)
+    time, everywhere = PartitionSpec(None, TIME_AXIS), PartitionSpec()
+    return jax.shard_map(
+        functools.partial(chunked_cross_entropy, axis_name=TIME_AXIS, **options),
+        in_specs=(time, everywhere, time, time),
+        out_specs=everywhere,
+        axis_names={TIME_AXIS},
+    )(hidden, head, targets, weights)
 
 
 def sequence_devices() -> int:

@@ -128,6 +128,8 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = 1000  # updates of the parameters
     microbatches: int = 1  # parts of a batch, whose gradients are added up: saves memory
+    logit_chunk: int | None = None  # positions whose logits exist at once, on a device; None: all
+    stream_chunks: int | None = None  # StreamBP: parts of the sequence in layers' backward pass
     z_loss: float = 0.0  # times log(Z)^2 per token; 1e-4 keeps bf16 logits near 0 (PaLM, section 5)
     log_every: int = 10  # steps between rows of metrics.jsonl
     eval_every: int = 200  # steps between evaluations; step 0 and the last have one too
@@ -139,6 +141,7 @@ class TrainConfig:
     tensorboard: bool = True  # event files beside metrics.jsonl
 
     def __post_init__(self):
+        _at_least("train", self, 1, "logit_chunk", "stream_chunks")
         _at_least("train", self, 1, "steps", "microbatches", "log_every", "eval_every", "keep")
         _at_least("train", self, 0, "z_loss", "eval_batches", "checkpoint_every", "resume_step")
 
@@ -209,6 +212,15 @@ class Settings:
 
     def __post_init__(self):
         _one_of("task", self.task, TASKS)
+        for name in ("logit_chunk", "stream_chunks"):
+            if getattr(self.train, name) and self.task != "language_model":
+                raise ConfigError(f"train.{name} is for task = 'language_model', not {self.task!r}")
+        if self.train.stream_chunks and self.mesh.sequence > 1:
+            raise ConfigError(
+                f"train.stream_chunks = {self.train.stream_chunks} cuts the sequence on each "
+                f"device, which mesh.sequence = {self.mesh.sequence} has cut already; use one of "
+                "them, and train.logit_chunk with either"
+            )
         if self.data.batch_size % self.train.microbatches:
             raise ConfigError(
                 f"train.microbatches = {self.train.microbatches} must divide "

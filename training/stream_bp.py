@@ -16,7 +16,8 @@ import jax
 
 from models import LanguageModel
 from models.stream_bp import stream_hidden
-from ops.cross_entropy import chunked_cross_entropy, chunked_log_probabilities
+from ops.cross_entropy import chunked_log_probabilities
+from ops.partitioned import partitioned_cross_entropy
 from training.preference_losses import dpo, grpo
 from training.steps import model_inputs
 
@@ -41,13 +42,15 @@ def stream_loss(
 
     def loss(params, batch, key=None):
         del key  # these models have no dropout
-        sums = chunked_cross_entropy(
+        head = head_of(model, params)
+        sums = partitioned_cross_entropy(
             hidden_of(model, params, batch, chunks),
-            targets=batch["targets"],
-            weights=batch["weights"],
+            head.pop("head"),
+            batch["targets"],
+            batch["weights"],
             chunk=logit_chunk,
             z_loss=z_loss,
-            **head_of(model, params),
+            **head,
         )
         return sums["loss"], sums
 

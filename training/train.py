@@ -22,7 +22,7 @@ import jax
 from flax import linen as nn
 
 from training import config as config_lib
-from training import inputs, sharding, steps
+from training import inputs, sharding, steps, stream_bp
 from training import workdir as work
 from training.checkpoints import CheckpointError, Checkpoints
 from training.interrupts import Interrupts
@@ -33,6 +33,7 @@ from training.settings import Settings
 FREE_ON_RESUME = (
     "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
     "train.keep", "train.resume_step", "train.progress", "train.tensorboard",
+    "train.logit_chunk", "train.stream_chunks",
     "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
     "model.sequence_parallel", "model.sequence_balance",
 )  # fmt: skip
@@ -80,7 +81,7 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
     # Model.
     model = model if model is not None else inputs.make_model(c, datasets)
     tx, rate = make_optimizer(c.optimizer, c.train.steps)
-    loss = steps.make_loss(model, c.task, c.train.z_loss)
+    loss = make_loss(model, c)
 
     # Shard.
     state_shardings, abstract_state, initialise = sharded_init(model, tx, example, c.seed, mesh)
@@ -168,6 +169,18 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
                 stop.raise_for(stopped, step, workdir if every else None)
         saver.wait()
         return work.final_metrics(recorder.metrics.rows)
+
+
+def make_loss(model: nn.Module, c: Settings):
+    """The loss that the configuration asks for: of all tokens at once, or by parts of them."""
+    if c.train.logit_chunk is None and c.train.stream_chunks is None:
+        return steps.make_loss(model, c.task, c.train.z_loss)
+    return stream_bp.stream_loss(
+        model,
+        chunks=c.train.stream_chunks,
+        logit_chunk=c.train.logit_chunk or stream_bp.LOGIT_CHUNK,
+        z_loss=c.train.z_loss,
+    )
 
 
 def sharded_init(model: nn.Module, tx, example: dict, seed: int, mesh):

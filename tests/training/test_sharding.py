@@ -16,6 +16,7 @@ from training import sharding, steps
 from training.config import default_config, settings
 from training.optimizers import make_optimizer, path_name
 from training.settings import ConfigError, MeshConfig, OptimizerConfig
+from training.stream_bp import stream_loss
 from training.train import sharded_init
 
 MESHES = {
@@ -61,7 +62,9 @@ class PackedRows(Rows):
         return batch | {"segment_ids": np.where(ids > 3, 0, ids)}
 
 
-def two_steps(mesh, microbatches=1, model=None, before=None, rows=Rows, balance="contiguous"):
+def two_steps(
+    mesh, microbatches=1, model=None, before=None, rows=Rows, balance="contiguous", loss=None
+):
     """Two updates on a mesh, from its own parameters or those given.
 
     Returns:
@@ -74,7 +77,7 @@ def two_steps(mesh, microbatches=1, model=None, before=None, rows=Rows, balance=
     put = functools.partial(sharding.put_batch, mesh=mesh, balance=balance)
     example = sharding.in_order(next(iter(rows)), mesh, balance)
     shardings, _, initialise = sharded_init(model, tx, example, 0, mesh)
-    loss = steps.make_loss(model, "language_model")
+    loss = loss or steps.make_loss(model, "language_model")
     train_step = steps.make_train_step(loss, tx, rate, microbatches)
 
     def step_and_gradients(state, batch):
@@ -169,6 +172,34 @@ def test_a_step_with_time_cut_equals_the_one_on_a_single_device(kind, balance, f
     want = two_steps(single_device(), model=model, rows=rows)
     mesh = sharding.make_mesh(mesh)
     got = two_steps(mesh, model=model, before=want[0], rows=rows, balance=balance)
+    assert_same(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "parts", "fields"),
+    [
+        (
+            MeshConfig(data=2, sequence=4),
+            dict(chunks=None, logit_chunk=3),
+            dict(sequence_balance="zigzag"),
+        ),
+        (
+            MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+            dict(chunks=None, logit_chunk=4),
+            dict(tie_embeddings=False),
+        ),
+        (MeshConfig(data=2, fsdp=2, tensor=2), dict(chunks=3, logit_chunk=4), dict()),
+    ],
+)
+def test_losses_by_parts_of_the_sequence_on_a_mesh(mesh, parts, fields):
+    """Logits by chunks on devices that share time; layers by chunks on devices that share rows."""
+    model = language_model(n_heads=4, n_kv_heads=2, **fields)
+    rows, loss = functools.partial(PackedRows, 8, 16), stream_loss(model, **parts)
+    want = two_steps(single_device(), model=model, rows=rows)
+    balance = model.config.sequence_balance
+    mesh = sharding.make_mesh(mesh)
+    got = two_steps(mesh, model=model, before=want[0], rows=rows, balance=balance, loss=loss)
     assert_same(got, want)
 
 
