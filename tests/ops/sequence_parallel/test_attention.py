@@ -195,21 +195,21 @@ def test_a_window_needs_few_rounds_and_a_causal_mask_all():
     assert count(masks.SlidingWindow(63), "striped") == 8
 
 
-def text_of(op, n, H=8, G=4, gradient=True, T=256):
-    """The compiled program of one device's attention, and gradient, in float32."""
+def compiled(op, n, H=8, G=4, gradient=True, T=256):
+    """The program of one device's attention, or gradient, in float32."""
     mesh, time = mesh_of(n), P(None, "sequence")
     where = jax.sharding.NamedSharding(mesh, time)
     x = [jax.ShapeDtypeStruct((1, T, heads, D), jnp.float32, sharding=where) for heads in (H, G, G)]
     call = jax.shard_map(op, mesh=mesh, in_specs=time, out_specs=time, check_vma=False)
     total = lambda q, k, v: jnp.sum(call(q, k, v))
     program = jax.grad(total, argnums=(0, 1, 2)) if gradient else call
-    return jax.jit(program).trace(*x).lower().compile().as_text()
+    return jax.jit(program).trace(*x).lower().compile()
 
 
 def test_what_devices_send_is_what_the_formulas_say():
     n, H, G = 4, 8, 4
     q, kv = 4 * 256 // n * H * D, 4 * 256 // n * G * D  # bytes of a device's q, and of its k
-    sent = lambda op, **options: sent_bytes(collectives(text_of(op, n, H, G, **options)))
+    sent = lambda op, **options: sent_bytes(collectives(compiled(op, n, H, G, **options).as_text()))
     forward = sent(ring_attention, gradient=False)
     assert forward == {"collective-permute": (n - 1) * 2 * kv}
     # Keys and values twice, their gradients once more than keys travel: home.
@@ -219,13 +219,17 @@ def test_what_devices_send_is_what_the_formulas_say():
     assert heads == {"all-to-all": (2 * q + 2 * kv) * (n - 1) / n}
 
 
-def test_a_ring_sends_its_keys_in_a_loop_of_any_length():
-    text = {n: text_of(ring_attention, n, gradient=False) for n in (2, 8)}
+def test_a_ring_is_a_loop_whose_memory_does_not_grow_with_the_devices():
+    """As many tokens on each device: a longer loop in as many bytes."""
+    programs = {n: compiled(ring_attention, n, T=64 * n) for n in (3, 8)}
     found = {
-        n: [c for c in collectives(t) if c.kind == "collective-permute"] for n, t in text.items()
+        n: [c for c in collectives(p.as_text()) if c.kind == "collective-permute"]
+        for n, p in programs.items()
     }
-    assert {n: {c.times for c in cs} for n, cs in found.items()} == {2: {1}, 8: {7}}
-    assert len(found[8]) == 2
+    assert len(found[3]) == len(found[8]) == 8
+    assert {n: {c.times for c in cs} for n, cs in found.items()} == {3: {1, 2}, 8: {1, 7}}
+    bytes_ = {n: p.memory_analysis().temp_size_in_bytes for n, p in programs.items()}
+    assert bytes_[8] <= 1.05 * bytes_[3]
 
 
 @pytest.mark.parametrize(
