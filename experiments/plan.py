@@ -119,10 +119,10 @@ def plan(config, topology: str | None = None, *, memory: float | None = None) ->
     B, T = c.data.batch_size, c.data.seq_len
     batch = _batch(c, mesh)
     example = {k: np.zeros((1, *v.shape[1:]), v.dtype) for k, v in batch.items()}
-    shardings, state, _ = train.sharded_init(model, tx, example, c.seed, mesh)
-    step = steps.make_train_step(
-        train.make_loss(model, c), tx, rate, c.train.microbatches
+    shardings, state, _ = train.sharded_init(
+        model, tx, example, c.seed, mesh, sharding.rules(c.mesh)
     )
+    step = steps.make_train_step(train.make_loss(model, c), tx, rate, c.train.microbatches)
     counts = plan_counts.operations(model.config, state.params, B, T)
     sizes = {
         name: _bytes_of_a_device(tree)

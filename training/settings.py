@@ -172,10 +172,13 @@ class MeshConfig:
     fsdp: int = 1  # parts of each parameter and its moments; the batch is cut as well
     sequence: int = 1  # parts of the time axis; model.sequence_parallel says how they meet
     tensor: int = 1  # parts of heads, MLP and vocabulary
+    parameters_over_sequence: bool = False  # cut parameters and moments over `sequence` as well
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.type is bool:
+                continue
             if value < 1 and not (value == -1 and field.name == "data"):
                 raise ConfigError(
                     f"mesh.{field.name} = {value} must be at least 1 (or -1 for mesh.data)"

@@ -43,6 +43,18 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
+def rules(config: MeshConfig) -> dict[str, str | tuple[str, ...] | None]:
+    """RULES, or those that cut parameters over `sequence` as well.
+
+    That is ZeRO-3 over the devices that share rows and those that share a sequence, as DeepSpeed-
+    Ulysses has it (arXiv 2309.14509): layers gather their parameters, and what is left of their
+    gradients is a device's part.
+    """
+    if not config.parameters_over_sequence:
+        return RULES
+    return RULES | {"embed": ("fsdp", TIME_AXIS)}
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """Returns a mesh over all devices with the configured sizes.
 
@@ -85,32 +97,37 @@ def _axes(axis) -> tuple[str, ...]:
     return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
 
 
-def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec_of(
+    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: dict = RULES
+) -> P:
     """Maps the logical names of an array's dimensions to mesh axes.
 
     A mesh axis is used once per array, by the first dimension that asks for it, and only where it
-    divides the dimension: one key-value head on two tensor devices stays whole.
+    divides the dimension: one key-value head on two tensor devices stays whole. Of several axes
+    for a dimension the first ones are used, as many as divide it.
 
     Raises:
         ValueError: a name that RULES does not have.
     """
     entries, used = [], set()
     for name, size in zip(names, shape, strict=True):
-        if name is not None and name not in RULES:
+        if name is not None and name not in rules:
             raise ValueError(
-                f"the logical axis {name!r} is not in training.sharding.RULES: {', '.join(RULES)}"
+                f"the logical axis {name!r} is not in training.sharding.RULES: {', '.join(rules)}"
             )
-        axes = _axes(RULES[name] if name else None)
-        parts = int(np.prod([mesh.shape[a] for a in axes]))
-        if axes and parts > 1 and size % parts == 0 and not used & set(axes):
-            entries.append(axes if len(axes) > 1 else axes[0])
-            used |= set(axes)
-        else:
-            entries.append(None)
+        axes, parts = (), 1
+        for axis in _axes(rules[name] if name else None):
+            if mesh.shape[axis] == 1 or axis in used:
+                continue
+            if size % (parts * mesh.shape[axis]):
+                break
+            axes, parts = (*axes, axis), parts * mesh.shape[axis]
+        used |= set(axes)
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
     return P(*entries)
 
 
-def param_shardings(params, mesh: Mesh):
+def param_shardings(params, mesh: Mesh, rules: dict = RULES):
     """Shardings of a tree of (abstract) parameters, `nn.LogicallyPartitioned` boxes or bare.
 
     Leaves without names are copied to every device. The result has the structure of the tree
@@ -119,7 +136,7 @@ def param_shardings(params, mesh: Mesh):
 
     def one(leaf):
         if isinstance(leaf, nn.Partitioned):
-            return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh))
+            return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh, rules))
         return NamedSharding(mesh, P())
 
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))

@@ -34,7 +34,7 @@ FREE_ON_RESUME = (
     "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
     "train.keep", "train.resume_step", "train.progress", "train.tensorboard",
     "train.logit_chunk", "train.stream_chunks",
-    "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
+    "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.parameters_over_sequence",
     "model.sequence_parallel", "model.sequence_balance",
 )  # fmt: skip
 
@@ -84,7 +84,9 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
     loss = make_loss(model, c)
 
     # Shard.
-    state_shardings, abstract_state, initialise = sharded_init(model, tx, example, c.seed, mesh)
+    state_shardings, abstract_state, initialise = sharded_init(
+        model, tx, example, c.seed, mesh, sharding.rules(c.mesh)
+    )
     check_groups(c.optimizer, abstract_state.params)
 
     # Step.
@@ -183,7 +185,9 @@ def make_loss(model: nn.Module, c: Settings):
     )
 
 
-def sharded_init(model: nn.Module, tx, example: dict, seed: int, mesh):
+def sharded_init(
+    model: nn.Module, tx, example: dict, seed: int, mesh, rules: dict = sharding.RULES
+):
     """Returns the TrainState's (shardings, abstract state, initialise()), the last on the mesh.
 
     The values depend on the seed, and on the mesh in their last bits alone.
@@ -195,7 +199,7 @@ def sharded_init(model: nn.Module, tx, example: dict, seed: int, mesh):
     with sharding.use(mesh):
         boxed = jax.eval_shape(init)
     params = nn.meta.unbox(boxed.params)
-    where = sharding.param_shardings(boxed.params, mesh)
+    where = sharding.param_shardings(boxed.params, mesh, rules)
     everywhere = sharding.replicated(mesh)
     shardings = steps.TrainState(
         step=everywhere,

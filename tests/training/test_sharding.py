@@ -63,8 +63,9 @@ class PackedRows(Rows):
 
 
 def two_steps(
-    mesh, microbatches=1, model=None, before=None, rows=Rows, balance="contiguous", loss=None
-):
+    mesh, microbatches=1, model=None, before=None, rows=Rows, balance="contiguous", loss=None,
+    rules=sharding.RULES,
+):  # fmt: skip
     """Two updates on a mesh, from its own parameters or those given.
 
     Returns:
@@ -76,7 +77,7 @@ def two_steps(
     model, rows = model or TinyModel(), iter(rows())
     put = functools.partial(sharding.put_batch, mesh=mesh, balance=balance)
     example = sharding.in_order(next(iter(rows)), mesh, balance)
-    shardings, _, initialise = sharded_init(model, tx, example, 0, mesh)
+    shardings, _, initialise = sharded_init(model, tx, example, 0, mesh, rules)
     loss = loss or steps.make_loss(model, "language_model")
     train_step = steps.make_train_step(loss, tx, rate, microbatches)
 
@@ -201,6 +202,20 @@ def test_losses_by_parts_of_the_sequence_on_a_mesh(mesh, parts, fields):
     mesh = sharding.make_mesh(mesh)
     got = two_steps(mesh, model=model, before=want[0], rows=rows, balance=balance, loss=loss)
     assert_same(got, want)
+
+
+@pytest.mark.slow
+def test_parameters_cut_over_the_sequence_too():
+    """ZeRO-3 over rows and time: the same numbers, an eighth of the parameters on a device."""
+    config = MeshConfig(data=1, fsdp=2, sequence=4, parameters_over_sequence=True)
+    model = language_model(n_heads=4, sequence_parallel="ulysses")
+    rows = functools.partial(PackedRows, 8, 16)
+    want = two_steps(single_device(), model=model, rows=rows)
+    mesh, rules = sharding.make_mesh(config), sharding.rules(config)
+    got = two_steps(mesh, model=model, before=want[0], rows=rows, rules=rules)
+    assert_same(got, want)
+    specs = {path_name(p): x.sharding.spec for p, x in jax.tree.leaves_with_path(got[2].params)}
+    assert specs["backbone/embed/embedding"] == P(None, ("fsdp", "sequence"))
 
 
 def test_tokens_are_dealt_in_the_order_of_the_balance():
