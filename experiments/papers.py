@@ -15,6 +15,7 @@ NAMES = (
     "h3",
     "mamba_free_lunch",
     "s4",
+    "stream_bp",
     "stuffed_mamba",
 )
 SCALES = ("smoke", "cpu", "accelerator")
