@@ -92,16 +92,23 @@ def is_placed(mask: masks.Mask) -> bool:
     return isinstance(mask, Placed) or any(map(is_placed, getattr(mask, "masks", ())))
 
 
-def any_visible(mask: masks.Mask, queries: Stretch, keys: Stretch) -> bool:
-    """Whether any of these queries may see any of these keys; False is certain. Static starts."""
-    rest, segments = masks.split_segments(mask)
+def any_visible(mask: masks.Mask, queries: list[Stretch], keys: list[Stretch]) -> np.ndarray:
+    """bool [queries, keys]: whether any of one may see any of another; False is certain.
+
+    Starts must be static.
+    """
+    rest, _ = masks.split_segments(mask)
+    shape = len(queries), len(keys)
     if rest.segments() is not None:
-        return True
-    ends = [
-        (np.int64(s.start), np.int64(s.start + s.stride * (s.length - 1))) for s in (queries, keys)
-    ]
-    seen, _ = rest.tile_summary(*ends[0], *ends[1])
-    return bool(seen)
+        return np.ones(shape, bool)
+
+    def ends(stretches):
+        first = np.array([s.start for s in stretches], np.int64)
+        return first, first + [s.stride * (s.length - 1) for s in stretches]
+
+    (q_lo, q_hi), (k_lo, k_hi) = ends(queries), ends(keys)
+    seen, _ = rest.tile_summary(q_lo[:, None], q_hi[:, None], k_lo[None], k_hi[None])
+    return np.broadcast_to(seen, shape)
 
 
 def with_segments(mask: masks.Mask, q_ids, kv_ids) -> masks.Mask:

@@ -12,10 +12,11 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ops import masks
 from ops.decode_attention import merge_partials
-from ops.mask_placed import place, with_segments
+from ops.mask_placed import any_visible, place, with_segments
 from ops.sequence_parallel import layouts
 
 # `ops.attention` is the function.
@@ -96,7 +97,20 @@ def add_columns(total, part, owner, S: int):
     return jax.lax.dynamic_update_slice_in_dim(total, old + part, owner * S, axis=3)
 
 
-def forward(q, k, v, bias, mask, ids, queries, keys, options: Options):
+def sees(mask, P: int, T: int, balance: str) -> np.ndarray:
+    """bool [P, n, P, n]: whether stretch a of device p's queries may see stretch b of r's keys."""
+    every = [s for p in range(P) for s in layouts.stretches(p, P, T, balance)]
+    n = len(every) // P
+    return any_visible(mask, every, every).reshape(P, n, P, n)
+
+
+def pairs(mask, P: int, T: int, balance: str) -> tuple[tuple[int, ...], ...]:
+    """For each stretch of queries, those of keys that it sees on any device from any device."""
+    found = sees(mask, P, T, balance).any(axis=(0, 2))
+    return tuple(tuple(map(int, np.flatnonzero(row))) or (a,) for a, row in enumerate(found))
+
+
+def forward(q, k, v, bias, mask, ids, queries, keys, options: Options, seen=None):
     """(o [B, T, H, P] in the statistics' dtype, lse [B, T, H]) of these keys alone.
 
     Args:
@@ -104,11 +118,12 @@ def forward(q, k, v, bias, mask, ids, queries, keys, options: Options):
       mask: the whole sequence's.
       ids: (segment ids of q [B, T], of k [B, S]), or (None, None).
       queries, keys: the stretches of q's and k's time.
+      seen: of `pairs`; default: every stretch of queries sees every one of keys.
     """
     o, lse = [], []
-    for a in queries:
+    for a, those in zip(queries, _seen(queries, keys, seen), strict=True):
         part = None
-        for b in keys:
+        for b in those:
             call = _call(q, k, v, bias, mask, ids, a, b)
             new = attention_lib.forward(*call, **dataclasses.asdict(options))
             new = new[0].astype(new[1].dtype), new[1]
@@ -118,14 +133,16 @@ def forward(q, k, v, bias, mask, ids, queries, keys, options: Options):
     return jnp.concatenate(o, 1), jnp.concatenate(lse, 1)
 
 
-def backward(q, k, v, bias, mask, ids, queries, keys, options: Options, o, lse, do, dlse):
+def backward(
+    q, k, v, bias, mask, ids, queries, keys, options: Options, o, lse, do, dlse, seen=None
+):
     """(dq, dk, dv, dbias or None) that these keys add; float32 (float64) sums."""
     dtype = lse.dtype
     dq, dk, dv = (jnp.zeros(x.shape, dtype) for x in (q, k, v))
     dbias = None if bias is None else jnp.zeros(bias.shape, dtype)
-    for a in queries:
+    for a, those in zip(queries, _seen(queries, keys, seen), strict=True):
         rows = [_rows(x, a) for x in (o, lse, do, dlse)]
-        for b in keys:
+        for b in those:
             call = _call(q, k, v, bias, mask, ids, a, b)
             new = attention_lib.backward(*call, *rows, **dataclasses.asdict(options))
             dq, dk, dv = (
@@ -135,6 +152,12 @@ def backward(q, k, v, bias, mask, ids, queries, keys, options: Options, o, lse, 
             if bias is not None:
                 dbias = _add(dbias, new[3], _bias_index(bias, a, b))
     return dq, dk, dv, dbias
+
+
+def _seen(queries, keys, seen):
+    if seen is None:
+        return [keys] * len(queries)
+    return [[keys[b] for b in those] for those in seen]
 
 
 def _call(q, k, v, bias, mask, ids, a, b):

@@ -12,15 +12,14 @@ P value dim, R devices of the ring.
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ops import masks
 from ops.decode_attention import merge_partials
-from ops.mask_placed import any_visible
 from ops.sequence_parallel import layouts, parts
 
 
@@ -103,6 +102,7 @@ def ring_attention(
         ring,
         balance,
         rounds(mask, ring.size, q.shape[1], balance),
+        parts.pairs(mask, ring.size, q.shape[1], balance),
     )
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
@@ -116,6 +116,7 @@ class _Options:
     ring: Ring
     balance: str
     rounds: int
+    seen: tuple[tuple[int, ...], ...]
 
     def stretches(self, p, T):
         return layouts.stretches(p, self.ring.size, T, self.balance)
@@ -143,6 +144,7 @@ def _forward(q, k, v, bias, mask, options):
         new = parts.forward(
             q, k, v, parts.columns(bias, owner, S), mask, (q_ids, kv_ids),
             options.stretches(here, T), options.stretches(owner, S), options.attention,
+            seen=options.seen,
         )  # fmt: skip
         return merge_partials(*part, *new)
 
@@ -174,7 +176,7 @@ def _ring_bwd(options, residuals, cotangents):
         dq, dk, dv, dbias = parts.backward(
             q, k, v, parts.columns(bias, owner, S), mask, (q_ids, kv_ids),
             options.stretches(here, T), options.stretches(owner, S), options.attention,
-            o, lse, do, dlse,
+            o, lse, do, dlse, seen=options.seen,
         )  # fmt: skip
         sums = sums[0] + dq, parts.add_columns(sums[1], dbias, owner, S)
         return sums, (dkeys[0] + dk, dkeys[1] + dv)
@@ -200,10 +202,7 @@ _ring.defvjp(_ring_fwd, _ring_bwd)
 
 def rounds(mask: masks.Mask, P: int, T: int, balance: str) -> int:
     """How many devices' keys any device has to look at: 1 + the hops to the farthest."""
-    where = [layouts.stretches(p, P, T, balance) for p in range(P)]
-    for r in range(P - 1, 0, -1):
-        for p in range(P):
-            pairs = itertools.product(where[p], where[(p - r) % P])
-            if any(any_visible(mask, a, b) for a, b in pairs):
-                return r + 1
-    return 1
+    found = parts.sees(mask, P, T, balance).any(axis=(1, 3))
+    device = np.arange(P)
+    hops = (device[:, None] - device[None]) % P
+    return 1 + int(hops[found].max(initial=0))
