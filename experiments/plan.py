@@ -41,8 +41,9 @@ class Plan:
       refusal: the compiler's own words, if it refused for lack of memory.
       model_operations, step_operations: of all devices, by formulas (`plan_counts`); the second
         with what the backward pass computes again.
-      sent: {kind: {"instructions", "runs", "bytes"}} that a device sends, "unknown" (loops of
-        unknown length) among them if there are; None if refused.
+      sent: {kind: {"instructions", "runs", "bytes"}} that a device sends, by the kinds of
+        `training.collectives`, "unknown" (loops of unknown length) among them if there are; None
+        if refused.
       bounds: {"compute", "memory", "links"}: seconds, each less than any step takes.
       compiler_seconds: its own estimate, where it makes one that means something.
       kernels: names of the Pallas kernels.
@@ -102,7 +103,7 @@ def plan(config, topology: str | None = None, *, memory: float | None = None) ->
     from experiments import plan_counts
     from training import config as config_lib
     from training import inputs, sharding, steps, train
-    from training.collectives import collectives
+    from training.collectives import collectives, remote_kernels
     from training.optimizers import make_optimizer
 
     c = config_lib.settings(config)
@@ -159,7 +160,7 @@ def plan(config, topology: str | None = None, *, memory: float | None = None) ->
         }
         needs = analysis.argument_size_in_bytes + sizes["outputs"] - sizes["donated"]
         needs += sizes["temporaries"] + sizes["code"]
-        sent = _sent(collectives(hlo))
+        sent = _sent([*collectives(hlo), *remote_kernels(hlo)])
     found = Plan(
         topology=topology,
         device=devices[0].device_kind,

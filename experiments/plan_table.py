@@ -16,6 +16,7 @@ import pathlib
 import subprocess
 import sys
 
+from benchmarks.environment import commit
 from experiments.plan_machines import CHIPS, GIB, generation, torus_axes
 
 TOPOLOGIES = {64: "v5p:4x4x4", 256: "v5p:4x8x8", 512: "v5p:8x8x8"}
@@ -77,6 +78,7 @@ def measure(row: Row) -> dict:
         "plan": dataclasses.asdict(made),
         "logits_bytes": made.tokens // made.devices * config.model.vocab_size * 4,
         "versions": versions,
+        "commit": commit(),
     }
 
 
@@ -107,11 +109,13 @@ backward pass, one sequence for each part of the batch).
   parameters, moments and gradients, and the whole gradient is summed over all chips.
 - needs, state (parameters and moments), temporaries: GiB of a chip, as libtpu says; a chip has
   {memory:.0f}. logits: GiB of the float32 logits of a chip's tokens. The loss of `training.steps`
-  holds them as a whole, among the temporaries; `ops.cross_entropy` has one that need not.
+  holds them as a whole, among the temporaries, unless `train.logit_chunk` cuts them: do so
+  where they are large, as on 64 chips for 4 million tokens.
 - operations: 10^12 of a chip and step, by formulas, with those that the backward pass does again:
   the mean. The hybrid's tokens lie in their order, so that its last chip has nearly twice the mean
   of attention; the Transformer's lie zigzag, and all have the same.
-- sent: GiB of a chip and step, loops included, by the compiled program.
+- permuted, gathered, reduced, all-to-all: GiB that a chip sends in a step, loops included, by the
+  compiled program; kernels' own copies of states to the next chip are under permuted.
 - bounds: seconds that no step can go below, by {flops:.0f} TFLOP/s, {bandwidth:,.0f} GB/s of memory
   and {links:.0f} GB/s of links; not times, and nothing of waiting.
 
@@ -157,7 +161,7 @@ def _line(row: dict) -> str:
         gib(of["temporaries"]) if "temporaries" in of else "-",
         gib(row["logits_bytes"]),
         f"{p['step_operations'] / p['devices'] / 1e12:,.0f}",
-        kinds("collective-permute"),
+        kinds("collective-permute", "remote-copy"),
         kinds("all-gather"),
         kinds("all-reduce", "reduce-scatter"),
         kinds("all-to-all"),

@@ -2,6 +2,7 @@
 
 from experiments.plan import Plan
 from experiments.plan_machines import CHIPS, GIB, generation
+from training.collectives import REMOTE
 
 CAVEATS = (
     "Nothing ran. Bytes are the compiler's and hold for it; operations are formulas, links ideal.",
@@ -68,6 +69,8 @@ def _bytes(p: Plan) -> list[str]:
         lines.append(f"  (of {size(new)} of results, {size(donated)} take the old state's place)")
         if p.bytes["peak"] >= p.bytes["temporaries"]:  # on CPUs it lacks them
             lines.append(f"  {size(p.bytes['peak']):>12}  at the same time, as the compiler says")
+    if p.bytes.get("host"):
+        lines.append(f"  {size(p.bytes['host']):>12}  temporaries in the host's memory, besides")
     lines.append(f"  {verdict(p)}")
     if p.refusal is not None:
         lines.append(f"  the compiler refused: {p.refusal.splitlines()[0]}")
@@ -80,6 +83,7 @@ def _sent(p: Plan) -> list[str]:
     lines = ["bytes that a device sends in a step, loops included:"]
     for kind, of in sorted(p.sent.items()):
         more = f", and {of['unknown']} in loops of unknown length" if "unknown" in of else ""
+        kind = {REMOTE: "remote copies by kernels, their results once"}.get(kind, kind)
         lines.append(f"  {size(of['bytes']):>12}  {kind}, {of['runs']} runs{more}")
     return lines if p.sent else ["bytes that a device sends in a step: none"]
 

@@ -22,6 +22,7 @@ KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
+REMOTE = "remote-copy"
 _BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16,
     "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
@@ -38,7 +39,7 @@ class Collective:
     """One instruction of a program, for one device.
 
     Attributes:
-      kind: of KINDS.
+      kind: of KINDS, or REMOTE.
       times: how often it runs, as loops around it say; None in a loop whose length the program
         does not know.
       operand_bytes: what a device puts in, each time.
@@ -78,6 +79,19 @@ def collectives(hlo: str) -> list[Collective]:
     Raises:
       ValueError: text that is no compiled program.
     """
+    return [c for c in _all(hlo) if c.kind != REMOTE]
+
+
+def remote_kernels(hlo: str) -> list[Collective]:
+    """The Pallas kernels that copy to other devices themselves, of kind REMOTE.
+
+    A program does not say what they send. Their operand_bytes are those of the result: All-Scan
+    sends its state, which is its result, to one other device.
+    """
+    return [c for c in _all(hlo) if c.kind == REMOTE]
+
+
+def _all(hlo: str) -> list[Collective]:
     computations, entry = _computations(hlo)
     found: list[Collective] = []
     _visit(computations, entry, 1, found, _partitions(hlo))
@@ -118,8 +132,10 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
         if head := _HEAD.match(line):
             lines = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("}, "):
             lines = None
+        elif lines and not _DEFINITION.match(line):
+            lines[-1] += line  # what a kernel says of itself goes over several lines
         elif lines is not None:
             lines.append(line)
     if entry is None:
@@ -160,6 +176,9 @@ def _visit(computations, name, times, found, partitions, begun=None):
                 )
             )
             continue
+        if kind == "custom-call" and '"mesh_axes"' in body:
+            devices = _devices(REMOTE, body, partitions)
+            found.append(Collective(REMOTE, times, sizes[result], devices, _op_name(body)))
         if kind is None or kind.endswith("-done"):
             continue
         inside = times

@@ -274,6 +274,7 @@ def planned(*more):
     print(json.dumps(dataclasses.asdict(plan(config, "v5e:2x4"))))
 planned()
 planned("data.seq_len=1048576", "data.batch_size=64")
+planned("model.pattern=mamba2")
 for topology, mesh in [("v5e:7x9", {}), ("v99:2x2", {}), ("v5e:1x1", dict(fsdp=2)),
                        ("v5p:4x4x4", dict(fsdp=8, sequence=8))]:
     try:
@@ -289,7 +290,7 @@ def test_loops_sends_and_refusals_of_tpus():
     """Libtpu's programs don't say how long loops are, and hold a collective in several parts."""
     code, out, err = child(TPU_CODE)
     assert code == 0, err[-3000:]
-    ring, refused, *errors = map(json.loads, out.splitlines())
+    ring, refused, mamba, *errors = map(json.loads, out.splitlines())
     # The last gradient of values is rounded to bfloat16 before its last hop.
     keys = (8 // 2) * (256 // 4) * 16 * 4
     exact = ring_bytes(B=8 // 2, T=256, R=4, G=1, D=16, L=2, size=4) - 2 * keys // 2
@@ -303,6 +304,12 @@ def test_loops_sends_and_refusals_of_tpus():
     assert refused["fits"] is False and refused["sent"] is None
     assert refused["memory"] == 15.75 * 2**30 and refused["needs"] > 16 * 2**30
     assert "CompileTimeHbmOom" in refused["refusal"]
+    # Mamba-2: a kernel hands on the state, forward and backward, in each of two layers.
+    assert "all_scan" in mamba["kernels"]
+    assert not any("unknown" in kind for kind in mamba["sent"].values())
+    state = (8 // 2) * (2 * 64 // 64) * 64 * 128 * 4
+    assert mamba["sent"]["remote-copy"] == {"instructions": 2, "runs": 4, "bytes": 4 * state}
+
     assert all("is unknown; it is a generation and a shape" in error for error in errors[:2])
     assert "mesh.data=-1" in errors[2] and "1 devices" in errors[2]
     assert "there each axis must be one of 1, 4, 16, 64, products of the slice" in errors[3]
