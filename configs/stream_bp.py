@@ -103,9 +103,9 @@ def _smoke(config) -> None:
     config.memory.head_dim = 4
     config.memory.losses = ("sft",)
     config.memory.methods = ("checkpoint", "stream")
-    config.memory.starts = (64, 64)
-    config.memory.budget_gb = 1e-4
-    config.memory.step = 64
+    config.memory.starts = (256, 256)
+    config.memory.budget_gb = 2e-3
+    config.memory.step = 128
     config.memory.chunks = config.times.chunks = config.precision.chunks = 2
     config.times.lengths = (16,)
     config.times.methods = ("checkpoint", "stream")
