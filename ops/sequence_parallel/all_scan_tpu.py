@@ -12,7 +12,9 @@ from pallas_kernels.tpu import all_scan as kernels
 
 # Lanes of a row of VMEM: decays that differ by value are flattened into rows of it.
 LANES = 128
-VMEM_LIMIT = 12 * 2**20
+VMEM_LIMIT = 40 * 2**20
+# Of more blocks each message would be short, and the kernel long: its blocks are unrolled.
+MAX_BLOCKS = 64
 
 
 def unsupported(A, S, schedule) -> str | None:
@@ -22,7 +24,7 @@ def unsupported(A, S, schedule) -> str | None:
     if S.dtype != jnp.float32 or A.dtype != jnp.float32:
         return f"states are {S.dtype}; float32 has a kernel"
     rows, V, decays = _layout(A, S)
-    need = kernels.vmem(rows + kernels.SUBLANES * schedule.devices, V, decays)
+    need = kernels.vmem(rows + kernels.SUBLANES * _blocks(rows, schedule), V, decays)
     if need > VMEM_LIMIT:
         return f"the state takes {need} bytes of VMEM, of which {VMEM_LIMIT} are allowed"
     return None
@@ -35,7 +37,7 @@ def scan(A, S, *, schedule, interpret=False):
         flat = jnp.broadcast_to(A, (*S.shape[:-1], 1)).reshape(-1, 1)
     else:
         flat = _rows(jnp.broadcast_to(A, S.shape), rows, V)
-    blocks = schedule.blocks or max(1, min(schedule.devices, rows // kernels.SUBLANES))
+    blocks = _blocks(rows, schedule)
     more = -rows % (kernels.SUBLANES * blocks)
     pad = lambda x: jnp.pad(x, ((0, more), (0, 0)))
     S_in = kernels.all_scan(
@@ -43,6 +45,11 @@ def scan(A, S, *, schedule, interpret=False):
         axis_name=schedule.axis_name, blocks=blocks, reverse=schedule.reverse, interpret=interpret,
     )  # fmt: skip
     return S_in.reshape(-1)[: math.prod(S.shape)].reshape(S.shape)
+
+
+def _blocks(rows: int, schedule) -> int:
+    most = min(schedule.devices, rows // kernels.SUBLANES, MAX_BLOCKS)
+    return schedule.blocks or max(1, most)
 
 
 def _layout(A, S) -> tuple[int, int, int]:
