@@ -1,0 +1,169 @@
+"""Layers cut over devices compute what one plain function computes, and send what formulas say."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import sequence_parallel_cells as cells
+from experiments import sequence_parallel_layers as layers
+
+SHAPE = layers.Shape(2, 16, 2, 16, 4, vocab=32, rows=4)
+CUTS = [
+    ("tensor", dict(stored=True)),
+    ("megatron_sp", dict(head_chunk=2, remat=True)),
+    ("ring_self_attention", dict(sharded_weights=True, causal=True)),
+    ("linformer", dict(vocab=0)),
+]
+MORE = [
+    ("tensor", dict(vocab=0, causal=True)),
+    ("megatron_sp", dict(vocab=0, stored=True, causal=True)),
+    ("ring", dict(sharded_weights=True, remat=True, head_chunk=2)),
+    ("ulysses", dict(causal=True, sharded_weights=True)),
+    ("all_gather", dict(blocks=("mlp", "attention"), residual=False)),
+    ("linformer", dict(sharded_weights=True)),
+]
+
+
+def filled(arguments, vocab):
+    rng = np.random.default_rng(0)
+
+    def fill(x):
+        if x.dtype == np.int32:
+            return rng.integers(0, vocab, x.shape).astype(np.int32)
+        return (0.2 * rng.standard_normal(x.shape)).astype(np.float32)
+
+    return jax.tree.map(fill, arguments)
+
+
+def plain(way, s, params, data):
+    """The loss on one device, in straight lines."""
+
+    def norm(x, scale):
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale
+
+    def attend(x, w):
+        q, k, v = (jnp.einsum("bte,ehd->bhtd", x, w["qkv"][:, c]) for c in range(3))
+        if way == "linformer":
+            k, v = (
+                jnp.einsum("kt,bhtd->bhkd", p, y) for p, y in zip(w["project"], (k, v), strict=True)
+            )
+        scores = q @ k.swapaxes(-1, -2) / np.sqrt(s.width // s.heads)
+        if s.causal:
+            scores += jnp.log(jnp.tril(jnp.ones((s.length, s.length))))[None, None]
+        o = jax.nn.softmax(scores) @ v
+        return jnp.einsum("bhtd,hde->bte", o, w["out"])
+
+    run = {"attention": attend, "mlp": lambda x, w: jax.nn.gelu(x @ w["up"]) @ w["down"]}
+    x = data["x"] if "x" in data else params["embedding"][data["tokens"]]
+    for n in range(s.layers):
+        w = {k: a[n] for k, a in params.items() if k != "embedding"}
+        for i, block in enumerate(s.blocks):
+            scale = w["norms"][i][None, None] if s.residual else None
+            x = x + run[block](norm(x, scale), w) if s.residual else run[block](x, w)
+    if "x" in data:
+        return jnp.sum(x)
+    logits = x @ params["embedding"].T
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), data["targets"][..., None], -1)
+    return -jnp.mean(picked)
+
+
+def assert_is_plain(way, changes):
+    s = dataclasses.replace(SHAPE, **changes)
+    step, arguments = layers.program(way, s, 4)
+    params, data = filled(arguments, s.vocab)
+    loss, grads, dx = jax.jit(step)(params, data)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype.kind == "f" else x, params)
+        x = {k: v.astype(np.float64) if v.dtype.kind == "f" else v for k, v in data.items()}
+        want, pull = jax.value_and_grad(lambda p: plain(way, s, p, x))(wide)
+        want_dx = None
+        if "x" in x:
+            want_dx = jax.grad(lambda x: plain(way, s, wide, {"x": x}))(x["x"])
+    assert cells.difference(loss, want) < 1e-5
+    for name, g in grads.items():
+        assert cells.difference(g, pull[name]) < 2e-5, name
+    if want_dx is not None:
+        assert cells.difference(dx, want_dx) < 2e-5
+
+
+@pytest.mark.parametrize(("way", "changes"), CUTS)
+def test_a_step_is_that_of_one_device(way, changes):
+    assert_is_plain(way, changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "changes"), MORE)
+def test_other_cuts(way, changes):
+    assert_is_plain(way, changes)
+
+
+def test_megatron_sends_four_whole_activations_and_memory_is_split():
+    s = layers.Shape(2, 32, 1, 16, 4, stored=True)
+    compiled = {
+        way: cells.compiled(*(lambda f, a: (f, *a))(*layers.program(way, s, 4, "forward")))
+        for way in layers.TENSOR
+    }
+    counts = {way: cells.sent(program) for way, program in compiled.items()}
+    whole = 4 * 2 * 32 * 16
+    assert counts["tensor"] == {"all-reduce": {"bytes": 2 * 2 * whole * 3 / 4, "runs": 2}}
+    assert counts["megatron_sp"] == {
+        "all-gather": {"bytes": 2 * whole * 3 / 4, "runs": 2},
+        "reduce-scatter": {"bytes": 2 * whole * 3 / 4, "runs": 2},
+    }
+    found = cells.memory(compiled["tensor"])
+    assert found["arguments"] == layers.weight_bytes("tensor", s, 4) + whole
+    assert found["results"] == whole
+
+
+def test_what_an_mlp_keeps_is_what_the_paper_counts():
+    for n, tokens in ((2, 8), (4, 32)):
+        s = layers.Shape(1, tokens * 8, 1, 8, 1, blocks=("mlp",), residual=False)
+        x, hidden = 4 * tokens * 8 * 8, 4 * tokens * 8 * 32
+        # The input, and of the hidden layer what is in front of the activation and behind.
+        assert layers.kept_bytes("tensor", s, n) == x + 2 * hidden // n
+        assert layers.kept_bytes("ring", s, n) == (x + 2 * hidden) // n
+
+
+def test_what_cannot_be_shared_is_named():
+    with pytest.raises(ValueError, match="3 must divide heads=4"):
+        layers.program("ulysses", SHAPE, 3)
+    with pytest.raises(ValueError, match="length=16 must be a multiple of the 3"):
+        layers.program("ring", SHAPE, 3)
+    with pytest.raises(ValueError, match="way='rings' is unknown"):
+        layers.program("rings", SHAPE, 2)
+    with pytest.raises(RuntimeError, match="device_count=99999"):
+        cells.devices(99999)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("budget", [0, 5, 17, 1000, 123_456])
+def test_the_largest_that_fits_is_found_in_few_calls(power, budget):
+    seen = []
+
+    def size(n):
+        seen.append(n)
+        return 3 * n**power + 1
+
+    n = cells.largest(size, budget, start=4)
+    assert n == max((n for n in range(42_000) if 3 * n**power + 1 <= budget), default=0)
+    assert len(seen) == len(set(seen)) <= 20
+    about = cells.largest(size, budget, start=4, tolerance=0.02)
+    assert 0.97 * n - 1 <= about <= n
+
+
+def test_texts_are_chains_and_hide_what_is_to_be_guessed():
+    batch = next(cells.texts(9, 4, 64, False, 0))
+    np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
+    assert batch["tokens"].max() < 8 and batch["weights"].min() == 1
+    follows = {}
+    for a, b in zip(batch["tokens"].ravel(), batch["targets"].ravel(), strict=True):
+        follows.setdefault(a, set()).add(b)
+    assert all(len(found) <= 4 for found in follows.values())
+    batch = next(cells.texts(9, 4, 64, True, 0))
+    hidden = batch["tokens"] == 8
+    np.testing.assert_array_equal(hidden, batch["weights"] == 1)
+    np.testing.assert_array_equal(batch["tokens"][~hidden], batch["targets"][~hidden])
+    assert 0.08 < hidden.mean() < 0.25 and batch["targets"].max() < 8
