@@ -14,9 +14,12 @@ NAMES = (
     "flash_attention_2",
     "h3",
     "mamba_free_lunch",
+    "ring_self_attention",
     "s4",
     "stream_bp",
     "stuffed_mamba",
+    "ulysses",
+    "zeco",
 )
 SCALES = ("smoke", "cpu", "accelerator")
 # Numbers of a config that 0 has a meaning for: all of them, none but itself, never.

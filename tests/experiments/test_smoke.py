@@ -8,7 +8,17 @@ from experiments import papers, report, run
 from experiments import records as records_lib
 
 # Their trainings compile for a minute; their parts have tests of their own.
-LONG = ("flash_attention", "h3", "mamba_free_lunch", "s4", "stream_bp", "stuffed_mamba")
+LONG = (
+    "flash_attention",
+    "h3",
+    "mamba_free_lunch",
+    "ring_self_attention",
+    "s4",
+    "stream_bp",
+    "stuffed_mamba",
+    "ulysses",
+    "zeco",
+)
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in papers.NAMES]
 
 
