@@ -31,9 +31,9 @@ def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
     memory.head_dim = 128
     memory.losses = ("sft", "grpo", "dpo")
     memory.methods = ("none", "checkpoint", "mst", "stream")
-    memory.starts = (2304, 20_480, 36_864, 69_632)  # first lengths to try, of these methods
+    memory.starts = (2304, 20_480, 38_400, 74_240)  # first lengths to try, of these methods
     memory.budget_gb = 40.0
-    memory.step = 512
+    memory.step = 128
     memory.chunks = 8
     memory.logit_chunk = 128
 

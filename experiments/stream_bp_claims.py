@@ -16,7 +16,8 @@ from experiments.stream_bp_tables import (
 from experiments.stream_bp_training import BASE16, STREAM16, STREAM32
 from experiments.tables import format_value
 
-# Published ratios of lengths, the least and the greatest over models and ways of training.
+# Bounds on ratios of lengths: about the least, and for SFT the greatest, that is published over
+# models and ways of training.
 GAINS = {
     (SFT, CHECKPOINT): (2.5, 6.0),
     (SFT, NONE): (23.0, None),

@@ -24,8 +24,7 @@ NAMES = {
     STREAM: "StreamBP",
 }
 LOSS_NAMES = {SFT: "SFT", GRPO: "GRPO", DPO: "DPO"}
-# Table 3: thousands of tokens of Qwen3-4B, all parameters trained (GRPO, DPO: of LoRA for the
-# ranges), on one A800 of 80 GB.
+# Table 3: thousands of tokens of Qwen3-4B, all parameters trained, on one A800 of 80 GB.
 PUBLISHED_LENGTHS = {
     SFT: {NONE: 7.0, CHECKPOINT: 28.5, STREAM: 200.0},
     GRPO: {CHECKPOINT: 8.5, STREAM: 18.2},

@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import models.layers
 import models.positions
@@ -69,7 +67,7 @@ def largest_error(got, want):
 MODELS = {
     "packed": {"packed": True},
     "windows": {
-        "pattern": ("local_attention", "mlp", "attention", "mlp", "mlp"),
+        "pattern": ("local_attention", "mlp", "mlp"),
         "window": 4,
         "qk_norm": True,
         "post_norm": True,
@@ -93,7 +91,7 @@ MODELS = {
         "norm": "layernorm",
     },
     "mamba": {"pattern": ("mamba", "mlp"), "packed": True},
-    "hybrid": {"pattern": ("gla", "attention", "mlp", "mlp"), "packed": True, "repeats": 1},
+    "hybrid": {"pattern": ("gla", "attention", "mlp"), "packed": True, "repeats": 1},
 }
 
 
@@ -178,19 +176,6 @@ def test_preference_losses_stream_too(float64):
     np.testing.assert_allclose(log_p, want, rtol=1e-10)
 
 
-def test_devices_share_a_streamed_step():
-    """Rows are cut over two devices and heads over two more, by the compiler."""
-    model, params, batch = setup(dtype="float32", repeats=1)
-    loss = stream_bp.stream_loss(model, chunks=2)
-    want = gradient(loss, params, batch)[1]
-    auto = (AxisType.Auto,) * 2
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), auto, devices=jax.devices()[:4])
-    where = NamedSharding(mesh, P("data"))
-    with jax.set_mesh(mesh):
-        got = gradient(loss, params, jax.device_put(batch, where))[1]
-    assert largest_error(got, want) < 1e-5
-
-
 def test_it_takes_the_place_of_the_loss_in_a_training_step():
     model, params, batch = setup(dtype="float32", repeats=1)
     tx, rate = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
@@ -210,8 +195,8 @@ def test_it_takes_the_place_of_the_loss_in_a_training_step():
 
 def test_memory_falls_with_the_number_of_chunks():
     """Activations of a wide MLP: nearly all of what checkpointing holds at this size."""
-    config = LanguageModelConfig(**SMALL | {"mlp_dim": 1024, "remat": "full"})
-    model, length = LanguageModel(config), 2048
+    options = {"pattern": ("local_attention", "mlp"), "window": 16, "mlp_dim": 512, "remat": "full"}
+    model, length = LanguageModel(LanguageModelConfig(**SMALL | options)), 2048
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     weights = jax.ShapeDtypeStruct((1, length), jnp.float32)
     batch = {"tokens": tokens, "targets": tokens, "weights": weights}
@@ -223,7 +208,7 @@ def test_memory_falls_with_the_number_of_chunks():
         compiled = jax.jit(jax.grad(loss, has_aux=True)).lower(params, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temp_bytes(4) < 0.5 * temp_bytes(None)
+    assert temp_bytes(4) < 0.4 * temp_bytes(None)
 
 
 def test_what_cannot_be_streamed_is_named():
