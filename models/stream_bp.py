@@ -50,7 +50,8 @@ def stream_hidden(
       params: the model's parameters, unboxed.
       tokens, positions, segment_ids: as the model takes them.
       chunks: parts of the sequence; 1 is checkpointing of each layer. More parts need less memory
-        until keys, values and the inputs of layers are all that is left, and fill devices less.
+        until keys, values and the inputs of layers are all that is left, fill devices less, and
+        take longer to compile: of attention each is a program of its own.
 
     Returns:
       The vectors that `model.logits` takes.
