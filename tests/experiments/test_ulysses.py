@@ -94,7 +94,7 @@ def test_longest_texts_can_refute():
     grows, bounded = (
         "the longest text grows with the devices", "four times longer texts than Megatron-SP"
     )  # fmt: skip
-    mine = longest("ulysses", P1=10, P2=80, P8=330, P64=2500)
+    mine = longest("ulysses", P1=10, P2=80, P8=330, P64=2600)
     assert status(mine, grows) == "shown"
     assert status(longest("ulysses", P2=80, P8=200), grows) == "not shown"
     assert status(mine + longest("megatron_sp", P2=80, P64=500), bounded) == "shown"

@@ -114,15 +114,20 @@ def test_exactness_and_training_can_refute():
     assert status(exact(1e-4, 1e-14), "all schedules are exact") == "not shown"
     assert status(exact(1e-6, 1e-9), "all schedules are exact") == "not shown"
 
-    def trained(apart):
+    def trained(step, apart):
+        curve = [1.0] * 30
         base = {"dtype": "float64"}
+        other = [*curve[:step], 1.0 + apart, *curve[step + 1 :]]
         return [
-            record("training", {"losses": [2.0, 1.0]}, schedule="one device", parts=1, **base),
-            record("training", {"losses": [2.0, 1.0 + apart]}, schedule="chain", parts=4, **base),
+            record("training", {"losses": curve}, schedule="one device", parts=1, **base),
+            record("training", {"losses": other}, schedule="chain", parts=4, **base),
         ]
 
-    assert status(trained(1e-6), "training is the same") == "shown"
-    assert status(trained(1e-3), "training is the same") == "not shown"
+    early, late = "training is the same: 20 steps", "training is the same: all steps"
+    assert status(trained(5, 1e-6), early) == status(trained(25, 1e-6), late) == "shown"
+    assert status(trained(25, 1e-3), early) == "shown"
+    assert status(trained(25, 1e-3), late) == "not shown"
+    assert status(trained(5, 1e-3), early) == "not shown"
 
 
 def test_published_times_are_modelled_by_their_ends():
