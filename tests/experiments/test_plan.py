@@ -120,6 +120,7 @@ def test_a_refusal_for_memory_is_told_in_words(ring_plan, capsys):
     assert "\nSee" not in out and "sends" not in out
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_under_a_limit(capsys, tmp_path):
     """From a config file, with overrides; every try is printed, and lengths suit the balance."""
     file = tmp_path / "tiny.py"

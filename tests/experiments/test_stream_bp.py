@@ -63,6 +63,7 @@ def test_memory_is_the_compilers():
     assert 256 * 256 * 4 <= found["temp_bytes"] < 16 * 256 * 256 * 4
 
 
+@pytest.mark.slow
 def test_the_methods_are_one_gradient():
     """Formulas on whole logits, and streamed ones, on batches of the synthetic task."""
     losses, rng = stream_bp_losses.LOSSES, np.random.default_rng(0)

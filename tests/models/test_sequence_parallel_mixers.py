@@ -61,7 +61,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# One of each kind: a carried state, and a convolution with a long kernel.
+QUICK = ("mamba2", "s4d")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_outputs_states_and_gradients(name):
     mixer, carried = CASES[name]
     params = params_of(mixer)

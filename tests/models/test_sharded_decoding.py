@@ -29,7 +29,7 @@ CASES = {
     ),
     "alibi": (MeshConfig(data=2, sequence=4), dict(position="alibi"), False),
 }  # fmt: skip
-SLOW = {"hybrid", "alibi"}
+SLOW = {"hybrid", "alibi", "packed and sinks"}
 
 
 @pytest.mark.parametrize(

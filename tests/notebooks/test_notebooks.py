@@ -25,15 +25,8 @@ def images(notebook):
     return [o for o in outputs if "image/png" in o.get("data", {})]
 
 
-# These train models.
-SLOW = ("02_one_recurrence_four_ways",)
-
-
-@pytest.mark.parametrize(
-    "script",
-    [pytest.param(s, marks=pytest.mark.slow if s.stem in SLOW else ()) for s in SCRIPTS],
-    ids=lambda p: p.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 def test_runs(build, script, monkeypatch):
     """At the small size; the asserts in the cells are the test."""
     quick = jax.config.read("jax_disable_most_optimizations")

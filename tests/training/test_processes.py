@@ -105,7 +105,8 @@ def alone(tmp_path_factory):
     return losses(workdir)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_that_share_a_sequence_equal_one(count, tmp_path, alone):
     """All feed the same rows, and each its own part of the tokens."""
     workdir = tmp_path / "together"

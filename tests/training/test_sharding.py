@@ -125,7 +125,12 @@ def test_sharded_step_equals_single_device_step(name, microbatches, single):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("grouped", marks=pytest.mark.slow), "alibi", "recurrent"]
+    "name",
+    [
+        pytest.param("grouped", marks=pytest.mark.slow),
+        pytest.param("alibi", marks=pytest.mark.slow),
+        "recurrent",
+    ],
 )
 def test_sharded_language_model_equals_the_one_on_a_single_device(name):
     """Packed documents, and heads that the mesh divides or not."""

@@ -96,7 +96,7 @@ MODELS = {
 
 
 # Each is two programs, half a minute of compiling in all: these stand for the others.
-QUICK = ("windows", "learned, unrolled", "layout", "hybrid")
+QUICK = ("windows", "hybrid")
 SLOW = pytest.mark.slow
 
 
@@ -126,6 +126,7 @@ def test_states_carry_gradients_from_chunk_to_chunk(mixer, float64):
     assert largest_error(got, want) < 1e-10
 
 
+@pytest.mark.slow
 def test_the_number_of_chunks_does_not_matter(float64):
     """One chunk is checkpointing; more change the last bits alone; all are the loss's slope."""
     model, params, batch = setup(packed=True, repeats=1)
@@ -143,6 +144,7 @@ def test_the_number_of_chunks_does_not_matter(float64):
     assert float(along) == pytest.approx(float(value(1e-5) - value(-1e-5)) / 2e-5, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_summed_in_float32():
     """Their errors are of single products, and do not grow with the number of chunks."""
     model, params, batch = setup(dtype="float32", repeats=1)
@@ -155,6 +157,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
     assert 1e-3 < error < 2e-2, error
 
 
+@pytest.mark.slow
 def test_preference_losses_stream_too(float64):
     model, params, batch = setup(logit_scale=0.5, tie_embeddings=False, repeats=1)
     rng = np.random.default_rng(2)

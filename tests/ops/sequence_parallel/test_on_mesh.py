@@ -127,4 +127,6 @@ def test_devices_run_kernels_on_their_stretch(platform, target):
         traced = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).trace(*arrays)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     calls = re.findall(rf"custom_call @{target}\(.*", text)
+    # Between devices a TPU's states are flat.
+    calls = [call for call in calls if '"all_scan"' not in call]
     assert calls and all(re.search(r"1x(4x)?128x", call) for call in calls)

@@ -143,7 +143,17 @@ def assert_close(got, want, name="", tolerance=2e-5):
         np.testing.assert_allclose(g, w, atol=atol, rtol=0, err_msg=f"{name} {where}")
 
 
-@pytest.mark.parametrize("name", [name for name in SCANS if name != "delta_rule"])
+QUICK = ("ssd", "gated_delta_rule")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in SCANS
+        if name != "delta_rule"
+    ],
+)
 def test_packed_sequences_with_a_state(name):
     """Values, the last state and all gradients, with decays from none to infinite, of each kind."""
     op, inputs, shape = SCANS[name]
