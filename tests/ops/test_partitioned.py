@@ -56,7 +56,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("two key-value heads", "three rows on two devices")
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_values_and_gradients_are_those_of_the_whole(case):
     """Packed, causal, with a bias and a traced offset."""
     B, H, G, shape = CASES[case]

@@ -68,6 +68,7 @@ def test_parts_that_nobody_asked_for_are_not_missed(documents):
     assert set(inputs.make_datasets(settings(one))) == {"train"}
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_the_labels(documents, tmp_path):
     final = train(
         config("task=classification", "train.steps=30", "optimizer.learning_rate=0.02"), tmp_path

@@ -97,6 +97,7 @@ def test_killed_between_the_last_byte_of_a_checkpoint_and_its_commit(
     assert (workdir / "metrics.jsonl").read_bytes() == uninterrupted
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path, uninterrupted):
     kill_at_random(tmp_path, kills=2, seed=0)
     resume(tmp_path)

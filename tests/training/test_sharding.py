@@ -129,7 +129,7 @@ def test_sharded_step_equals_single_device_step(name, microbatches, single):
     [
         pytest.param("grouped", marks=pytest.mark.slow),
         pytest.param("alibi", marks=pytest.mark.slow),
-        "recurrent",
+        pytest.param("recurrent", marks=pytest.mark.slow),
     ],
 )
 def test_sharded_language_model_equals_the_one_on_a_single_device(name):

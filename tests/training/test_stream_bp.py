@@ -96,7 +96,7 @@ MODELS = {
 
 
 # Each is two programs, half a minute of compiling in all: these stand for the others.
-QUICK = ("windows", "hybrid")
+QUICK = ("windows",)
 SLOW = pytest.mark.slow
 
 
@@ -179,6 +179,7 @@ def test_preference_losses_stream_too(float64):
     np.testing.assert_allclose(log_p, want, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_it_takes_the_place_of_the_loss_in_a_training_step():
     model, params, batch = setup(dtype="float32", repeats=1)
     tx, rate = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
