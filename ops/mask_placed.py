@@ -92,23 +92,24 @@ def is_placed(mask: masks.Mask) -> bool:
     return isinstance(mask, Placed) or any(map(is_placed, getattr(mask, "masks", ())))
 
 
-def any_visible(mask: masks.Mask, queries: list[Stretch], keys: list[Stretch]) -> np.ndarray:
-    """bool [queries, keys]: whether any of one may see any of another; False is certain.
+def visible(mask: masks.Mask, queries: list[Stretch], keys: list[Stretch]):
+    """Two of bool [queries, keys]: whether any of one may see any of another, whether all do.
 
-    Starts must be static.
+    The former's False and the latter's True are certain. Segments, if any, are left out. Starts
+    must be static.
     """
     rest, _ = masks.split_segments(mask)
     shape = len(queries), len(keys)
     if rest.segments() is not None:
-        return np.ones(shape, bool)
+        return np.ones(shape, bool), np.zeros(shape, bool)
 
     def ends(stretches):
         first = np.array([s.start for s in stretches], np.int64)
         return first, first + [s.stride * (s.length - 1) for s in stretches]
 
     (q_lo, q_hi), (k_lo, k_hi) = ends(queries), ends(keys)
-    seen, _ = rest.tile_summary(q_lo[:, None], q_hi[:, None], k_lo[None], k_hi[None])
-    return np.broadcast_to(seen, shape)
+    found = rest.tile_summary(q_lo[:, None], q_hi[:, None], k_lo[None], k_hi[None])
+    return tuple(np.broadcast_to(x, shape) for x in found)
 
 
 def with_segments(mask: masks.Mask, q_ids, kv_ids) -> masks.Mask:

@@ -53,12 +53,13 @@ def gather_attention(
 class _Options:
     attention: parts.Options
     axis_name: str
-    balance: str
+    balance: layouts.Balance | tuple[layouts.Balance, layouts.Balance]
 
     def call(self, q, k, v, bias, mask):
         """The first arguments of the passes of `parts`: these queries, all keys in order."""
         T, S, P = q.shape[1], k.shape[1], jax.lax.axis_size(self.axis_name)
-        order = layouts.restore(S * P, P, self.balance)
+        of_queries, of_keys = layouts.of_queries_and_keys(self.balance)
+        order = layouts.restore(S * P, P, of_keys)
         q_ids, kv_ids = parts.segment_ids(mask, T, S)
 
         def all_of(x):
@@ -68,15 +69,19 @@ class _Options:
 
         if bias is not None and bias.shape[3] > 1:
             bias = _take(bias, order, 3)
-        queries = layouts.stretches(jax.lax.axis_index(self.axis_name), P, T, self.balance)
-        keys = (Stretch(0, 1, S * P),)
+        queries = layouts.stretches(jax.lax.axis_index(self.axis_name), P, T, of_queries)
+        keys = (Stretch(layouts.first(of_keys), 1, S * P),)
         ids = q_ids, all_of(kv_ids)
         return q, all_of(k), all_of(v), bias, mask, ids, queries, keys, self.attention
 
+    def as_held(self, x, axis):
+        """x of all keys in order, in the order of the devices that hold them."""
+        P, of_keys = jax.lax.axis_size(self.axis_name), layouts.of_queries_and_keys(self.balance)[1]
+        return _take(x, np.argsort(layouts.restore(x.shape[axis], P, of_keys)), axis)
+
     def scatter(self, x):
         """The sums over devices of gradients of all keys, each for the device that has them."""
-        P = jax.lax.axis_size(self.axis_name)
-        x = _take(x, layouts.order(x.shape[1], P, self.balance), 1)
+        x = self.as_held(x, 1)
         return jax.lax.psum_scatter(x, self.axis_name, scatter_dimension=1, tiled=True)
 
 
@@ -98,8 +103,7 @@ def _attend_bwd(options, residuals, cotangents):
     dk, dv = options.scatter(dk), options.scatter(dv)
     if bias is not None:
         if bias.shape[3] > 1:
-            P = jax.lax.axis_size(options.axis_name)
-            dbias = _take(dbias, layouts.order(bias.shape[3], P, options.balance), 3)
+            dbias = options.as_held(dbias, 3)
         dbias = dbias.astype(bias.dtype)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias, None
 

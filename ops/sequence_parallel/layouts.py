@@ -9,7 +9,13 @@ much. Three orders of the tokens, for P devices along an axis:
 
 The order is made once, where batches are made; everything that asks where a token stands (rotary
 phases, masks, the loss) takes positions, ids and targets in the same order.
+
+A sequence that is worked off by chunks, with all devices at each of them, has an order of its own,
+`Runs`; attention of a chunk has fewer queries than keys, so it takes a pair of them.
 """
+
+import dataclasses
+import itertools
 
 import numpy as np
 
@@ -17,7 +23,32 @@ from ops.mask_placed import Stretch
 from ops.sequence_parallel.kinds import BALANCES
 
 
-def order(T: int, P: int, balance: str) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Runs of tokens, of each of which device p holds the p-th of P equal parts.
+
+    bounds: the positions at which the runs begin, and at which the last one ends.
+    """
+
+    bounds: tuple[int, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each run, over all devices."""
+        return tuple(end - start for start, end in itertools.pairwise(self.bounds))
+
+
+# Which tokens a device holds: a name of BALANCES, or runs. Attention also takes a pair of them, of
+# its queries and of its keys.
+Balance = str | Runs
+
+
+def of_queries_and_keys(balance: Balance | tuple[Balance, Balance]) -> tuple[Balance, Balance]:
+    """The orders of queries and of keys."""
+    return balance if isinstance(balance, tuple) else (balance, balance)
+
+
+def order(T: int, P: int, balance: Balance) -> np.ndarray:
     """int [T]: the position of each token when the devices' tokens stand one behind the other.
 
     `x[:, order(T, P, balance)]` puts a sequence in this order; its inverse is `restore`.
@@ -26,6 +57,9 @@ def order(T: int, P: int, balance: str) -> np.ndarray:
       ValueError: P parts (2P for zigzag) don't divide T; an unknown balance.
     """
     check(T, P, balance)
+    if isinstance(balance, Runs):
+        held = [s for p in range(P) for s in stretches(p, P, T // P, balance)]
+        return np.concatenate([np.arange(s.start, s.start + s.length) for s in held])
     positions = np.arange(T)
     if balance == "striped":
         return positions.reshape(T // P, P).T.reshape(T)
@@ -35,13 +69,25 @@ def order(T: int, P: int, balance: str) -> np.ndarray:
     return positions
 
 
-def restore(T: int, P: int, balance: str) -> np.ndarray:
+def restore(T: int, P: int, balance: Balance) -> np.ndarray:
     """int [T]: the row of each position; the inverse permutation of `order`."""
     return np.argsort(order(T, P, balance))
 
 
-def stretches(p, P: int, T: int, balance: str) -> tuple[Stretch, ...]:
+def first(balance: Balance) -> int:
+    """The position at which a sequence in this order begins."""
+    return balance.bounds[0] if isinstance(balance, Runs) else 0
+
+
+def stretches(p, P: int, T: int, balance: Balance) -> tuple[Stretch, ...]:
     """The positions of device p's T tokens, as few stretches; p may be traced."""
+    if isinstance(balance, Runs):
+        parts = [n // P for n in balance.lengths]
+        rows = itertools.accumulate(parts, initial=0)
+        return tuple(
+            Stretch(start + p * n, 1, n, row)
+            for start, n, row in zip(balance.bounds, parts, rows, strict=False)
+        )
     if balance == "striped":
         return (Stretch(p, P, T),)
     if balance == "zigzag":
@@ -50,8 +96,14 @@ def stretches(p, P: int, T: int, balance: str) -> tuple[Stretch, ...]:
     return (Stretch(p * T, 1, T),)
 
 
-def check(T: int, P: int, balance: str) -> None:
+def check(T: int, P: int, balance: Balance) -> None:
     """Raises ValueError unless T tokens can be dealt to P devices."""
+    if isinstance(balance, Runs):
+        if sum(balance.lengths) != T or any(n % P or n < 1 for n in balance.lengths):
+            raise ValueError(
+                f"runs of {balance.lengths} tokens must be multiples of {P} devices, {T} in all"
+            )
+        return
     if balance not in BALANCES:
         raise ValueError(f"balance={balance!r} is unknown; it must be one of {', '.join(BALANCES)}")
     parts = 2 * P if balance == "zigzag" else P

@@ -16,7 +16,7 @@ import numpy as np
 
 from ops import masks
 from ops.decode_attention import merge_partials
-from ops.mask_placed import any_visible, place, with_segments
+from ops.mask_placed import Stretch, place, visible, with_segments
 from ops.sequence_parallel import layouts
 
 # `ops.attention` is the function.
@@ -43,10 +43,11 @@ def options(q, scale, logit_cap, implementation) -> Options:
     return Options(scale, None if logit_cap is None else float(logit_cap), implementation)
 
 
-def check(q, k, v, mask, bias, P: int, balance: str) -> None:
+def check(q, k, v, mask, bias, P: int, balance) -> None:
     """Raises ValueError or TypeError unless these are one device's part of one sequence."""
     (B, T, H, D), S = q.shape, k.shape[1]
-    if T != S:
+    of_queries, of_keys = layouts.of_queries_and_keys(balance)
+    if T != S and of_queries == of_keys:
         raise ValueError(
             f"q has {T} and k {S} tokens on each device: both must be the same part of the sequence"
         )
@@ -55,7 +56,8 @@ def check(q, k, v, mask, bias, P: int, balance: str) -> None:
             f"q {q.shape}, k {k.shape} and v {v.shape} don't fit; attention takes q [B, T, H, D], "
             "k [B, S, G, D] and v [B, S, G, P], with G a divisor of H"
         )
-    layouts.check(T * P, P, balance)
+    layouts.check(T * P, P, of_queries)
+    layouts.check(S * P, P, of_keys)
     segments = masks.segments_of(mask)
     if segments is not None:
         masks.validate(segments, B, T, S, 0)
@@ -97,17 +99,36 @@ def add_columns(total, part, owner, S: int):
     return jax.lax.dynamic_update_slice_in_dim(total, old + part, owner * S, axis=3)
 
 
-def sees(mask, P: int, T: int, balance: str) -> np.ndarray:
-    """bool [P, n, P, n]: whether stretch a of device p's queries may see stretch b of r's keys."""
-    every = [s for p in range(P) for s in layouts.stretches(p, P, T, balance)]
-    n = len(every) // P
-    return any_visible(mask, every, every).reshape(P, n, P, n)
+def sees(mask, P: int, T: int, balance, S: int | None = None) -> np.ndarray:
+    """bool [P, n, P, m]: whether stretch a of device p's queries may see stretch b of r's keys."""
+    return _visible(mask, P, T, balance, S)[0]
 
 
-def pairs(mask, P: int, T: int, balance: str) -> tuple[tuple[int, ...], ...]:
-    """For each stretch of queries, those of keys that it sees on any device from any device."""
-    found = sees(mask, P, T, balance).any(axis=(0, 2))
-    return tuple(tuple(map(int, np.flatnonzero(row))) or (a,) for a, row in enumerate(found))
+def pairs(mask, P: int, T: int, balance, S: int | None = None):
+    """For each stretch of queries, those of keys that it sees on any device from any device.
+
+    Neighbours of which every query of every device sees all keys stand together: they are one call.
+    """
+    some, every = _visible(mask, P, T, balance, S)
+    some, every = some.any(axis=(0, 2)), every.all(axis=(0, 2))
+    found = []
+    for a, row in enumerate(some):
+        groups: list[list[int]] = []
+        for b in map(int, np.flatnonzero(row)):
+            joins = groups and groups[-1][-1] == b - 1 and every[a, b - 1] and every[a, b]
+            groups[-1:] = [[*groups[-1], b]] if joins else [*groups[-1:], [b]]
+        found.append(tuple(map(tuple, groups)) or ((min(a, some.shape[1] - 1),),))
+    return tuple(found)
+
+
+def _visible(mask, P, T, balance, S):
+    def all_of(balance, T):
+        return [s for p in range(P) for s in layouts.stretches(p, P, T, balance)]
+
+    of_queries, of_keys = layouts.of_queries_and_keys(balance)
+    queries, keys = all_of(of_queries, T), all_of(of_keys, T if S is None else S)
+    shape = P, len(queries) // P, P, len(keys) // P
+    return tuple(x.reshape(shape) for x in visible(mask, queries, keys))
 
 
 def forward(q, k, v, bias, mask, ids, queries, keys, options: Options, seen=None):
@@ -157,14 +178,24 @@ def backward(
 def _seen(queries, keys, seen):
     if seen is None:
         return [keys] * len(queries)
-    return [[keys[b] for b in those] for those in seen]
+    return [[_joined([keys[b] for b in group]) for group in those] for those in seen]
+
+
+def _joined(stretches):
+    """Neighbours as one stretch, whose positions don't matter: the mask shows all of them."""
+    if len(stretches) == 1:
+        return stretches[0]
+    return Stretch(None, 1, sum(s.length for s in stretches), stretches[0].row)
 
 
 def _call(q, k, v, bias, mask, ids, a, b):
     """The positional arguments of `ops.attention`'s passes for one pair of stretches."""
     if ids[0] is not None:
         mask = with_segments(mask, _rows(ids[0], a), _rows(ids[1], b))
-    mask, q_offset = place(mask, a, b)
+    if b.start is None:
+        mask, q_offset = masks.split_segments(mask)[1] or masks.Full(), 0
+    else:
+        mask, q_offset = place(mask, a, b)
     if isinstance(q_offset, jax.Array):
         q_offset = q_offset.astype(jnp.int32)
     if bias is not None:

@@ -83,7 +83,8 @@ def ring_attention(
         order.
       scale, logit_cap, return_lse, implementation: as in `ops.attention`.
       axis_name: the mesh axis that splits time.
-      balance: which tokens a device holds, see `ops.sequence_parallel.layouts`.
+      balance: which tokens a device holds, see `ops.sequence_parallel.layouts`; a pair of queries'
+        and keys' where they differ.
       ring: some of the axis's devices, for several rings side by side; default: all.
 
     Returns:
@@ -93,7 +94,8 @@ def ring_attention(
     it is long. Each round sends S (D + P) G elements (and their gradients in the backward pass).
 
     Raises:
-      ValueError: as `ops.attention`; T that differs from S; lengths that `balance` cannot deal.
+      ValueError: as `ops.attention`; T that differs from S in one order; lengths that `balance`
+        cannot deal.
     """
     ring = Ring.whole(axis_name) if ring is None else ring
     parts.check(q, k, v, mask, bias, ring.size, balance)
@@ -101,8 +103,8 @@ def ring_attention(
         parts.options(q, scale, logit_cap, implementation),
         ring,
         balance,
-        rounds(mask, ring.size, q.shape[1], balance),
-        parts.pairs(mask, ring.size, q.shape[1], balance),
+        rounds(mask, ring.size, q.shape[1], balance, k.shape[1]),
+        parts.pairs(mask, ring.size, q.shape[1], balance, k.shape[1]),
     )
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
@@ -114,12 +116,17 @@ def ring_attention(
 class _Options:
     attention: parts.Options
     ring: Ring
-    balance: str
+    balance: layouts.Balance | tuple[layouts.Balance, layouts.Balance]
     rounds: int
-    seen: tuple[tuple[int, ...], ...]
+    seen: tuple[tuple[tuple[int, ...], ...], ...]
 
-    def stretches(self, p, T):
-        return layouts.stretches(p, self.ring.size, T, self.balance)
+    def queries(self, p, T):
+        of_queries, _ = layouts.of_queries_and_keys(self.balance)
+        return layouts.stretches(p, self.ring.size, T, of_queries)
+
+    def keys(self, p, S):
+        _, of_keys = layouts.of_queries_and_keys(self.balance)
+        return layouts.stretches(p, self.ring.size, S, of_keys)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -143,7 +150,7 @@ def _forward(q, k, v, bias, mask, options):
         owner = (here - r) % P
         new = parts.forward(
             q, k, v, parts.columns(bias, owner, S), mask, (q_ids, kv_ids),
-            options.stretches(here, T), options.stretches(owner, S), options.attention,
+            options.queries(here, T), options.keys(owner, S), options.attention,
             seen=options.seen,
         )  # fmt: skip
         return merge_partials(*part, *new)
@@ -175,7 +182,7 @@ def _ring_bwd(options, residuals, cotangents):
         owner = (here - r) % P
         dq, dk, dv, dbias = parts.backward(
             q, k, v, parts.columns(bias, owner, S), mask, (q_ids, kv_ids),
-            options.stretches(here, T), options.stretches(owner, S), options.attention,
+            options.queries(here, T), options.keys(owner, S), options.attention,
             o, lse, do, dlse, seen=options.seen,
         )  # fmt: skip
         sums = sums[0] + dq, parts.add_columns(sums[1], dbias, owner, S)
@@ -200,9 +207,9 @@ def _ring_bwd(options, residuals, cotangents):
 _ring.defvjp(_ring_fwd, _ring_bwd)
 
 
-def rounds(mask: masks.Mask, P: int, T: int, balance: str) -> int:
+def rounds(mask: masks.Mask, P: int, T: int, balance, S: int | None = None) -> int:
     """How many devices' keys any device has to look at: 1 + the hops to the farthest."""
-    found = parts.sees(mask, P, T, balance).any(axis=(1, 3))
+    found = parts.sees(mask, P, T, balance, S).any(axis=(1, 3))
     device = np.arange(P)
     hops = (device[:, None] - device[None]) % P
     return 1 + int(hops[found].max(initial=0))

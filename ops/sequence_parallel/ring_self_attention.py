@@ -49,6 +49,11 @@ def ring_self_attention(
       reduction: how the gradients of keys and values reach their device: "reduce_scatter", or the
         paper's "all_reduce", of which a device keeps its part, with twice the traffic.
     """
+    if isinstance(balance, tuple):
+        raise ValueError(
+            "ring_self_attention takes queries and keys in one order, not those of a chunk; "
+            "sequence_parallel='ring' takes both"
+        )
     parts.check(q, k, v, mask, bias, jax.lax.axis_size(axis_name), balance)
     if bias is not None or logit_cap is not None:
         raise ValueError(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from ops import masks
 from ops.attention import attention
-from ops.mask_placed import with_segments
+from ops.mask_placed import Stretch, place, with_segments
 from ops.sequence_parallel import layouts, parts
 from ops.sequence_parallel.ring_attention import Ring, ring_attention
 
@@ -47,12 +47,17 @@ def ulysses_attention(
     """
     P = jax.lax.axis_size(axis_name)
     groups = Groups(axis_name, (tuple(range(P)),))
-    return _between(
-        groups, balance, q, k, v, mask, bias, return_lse,
-        functools.partial(
-            attention, scale=scale, logit_cap=logit_cap, implementation=implementation
-        ),
-    )  # fmt: skip
+    options = dict(scale=scale, logit_cap=logit_cap, implementation=implementation)
+
+    def inner(q, k, v, *, mask, **rest):
+        q_offset, start = map(layouts.first, layouts.of_queries_and_keys(balance))
+        part = isinstance(balance, tuple) and masks.split_segments(mask)[0].band() is None
+        if start or part:  # a layout of blocks is for all keys
+            queries, keys = Stretch(q_offset, 1, q.shape[1]), Stretch(start, 1, k.shape[1])
+            mask, q_offset = place(mask, queries, keys)
+        return attention(q, k, v, mask=mask, q_offset=q_offset, **options, **rest)
+
+    return _between(groups, balance, q, k, v, mask, bias, return_lse, inner)
 
 
 def usp_attention(
@@ -106,7 +111,7 @@ class Groups:
             self.options["axis_index_groups"] = [list(group) for group in members]
 
     @classmethod
-    def of(cls, axis_name: str, P: int, U: int, balance: str) -> "Groups":
+    def of(cls, axis_name: str, P: int, U: int, balance) -> "Groups":
         """Groups whose joined tokens lie as one device's of a mesh of P / U devices do."""
         R = P // U
         if balance == "striped":
@@ -130,9 +135,13 @@ class Groups:
     def gather(self, x, axis: int):
         return jax.lax.all_gather(x, axis=axis, **self.options)
 
-    def joined(self, T: int, balance: str) -> np.ndarray:
+    def joined(self, T: int, balance: layouts.Balance) -> np.ndarray:
         """int [U T]: which row of the joined devices stands where in their group's order."""
         U, rows = self.size, np.arange(self.size * T)
+        if isinstance(balance, layouts.Runs):
+            runs = layouts.stretches(0, U * len(self.members), T, balance)
+            rows = rows.reshape(U, T)
+            return np.concatenate([rows[:, r.row : r.row + r.length].reshape(-1) for r in runs])
         if len(self.members) == 1:
             return layouts.restore(U * T, U, balance)
         if balance == "striped":
@@ -149,19 +158,21 @@ def _between(groups, balance, q, k, v, mask, bias, return_lse, inner):
     P = U * len(groups.members)
     parts.check(q, k, v, mask, bias, P, balance)
     ids = parts.segment_ids(mask, T, S)
-    order = groups.joined(T, balance)
-    plain = np.array_equal(order, np.arange(U * T))
-    arrange = lambda x, axis=1: x if plain else jnp.take(x, order, axis=axis)
-    back = lambda x: x if plain else jnp.take(x, np.argsort(order), axis=1)
+    of_queries, of_keys = layouts.of_queries_and_keys(balance)
+    order, k_order = groups.joined(T, of_queries), groups.joined(S, of_keys)
+    arrange = lambda x, order, axis=1: x if _plain(order) else jnp.take(x, order, axis=axis)
+    back = lambda x: arrange(x, np.argsort(order))
 
     H_all = -(-H // U) * U
     k, v = (_spread_heads(x, H, H_all, U) for x in (k, v))
-    q = _pad_heads(q, H_all)
-    q, k, v = (arrange(groups.to_heads(x)) for x in (q, k, v))
+    q = arrange(groups.to_heads(_pad_heads(q, H_all)), order)
+    k, v = (arrange(groups.to_heads(x), k_order) for x in (k, v))
     if ids[0] is not None:
-        mask = with_segments(mask, *(arrange(groups.gather(x, 1)) for x in ids))
+        pairs = zip(ids, (order, k_order), strict=True)
+        mask = with_segments(mask, *(arrange(groups.gather(x, 1), o) for x, o in pairs))
     if bias is not None:
-        bias = _group_bias(bias, groups, balance, H_all, T, arrange)
+        rows = lambda x: arrange(x, order, 2)
+        bias = _group_bias(bias, groups, k_order, H_all, rows)
     o, lse = inner(q, k, v, mask=mask, bias=bias, return_lse=True)
     o = groups.to_time(back(o))[:, :, :H]
     if not return_lse:
@@ -183,7 +194,11 @@ def _spread_heads(x, H: int, H_all: int, U: int):
     return _pad_heads(jnp.repeat(x, H // G, axis=2), H_all)
 
 
-def _group_bias(bias, groups, balance, H_all, T, arrange):
+def _plain(order) -> bool:
+    return np.array_equal(order, np.arange(len(order)))
+
+
+def _group_bias(bias, groups, k_order, H_all, arrange_rows):
     """The bias of this device's heads, all the group's queries and the keys of all devices."""
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     U = groups.size
@@ -198,10 +213,10 @@ def _group_bias(bias, groups, balance, H_all, T, arrange):
     elif rows:
         bias = groups.gather(bias, 2)
     if rows:
-        bias = arrange(bias, 2)
+        bias = arrange_rows(bias)
     if bias.shape[3] > 1:
-        # The ring's order of keys: group after group, each arranged as its queries are.
-        order = groups.joined(T, balance)
-        columns = [np.concatenate([np.arange(d * T, d * T + T) for d in g]) for g in groups.members]
-        bias = jnp.take(bias, np.concatenate([c[order] for c in columns]), axis=3)
+        # The ring's order of keys: group after group, each arranged as its keys are.
+        S = len(k_order) // U
+        columns = [np.concatenate([np.arange(d * S, d * S + S) for d in g]) for g in groups.members]
+        bias = jnp.take(bias, np.concatenate([c[k_order] for c in columns]), axis=3)
     return bias
