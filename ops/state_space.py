@@ -9,8 +9,8 @@ x the state before a chunk,
 
 are matrix products with tables that all chunks share (state passing, arXiv 2212.14052, section
 4.2). Powers of Abar come by repeated squaring, so a chunk of one step is the recurrence, and all
-chunk sizes agree to rounding. In packed sequences no state enters another segment, and the sums
-within a chunk are taken lag by lag.
+chunk sizes agree to rounding. In packed sequences no state enters another segment, and no sum
+reaches into one.
 
 Complex states come in conjugate pairs, of which half is stored (`ops.s4`): N half of the state
 dim, and S = 2N real numbers.
@@ -19,20 +19,24 @@ Letters: B batch, T time, H systems, R channels of a system, N half of the state
 C chunk, n chunks.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
 
 from ops import diagonal_scan, s4
-from ops.short_convolution import short_convolution
+from ops.state_space_chunks import Tables, checked_state, run, squares_of, times
 
-__all__ = ["diagonal_state_space", "dplr_kernel", "dplr_state_space"]
+__all__ = [
+    "diagonal_state_space",
+    "diagonal_tables",
+    "dplr_kernel",
+    "dplr_state_space",
+    "dplr_tables",
+]
 
-# Steps of a chunk; in packed ones every step is a lag.
-CHUNK, PACKED_CHUNK = 64, 16
+# Steps of a chunk; in packed ones every step may be a lag.
+CHUNK, PACKED_CHUNK = 64, 32
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -58,7 +62,7 @@ def diagonal_state_space(
       segment_ids: integers [B, T], or [B, 1 + T] with the segment of initial_state first. Where
         neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
         first step goes on with initial_state's segment.
-      chunk: C, a power of 2; by default 64, or 16 with segment_ids.
+      chunk: C, a power of 2; by default 64, or 32 with segment_ids.
 
     Returns:
       y in u's shape and dtype, and the state after the last step, float32 (float64 for float64).
@@ -66,6 +70,12 @@ def diagonal_state_space(
     Raises:
       ValueError, TypeError: shapes, dtypes, discretization or chunk that do not fit.
     """
+    tables = diagonal_tables(u, log_dt, A, B, C, discretization, segment_ids, chunk)
+    return run(u, tables, initial_state, segment_ids)
+
+
+def diagonal_tables(u, log_dt, A, B, C, discretization, segment_ids, chunk) -> Tables:
+    """Those of `diagonal_state_space`, whose arguments they are."""
     chunk = _checked_chunk(u, log_dt, chunk, segment_ids)
     Abar, Bbar = s4.s4d_discretize(log_dt, A, B, discretization)
     Abar, Bbar, C = jnp.broadcast_arrays(Abar, Bbar, C)
@@ -76,8 +86,7 @@ def diagonal_state_space(
     kernel = 2 * jnp.einsum("hn,hnl->hl", C * Bbar, powers, precision=_HIGHEST).real
     into = _parts(powers[..., ::-1] * Bbar[..., None], axis=1)
     out = _parts(2 * (powers * (C * Abar)[..., None]).conj(), axis=1)
-    tables = _Tables(kernel, into.swapaxes(1, 2), out, squares)
-    return _scan(u, tables, initial_state, segment_ids)
+    return Tables(kernel, into.swapaxes(1, 2), out, squares)
 
 
 def dplr_state_space(
@@ -97,18 +106,24 @@ def dplr_state_space(
     As `diagonal_state_space`, without channels R. From chunk to chunk leads a dense real matrix,
     whose powers cost O(H S^3 log C). A single step is O(S), by Woodbury.
     """
+    if u.ndim == 3 and u.shape[1] == 1:
+        _checked_chunk(u, log_dt, chunk, segment_ids)
+        return _dplr_step(u, (log_dt, Lambda, P, B, C), initial_state, segment_ids)
+    tables = dplr_tables(u, log_dt, Lambda, P, B, C, segment_ids, chunk)
+    return run(u, tables, initial_state, segment_ids)
+
+
+def dplr_tables(u, log_dt, Lambda, P, B, C, segment_ids, chunk) -> Tables:
+    """Those of `dplr_state_space`, whose arguments they are."""
     if u.ndim != 3:
         raise ValueError(f"u must be [B, T, H], got shape {u.shape}")
     chunk = _checked_chunk(u, log_dt, chunk, segment_ids)
-    if u.shape[1] == 1:
-        return _dplr_step(u, (log_dt, Lambda, P, B, C), initial_state, segment_ids)
     A, b, c = _dplr_real(log_dt, Lambda, P, B, C)
-    squares = _squares(A, chunk)
+    squares = squares_of(A, chunk)
     columns = _orbit(b, [A.swapaxes(1, 2) for A in squares], chunk)
-    rows = _orbit(_times(c[:, None], A)[:, 0], squares, chunk)
+    rows = _orbit(times(c[:, None], A)[:, 0], squares, chunk)
     kernel = jnp.einsum("hs,hls->hl", c, columns, precision=_HIGHEST)
-    tables = _Tables(kernel, columns[:, ::-1], rows.swapaxes(1, 2), squares)
-    return _scan(u, tables, initial_state, segment_ids)
+    return Tables(kernel, columns[:, ::-1], rows.swapaxes(1, 2), squares)
 
 
 def dplr_kernel(
@@ -129,67 +144,19 @@ def dplr_kernel(
     A, b, c = _dplr_real(log_dt, Lambda, P, B, C)
     r = 2 ** ((int(length) - 1).bit_length() // 2)
     columns = -(-length // r)
-    squares = _squares(A, r)
+    squares = squares_of(A, r)
     rows = _orbit(c, squares, r)
-    squares = [A.swapaxes(1, 2) for A in _squares(squares[-1], columns)]
+    squares = [A.swapaxes(1, 2) for A in squares_of(squares[-1], columns)]
     columns = _orbit(b, squares, columns)
     kernel = jnp.einsum("his,hjs->jih", rows, columns, precision=_HIGHEST)
     return kernel.reshape(-1, log_dt.shape[0])[:length]
-
-
-class _Tables(NamedTuple):
-    """What a chunk of C steps does in each of H systems."""
-
-    kernel: Array  # K_l [H, C]
-    into: Array  # of u_j in the state after the chunk, Abar^(C-1-j) Bbar [H, C, S]
-    out: Array  # of the state before the chunk in y_i, C Abar^(i+1) [H, S, C]
-    squares: list  # Abar^(2^k), k = 0 ... log2 C: [H, N] complex, or [H, S, S] real
-
-
-def _scan(u, tables, initial_state, segment_ids):
-    shape, out_dtype = u.shape, u.dtype
-    dtype = jnp.promote_types(u.dtype, tables.kernel.dtype)
-    (B, T, H), (C, S) = shape[:3], tables.into.shape[1:]
-    R = shape[3] if len(shape) == 4 else 1
-    n = -(-T // C)
-    x = _checked_state(initial_state, (B, *shape[2:], S), dtype)
-    x = x.reshape(B, H, R, S).swapaxes(0, 1)
-    u = u.reshape(B, T, H * R).astype(dtype)
-    U = _cut(u, H, R, n, C)
-    keep = None
-    if segment_ids is None:
-        both = _times(U, jnp.concatenate([_toeplitz(tables.kernel), tables.into], -1))
-        near, d = jnp.split(_alone(both), [C], -1)
-    else:
-        runs, entered, left = _segments(segment_ids, n, C, (B, T), dtype)
-        keep = entered[..., -1].T
-        near, U = _lag_by_lag(u, tables.kernel, R, runs), U * left[None, :, None]
-        d = _times(U, tables.into)
-
-    def step(x, now):
-        d, keep = now
-        return _after(tables.squares[-1:], 1, x, keep) + d, x
-
-    last, x = jax.lax.scan(step, x, (_alone(jnp.moveaxis(d, 3, 0)), keep))
-    if T % C:
-        # The padding behind the last step is no time that passes.
-        r = T % C
-        last = _after(tables.squares, r, x[-1], None if keep is None else keep[-1])
-        last = last + _times(U[..., -1, :r], tables.into[:, C - r :])
-    far = _times(_alone(jnp.moveaxis(x, 0, 3)), tables.out)
-    if segment_ids is None:
-        y = _joined(near + far, T)
-    else:
-        y = _joined(far * entered[None, :, None], T) + near
-    last = last.swapaxes(0, 1).reshape(B, *shape[2:], S)
-    return y.reshape(shape).astype(out_dtype), last
 
 
 def _dplr_step(u, system, initial_state, segment_ids):
     dtype = jnp.promote_types(u.dtype, system[0].dtype)
     B, _, H = u.shape
     N = system[1].shape[1]
-    x = _checked_state(initial_state, (B, H, 2 * N), dtype)
+    x = checked_state(initial_state, (B, H, 2 * N), dtype)
     if segment_ids is not None:
         start = diagonal_scan.resets(segment_ids, B, 1)
         x = jnp.where(start[..., None], 0, x)
@@ -221,97 +188,14 @@ def _dplr_real(log_dt, Lambda, P, B, C):
     return 2 * inverse - eye, b, _parts(2 * C.conj(), axis=1)
 
 
-def _squares(A, count):
-    """A^1, A^2, A^4 ... A^c of the least power of two c >= count."""
-    squares = [A]
-    for _ in range((count - 1).bit_length()):
-        squares.append(_times(squares[-1], squares[-1]))
-    return squares
-
-
 def _orbit(x, squares, count):
     """x, x A, ... x A^(count-1), [H, count, S], by doubling."""
     x = x[:, None]
     for A in squares:
         if x.shape[1] >= count:
             break
-        x = jnp.concatenate([x, _times(x, A)], 1)
+        x = jnp.concatenate([x, times(x, A)], 1)
     return x[:, :count]
-
-
-def _after(squares, steps, x, keep):
-    """Abar^steps x of states x [H, B, R, S], times keep [B] (None: 1)."""
-    for k, A in enumerate(squares):
-        if not steps >> k & 1:
-            continue
-        if jnp.iscomplexobj(A):
-            re, im = jnp.split(x, 2, -1)
-            a, b = A.real[:, None, None], A.imag[:, None, None]
-            x = jnp.concatenate([a * re - b * im, a * im + b * re], -1)
-        else:
-            x = _times(x, A.swapaxes(1, 2))
-    return x if keep is None else x * keep[None, :, None, None]
-
-
-def _times(x, table):
-    """x [H, ..., K] times [H, K, M], [H, ..., M]."""
-    rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    rows = jnp.einsum("hmk,hkl->hml", rows, table, precision=_HIGHEST)
-    return rows.reshape(*x.shape[:-1], table.shape[-1])
-
-
-def _toeplitz(kernel):
-    """[H, j, i] = kernel_(i - j), or 0: rows of the padded kernel, each shifted by one."""
-    H, C = kernel.shape
-    rows = jnp.broadcast_to(jnp.pad(kernel, ((0, 0), (0, C)))[:, None], (H, C, 2 * C))
-    rows = rows.reshape(H, -1)[:, : C * (2 * C - 1)]
-    return rows.reshape(H, C, 2 * C - 1)[..., :C]
-
-
-def _cut(u, H, R, n, C):
-    """u [B, T, H R] as [H, B, R, n, C], padded with zeros."""
-    B, T, _ = u.shape
-    u = _alone(u.swapaxes(1, 2))
-    u = _alone(jnp.pad(u, ((0, 0), (0, 0), (0, n * C - T))))
-    u = _alone(u.reshape(B, H, R, n * C).swapaxes(0, 1))
-    return u.reshape(H, B, R, n, C)
-
-
-def _joined(y, T):
-    """[H, B, R, n, C] as [B, T, H R]."""
-    H, B, R = y.shape[:3]
-    y = _alone(y.reshape(H, B, R, -1)[..., :T])
-    y = _alone(y.swapaxes(0, 1)).reshape(B, H * R, T)
-    return _alone(y.swapaxes(1, 2))
-
-
-def _alone(x):
-    """x, not fused with what uses it: transposes are fast on CPUs only alone."""
-    return jax.lax.optimization_barrier(x)
-
-
-def _segments(segment_ids, n, C, shape, dtype):
-    """Of each step in its chunk [B, n, C]: the number of its segment, and two factors 0 or 1.
-
-    The first is 1 where the state before the chunk still counts, the second where the step counts
-    in the state after it.
-    """
-    (B, T), pad = shape, n * C - shape[1]
-    starts = diagonal_scan.resets(segment_ids, B, T)
-    runs = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-    runs = jnp.pad(runs, ((0, 0), (0, pad)), mode="edge").reshape(B, n, C)
-    before = jnp.pad(runs[:, :-1, -1], ((0, 0), (1, 0)))[..., None]
-    return runs, (runs == before).astype(dtype), (runs == runs[..., -1:]).astype(dtype)
-
-
-def _lag_by_lag(u, kernel, R, runs):
-    """The sums within chunks and segments: [B, T, H R] of u like it."""
-    B, T, E = u.shape
-    _, n, C = runs.shape
-    u = jnp.pad(u, ((0, 0), (0, n * C - T), (0, 0))).reshape(B * n, C, E)
-    weight = jnp.repeat(kernel, R, axis=0).T[::-1]
-    y, _ = short_convolution(u, weight, segment_ids=runs.reshape(B * n, C))
-    return y.reshape(B, n * C, E)[:, :T]
 
 
 def _parts(x, axis):
@@ -331,14 +215,3 @@ def _checked_chunk(u, log_dt, chunk, segment_ids):
     if not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk must be a power of 2, got {chunk!r}")
     return min(chunk, 2 ** (u.shape[1] - 1).bit_length())
-
-
-def _checked_state(state, shape, dtype):
-    if state is None:
-        return jnp.zeros(shape, dtype)
-    if state.shape != shape:
-        letters = "B, H, S" if len(shape) == 3 else "B, H, R, S"
-        raise ValueError(f"initial_state must be [{letters}] = {shape}, got shape {state.shape}")
-    if not jnp.issubdtype(state.dtype, jnp.floating):
-        raise TypeError(f"initial_state must be floating, got {state.dtype}")
-    return state.astype(dtype)

@@ -21,6 +21,8 @@ SYSTEMS = {
     "dplr": (LOG_DT, LAMBDA, P, B, C),
 }
 SEGMENTS = np.repeat([[3, 4, 4, 1, 7, 2]], [5, 16, 1, 30, 2, 6], axis=1)
+# At most two of them in any 32 steps, one from the 32nd step on.
+LONG_SEGMENTS = np.repeat([[3, 4, 1]], [20, 12, 28], axis=1)
 
 
 def op(kind):
@@ -87,11 +89,11 @@ def test_chunks_equal_the_recurrence(kind, T, chunk):
 
 
 @pytest.mark.parametrize("kind", SYSTEMS)
-@pytest.mark.parametrize("chunk", [None, 4])
-@pytest.mark.parametrize("before", [None, 3, 9])
-def test_segments_start_from_nothing(kind, chunk, before):
+@pytest.mark.parametrize("segments", [SEGMENTS, LONG_SEGMENTS], ids=["short", "long"])
+@pytest.mark.parametrize(("chunk", "before"), [(None, None), (None, 3), (None, 9), (4, 9)])
+def test_segments_start_from_nothing(kind, segments, chunk, before):
     """Segments begin within chunks, at their borders, and several in one chunk."""
-    ids = np.concatenate([SEGMENTS, SEGMENTS[:, ::-1]])
+    ids = np.concatenate([segments, segments[:, ::-1]])
     u, x = inputs(ids.shape[1])
     first = ids[:, :1] if before is None else np.full((2, 1), before)
     padded = np.concatenate([first, ids], 1)
@@ -133,11 +135,20 @@ def test_channels_share_a_system():
             close(last[:, :, r], last_r, 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["zoh", "dplr"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_gradients(kind, packed):
+@pytest.mark.parametrize(
+    ("kind", "segments"),
+    [
+        pytest.param("zoh", None, id="zoh, whole"),
+        pytest.param("dplr", None, id="dplr, whole"),
+        pytest.param("zoh", LONG_SEGMENTS, id="zoh, long segments"),
+        pytest.param("dplr", SEGMENTS, id="dplr, short segments"),
+        pytest.param("zoh", SEGMENTS, id="zoh, short segments", marks=pytest.mark.slow),
+        pytest.param("dplr", LONG_SEGMENTS, id="dplr, long segments", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients(kind, segments):
     """By autodiff of the chunks and of the recurrence, steps of one chunk each, in float64."""
-    ids = np.concatenate([SEGMENTS, SEGMENTS[:, ::-1]]) if packed else None
+    ids = None if segments is None else np.concatenate([segments, segments[:, ::-1]])
     u, x = inputs(SEGMENTS.shape[1])
     with jax.enable_x64(True):
         arguments = jax.tree.map(jnp.asarray, (u, split(x), *SYSTEMS[kind]))
