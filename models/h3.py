@@ -14,10 +14,9 @@ from models.layers import linear
 from models.recurrent import (
     carried_segments,
     check_mixer_inputs,
-    check_whole_time,
     uniform_fan_in,
 )
-from models.s4 import chunked, log_steps, output_matrix, poles
+from models.s4 import log_steps, output_matrix, poles
 from ops import s4
 from ops.long_convolution import long_convolution
 from ops.sequence_parallel.on_mesh import on_mesh
@@ -48,7 +47,7 @@ class H3(nn.Module):
       dt_min, dt_max: its initial steps are log-uniform between them.
       fft: as of `models.s4.S4D`.
       use_bias: of the linear maps.
-      sequence_parallel: of `ops.sequence_parallel.on_mesh`, and as S4D's.
+      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
       out_scale: multiplies the output's initial weights.
     """
 
@@ -88,13 +87,11 @@ class H3(nn.Module):
           y and the new state (None if none was given).
 
         Raises:
-          ValueError: for a wrong rank, ids that are not [B, T], sizes that don't fit, or what
-            can't be cut where the mesh in use cuts time.
+          ValueError: for a wrong rank, ids that are not [B, T], sizes that don't fit, or time that
+            the mesh in use can't cut.
         """
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         H, D = self._heads(), self.head_dim
-        if not (self.fft and state is None and segment_ids is None):
-            check_whole_time(x, chunked("h3", state, segment_ids))
         batch, T, E = x.shape
         wide = jnp.promote_types(self.dtype, jnp.float32)
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
@@ -166,7 +163,8 @@ class H3(nn.Module):
             kernel = jnp.repeat(kernel, channels.shape[2] // H, axis=1)
             y = self._cut(long_convolution, channels, kernel)[0].reshape(kv.shape)
         else:
-            y, state = diagonal_state_space(
+            y, state = self._cut(
+                diagonal_state_space,
                 kv,
                 *system,
                 discretization=self.discretization,

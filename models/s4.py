@@ -20,7 +20,6 @@ from models.layers import linear
 from models.recurrent import (
     carried_segments,
     check_mixer_inputs,
-    check_whole_time,
     exact_dtype,
     uniform_fan_in,
 )
@@ -57,7 +56,6 @@ class _StateSpaceLayer(nn.Module):
       dropout: rate behind GELU, one mask for all of time; active where `apply` has a "dropout" key.
       use_bias: of W and W'.
       sequence_parallel: of `ops.sequence_parallel.on_mesh`.
-        Only whole sequences without state and segments, and with fft, can be cut.
       out_scale: multiplies the initial weights W.
     """
 
@@ -99,8 +97,7 @@ class _StateSpaceLayer(nn.Module):
 
         Raises:
           ValueError: for a wrong rank, ids that are not [B, T], a state of a bidirectional
-            layer, attributes that don't fit, or what can't be cut where the mesh in use cuts
-            time.
+            layer, attributes that don't fit, or time that the mesh in use can't cut.
         """
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         self._check_attributes()
@@ -148,8 +145,9 @@ class _StateSpaceLayer(nn.Module):
         if self.fft and initial_state is None and ids is None:
             kernel = self._kernel(system, u.shape[1])
             return on_mesh(long_convolution, self.sequence_parallel, u, kernel)[0], None
-        check_whole_time(u, chunked(type(self).__name__.lower(), initial_state, ids))
-        return self._chunks(u, system, initial_state, ids)
+        op, options = self._chunks()
+        options |= dict(initial_state=initial_state, segment_ids=ids)
+        return on_mesh(op, self.sequence_parallel, u, *system, **options)
 
     def _mix(self, y):
         if self.output == "none":
@@ -210,14 +208,8 @@ class S4D(_StateSpaceLayer):
     def _kernel(self, system, length):
         return s4.s4d_kernel(*system, length, self.discretization)
 
-    def _chunks(self, u, system, initial_state, ids):
-        return state_space.diagonal_state_space(
-            u,
-            *system,
-            discretization=self.discretization,
-            initial_state=initial_state,
-            segment_ids=ids,
-        )
+    def _chunks(self):
+        return state_space.diagonal_state_space, dict(discretization=self.discretization)
 
 
 class S4(_StateSpaceLayer):
@@ -252,17 +244,8 @@ class S4(_StateSpaceLayer):
     def _kernel(self, system, length):
         return state_space.dplr_kernel(*system, length)
 
-    def _chunks(self, u, system, initial_state, ids):
-        return state_space.dplr_state_space(
-            u, *system, initial_state=initial_state, segment_ids=ids
-        )
-
-
-def chunked(mixer: str, state, segment_ids) -> str:
-    """Why a state space is computed in chunks, for messages."""
-    if segment_ids is not None:
-        return f"{mixer}: segment_ids"
-    return f"{mixer}: fft=False" if state is None else f"{mixer}: a state"
+    def _chunks(self):
+        return state_space.dplr_state_space, {}
 
 
 def poles(module: nn.Module, Lambda: np.ndarray | None, shape, axes, wide) -> Array:

@@ -14,6 +14,9 @@ by elements, or with a matrix A(p). Four schedules compute S_in, all of them exa
                   of a block. What is sent does not depend on P (ZeCO, 2507.01004)
     "log_step"    1 + ceil(log2(P - 1)) messages of a pair (Hillis and Steele)
 
+Where the stretches of all devices have one matrix, but for columns that are forgotten, every device
+makes its powers by itself, and a pair is (which columns, state).
+
 A cotangent of S_in travels the other way by the same recurrence, dS(p) = A(p+1)^T dS(p+1) +
 dS_in(p+1), so the backward pass is the same scan, reversed. Kept for it are A and S_in alone.
 
@@ -24,19 +27,15 @@ for TPUs, where a kernel sends by remote copies.
 Letters: p of P devices, K blocks, D decayed dim, V value dim.
 """
 
-import functools
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from ops.attention_xla import varying
-from ops.lowering import choose_when_lowered
-from ops.sequence_parallel import all_scan_tpu
 from ops.sequence_parallel.kinds import SCAN_KINDS
+from ops.sequence_parallel.schedules import Schedule, scan
 
-__all__ = ["affine_scan", "factor_scan", "from_last_device", "matrix_scan"]
+__all__ = ["affine_scan", "factor_scan", "from_last_device", "matrix_scan", "power_scan"]
 
 
 def affine_scan(
@@ -127,37 +126,41 @@ def matrix_scan(
     return _affine(transition, state, initial_state, axis_name, True, kind, blocks, -1, reverse)
 
 
+def power_scan(
+    transition: Inexact[Array, "H D D"] | Inexact[Array, "H D 1"],
+    keep: Float[Array, "1 1 #V"],
+    state: Inexact[Array, "H D V"],
+    axis_name: str = "sequence",
+    *,
+    kind: str = "all_scan",
+    blocks: int | None = None,
+    initial_state: Inexact[Array, "H D V"] | None = None,
+    reverse: bool = False,
+) -> tuple[Inexact[Array, "H D V"], Inexact[Array, "H D V"]]:
+    """(S_in, final state) of S -> transition @ (keep S) + state, as `factor_scan`.
+
+    The transition is the same on all devices, so each makes the powers of it that it needs, and
+    only `keep` and states are sent. "all_scan" cuts H into blocks.
+
+    Args:
+      transition: of a stretch on any device, [H, D, D]; [H, D, 1] are the diagonals of as many.
+      keep: of this device's stretch, for each column: 0 where it forgets, else 1.
+      state: [H, D, V].
+      axis_name, kind, blocks, initial_state, reverse: as of `factor_scan`.
+    """
+    H, D, V = state.shape
+    if transition.shape not in ((H, D, D), (H, D, 1)) or keep.shape not in ((1, 1, 1), (1, 1, V)):
+        raise ValueError(
+            f"transition must be [H, D, D] or [H, D, 1] and keep [1, 1, V] or [1, 1, 1] for a "
+            f"state [H, D, V] = {state.shape}, got shapes {transition.shape} and {keep.shape}"
+        )
+    A, matrix = (keep, transition), transition.shape[2] == D
+    return _affine(A, state, initial_state, axis_name, matrix, kind, blocks, 0, reverse)
+
+
 def from_last_device(x: Array, axis_name: str = "sequence", *, reverse: bool = False) -> Array:
     """What the device at the end of time (at its start, if reverse) has, on every device."""
     return jax.lax.psum(jnp.where(_place(axis_name, reverse)[1], x, 0), axis_name)
-
-
-class _Schedule(NamedTuple):
-    axis_name: str
-    matrix: bool
-    kind: str
-    blocks: int | None
-    split: int
-    reverse: bool
-
-    @property
-    def devices(self) -> int:
-        return jax.lax.axis_size(self.axis_name)
-
-    def place(self):
-        """How many devices are before this one."""
-        p = jax.lax.axis_index(self.axis_name)
-        return self.devices - 1 - p if self.reverse else p
-
-    def shift(self, tree, distance: int):
-        """What the device `distance` before this one has; zeros if there is none."""
-        pairs = [(i, i + distance) for i in range(self.devices - distance)]
-        pairs = [(j, i) for i, j in pairs] if self.reverse else pairs
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis_name, pairs), tree)
-
-    def through(self, A, S):
-        """A S, or A B for a transition B."""
-        return jnp.matmul(A, S, precision="highest") if self.matrix else A * S
 
 
 def _affine(A, S, initial, axis_name, matrix, kind, blocks, split, reverse):
@@ -168,16 +171,16 @@ def _affine(A, S, initial, axis_name, matrix, kind, blocks, split, reverse):
     size = S.shape[split]
     if blocks is not None and (blocks < 1 or size % blocks):
         raise ValueError(f"blocks={blocks} must divide the {size} rows or columns of the state")
-    dtype = jnp.result_type(A, S, jnp.float32)
-    A, S = A.astype(dtype), S.astype(dtype)
+    dtype = jnp.result_type(*jax.tree.leaves(A), S, jnp.float32)
+    A, S = jax.tree.map(lambda x: x.astype(dtype), (A, S))
     first, last = _place(axis_name, reverse)
     A, S = varying((A, S), (A, S, first))
-    schedule = _Schedule(axis_name, matrix, kind, blocks, split, reverse)
+    schedule = Schedule(axis_name, matrix, kind, blocks, split, reverse)
     # The first device's stretch starts from the initial state; the scan then is one from zeros.
     if initial is not None:
         initial = jnp.where(first, initial.astype(dtype), 0)
         S = S + schedule.through(A, initial)
-    S_in = _scan(A, S, schedule)
+    S_in = scan(A, S, schedule)
     S_out = schedule.through(A, S_in) + S
     if initial is not None:
         S_in = S_in + initial
@@ -192,110 +195,3 @@ def _place(axis_name, reverse):
     """Whether this device is the first, and the last, in time."""
     p, end = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name) - 1
     return (p == end, p == 0) if reverse else (p == 0, p == end)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _scan(A, S, schedule):
-    """S_in of the recurrence from zeros."""
-    if schedule.devices == 1:
-        return jnp.zeros_like(S)
-    return _SCHEDULES[schedule.kind](A, S, schedule)
-
-
-def _scan_fwd(A, S, schedule):
-    S_in = _scan(A, S, schedule)
-    return S_in, (A, S_in)
-
-
-def _scan_bwd(schedule, residuals, dS_in):
-    A, S_in = residuals
-    A_t = jnp.swapaxes(A, -1, -2) if schedule.matrix else A
-    dS = _scan(A_t, dS_in, schedule._replace(reverse=not schedule.reverse))
-    if schedule.matrix:
-        dA = jnp.matmul(dS, jnp.swapaxes(S_in, -1, -2), precision="highest")
-    else:
-        dA = dS * S_in
-    shared = tuple(i for i, (n, m) in enumerate(zip(A.shape, dA.shape, strict=True)) if n != m)
-    return jnp.sum(dA, shared, keepdims=True), dS
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
-
-
-def _chain(A, S, schedule):
-    """After i steps, devices 0 ... i have what they will keep."""
-    step = lambda _, S_in: schedule.shift(schedule.through(A, S_in) + S, 1)
-    return jax.lax.fori_loop(0, schedule.devices - 1, step, varying(jnp.zeros_like(S), S))
-
-
-def _all_gather(A, S, schedule):
-    """A fold of the pairs before p; for others the weight is 0 (2502.07563's Psi, printed -inf)."""
-    p, P = schedule.place(), schedule.devices
-    pairs = jax.lax.all_gather((A, S), schedule.axis_name)
-
-    def step(i, S_in):
-        r = P - 1 - i if schedule.reverse else i
-        A, S = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, r, 0, False), pairs)
-        return jnp.where(i < p, schedule.through(A, S_in) + S, S_in)
-
-    return jax.lax.fori_loop(0, P - 1, step, varying(jnp.zeros_like(S), S))
-
-
-def _log_step(A, S, schedule):
-    """Shifted by one device, so that the scan is exclusive; then pairs of 2, 4, 8 ... devices.
-
-    Where nothing is `distance` devices before, what arrives is the pair (0, 0): that leaves the
-    state, and the decay is not needed any more.
-    """
-    A, S = schedule.shift((A, S), 1)
-    distance = 1
-    while distance < schedule.devices - 1:
-        if 2 * distance < schedule.devices - 1:
-            A_before, S_before = schedule.shift((A, S), distance)
-            A, S = schedule.through(A, A_before), schedule.through(A, S_before) + S
-        else:
-            S = schedule.through(A, schedule.shift(S, distance)) + S
-        distance *= 2
-    return S
-
-
-def _all_scan(A, S, schedule):
-    """On TPUs by remote copies within a kernel, where it takes the state; else by collectives."""
-
-    def pick(platform):
-        if platform != "tpu" or all_scan_tpu.unsupported(A, S, schedule) is not None:
-            return None
-        return functools.partial(all_scan_tpu.scan, schedule=schedule)
-
-    return choose_when_lowered(pick, functools.partial(_ticks, schedule=schedule), A, S)
-
-
-def _ticks(A, S, schedule):
-    """At tick t, device p is at block t - p: it sends what leaves it, and keeps what arrives."""
-    p, P = schedule.place(), schedule.devices
-    size, split = S.shape[schedule.split], schedule.split % S.ndim
-    K = schedule.blocks or next((k for k in range(P, size) if size % k == 0), size)
-    cut = lambda x: jnp.moveaxis(
-        x.reshape(*x.shape[:split], K, size // K, *x.shape[split + 1 :]), split, 0
-    )
-    of = lambda x, k: jax.lax.dynamic_index_in_dim(x, k, 0, False)
-    shared = schedule.matrix or A.shape[split] == 1
-    A, S = A if shared else cut(A), cut(S)
-
-    def tick(t, S_in):
-        k = jnp.clip(t - p, 0, K - 1)
-        out = schedule.through(A if shared else of(A, k), of(S_in, k)) + of(S, k)
-        arrived = schedule.shift(out, 1)
-        k = t + 1 - p
-        here = (p > 0) & (0 <= k) & (k < K)
-        k = jnp.clip(k, 0, K - 1)
-        return jax.lax.dynamic_update_index_in_dim(
-            S_in, jnp.where(here, arrived, of(S_in, k)), k, 0
-        )
-
-    S_in = jax.lax.fori_loop(0, P + K - 2, tick, varying(jnp.zeros_like(S), S))
-    S_in = jnp.moveaxis(S_in, 0, split)
-    return S_in.reshape(*S_in.shape[:split], size, *S_in.shape[split + 2 :])
-
-
-_SCHEDULES = dict(chain=_chain, all_gather=_all_gather, log_step=_log_step, all_scan=_all_scan)

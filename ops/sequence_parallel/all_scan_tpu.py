@@ -19,8 +19,8 @@ MAX_BLOCKS = 64
 
 def unsupported(A, S, schedule) -> str | None:
     """Why the kernel can't take these states; or None."""
-    if schedule.matrix:
-        return "transitions that are matrices have no kernel"
+    if schedule.matrix or isinstance(A, tuple):
+        return "transitions that are matrices, or the same on all devices, have no kernel"
     if S.dtype != jnp.float32 or A.dtype != jnp.float32:
         return f"states are {S.dtype}; float32 has a kernel"
     rows, V, decays = _layout(A, S)

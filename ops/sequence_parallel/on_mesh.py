@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from ops.partitioned import BATCH_AXES, HEAD_AXIS, TIME_AXIS
-from ops.sequence_parallel import convolutions, scans
+from ops.sequence_parallel import convolutions, scans, state_spaces
 from ops.sequence_parallel.kinds import kinds
 
 __all__ = ["on_mesh", "sequence_parts"]
@@ -34,6 +34,7 @@ class _Cut(NamedTuple):
 
 _ATTENDING = dict(q="BTHD", k="BTGD", v="BTGP")
 _STATE = dict(initial_state="BHDP", segment_ids="BT")
+_SYSTEM_STATE = dict(B="HN", C="HN", initial_state="BH", segment_ids="BT")
 _TABLE = {
     "ssd": _Cut(
         scans.ssd,
@@ -68,6 +69,16 @@ _TABLE = {
         scans.linear_recurrence,
         dict(a="BTE", b="BTE", initial_state="BE", segment_ids="BT"),
         ("BTE", "BE"),
+    ),
+    "diagonal_state_space": _Cut(
+        state_spaces.diagonal_state_space,
+        dict(u="BTH", log_dt="H", A="HN") | _SYSTEM_STATE,
+        ("BTH", "BH"),
+    ),
+    "dplr_state_space": _Cut(
+        state_spaces.dplr_state_space,
+        dict(u="BTH", log_dt="H", Lambda="HN", P="HN") | _SYSTEM_STATE,
+        ("BTH", "BH"),
     ),
     "short_convolution": _Cut(
         convolutions.short_convolution,

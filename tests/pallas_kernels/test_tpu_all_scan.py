@@ -11,7 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ops.sequence_parallel import affine_scan, all_scan_tpu
+from ops.sequence_parallel import all_scan_tpu
+from ops.sequence_parallel.schedules import Schedule
 from pallas_kernels.tpu import all_scan as kernels
 
 # Copies are made when they are started: only then is reading too early seen.
@@ -58,7 +59,7 @@ def test_states_are_those_of_the_definition_and_no_copy_races(n, decays, states,
     A = jax.random.uniform(keys[0], (n, *decays), jnp.float32)
     A = A.at[-1].set(0.0)  # forgets all
     S = jax.random.normal(keys[1], (n, *states), jnp.float32)
-    schedule = affine_scan._Schedule("sequence", False, "all_scan", blocks, -1, reverse)
+    schedule = Schedule("sequence", False, "all_scan", blocks, -1, reverse)
     scan = functools.partial(all_scan_tpu.scan, schedule=schedule, interpret=RACES())
     np.testing.assert_allclose(
         on_devices(n, scan)(A, S), by_definition(A, S, reverse), rtol=1e-6, atol=1e-6
@@ -72,7 +73,7 @@ def test_a_device_that_does_not_wait_for_a_block_is_seen_as_a_race(monkeypatch):
         kernels.pltpu, "make_async_remote_copy", lambda *a, **k: Unwaited(real(*a, **k))
     )
     A, S = jnp.ones((4, 16, 1)), jnp.ones((4, 16, 64))
-    schedule = affine_scan._Schedule("sequence", False, "all_scan", 2, -1, False)
+    schedule = Schedule("sequence", False, "all_scan", 2, -1, False)
     scan = functools.partial(all_scan_tpu.scan, schedule=schedule, interpret=RACES())
     with pytest.raises(Exception, match="(?i)race"):
         jax.block_until_ready(on_devices(4, scan)(A, S))

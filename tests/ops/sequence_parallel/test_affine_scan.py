@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ops.sequence_parallel.affine_scan import affine_scan, factor_scan, matrix_scan
+from ops.sequence_parallel.affine_scan import affine_scan, factor_scan, matrix_scan, power_scan
 from ops.sequence_parallel.kinds import SCAN_KINDS
 
 B, D, V = 2, 6, 4
@@ -83,6 +83,46 @@ def test_is_the_associative_scan_of_the_pairs(name, devices):
         want = everything(functools.partial(by_associative_scan, reverse=reverse), *arrays)
     size = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(want))
     for kind, got in zip(SCAN_KINDS, jax.jit(every_kind)(*arrays), strict=True):
+        close = functools.partial(np.testing.assert_allclose, atol=1e-5 * size, err_msg=kind)
+        jax.tree.map(close, got, want)
+
+
+@pytest.mark.parametrize(
+    ("columns", "devices", "reverse"),
+    [(D, 5, False), (1, 3, True)] + [pytest.param(D, 8, True, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_one_transition_for_all_devices(columns, devices, reverse):
+    """As matrices of each column, 0 where it is forgotten: values and gradients, of each kind."""
+    _, S, S_0 = pairs(devices, ())
+    M = jnp.asarray(np.random.default_rng(2).standard_normal((B, D, columns), np.float32))
+    keep = jnp.asarray(np.random.default_rng(3).random((devices, 1, 1, V)) < 0.7, jnp.float32)
+    dS_in, dfinal = pairs(devices, (), 1)[1:]
+
+    def by_matrices(M, S, S_0):
+        A = M if columns == D else M * jnp.eye(D)[None]
+        A = jnp.einsum("bij,pkv->pbvij", A, keep[:, 0])
+        own = lambda S: S.swapaxes(-1, -2)[..., None]
+        S_in, final = by_associative_scan(A, own(S), own(S_0), reverse)
+        return S_in[..., 0].swapaxes(-1, -2), final[..., 0].swapaxes(-1, -2)
+
+    def everything(call, *arrays):
+        out, pull = jax.vjp(call, *arrays)
+        return out, pull((dS_in, dfinal))
+
+    def of_kind(kind, M, S, S_0):
+        call = lambda keep, S, initial_state: power_scan(
+            M, keep, S, kind=kind, reverse=reverse, initial_state=initial_state
+        )
+        return over_devices(call, devices, not reverse)(keep, S, S_0)
+
+    def every_kind(*arrays):
+        return [everything(functools.partial(of_kind, kind), *arrays) for kind in SCAN_KINDS]
+
+    with jax.default_matmul_precision("highest"):
+        want = everything(by_matrices, M, S, S_0)
+    size = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(want))
+    for kind, got in zip(SCAN_KINDS, jax.jit(every_kind)(M, S, S_0), strict=True):
         close = functools.partial(np.testing.assert_allclose, atol=1e-5 * size, err_msg=kind)
         jax.tree.map(close, got, want)
 
@@ -180,6 +220,8 @@ def test_errors_name_the_argument():
         run(functools.partial(factor_scan, blocks=4))
     with pytest.raises(ValueError, match=r"transition must be \[..., D, D\]"):
         run(matrix_scan)
+    with pytest.raises(ValueError, match=r"transition must be \[H, D, D\] or \[H, D, 1\] and keep"):
+        run(lambda A, S, initial_state: power_scan(A, A, S))
     with pytest.raises(ValueError, match="the decay .* must have the state's shape"):
         run(lambda A, S, initial_state: factor_scan(A[:, :3], S))
     with pytest.raises(ValueError, match="initial_state .* must have the state's shape"):
