@@ -381,7 +381,7 @@ def _over_batch(one, dbias, xs, B, size):
         return one(own_dbias if dbias is None else dbias, x)
 
     own = [a for e, a in zip(each, leaves, strict=True) if e]
-    if B * size <= TILE_SCORES:
+    if B * size <= LARGE:
         d, ys = jax.vmap(lambda own: call(None, own))(own)
         if shared_dbias:
             d = jnp.sum(d, axis=0, keepdims=True)
