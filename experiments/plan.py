@@ -124,7 +124,10 @@ def plan(config, topology: str | None = None, *, memory: float | None = None) ->
         model, tx, example, c.seed, mesh, sharding.rules(c.mesh)
     )
     step = steps.make_train_step(train.make_loss(model, c), tx, rate, c.train.microbatches)
-    counts = plan_counts.operations(model.config, state.params, B, T)
+    counted = model.config
+    if c.train.stream_chunks:  # computes again what remat="full" does
+        counted = dataclasses.replace(counted, remat="full")
+    counts = plan_counts.operations(counted, state.params, B, T)
     sizes = {
         name: _bytes_of_a_device(tree)
         for name, tree in (

@@ -6,26 +6,36 @@ of the sequence: it computes a chunk again, pulls the chunk's cotangent back, ad
 mask lets it see; they are projected once, for the whole sequence. In a recurrent mixer it starts
 from the state before it, which the forward pass kept.
 
+Devices that share a sequence (the mesh axis TIME_AXIS) do all of this together, chunk by chunk:
+each holds an equal part of every chunk (`stream_order`), which gives all of them nearly the same
+work under a causal mask. What they send, beside what the way `config.sequence_parallel` sends for a
+whole sequence:
+
+  - of attention with D chunks, causal: keys, values and their gradients (D + 1) / 2 times, as chunk
+    i reads those of chunks 0..i; D times if all see all;
+  - of recurrences: D times the states, one scan over the devices for each chunk;
+  - the gradients of parameters once a layer; in blocks with a recurrent mixer, D times unless the
+    compiler takes the sum out of the loop over chunks, as libtpu does.
+
 Letters: B batch, T time, E embedding, G key-value heads, D head dim, R repeats of the pattern.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models import positions as positions_lib
-from models.attention import sees_only_past
-from models.blocks import Block, block_name, make_mixer, make_norm
+from models.blocks import Block, make_mixer, make_norm
 from models.config import LanguageModelConfig
 from models.language_model import Backbone, LanguageModel
-from models.layers import RMSNorm, linear
-from ops import masks
-from ops.attention import attention
-from ops.partitioned import partitioned
+from models.positions import token_positions
+from models.stream_attention import attention_backward, attention_forward
+from models.stream_chunks import TIME, Plan, add, in_turn, like, zeros
+from ops.partitioned import TIME_AXIS, sequence_devices
+from ops.sequence_parallel import kinds, layouts
 
 ATTENTION = ("attention", "local_attention")
 
@@ -38,6 +48,7 @@ def stream_hidden(
     chunks: int,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    in_order: bool = False,
 ) -> Float[Array, "B T E"]:
     """`model.hidden`, whose backward pass needs the activations of T / chunks tokens at a time.
 
@@ -52,22 +63,28 @@ def stream_hidden(
       chunks: parts of the sequence; 1 is checkpointing of each layer. More parts need less memory
         until keys, values and the inputs of layers are all that is left, fill devices less, and
         take longer to compile: of attention each is a program of its own.
+      in_order: where devices share the sequence, whether the tokens, and what belongs to them,
+        stand in `stream_order` already (`in_stream_order`); the result then does as well. Otherwise
+        they are in the order of `config.sequence_balance`, and so is the result, which every device
+        gathers for that: right for tests, not for long sequences.
 
     Returns:
       The vectors that `model.logits` takes.
 
     Raises:
-      ValueError: chunks below 1, a block that reads backwards, or what the model itself refuses.
+      ValueError: chunks below 1, a block that reads backwards, a sequence or a way of sharing it
+        that can't be streamed, or what the model itself refuses.
     """
-    if chunks < 1:
-        raise ValueError(f"chunks={chunks} must be at least 1")
-    config = model.config
-    for stage in _stages(config):
-        if getattr(make_mixer(config, stage.mixer), "bidirectional", False):
-            raise ValueError(
-                f"{stage.mixer!r} in pattern is bidirectional: its state at a token depends on "
-                "later chunks; set bidirectional=False, or train it with remat='full'"
-            )
+    check_streamed(model.config, chunks, sequence_devices())
+    config, T = model.config, tokens.shape[1]
+    order = stream_order(config, T, chunks)
+    if order is not None and not in_order:
+        given = {"tokens": tokens, "positions": positions, "segment_ids": segment_ids}
+        given = in_stream_order(config, given, chunks)
+        x = stream_hidden(model, params, **given, chunks=chunks, in_order=True)
+        return _reordered(x, np.argsort(order))
+    if order is not None and positions is None:
+        raise ValueError("in_order=True needs positions, in the order of the tokens")
     backbone = params["backbone"]
     _, kept = _Inputs(config).apply(
         {"params": backbone},
@@ -82,9 +99,79 @@ def stream_hidden(
     else:
         layers = [dict(backbone[f"layers_{i}"]) for i in range(config.repeats)]
         layers = jax.tree.map(lambda *a: jnp.stack(a), *layers)
-    plan = _Plan(config, chunks, _stages(config))
+    plan = Plan(config, chunks, sequence_devices())
     x = _layers(plan, layers, x, (positions, segment_ids))
     return make_norm(config, None).apply({"params": backbone["final_norm"]}, x)
+
+
+def check_streamed(config: LanguageModelConfig, chunks: int, devices: int = 1) -> None:
+    """Raises ValueError unless such a model can be streamed, by devices that share a sequence."""
+    if chunks < 1:
+        raise ValueError(f"chunks={chunks} must be at least 1")
+    for kind in config.pattern:
+        if getattr(make_mixer(config, kind), "bidirectional", False):
+            raise ValueError(
+                f"{kind!r} in pattern is bidirectional: its state at a token depends on "
+                "later chunks; set bidirectional=False, or train it with remat='full'"
+            )
+    way = kinds(config.sequence_parallel).attention
+    if devices > 1 and way == "ring_self_attention" and set(ATTENTION) & set(config.pattern):
+        raise ValueError(
+            f"sequence_parallel={way!r} holds rows of scores as long as the sequence, which can't "
+            "be streamed; use 'ring', 'all_gather', 'ulysses' or 'usp'"
+        )
+
+
+def stream_order(config: LanguageModelConfig, T: int, chunks: int) -> np.ndarray | None:
+    """int [T]: which token of `config.sequence_balance`'s order stands where in streaming's.
+
+    In that order each device holds an equal part of every chunk. None where the mesh in use does
+    not cut time.
+
+    Raises:
+      ValueError: T that the devices can't share equally.
+    """
+    P = sequence_devices()
+    if P == 1:
+        return None
+    layouts.check(T, P, config.sequence_balance)
+    plan = Plan(config, chunks, P)
+    positions = layouts.order(T, P, plan.runs(plan.spans(T // P)))
+    return layouts.restore(T, P, config.sequence_balance)[positions]
+
+
+def in_stream_order(config: LanguageModelConfig, batch: dict, chunks: int) -> dict:
+    """A batch whose arrays [B, T, ...] stand in `stream_order`, with their positions.
+
+    Every device gathers these arrays, of integers as a rule, and takes its own part.
+    """
+    B, T = batch["tokens"].shape[:2]
+    order = stream_order(config, T, chunks)
+    if order is None:
+        return batch
+    if batch.get("positions") is None:
+        if config.sequence_balance != "contiguous":
+            raise ValueError(
+                f"sequence_balance={config.sequence_balance!r} needs positions, in the order of "
+                "the tokens: see ops.sequence_parallel.layouts.order"
+            )
+        batch = batch | {"positions": token_positions(B, T, batch.get("segment_ids"))}
+    move = lambda x: x if x is None or x.ndim < 2 else _reordered(x, order)
+    return {name: move(x) for name, x in batch.items()}
+
+
+def _reordered(x, order):
+    """x[:, order] of an array [B, T, ...] that is cut over time, as is the result."""
+
+    rows = order.reshape(sequence_devices(), -1)
+
+    def part(x):
+        x = jax.lax.all_gather(x, TIME_AXIS, axis=1, tiled=True)
+        return jnp.take(x, jnp.asarray(rows)[jax.lax.axis_index(TIME_AXIS)], axis=1)
+
+    return jax.shard_map(
+        part, in_specs=TIME, out_specs=TIME, axis_names={TIME_AXIS}, check_vma=False
+    )(x)
 
 
 class _Inputs(Backbone):
@@ -93,40 +180,6 @@ class _Inputs(Backbone):
     def _run_layers(self, x, state, positions, segment_ids):
         self.sow("kept", "inputs", (x, positions))
         return x, None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stage:
-    """A block that mixes over time and those behind it that do not: (name, kind) of each."""
-
-    blocks: tuple[tuple[str, str], ...]
-
-    @property
-    def mixer(self) -> str:
-        return self.blocks[0][1]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is known when the program is traced."""
-
-    config: LanguageModelConfig
-    chunks: int
-    stages: tuple[_Stage, ...]
-
-    def spans(self, T: int) -> list[tuple[int, int]]:
-        """Where chunks begin and how long they are; the last may be shorter."""
-        C = -(-T // self.chunks)
-        return [(start, min(C, T - start)) for start in range(0, T, C)]
-
-
-def _stages(config: LanguageModelConfig) -> tuple[_Stage, ...]:
-    stages: list[list] = []
-    for i, kind in enumerate(config.pattern):
-        if kind != "mlp" or not stages:
-            stages.append([])
-        stages[-1].append((block_name(i, kind), kind))
-    return tuple(_Stage(tuple(blocks)) for blocks in stages)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -139,7 +192,7 @@ def _layers_fwd(plan, layers, x, tokens):
     def repeat(x, params):
         kept = []
         for stage in plan.stages:
-            forward = _attention_forward if stage.mixer in ATTENTION else _recurrent_forward
+            forward = attention_forward if stage.mixer in ATTENTION else _recurrent_forward
             before = x
             x, states = forward(plan, stage, params, x, tokens)
             kept.append((before, states))
@@ -156,7 +209,7 @@ def _layers_bwd(plan, residuals, g):
         params, kept = inputs
         gradients = {}
         for stage, (x, states) in reversed(list(zip(plan.stages, kept, strict=True))):
-            backward = _attention_backward if stage.mixer in ATTENTION else _recurrent_backward
+            backward = attention_backward if stage.mixer in ATTENTION else _recurrent_backward
             g, found = backward(plan, stage, params, x, states, tokens, g)
             gradients |= found
         return g, {name: gradients[name] for name in params}
@@ -168,160 +221,13 @@ def _layers_bwd(plan, residuals, g):
 _layers.defvjp(_layers_fwd, _layers_bwd)
 
 
-# Attention.
-
-
-def _attention_forward(plan, stage, params, x, tokens):
-    own = _of_stage(stage, params)
-    k, v = _keys_values(plan.config, stage.mixer, own[stage.blocks[0][0]], x, tokens[0])
-
-    def step(span, x, _):
-        # A chunk reads no other chunk of x, so the output may take its place.
-        y = _attend(plan.config, stage, span, tokens, own, _cut(x, span), k, v)
-        return _put(x, span, y), None
-
-    return _in_turn(step, plan.spans(x.shape[1]), x)[0], ()
-
-
-def _attention_backward(plan, stage, params, x, states, tokens, g):
-    del states
-    config, own = plan.config, _of_stage(stage, params)
-    name, kind = stage.blocks[0]
-    project = functools.partial(_keys_values, config, kind)
-    k, v = project(own[name], x, tokens[0])
-
-    def step(span, carry, _):
-        dx, total = carry
-        chunk = functools.partial(_attend, config, stage, span, tokens)
-        _, pull = jax.vjp(chunk, own, _cut(x, span), k, v)
-        found, dx_i, dk, dv = pull(_cut(dx, span))
-        return (_put(dx, span, dx_i), _add(total, (found, dk, dv))), None
-
-    # Sums begin with the last chunk's. What it was given, g, makes room for dx.
-    *spans, last = plan.spans(x.shape[1])
-    first = step(last, (g, None), None)[0]
-    dx, (total, dk, dv) = _in_turn(step, spans, first, reverse=True)[0]
-    dk, dv = _like((dk, dv), (k, v))
-
-    def through_projections(span, carry, _):
-        dx, total = carry
-        chunk = lambda p, x: project(p, x, _cut(tokens[0], span))
-        _, pull = jax.vjp(chunk, own[name], _cut(x, span))
-        found, dx_i = pull((_cut(dk, span), _cut(dv, span)))
-        return (_put(dx, span, _cut(dx, span) + dx_i), _add(total, found)), None
-
-    # Only now are the gradients of all keys and values complete.
-    carry = (dx, total[name])
-    dx, of_mixer = _in_turn(through_projections, plan.spans(x.shape[1]), carry, alike=True)[0]
-    return dx, _like(total | {name: of_mixer}, own)
-
-
-def _keys_values(config, kind, params, x, positions):
-    """Keys and values [B, T, G, D] of a block's input, as `models.attention` makes them."""
-    mixer, params, h = _normed(config, kind, params, x)
-    k = _project(mixer, "key", mixer.n_kv_heads, params, h)
-    return _placed(mixer, "key_norm", params, k, positions), _project(
-        mixer, "value", mixer.n_kv_heads, params, h
-    )
-
-
-def _attend(config, stage, span, tokens, own, x, k, v):
-    """A chunk of the stage's output, from that chunk of its input and all keys and values."""
-    (name, kind), *rest = stage.blocks
-    positions, ids = (None if a is None else _cut(a, span) for a in tokens)
-    seen = _seen(config, kind, span, k.shape[1])
-    k, v = _cut(k, seen), _cut(v, seen)
-    mixer, params, h = _normed(config, kind, own[name], x)
-    q = _project(mixer, "query", mixer.n_heads, params, h)
-    q = _placed(mixer, "query_norm", params, q, positions)
-    mask, offset = mixer.mask, span[0] - seen[0]
-    if ids is not None:
-        mask = mask & masks.Segments(ids, _cut(tokens[1], seen))
-    options = dict(scale=mixer.scale, logit_cap=mixer.logit_cap)
-    if mixer.position == "alibi":
-        options["bias"] = positions_lib.alibi_bias(
-            mixer.n_heads, q.shape[1], k.shape[1], offset, causal=sees_only_past(mixer.mask)
-        )
-    o = partitioned(
-        attention, q, k, v, mask=mask, q_offset=offset, implementation=mixer.implementation,
-        **options,
-    )  # fmt: skip
-    out = linear(
-        x.shape[-1],
-        ("heads", "head_dim", "embed"),
-        inputs=2,
-        use_bias=mixer.use_bias,
-        dtype=mixer.dtype,
-        param_dtype=mixer.param_dtype,
-    )
-    y = out.apply({"params": params["out"]}, o)
-    if config.post_norm:
-        y = make_norm(config, None).apply({"params": own[name]["post_norm"]}, y)
-    x = x + y
-    for name, kind in rest:
-        x, _ = Block(config, kind).apply({"params": own[name]}, x)
-    return x
-
-
-def _normed(config, kind, params, x):
-    """(the mixer, for its attributes; its parameters; its input)"""
-    h = make_norm(config, None).apply({"params": params["norm"]}, x)
-    return make_mixer(config, kind), params["mixer"], h
-
-
-def _project(mixer, name, heads, params, h):
-    made = linear(
-        (heads, mixer.head_dim),
-        ("embed", "heads", "head_dim"),
-        use_bias=mixer.use_bias,
-        dtype=mixer.dtype,
-        param_dtype=mixer.param_dtype,
-    )
-    return made.apply({"params": params[name]}, h)
-
-
-def _placed(mixer, norm, params, x, positions):
-    """Queries or keys, normed and turned."""
-    if mixer.qk_norm:
-        made = RMSNorm(eps=mixer.norm_eps, dtype=mixer.dtype, param_dtype=mixer.param_dtype)
-        x = made.apply({"params": params[norm]}, x)
-    if mixer.position.startswith("rope"):
-        x = positions_lib.apply_rope(
-            x,
-            positions,
-            theta=mixer.rope_theta,
-            interleaved=mixer.position == "rope_interleaved",
-            scaling=mixer.rope_scaling,
-        )
-    return x
-
-
-def _seen(config, kind, span, T) -> tuple[int, int]:
-    """The keys that a chunk of queries needs, as (start, length); all if it saves little.
-
-    A slice is a copy, and the op looks at no tile that its mask empties. Masks that count from the
-    first key on need the keys from there.
-    """
-    start, length = span
-    mask, first, end = make_mixer(config, kind).mask, 0, T
-    band = mask.band()
-    if band is not None:
-        lowest, highest = (int(n) for n in band.key_bounds(start, start + length - 1, T))
-        if band.prefix == 0 and band.limit is None:
-            first = min(lowest, T - 1)
-        end = max(highest, first) + 1  # at least one key, which the mask may hide
-    elif isinstance(mask, masks.Lambda):
-        end = start + length
-    return (first, end - first) if end - first <= T // 2 else (0, T)
-
-
 # Recurrent mixers, and blocks that do not mix over time.
 
 
-def _recurrent_chunk(config, stage, span, tokens, own, x, state):
-    positions, ids = (None if a is None else _cut(a, span) for a in tokens)
+def _recurrent_chunk(plan, stage, span, tokens, own, x, state):
+    positions, ids = (None if a is None else plan.cut(a, span) for a in tokens)
     for i, (name, kind) in enumerate(stage.blocks):
-        block = functools.partial(Block(config, kind).apply, {"params": own[name]})
+        block = functools.partial(Block(plan.config, kind).apply, {"params": own[name]})
         x, after = block(x, state=None if i else state, positions=positions, segment_ids=ids)
         state = state if i else after
     return x, state
@@ -329,37 +235,38 @@ def _recurrent_chunk(config, stage, span, tokens, own, x, state):
 
 def _recurrent_forward(plan, stage, params, x, tokens):
     """The output, and the states before each chunk, [chunks, ...]."""
-    own = _of_stage(stage, params)
+    own = stage.of(params)
     state = make_mixer(plan.config, stage.mixer).init_state(x.shape[0], x.shape[1])
 
     def step(span, carry, _):
         x, state = carry
-        y, after = _recurrent_chunk(plan.config, stage, span, tokens, own, _cut(x, span), state)
-        return (_put(x, span, y), after), state
+        y, after = _recurrent_chunk(plan, stage, span, tokens, own, plan.cut(x, span), state)
+        return (plan.put(x, span, y), after), state
 
-    (x, _), states = _in_turn(step, plan.spans(x.shape[1]), (x, state), alike=True)
+    spans = plan.spans(x.shape[1] // plan.devices)
+    (x, _), states = in_turn(step, spans, (x, state), alike=True)
     return x, states
 
 
 def _recurrent_backward(plan, stage, params, x, states, tokens, g):
-    own, total = _of_stage(stage, params), _zeros(_of_stage(stage, params))
+    own, total = stage.of(params), zeros(stage.of(params))
 
     def step(span, carry, state):
         dx, dstate, total = carry
         real, rebuild = _floating(state)
 
         def chunk(own, x, real):
-            y, after = _recurrent_chunk(plan.config, stage, span, tokens, own, x, rebuild(real))
+            y, after = _recurrent_chunk(plan, stage, span, tokens, own, x, rebuild(real))
             return y, _floating(after)[0]
 
-        _, pull = jax.vjp(chunk, own, _cut(x, span), real)
-        found, dx_i, dstate = pull((_cut(dx, span), dstate))
-        return (_put(dx, span, dx_i), dstate, _add(total, found)), None
+        _, pull = jax.vjp(chunk, own, plan.cut(x, span), real)
+        found, dx_i, dstate = pull((plan.cut(dx, span), dstate))
+        return (plan.put(dx, span, dx_i), dstate, add(total, found)), None
 
     dstate = [jnp.zeros(a.shape[1:], a.dtype) for a in _floating(states)[0]]
-    spans = plan.spans(x.shape[1])
-    carry = _in_turn(step, spans, (g, dstate, total), states, alike=True, reverse=True)[0]
-    return carry[0], _like(carry[2], own)
+    spans = plan.spans(x.shape[1] // plan.devices)
+    carry = in_turn(step, spans, (g, dstate, total), states, alike=True, reverse=True)[0]
+    return carry[0], like(carry[2], own)
 
 
 def _floating(tree):
@@ -374,62 +281,3 @@ def _floating(tree):
         )
 
     return [a for r, a in zip(real, leaves, strict=True) if r], rebuild
-
-
-# Loops, sums and slices.
-
-
-def _in_turn(step, spans, carry, xs=None, *, alike=False, reverse=False):
-    """Scans `carry, y = step(span, carry, x)` over spans.
-
-    It is a loop, which chooses among the spans' programs, because what is merely written in a row
-    a compiler may compute at once, and may fuse sums into one that needs all of their terms. With
-    `alike`, spans of one length need one program.
-    """
-    if not spans:
-        return carry, None
-    lengths = {length for _, length in spans}
-    if alike and len(lengths) == 1:
-        (length,) = lengths
-        body = lambda carry, at: step((at[0], length), carry, at[1])
-        index = jnp.asarray([start for start, _ in spans])
-    else:
-        branches = [functools.partial(step, span) for span in spans]
-        body = lambda carry, at: jax.lax.switch(at[0], branches, carry, at[1])
-        index = jnp.arange(len(spans))
-    return jax.lax.scan(body, carry, (index, xs), reverse=reverse)
-
-
-def _of_stage(stage, params):
-    return {name: params[name] for name, _ in stage.blocks}
-
-
-def _wide(x):
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _zeros(tree):
-    """Zeros to add up in: at least float32."""
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, _wide(a)), tree)
-
-
-def _add(total, tree):
-    """total + tree in at least float32; total may be None."""
-    tree = jax.tree.map(lambda a: a.astype(_wide(a)), tree)
-    return tree if total is None else jax.tree.map(jnp.add, total, tree)
-
-
-def _like(tree, like):
-    return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, like)
-
-
-def _cut(x, span):
-    """x[:, start : start + length]"""
-    start, length = span
-    if isinstance(start, int):
-        return jax.lax.slice_in_dim(x, start, start + length, axis=1)
-    return jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
-
-
-def _put(x, span, part):
-    return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), span[0], axis=1)

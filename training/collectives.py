@@ -5,13 +5,17 @@
         print(c.kind, c.times, c.sent_bytes)
     print(table(collectives(compiled.as_text())))
 
-Exact counts of what the program says, loops included: no model of links, and no time.
+Exact counts of what the program says, loops included: no model of links, and no time. Of a choice
+among programs all count, as if each ran, but for `models.stream_chunks.in_turn`'s, whose loop runs
+each once.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Iterable
+
+from models.stream_chunks import IN_TURN
 
 KINDS = (
     "all-gather",
@@ -185,6 +189,8 @@ def _visit(computations, name, times, found, partitions, begun=None):
         if kind == "while":
             trips = _trips(computations, name, body)
             inside = None if trips is None or times is None else times * trips
+        if kind == "conditional" and times is not None and IN_TURN in _op_name(body):
+            inside = times // len(_called(body))
         for called in _called(body):
             if called in computations:
                 shared = begun if kind == "fusion" else None

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from models import LanguageModelConfig
+from models.stream_bp import check_streamed
 from ops.sequence_parallel import layouts
 
 TASKS = ("language_model", "classification")
@@ -129,7 +130,8 @@ class TrainConfig:
     steps: int = 1000  # updates of the parameters
     microbatches: int = 1  # parts of a batch, whose gradients are added up: saves memory
     logit_chunk: int | None = None  # positions whose logits exist at once, on a device; None: all
-    stream_chunks: int | None = None  # StreamBP: parts of the sequence in layers' backward pass
+    # StreamBP: parts of the sequence in layers' backward pass, shared by the devices that share it.
+    stream_chunks: int | None = None
     z_loss: float = 0.0  # times log(Z)^2 per token; 1e-4 keeps bf16 logits near 0 (PaLM, section 5)
     log_every: int = 10  # steps between rows of metrics.jsonl
     eval_every: int = 200  # steps between evaluations; step 0 and the last have one too
@@ -218,19 +220,15 @@ class Settings:
         for name in ("logit_chunk", "stream_chunks"):
             if getattr(self.train, name) and self.task != "language_model":
                 raise ConfigError(f"train.{name} is for task = 'language_model', not {self.task!r}")
-        if self.train.stream_chunks and self.mesh.sequence > 1:
-            raise ConfigError(
-                f"train.stream_chunks = {self.train.stream_chunks} cuts the sequence on each "
-                f"device, which mesh.sequence = {self.mesh.sequence} has cut already; use one of "
-                "them, and train.logit_chunk with either"
-            )
         if self.data.batch_size % self.train.microbatches:
             raise ConfigError(
                 f"train.microbatches = {self.train.microbatches} must divide "
                 f"data.batch_size = {self.data.batch_size}"
             )
         try:
-            self.model_config(vocab_size=1)
+            model = self.model_config(vocab_size=1)
+            if self.train.stream_chunks:
+                check_streamed(model, self.train.stream_chunks, self.mesh.sequence)
             if self.mesh.sequence > 1:
                 layouts.check(self.data.seq_len, self.mesh.sequence, self.balance)
         except (TypeError, ValueError) as error:

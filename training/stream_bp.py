@@ -7,7 +7,9 @@ Each returns `loss(params, batch, key) -> (summed loss, Sums)`, as `training.ste
 `chunks=None` the layers are the model's own, with its remat, and only the logits go by chunks.
 
 Batches hold tokens, targets and weights [B, T], positions and segment_ids or not, and what a loss
-asks for besides.
+asks for besides. Where devices share a sequence, layers that are streamed read it in an order of
+their own (`models.stream_bp.stream_order`): the losses, which are sums over tokens, put a batch
+into it, which moves integers, not vectors.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from collections.abc import Callable
 import jax
 
 from models import LanguageModel
-from models.stream_bp import stream_hidden
+from models.stream_bp import in_stream_order, stream_hidden
 from ops.cross_entropy import chunked_log_probabilities
 from ops.partitioned import partitioned_cross_entropy
 from training.preference_losses import dpo, grpo
@@ -42,6 +44,7 @@ def stream_loss(
 
     def loss(params, batch, key=None):
         del key  # these models have no dropout
+        batch = _in_order(model, batch, chunks)
         head = head_of(model, params)
         sums = partitioned_cross_entropy(
             hidden_of(model, params, batch, chunks),
@@ -67,6 +70,7 @@ def stream_grpo_loss(
 
     def loss(params, batch, key=None):
         del key
+        batch = _in_order(model, batch, chunks)
         sums = grpo(
             hidden_of(model, params, batch, chunks),
             targets=batch["targets"],
@@ -93,6 +97,7 @@ def stream_dpo_loss(
 
     def loss(params, batch, key=None):
         del key
+        batch = _in_order(model, batch, chunks)
         sums = dpo(
             hidden_of(model, params, batch, chunks),
             targets=batch["targets"],
@@ -125,11 +130,16 @@ def log_probabilities(
     )
 
 
+def _in_order(model: LanguageModel, batch: dict, chunks: int | None) -> dict:
+    """A batch in the order in which `hidden_of` reads it."""
+    return batch if chunks is None else in_stream_order(model.config, batch, chunks)
+
+
 def hidden_of(model: LanguageModel, params, batch: dict, chunks: int | None) -> jax.Array:
-    """What the head reads [B, T, E], streamed unless chunks is None."""
+    """What the head reads [B, T, E], streamed unless chunks is None, of a batch `_in_order`."""
     if chunks is None:
         return model.apply({"params": params}, **model_inputs(batch), method="hidden")[0]
-    return stream_hidden(model, params, **model_inputs(batch), chunks=chunks)
+    return stream_hidden(model, params, **model_inputs(batch), chunks=chunks, in_order=True)
 
 
 def head_of(model: LanguageModel, params) -> dict:

@@ -10,6 +10,17 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
+@pytest.fixture
+def float64(monkeypatch):
+    """All of a model, of its loss and of an update in float64."""
+    from streamed_models import WIDENED, Float64
+
+    for module in WIDENED:
+        monkeypatch.setattr(module, "jnp", Float64())
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compile_once(tmp_path_factory):
     """The same small programs run dozens of times here; compiling them is nearly all the time."""

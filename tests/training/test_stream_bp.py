@@ -7,62 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from streamed_models import SMALL, B, T, gradient, largest_error, setup
 
-import models.layers
-import models.positions
-import training.steps
 from models import LanguageModel, LanguageModelConfig
 from models.stream_bp import stream_hidden
 from ops import masks
 from training import steps, stream_bp
 from training.optimizers import make_optimizer
 from training.settings import OptimizerConfig
-
-B, T, V = 2, 13, 17
-SMALL = dict(vocab_size=V, d_model=16, n_heads=4, n_kv_heads=2, repeats=2, mlp_dim=24)
-SEGMENTS = np.stack([np.repeat([1, 2, 3], [4, 5, 4]), np.repeat([1, 2, 0], [7, 3, 3])])
-
-
-class Float64:
-    """jax.numpy whose float32 is float64: for modules that compute statistics in float32."""
-
-    float32 = jnp.float64
-
-    def __getattr__(self, name):
-        return getattr(jnp, name)
-
-
-@pytest.fixture
-def float64(monkeypatch):
-    for module in (models.layers, models.positions, models.language_model, training.steps):
-        monkeypatch.setattr(module, "jnp", Float64())
-    with jax.enable_x64(True):
-        yield
-
-
-def setup(dtype="float64", length=T, packed=False, **options):
-    config = LanguageModelConfig(**SMALL | {"dtype": dtype, "param_dtype": dtype} | options)
-    model, rng = LanguageModel(config), np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(0, V, (B, length + 1)), jnp.int32)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-    batch["weights"] = jnp.asarray(rng.random((B, length)) * (rng.random((B, length)) < 0.8))
-    if packed:
-        batch["segment_ids"] = jnp.asarray(SEGMENTS, jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), batch["tokens"])
-    # Away from a symmetric start: biases and scales have gradients of their own.
-    draw = lambda p: jnp.asarray((p.ndim < 2) + 0.2 * rng.normal(size=p.shape), p.dtype)
-    return model, jax.tree.map(draw, nn.unbox(shapes)["params"]), batch
-
-
-def gradient(loss, params, batch):
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch)
-
-
-def largest_error(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    error = lambda a, b: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
-    return max(jax.tree.leaves(jax.tree.map(error, got, want)))
-
 
 MODELS = {
     "packed": {"packed": True},
