@@ -59,7 +59,9 @@ def chunked_scan(q, k, v, log_decay, initial_state, *, chunk=None, implementatio
         )
     if q.shape[1] == 1 and implementation != "pallas":
         return one_step(q, k, v, log_decay, initial_state)
-    return _scan(q, k, v, log_decay, initial_state, chunk, implementation)
+    # A state of zeros that all devices of a shard_map share has a gradient that they don't.
+    arrays = q, k, v, log_decay, initial_state
+    return _scan(*varying(arrays, arrays), chunk, implementation)
 
 
 def one_step(q, k, v, log_decay, S):

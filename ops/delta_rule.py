@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ops.attention_xla import varying
 from ops.chunked_scan import (
     Chunks,
     decay_gradient,
@@ -121,7 +122,8 @@ def _checked(q, k, v, beta, log_decay, scale, initial_state, segment_ids, chunk)
         log_decay = jnp.zeros((B, T, 1), dtype)
     log_decay = forget_at_starts(log_decay.astype(dtype), segment_ids)[..., None]
     q = q * jnp.asarray(D**-0.5 if scale is None else scale, q.dtype)
-    return _delta(q, k, v, log_decay, beta[..., None], initial_state, chunk)
+    arrays = q, k, v, log_decay, beta[..., None], initial_state
+    return _delta(*varying(arrays, arrays), chunk)
 
 
 @functools.partial(jax.jit, static_argnums=6)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ops.attention_xla import varying
 from ops.lowering import choose_when_lowered
 from ops.recurrence_arguments import (
     check_floating,
@@ -88,7 +89,8 @@ def long_convolution(
         y = jax.checkpoint(_direct)(x, kernel.astype(dtype))
         y, final_state = y[:, :T], y[:, T:]
     else:
-        y, final_state = _convolve(x, kernel.astype(dtype), method)
+        arrays = x, kernel.astype(dtype)
+        y, final_state = _convolve(*varying(arrays, arrays), method)
     if initial_state is not None:
         state = initial_state.astype(dtype)
         n = min(T, K - 1)

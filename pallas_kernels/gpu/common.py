@@ -169,11 +169,20 @@ def launch(grid: tuple[int, int, int], interpret: bool) -> dict:
     }
 
 
+def computed(tree):
+    """tree without the manual axes of a shard_map.
+
+    Within a kernel, what is read has them and what is computed has none, and no bound or carry of a
+    loop may change its type.
+    """
+    has_axes = lambda x: bool(jax.typeof(x).manual_axis_type.varying)
+    return jax.tree.map(lambda x: x + jnp.zeros((), x.dtype) if has_axes(x) else x, tree)
+
+
 def row_walk(bounds_ref, tiles_ref, batch, row):
     """(n_full, n_live, tile_of_step) of one row of tiles; see TileSchedule."""
     m = batch if bounds_ref.shape[0] > 1 else 0
-    n_full = bounds_ref[m, row, 1]
-    n_live = bounds_ref[m, row, 3]
+    n_full, n_live = computed((bounds_ref[m, row, 1], bounds_ref[m, row, 3]))
     if tiles_ref is not None:
         return n_full, n_live, lambda step: tiles_ref[m, row, step]
     full_start = bounds_ref[m, row, 0]

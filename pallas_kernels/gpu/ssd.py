@@ -154,7 +154,7 @@ def in_order(n_chunks: int, bring, ready, free, step, carry, reverse: bool = Fal
         pl.when(i + STAGES < n_chunks)(lambda: bring(chunk_of(i + STAGES), slot))
         return carry
 
-    return lax.fori_loop(0, n_chunks, body, carry)
+    return lax.fori_loop(0, n_chunks, body, common.computed(carry))
 
 
 def forward(
