@@ -174,7 +174,7 @@ def _axes(kernel, q, k, v, mask, tile=None):
     T, S = q.shape[1], k.shape[1]
     tile = tile or tile_for(kernel, max(q.shape[3], v.shape[3]), q.dtype.itemsize, _near(mask))
     # Tiles that lie within the blocks of a layout need no masking; not worth it for small blocks.
-    blocks = [m.block for m in _leaves(mask) if isinstance(m, masks.BlockSparse)]
+    blocks = [m.block for m in leaves(mask) if isinstance(m, masks.BlockSparse)]
     within = math.gcd(*blocks) if blocks else None
     if within is not None and (within < 256 or within % kernels.LANES):
         within = None
@@ -184,9 +184,20 @@ def _axes(kernel, q, k, v, mask, tile=None):
     return queries, keys, _compute((queries if kernel == "dkv" else keys).block, tile.compute)
 
 
-def _leaves(mask):
+def leaves(mask):
+    """The masks that a mask is composed of."""
     parts = getattr(mask, "masks", None)
-    return [mask] if parts is None else [leaf for part in parts for leaf in _leaves(part)]
+    return [mask] if parts is None else [leaf for part in parts for leaf in leaves(part)]
+
+
+def tile_dividing(kernel, queries: int, keys: int, head_dim: int, dtype, mask) -> kernels.Tile:
+    """A tile whose sides divide numbers of queries and keys that are multiples of LANES."""
+    tile = tile_for(kernel, head_dim, jnp.dtype(dtype).itemsize, _near(mask))
+    sides = (
+        _fit(queries, tile.queries, kernels.LANES, queries),
+        _fit(keys, tile.keys, kernels.LANES, keys),
+    )
+    return kernels.Tile(*sides, _compute(sides[0 if kernel == "dkv" else 1], tile.compute))
 
 
 def plan_for(kernel, q, k, v, mask, q_offset, tile=None) -> Plan:
@@ -197,7 +208,7 @@ def plan_for(kernel, q, k, v, mask, q_offset, tile=None) -> Plan:
     static = isinstance(q_offset, (int, np.integer))
     segments = masks.segments_of(mask)
     ids = None if segments is None else segments.both(T, S)
-    sparse = any(isinstance(m, masks.BlockSparse) for m in _leaves(mask))
+    sparse = any(isinstance(m, masks.BlockSparse) for m in leaves(mask))
     band = mask.band()
 
     inside, stack, index = mask, None, None
@@ -214,7 +225,7 @@ def plan_for(kernel, q, k, v, mask, q_offset, tile=None) -> Plan:
             tile_mask,
             key_bounds=band.key_bounds,
             query_bounds=band.query_bounds,
-            width=_width(mask),
+            width=span(mask),
         )
         schedule = tiles.interval_schedule(tile_mask, queries, keys, q_offset, outer=outer)
         return Plan(queries, keys, compute, tile_mask, schedule, ids, stack)
@@ -226,7 +237,7 @@ def plan_for(kernel, q, k, v, mask, q_offset, tile=None) -> Plan:
             for bound in masks.segment_bounds(axis_ids, axis.block)
         ]
         schedule = tiles.interval_schedule(
-            dataclasses.replace(tile_mask, width=_width(mask)), queries, keys, q_offset,
+            dataclasses.replace(tile_mask, width=span(mask)), queries, keys, q_offset,
             outer=outer, segments=tuple(bounds), kinds=kinds,
         )  # fmt: skip
     else:
@@ -234,7 +245,7 @@ def plan_for(kernel, q, k, v, mask, q_offset, tile=None) -> Plan:
     return Plan(queries, keys, compute, tile_mask, schedule, ids, stack)
 
 
-def _width(mask):
+def span(mask):
     """Greatest span of live keys of a query; None if unbounded or unknown."""
     band = masks.split_segments(mask)[0].band()
     if band is None or band.left is None or band.right is None or band.prefix:
@@ -244,8 +255,8 @@ def _width(mask):
 
 def _near(mask):
     """How many keys near a query matter to the choice of a tile; None if all may."""
-    windows = [m.window for m in _leaves(mask) if isinstance(m, masks.Lambda)]
-    return min(windows) if windows else _width(mask)
+    windows = [m.window for m in leaves(mask) if isinstance(m, masks.Lambda)]
+    return min(windows) if windows else span(mask)
 
 
 def _split(mask, static):
@@ -296,7 +307,7 @@ def _check_plan(kernel, q, k, v, mask, q_offset):
     rows, width = (keys.tiles, queries.tiles) if kernel == "dkv" else (queries.tiles, keys.tiles)
     if mask.band() is not None:
         return
-    sparse = any(isinstance(m, masks.BlockSparse) for m in _leaves(mask))
+    sparse = any(isinstance(m, masks.BlockSparse) for m in leaves(mask))
     static = isinstance(q_offset, (int, np.integer))
     segments = masks.segments_of(mask)
     stacked = False

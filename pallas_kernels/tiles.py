@@ -78,8 +78,9 @@ class Schedule:
     sub_kind(batch, q_lo, q_hi, k_lo, k_hi, tables) -> (any, all visible) of any part of a partial
         tile in indices of the arrays, or None where only whole tiles are known.
     kinds: the kinds that occur at all, so that a kernel can leave out branches which never run.
-    offset(tables): position of query 0.
+    place(q_row, k_row, tables) -> the positions of a tile's first query and key.
     stacked(batch, outer, step, tables) -> place in the stack of partial tiles, if there is one.
+    strides: distances of the positions of neighbouring queries, and keys, of a tile.
     """
 
     steps: int
@@ -87,8 +88,9 @@ class Schedule:
     lookup: Callable
     sub_kind: Callable | None
     kinds: frozenset[int]
-    offset: Callable
+    place: Callable
     stacked: Callable | None = None
+    strides: tuple[int, int] = (1, 1)
 
 
 def _module(*values):
@@ -106,6 +108,11 @@ def _offset(offset) -> tuple[dict, Callable]:
     if isinstance(offset, (int, np.integer)):
         return {}, lambda tables: int(offset)
     return {"offset": jnp.asarray(offset, jnp.int32).reshape(1)}, lambda tables: tables["offset"][0]
+
+
+def _moved(position: Callable) -> Callable:
+    """A schedule's `place` where all queries stand by one offset further on than their rows."""
+    return lambda q_row, k_row, tables: (q_row + position(tables), k_row)
 
 
 def interval_schedule(
@@ -197,7 +204,7 @@ def interval_schedule(
             occurring = frozenset(kind for kind, present in found if present)
             # Ranges are exact, hence dead steps stand only at the beginning of a short row.
             occurring |= {EMPTY} if np.any(counts < steps) else frozenset()
-    return Schedule(steps, tables, lookup, sub_kind, occurring, position)
+    return Schedule(steps, tables, lookup, sub_kind, occurring, _moved(position))
 
 
 def list_schedule(
@@ -206,13 +213,15 @@ def list_schedule(
     *,
     outer: str,
     stack_index: np.ndarray | None = None,
+    most: int | None = None,
 ) -> Schedule:
     """Schedule from the kinds of all tiles, int8 [M, nq, nk] with M = 1 or the batch size.
 
     The tables: `counts`, live tiles per row, and `entries`, per live tile 4 * inner + kind. With
     kinds known ahead (numpy) a row is as long as the longest row of live tiles, with traced ones
-    as long as the axis. stack_index [nq, nk], the place of a partial tile in a stack of distinct
-    ones, becomes a table `stack` parallel to `entries`.
+    as long as the axis, or as `most`, more live tiles than which no row may have.
+    stack_index [nq, nk], the place of a partial tile in a stack of distinct ones, becomes a table
+    `stack` parallel to `entries`.
     """
     if outer == "keys":
         kinds = kinds.swapaxes(1, 2)
@@ -220,7 +229,7 @@ def list_schedule(
     batches, rows, width = kinds.shape
     live = kinds != EMPTY
     counts = live.sum(-1)
-    steps = max(int(counts.max()), 1) if xp is np else width
+    steps = max(int(counts.max()), 1) if xp is np else min(width, most or width)
     # A stable sort by "dead" puts the live tiles first, in ascending order.
     order = xp.argsort(~live, axis=-1, stable=True)[..., :steps]
     entries = order * 4 + xp.take_along_axis(kinds.astype(np.int32), order, axis=-1)
@@ -255,7 +264,7 @@ def list_schedule(
         lookup,
         None,
         occurring,
-        position,
+        _moved(position),
         None if stack_index is None else stacked,
     )
 

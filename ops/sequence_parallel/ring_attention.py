@@ -4,7 +4,8 @@ Every device attends to the keys that it holds at the moment, merges the result 
 log-sum-exp, and hands the keys on. The backward pass is a second ring, in which the gradients of
 the keys travel with them: a device never keeps another's keys, so its memory is linear in its own
 tokens, whatever the number of devices. The next keys are asked for before the present ones are
-used, so that the compiler can hide the transfer.
+used, so that the compiler can hide the transfer; or, on TPUs, the attention kernels themselves send
+them (`ring_attention_tpu`).
 
 Letters: B batch, T query time, S key time of one device, H heads, G key-value heads, D head dim,
 P value dim, R devices of the ring.
@@ -20,7 +21,8 @@ from jaxtyping import Array, Float
 
 from ops import masks
 from ops.decode_attention import merge_partials
-from ops.sequence_parallel import layouts, parts
+from ops.lowering import choose_when_lowered
+from ops.sequence_parallel import layouts, parts, ring_attention_tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ def ring_attention(
     axis_name: str = "sequence",
     balance: str = "contiguous",
     ring: Ring | None = None,
+    transfers: str | ring_attention_tpu.Transfers | None = None,
 ):
     """`ops.attention` of a sequence that a mesh axis splits; called inside `jax.shard_map`.
 
@@ -86,6 +89,9 @@ def ring_attention(
       balance: which tokens a device holds, see `ops.sequence_parallel.layouts`; a pair of queries'
         and keys' where they differ.
       ring: some of the axis's devices, for several rings side by side; default: all.
+      transfers: "xla" (or None), collectives between calls of attention, or "kernel", for TPUs:
+        remote copies within the attention kernels, one call of which is a round. What the latter
+        take is said by `ring_attention_tpu.unsupported`.
 
     Returns:
       o [B, T, H, P] in q's dtype; with return_lse also lse [B, T, H].
@@ -95,7 +101,8 @@ def ring_attention(
 
     Raises:
       ValueError: as `ops.attention`; T that differs from S in one order; lengths that `balance`
-        cannot deal.
+        cannot deal; transfers="kernel" for what has no such kernel, or, when the program is
+        lowered, for another platform than TPUs.
     """
     ring = Ring.whole(axis_name) if ring is None else ring
     parts.check(q, k, v, mask, bias, ring.size, balance)
@@ -108,6 +115,9 @@ def ring_attention(
     )
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    options = dataclasses.replace(
+        options, transfers=_transfers(transfers, q, k, v, bias, mask, options)
+    )
     o, lse = _ring(q, k, v, bias, mask, options)
     return (o, lse) if return_lse else o
 
@@ -119,6 +129,10 @@ class _Options:
     balance: layouts.Balance | tuple[layouts.Balance, layouts.Balance]
     rounds: int
     seen: tuple[tuple[tuple[int, ...], ...], ...]
+    transfers: ring_attention_tpu.Transfers | None = None
+
+    def by_collectives(self):
+        return dataclasses.replace(self, transfers=None)
 
     def queries(self, p, T):
         of_queries, _ = layouts.of_queries_and_keys(self.balance)
@@ -127,6 +141,42 @@ class _Options:
     def keys(self, p, S):
         _, of_keys = layouts.of_queries_and_keys(self.balance)
         return layouts.stretches(p, self.ring.size, S, of_keys)
+
+
+def _transfers(transfers, q, k, v, bias, mask, options):
+    """The kernels' way to send, or None for collectives."""
+    if transfers in ("xla", None):
+        return None
+    if transfers == "kernel":
+        transfers = ring_attention_tpu.Transfers.along(options.ring.axis_name)
+    if not isinstance(transfers, ring_attention_tpu.Transfers):
+        raise ValueError(f"transfers={transfers!r} is unknown; it must be 'xla', 'kernel' or None")
+    reason = ring_attention_tpu.unsupported(
+        q, k, v, bias, mask, options.ring,
+        options.queries(0, q.shape[1]), options.keys(0, k.shape[1]),
+    )  # fmt: skip
+    if options.attention.implementation == "xla":
+        reason = 'implementation="xla" has no kernels; "pallas" or None has'
+    if reason is not None:
+        raise ValueError(f'transfers="kernel": {reason}; or use transfers="xla"')
+    return transfers
+
+
+def _by_kernels(direction, like, options, *arrays):
+    """direction(*arrays) of `ring_attention_tpu`, for TPUs; `like` is the same by collectives."""
+    call = functools.partial(direction, options=options, transfers=options.transfers)
+    if options.transfers.interpret:
+        return call(*arrays)
+
+    def pick(platform):
+        if platform != "tpu":
+            raise ValueError(
+                'transfers="kernel" has kernels for TPUs, and this program is lowered for '
+                f'{platform}; transfers="xla" or None runs anywhere'
+            )
+        return call
+
+    return choose_when_lowered(pick, functools.partial(like, options.by_collectives()), *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -140,6 +190,9 @@ def _ring_fwd(q, k, v, bias, mask, options):
 
 
 def _forward(q, k, v, bias, mask, options):
+    if options.transfers is not None:
+        like = lambda options, q, k, v, mask: _forward(q, k, v, None, mask, options)
+        return _by_kernels(ring_attention_tpu.forward, like, options, q, k, v, mask)
     T, S, P = q.shape[1], k.shape[1], options.ring.size
     here = options.ring.index()
     q_ids, kv_ids = parts.segment_ids(mask, T, S)
@@ -173,6 +226,13 @@ def _forward(q, k, v, bias, mask, options):
 def _ring_bwd(options, residuals, cotangents):
     q, k, v, bias, mask, o, lse = residuals
     do, dlse = cotangents
+    if options.transfers is not None:
+
+        def like(options, q, k, v, mask, o, lse, do, dlse):
+            return _ring_bwd(options, (q, k, v, None, mask, o, lse), (do, dlse))[:3]
+
+        arrays = q, k, v, mask, o, lse, do, dlse
+        return *_by_kernels(ring_attention_tpu.backward, like, options, *arrays), None, None
     T, S, P = q.shape[1], k.shape[1], options.ring.size
     here = options.ring.index()
     q_ids, kv_ids = parts.segment_ids(mask, T, S)

@@ -81,6 +81,12 @@ def _column(row, rows):
     return jnp.broadcast_to(row, (LANES, rows)).T
 
 
+def _positions(first, stride, shape, axis):
+    """first, first + stride, ... along an axis."""
+    steps = lax.broadcasted_iota(jnp.int32, shape, axis)
+    return first + (steps if stride == 1 else stride * steps)
+
+
 def _dot(x, y, dimensions=(((1,), (0,)), ((), ()))):
     # Float32 inputs ask for float32 products; bfloat16 ones are exact in one pass.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -176,9 +182,11 @@ class _Walk:
                 k_ids = _column(k_ids, self.tile.keys)[:, :1]
         if "stack" in refs:
             stack = refs["stack"][0, :, within]
-        q_index = q_first + self.schedule.offset(tables)
-        q_index = q_index + lax.broadcasted_iota(jnp.int32, score.shape, self.q_axis)
-        k_index = k_first + lax.broadcasted_iota(jnp.int32, score.shape, 1 - self.q_axis)
+        # Padding only occurs where rows of keys are their positions.
+        q_place, k_place = self.schedule.place(q_first, k_first, tables)
+        q_stride, k_stride = self.schedule.strides
+        q_index = _positions(q_place, q_stride, score.shape, self.q_axis)
+        k_index = _positions(k_place, k_stride, score.shape, 1 - self.q_axis)
         seen = []
         if self.options.mask.visible is not None:
             seen.append(self.options.mask.visible(q_index, k_index, q_ids, k_ids))
@@ -198,9 +206,9 @@ class _Walk:
         return ref[0, 0, :, pl.ds(part * self.tile.compute, self.tile.compute)]
 
 
-def _forward_kernel(refs, tables, walk):
+def _forward_kernel(refs, tables, walk, ids, grid):
     m_ref, l_ref, acc_ref = refs["m"], refs["l"], refs["acc"]
-    batch, outer, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    batch, _, outer, step = ids
 
     @pl.when(step == 0)
     def begin():
@@ -230,7 +238,7 @@ def _forward_kernel(refs, tables, walk):
 
     walk.run(refs, tables, batch, outer, step, compute)
 
-    @pl.when(step == pl.num_programs(3) - 1)
+    @pl.when(step == grid[3] - 1)
     def end():
         l = jnp.sum(l_ref[...], axis=1, keepdims=True)
         o = acc_ref[...] * jnp.where(l == 0, 0.0, 1.0 / l)
@@ -239,9 +247,9 @@ def _forward_kernel(refs, tables, walk):
         refs["lse"][0, 0] = lse.T[:1]
 
 
-def _dq_kernel(refs, tables, walk):
+def _dq_kernel(refs, tables, walk, ids, grid):
     acc_ref, lse_ref, delta_ref = refs["acc"], refs["lse_column"], refs["delta_column"]
-    batch, outer, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    batch, _, outer, step = ids
 
     @pl.when(step == 0)
     def begin():
@@ -266,14 +274,14 @@ def _dq_kernel(refs, tables, walk):
 
     walk.run(refs, tables, batch, outer, step, compute)
 
-    @pl.when(step == pl.num_programs(3) - 1)
+    @pl.when(step == grid[3] - 1)
     def end():
         refs["dq"][0, 0] = (acc_ref[...] * walk.options.scale).astype(refs["dq"].dtype)
 
 
-def _dkv_kernel(refs, tables, walk):
+def _dkv_kernel(refs, tables, walk, ids, grid):
     dk_ref, dv_ref = refs["dk_acc"], refs["dv_acc"]
-    batch, outer, member, step = (pl.program_id(axis) for axis in (0, 2, 3, 4))
+    batch, _, outer, member, step = ids
 
     @pl.when((member == 0) & (step == 0))
     def begin():
@@ -297,7 +305,7 @@ def _dkv_kernel(refs, tables, walk):
 
     walk.run(refs, tables, batch, outer, step, compute)
 
-    @pl.when((member == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1))
+    @pl.when((member == grid[3] - 1) & (step == grid[4] - 1))
     def end():
         refs["dk"][0, 0] = (dk_ref[...] * walk.options.scale).astype(refs["dk"].dtype)
         refs["dv"][0, 0] = dv_ref[...].astype(refs["dv"].dtype)
@@ -313,50 +321,70 @@ def _vary_alike(arrays):
     ]
 
 
-def _call(kernel, name, walk, grid, inputs, outputs, scratch, *, flops, vmem_limit, interpret):
+def _call(
+    kernel, name, walk, grid, inputs, outputs, scratch, *, flops, vmem_limit, interpret, carry=None
+):
     """A `pallas_call` whose kernel and index maps find arrays and tables by name.
 
     inputs: {name: (array, block, index map)}, outputs: {name: (shape and dtype, block, index map)},
-    with index maps (grid indices, tables) -> block indices. Returns the outputs in order.
+    with index maps (grid indices, tables) -> block indices. Returns the outputs in order, and
+    behind them what `carry`, a `ring_attention.Carry`, receives.
     """
     tables = walk.schedule.tables
+    carried = {} if carry is None else carry.named(interpret)
+    launched, indices = (grid, lambda ids: ids) if carry is None else carry.share(grid)
 
     def spec(block, index_map):
-        count = len(grid)
+        count = len(launched)
         return pl.BlockSpec(
-            block, lambda *ids: index_map(ids[:count], dict(zip(tables, ids[count:], strict=True)))
+            block,
+            lambda *ids: index_map(
+                indices(ids[:count]), dict(zip(tables, ids[count:], strict=True))
+            ),
         )
 
     def body(*refs):
         table_refs, refs = refs[: len(tables)], refs[len(tables) :]
-        names = (*inputs, *outputs, *scratch)
-        kernel(
-            dict(zip(names, refs, strict=True)), dict(zip(tables, table_refs, strict=True)), walk
+        arriving = [f"arriving {x}" for x in carried]
+        semaphores = ("sent", "received") if carried else ()
+        names = (*inputs, *carried, *outputs, *arriving, *scratch, *semaphores)
+        refs = dict(zip(names, refs, strict=True))
+        ids = tuple(map(pl.program_id, range(len(launched))))
+        compute = functools.partial(
+            kernel, refs, dict(zip(tables, table_refs, strict=True)), walk, indices(ids), grid
         )
+        compute() if carry is None else carry.around(compute, refs, ids, launched, grid)
 
     size = lambda x: math.prod(x.shape) * x.dtype.itemsize
     # Under `shard_map`, outputs vary over the mesh axes that any input varies over.
-    arrays = _vary_alike([*tables.values(), *(array for array, *_ in inputs.values())])
+    arrays = [*tables.values(), *(array for array, *_ in inputs.values()), *carried.values()]
+    arrays = _vary_alike(arrays)
     varying = jax.typeof(arrays[-1]).manual_axis_type
     shapes = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
         for x, *_ in outputs.values()
     ]
+    shapes += [pltpu.HBM.from_type(jax.typeof(x)) for x in arrays[len(arrays) - len(carried) :]]
+    whole = [pl.BlockSpec(memory_space=pltpu.HBM)] * len(carried)
+    semantics = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
+    options = (
+        dict(dimension_semantics=semantics) if carry is None else carry.options(launched, grid)
+    )
     return pl.pallas_call(
         body,
         name=name,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
-            grid=grid,
-            in_specs=[spec(block, index) for _, block, index in inputs.values()],
-            out_specs=[spec(block, index) for _, block, index in outputs.values()],
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
+            grid=launched,
+            in_specs=[*(spec(block, index) for _, block, index in inputs.values()), *whole],
+            out_specs=[*(spec(block, index) for _, block, index in outputs.values()), *whole],
+            scratch_shapes=[
+                *(pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()),
+                *[pltpu.SemaphoreType.DMA((len(carried),))] * (2 if carried else 0),
+            ],
         ),
         out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3),
-            vmem_limit_bytes=vmem_limit,
-        ),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit, **options),
         cost_estimate=pl.CostEstimate(
             flops=flops,
             bytes_accessed=sum(map(size, arrays + shapes)),
@@ -420,7 +448,8 @@ def forward(
     stack: jax.Array | None = None,
     vmem_limit: int | None = None,
     interpret=False,
-) -> tuple[jax.Array, jax.Array]:
+    carry=None,
+) -> list[jax.Array]:
     """o [B, H, T, P] in q's dtype and the natural log-sum-exp [B, H, 1, T], float32.
 
     Args:
@@ -429,6 +458,8 @@ def forward(
       bias: [B or 1, H or 1, T or 1, S or 1], padded like the scores.
       segments: int32 ids of queries [B, T] and keys [B, S], for `scores.mask.visible`.
       stack: distinct partial tiles, int8 [n, tile.queries, tile.keys].
+      carry: what the kernel sends meanwhile, a `ring_attention.Carry`; what it receives is
+        returned behind the rest.
     """
     (B, H, T, D), (G, S), P = q.shape, k.shape[1:3], v.shape[3]
     walk = _Walk(schedule, tile, scores, 0, scores.keys < S)
@@ -456,15 +487,15 @@ def forward(
     return _call(
         _forward_kernel, "flash_attention_forward", walk, grid, inputs, outputs, scratch,
         flops=2 * math.prod(grid) * tile.queries * tile.keys * (D + P),
-        vmem_limit=vmem_limit, interpret=interpret,
+        vmem_limit=vmem_limit, interpret=interpret, carry=carry,
     )  # fmt: skip
 
 
 def backward_dq(
     q, k, v, do, lse, delta, schedule, tile, scores, *,
-    bias=None, segments=None, stack=None, vmem_limit=None, interpret=False,
+    bias=None, segments=None, stack=None, vmem_limit=None, interpret=False, carry=None,
 ):  # fmt: skip
-    """dq [B, H, T, D] in q's dtype.
+    """[dq [B, H, T, D]] in q's dtype.
 
     Args as `forward`'s, and do [B, H, T, P]; lse, delta [B, H, 1, T] float32: the log-sum-exp in
     units of log2 with NO_KEYS for rows without keys, and rowsum(o * do) - dlse.
@@ -493,13 +524,13 @@ def backward_dq(
     return _call(
         _dq_kernel, "flash_attention_dq", walk, grid, inputs, outputs, scratch,
         flops=2 * math.prod(grid) * tile.queries * tile.keys * (2 * D + P),
-        vmem_limit=vmem_limit, interpret=interpret,
-    )[0]  # fmt: skip
+        vmem_limit=vmem_limit, interpret=interpret, carry=carry,
+    )  # fmt: skip
 
 
 def backward_dkv(
     q, k, v, do, lse, delta, schedule, tile, scores, *,
-    bias=None, segments=None, stack=None, vmem_limit=None, interpret=False,
+    bias=None, segments=None, stack=None, vmem_limit=None, interpret=False, carry=None,
 ):  # fmt: skip
     """dk [B, G, S, D] and dv [B, G, S, P] in k's and v's dtypes, summed over each group of heads.
 
@@ -532,5 +563,5 @@ def backward_dkv(
     return _call(
         _dkv_kernel, "flash_attention_dkv", walk, grid, inputs, outputs, scratch,
         flops=2 * math.prod(grid) * tile.queries * tile.keys * 2 * (D + P),
-        vmem_limit=vmem_limit, interpret=interpret,
+        vmem_limit=vmem_limit, interpret=interpret, carry=carry,
     )  # fmt: skip
