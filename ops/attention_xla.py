@@ -183,7 +183,7 @@ class _Tiles:
     @classmethod
     def of(cls, q, k, mask, q_offset, backward):
         T, S = q.shape[1], k.shape[1]
-        I, J = tile_sizes(T, S, q.shape[2], mask, q_offset)
+        I, J = tile_sizes(T, S, q.shape[2], mask, q_offset, backward)
         return cls(T, S, I, J, q_offset, backward)
 
     @property
@@ -232,7 +232,7 @@ class _Tiles:
         return bias
 
 
-def tile_sizes(T, S, H, mask, q_offset):
+def tile_sizes(T, S, H, mask, q_offset, backward):
     """(queries, keys) of a tile: of the sizes that fit the caches, the cheapest for this mask.
 
     The cost, in scores, was fitted on two CPU cores: a tile costs 100,000 scores before its first,
@@ -240,7 +240,10 @@ def tile_sizes(T, S, H, mask, q_offset):
     narrow windows small ones.
     """
     static = not any(isinstance(x, jax.Array) for x in jax.tree.leaves((mask, q_offset)))
-    limit = LARGE if T * S <= LONG and _core_cache() >= 2**20 else SMALL
+    cached = _core_cache() >= 2**20
+    limit = LARGE if cached and T * S <= LONG else SMALL
+    if backward and not cached:
+        limit //= 2  # twice as many matrices of a tile are alive
     sizes = [
         (I, J)
         for I in _sizes(T, 512)
