@@ -240,10 +240,12 @@ def tile_sizes(T, S, H, mask, q_offset, backward):
     narrow windows small ones.
     """
     static = not any(isinstance(x, jax.Array) for x in jax.tree.leaves((mask, q_offset)))
-    cached = _core_cache() >= 2**20
-    limit = LARGE if cached and T * S <= LONG else SMALL
-    if backward and not cached:
-        limit //= 2  # twice as many matrices of a tile are alive
+    if T * S > LONG:
+        limit = SMALL
+    elif _core_cache() >= 2**20:
+        limit = LARGE
+    else:
+        limit = SMALL // 2 if backward else SMALL  # backward, twice as many matrices are alive
     sizes = [
         (I, J)
         for I in _sizes(T, 512)
