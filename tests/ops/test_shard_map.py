@@ -89,9 +89,12 @@ CASES = {
         lambda u, kernel, ids: long_convolution(u, kernel)[0], ((B, T, D),), ((T, D),)
     ),
 }  # fmt: skip
+QUICK = ("attention", "ssd", "linear_recurrence", "long_convolution")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_rows_on_devices_are_the_rows(name):
     case = CASES[name]
     rng = np.random.default_rng(0)

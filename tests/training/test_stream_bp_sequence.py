@@ -88,8 +88,6 @@ CASES = {
         {"pattern": ("mlp", "mamba2", "mlp", "attention", "mlp"), **MIXERS["mamba2"]},
     ),
 }
-# It compiles two programs, for a quarter of a minute, as each does: this one stands for the others.
-QUICK = ("hybrid",)
 
 
 def mesh_of(n, **axes):
@@ -105,7 +103,8 @@ def on_devices(mesh, loss, params, batch, balance="contiguous"):
         return jax.device_get(gradient(loss, params, batch))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else SLOW) for n in CASES])
+@SLOW
+@pytest.mark.parametrize("name", CASES)
 def test_it_is_the_gradient_of_the_model(name, float64):
     devices, chunks, length, options = CASES[name]
     model, params, batch = setup(length=length, **options)
