@@ -8,7 +8,6 @@ from sequence_cells import DOC, Cell, cells, document, named, outcome
 QUICK = [
     Cell("gla", "all_scan", True, "contiguous"),
     Cell("mamba", "chain", False, "zigzag"),
-    Cell("s4d", "log_step", True, "contiguous"),
 ]
 tried = functools.cache(outcome)
 

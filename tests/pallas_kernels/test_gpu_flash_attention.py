@@ -72,7 +72,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+WIDEST = ("wide", "wide_bias")  # half a dozen seconds each
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in WIDEST else ()) for c in CASES]
+)
 def test_forward_and_backward_match_dense(case):
     mask, T, S, H, G, D, P, dtype, cap, bias = CASES[case]
     keys = jax.random.split(jax.random.key(len(case)), 6)

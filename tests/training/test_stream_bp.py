@@ -149,6 +149,7 @@ def test_it_takes_the_place_of_the_loss_in_a_training_step():
     assert max(jax.tree.leaves(errors)) < 1e-2  # Adam divides tiny gradients by themselves
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_number_of_chunks():
     """Activations of a wide MLP: nearly all of what checkpointing holds at this size."""
     options = {"pattern": ("local_attention", "mlp"), "window": 16, "mlp_dim": 512, "remat": "full"}
