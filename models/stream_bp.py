@@ -162,7 +162,6 @@ def in_stream_order(config: LanguageModelConfig, batch: dict, chunks: int) -> di
 
 def _reordered(x, order):
     """x[:, order] of an array [B, T, ...] that is cut over time, as is the result."""
-
     rows = order.reshape(sequence_devices(), -1)
 
     def part(x):

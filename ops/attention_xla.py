@@ -237,7 +237,7 @@ def tile_sizes(T, S, H, mask, q_offset, backward):
 
     The cost, in scores, was fitted on two CPU cores: a tile costs 100,000 scores before its first,
     bringing a key in place 64, and masking a third of the scores. Long masks take large tiles,
-    narrow windows small ones.
+    narrow windows small ones, backward passes on small caches the smallest.
     """
     static = not any(isinstance(x, jax.Array) for x in jax.tree.leaves((mask, q_offset)))
     if T * S > LONG:

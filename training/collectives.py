@@ -89,8 +89,9 @@ def collectives(hlo: str) -> list[Collective]:
 def remote_kernels(hlo: str) -> list[Collective]:
     """The Pallas kernels that copy to other devices themselves, of kind REMOTE.
 
-    A program does not say what they send. Their operand_bytes are those of the result: All-Scan
-    sends its state, which is its result, to one other device.
+    A program does not say what they send. Their operand_bytes are those of the result. All-Scan
+    sends its state, which is its result, to one other device. A ring's kernels return what they
+    compute beside what has arrived: for them it is too much.
     """
     return [c for c in _all(hlo) if c.kind == REMOTE]
 
