@@ -70,6 +70,7 @@ def ring_plan():
     return plan(small(), memory=2**24)
 
 
+@pytest.mark.slow
 def test_the_ring_of_this_machine_sends_what_the_formula_says(ring_plan):
     p = ring_plan
     assert (p.devices, p.mesh) == (8, {"data": 1, "fsdp": 2, "sequence": 4, "tensor": 1})

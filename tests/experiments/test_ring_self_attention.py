@@ -41,6 +41,7 @@ def test_compiled_layers_send_what_the_formulas_say():
     assert tables_of.formula(found, "tensor") == 8 * 3 * 4 * 4 * 16
 
 
+@pytest.mark.slow
 def test_memory_is_flat_for_a_device_with_as_much_work():
     settings = {"way": "ring_self_attention", "length": 64, **MODEL}
     one, two = (

@@ -46,6 +46,7 @@ def test_compiled_layers_send_what_the_formulas_say():
     assert ulysses_tables.sent(found, "ulysses") == 4 * 4 * 32 * 16 / 4
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_counts_adam_and_shrinks_with_the_devices():
     base = {"way": "ulysses", "layers": 2, "width": 32, "heads": 2, "vocab_size": 64, "unit": 16}
     one, two = (ulysses_cells.step_memory({**base, "devices": n}, 64) for n in (1, 2))

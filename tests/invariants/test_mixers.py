@@ -47,8 +47,13 @@ BRIEF = (
 )
 
 
+# Whose cuts through packed rows take eight seconds; those of their ops are in tests/ops.
+LONGEST = ("s4", "h3-heads", "gated-deltanet")
+
+
 def marked(mixer, check):
     long = mixer.name in BRIEF and check.__name__ not in AT_ONCE
+    long |= mixer.name in LONGEST and check.__name__ == AT_ONCE[0]
     return pytest.param(mixer, check, marks=pytest.mark.slow if long else ())
 
 

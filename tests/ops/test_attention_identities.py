@@ -138,6 +138,7 @@ def test_references_agree():
     assert_close(got, reference.attention_and_gradients(*arrays, **options))
 
 
+@pytest.mark.slow
 def test_loop_orders_agree():
     """FlashAttention's order, FlashAttention-2's and the dense formula, values and gradients."""
     q, k, v, do, dlse = tensors(1, 50, 50, 1, 1, 8, 8)

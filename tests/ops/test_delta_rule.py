@@ -124,6 +124,7 @@ def test_extreme_decays_stay_exact(strength):
     assert_close(results(op, arrays), expected(arrays))
 
 
+@pytest.mark.slow
 def test_decays_of_all_sizes_together_stay_exact():
     """Log-decays from -1e-6 to -1e4 next to each other, over several chunks."""
     arrays = inputs(1, 150, 2, 1, 8, 8)

@@ -72,7 +72,7 @@ CASES = {
 }
 
 
-WIDEST = ("wide", "wide_bias")  # half a dozen seconds each
+WIDEST = ("wide", "wide_keys", "wide_bias")  # half a dozen seconds each
 
 
 @pytest.mark.parametrize(

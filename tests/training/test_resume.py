@@ -66,6 +66,7 @@ def unfinished(workdir):
     return list((workdir / "checkpoints").glob("*tmp*"))
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint(tmp_path, uninterrupted):
     metrics = tmp_path / "metrics.jsonl"
     assert kill_when(lambda: metrics.exists() and len(read_rows(metrics)) >= 2, tmp_path)

@@ -179,9 +179,9 @@ def test_packed_sequences_with_a_state(name):
 @pytest.mark.parametrize(
     ("name", "devices", "kind"),
     [
-        ("ssd", 8, "all_scan"),
         ("gated_linear_attention", 3, "all_scan"),
-        ("delta_rule", 3, "log_step"),
+        pytest.param("ssd", 8, "all_scan", marks=pytest.mark.slow),
+        pytest.param("delta_rule", 3, "log_step", marks=pytest.mark.slow),
     ],
 )
 def test_any_number_of_devices_from_zeros(name, devices, kind):
