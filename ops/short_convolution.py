@@ -3,6 +3,7 @@
 Letters: B batch, T time, E embedding (channels), W kernel width.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from ops import diagonal_scan
 from ops.attention_xla import varying
+from ops.lowering import choose_when_lowered
 from ops.recurrence_arguments import (
     check_floating,
     check_implementation,
@@ -19,6 +21,10 @@ from ops.recurrence_arguments import (
 )
 
 __all__ = ["short_convolution"]
+
+# Measured on two CPU cores: so many taps XLA fuses well by itself; numbers of a block's outputs
+# that stay in a core's cache with the inputs they see; taps that one loop adds up.
+FEW_TAPS, BLOCK, UNROLL = 8, 2**15, 4
 
 
 def short_convolution(
@@ -100,19 +106,16 @@ def _convolve_backward(activation, residuals, dy):
         dy = dy * sigmoid * (1 + y * (1 - sigmoid))
     # W reductions and W shifted sums read dy: compute it once.
     dy = jax.lax.optimization_barrier(dy)
-    dweight = [jnp.sum(dy * x, axis=(0, 1)) for x in _shifted(inputs, W, runs, dtype)]
-    ends = ((0, 0), (W - 1, W - 1), (0, 0))
-    padded = jnp.pad(dy, ends)
-    dinputs = 0.0
-    for j in range(W):
-        if runs is not None:
-            padded = jnp.pad(jnp.where(_same(runs, j, W)[..., None], dy, 0), ends)
-        seen = padded[:, W - 1 - j : W - 1 - j + inputs.shape[1]]
-        dinputs = dinputs + seen * weight[j].astype(dtype)[None, None]
+    dweight = _chosen(_products_blocked, _products, dy, inputs, runs, W)
+    padded = jnp.pad(dy, ((0, 0), (W - 1, W - 1), (0, 0)))
+    if runs is not None:  # of no segment: what lies before the first output and behind the last
+        around = jnp.pad(runs[:, W - 1 :], ((0, 0), (W - 1, W - 1)), constant_values=-1)
+        runs = around, runs
+    dinputs = _correlated(padded, weight[::-1], runs)
     dbias = jnp.sum(dy, axis=(0, 1))
     return (
         dinputs.astype(inputs.dtype),
-        jnp.stack(dweight).astype(weight.dtype),
+        dweight.astype(weight.dtype),
         dbias.astype(bias.dtype),
         None,
     )
@@ -123,24 +126,118 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 def _sums(inputs, weight, bias, runs):
     """bias + sum_j weight_j x_(t - (W-1) + j), in float32 at least."""
-    dtype = jnp.promote_types(inputs.dtype, jnp.float32)
-    y = bias.astype(dtype)[None, None]
-    for j, x in enumerate(_shifted(inputs, weight.shape[0], runs, dtype)):
-        y = y + x * weight[j].astype(dtype)[None, None]
-    return y
+    if runs is not None:
+        runs = runs, runs[:, weight.shape[0] - 1 :]
+    y = _correlated(inputs, weight, runs)
+    return y + bias.astype(y.dtype)[None, None]
 
 
-def _shifted(inputs, W, runs, dtype):
-    """The inputs that row 0, 1, ... of the kernel meets, 0 where they are of another segment."""
-    T = inputs.shape[1] - (W - 1)
+def _correlated(x, weight, runs):
+    """sum_j weight_j x_(l + j), [B, L, E] of x [B, L + W-1, E], in float32 at least.
+
+    runs: None, or those of x, [B, L + W-1], and of the sums, [B, L]: others' inputs do not count.
+    """
+    weight = weight.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return _chosen(_sums_blocked, _sums_whole, x, weight, runs, weight.shape[0])
+
+
+def _chosen(blocked, whole, a, b, runs, W):
+    """Many taps on a CPU: by blocks that its cache holds, since XLA would store dozens of arrays
+    as long as the sequence. A few taps, and what runs elsewhere, become one loop over it."""
+    if W <= FEW_TAPS:
+        return whole(a, b, runs)
+    return choose_when_lowered(lambda p: blocked if p == "cpu" else None, whole, a, b, runs)
+
+
+def _sums_whole(x, weight, runs):
+    W = weight.shape[0]
+    terms = (v * weight[j][None, None] for j, v in enumerate(_shifted(x, W, runs, weight.dtype)))
+    return functools.reduce(jnp.add, terms)
+
+
+def _products(dy, inputs, runs):
+    """The kernel's gradient, sum_t dy_t x_(t - (W-1) + j), [W, E]."""
+    W = inputs.shape[1] - dy.shape[1] + 1
+    if runs is not None:
+        runs = runs, runs[:, W - 1 :]
+    return jnp.stack([jnp.sum(dy * x, axis=(0, 1)) for x in _shifted(inputs, W, runs, dy.dtype)])
+
+
+def _shifted(x, W, runs, dtype):
+    """What row 0, 1, ... of the kernel meets, 0 where it is of another segment, [B, L, E]."""
+    L = x.shape[1] - (W - 1)
     for j in range(W):
-        x = inputs[:, j : j + T].astype(dtype)
-        yield x if runs is None else jnp.where(_same(runs, j, W)[..., None], x, 0)
+        seen = x[:, j : j + L].astype(dtype)
+        if runs is not None:
+            seen = jnp.where((runs[0][:, j : j + L] == runs[1])[..., None], seen, 0)
+        yield seen
 
 
-def _same(runs, j, W):
-    """Whether row j of the kernel meets the output's own segment, [B, T]."""
-    return runs[:, j : j + runs.shape[1] - (W - 1)] == runs[:, W - 1 :]
+def _sums_blocked(x, weight, runs):
+    B, W, E = x.shape[0], *weight.shape
+    L = x.shape[1] - (W - 1)
+    blocks = _Blocks.of(x, runs, W)
+
+    def block(k):
+        seen = blocks.window(k, weight.dtype)
+        zeros = varying(jnp.zeros((blocks.size, E), weight.dtype), (x, weight, runs))
+        step = lambda j, y: y + seen(j) * weight[j][None]
+        return jax.lax.fori_loop(0, W, step, zeros, unroll=UNROLL)
+
+    y = jax.lax.map(block, jnp.arange(B * blocks.count))
+    return y.reshape(B, -1, E)[:, :L]
+
+
+def _products_blocked(dy, inputs, runs):
+    B, T, E = dy.shape
+    W = inputs.shape[1] - T + 1
+    if runs is not None:
+        runs = runs, runs[:, W - 1 :]
+    blocks = _Blocks.of(inputs, runs, W)
+    dy = jnp.pad(dy, ((0, 0), (0, blocks.count * blocks.size - T), (0, 0)))
+
+    def block(dweight, k):
+        seen = blocks.window(k, dy.dtype)
+        dy_k = blocks.slice(dy, k, blocks.size)
+        step = lambda j, dweight: dweight.at[j].add(jnp.sum(dy_k * seen(j), axis=0))
+        return jax.lax.fori_loop(0, W, step, dweight, unroll=UNROLL), None
+
+    zeros = varying(jnp.zeros((W, E), dy.dtype), (dy, inputs, runs))
+    return jax.lax.scan(block, zeros, jnp.arange(B * blocks.count))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """`count` blocks of `size` outputs in each row, with the W - 1 inputs before them."""
+
+    x: jax.Array
+    runs: tuple[jax.Array, jax.Array] | None
+    W: int
+    size: int
+    count: int
+
+    @classmethod
+    def of(cls, x, runs, W):
+        L, E = x.shape[1] - (W - 1), x.shape[2]
+        size = min(L, max(16, BLOCK // E))
+        count = -(-L // size)
+        longer = lambda a: jnp.pad(a, ((0, 0), (0, count * size - L)) + ((0, 0),) * (a.ndim - 2))
+        return cls(longer(x), jax.tree.map(longer, runs), W, size, count)
+
+    def slice(self, a, k, length):
+        """`length` steps of block k of all rows' blocks."""
+        start = (k // self.count, k % self.count * self.size) + (0,) * (a.ndim - 2)
+        return jax.lax.dynamic_slice(a, start, (1, length, *a.shape[2:]))[0]
+
+    def window(self, k, dtype):
+        """From j to what row j of the kernel meets in block k, [size, E]."""
+        x = self.slice(self.x, k, self.size + self.W - 1).astype(dtype)
+        at = lambda a, j: jax.lax.dynamic_slice_in_dim(a, j, self.size)
+        if self.runs is None:
+            return lambda j: at(x, j)
+        others = self.slice(self.runs[0], k, self.size + self.W - 1)
+        own = self.slice(self.runs[1], k, self.size)
+        return lambda j: jnp.where((at(others, j) == own)[:, None], at(x, j), 0)
 
 
 def _validate(x, weight, bias, activation, initial_state, implementation):

@@ -36,9 +36,11 @@ AT_ONCE = ("packed_split_equals_whole", "causal_by_gradient")
 BRIEF = (
     "op-causal",
     "op-window",
+    "op-full",
     "attention-window",
     "mamba",
     "s4",
+    "s4d",
     "s4d-bidirectional",
     "h3",
     "h3-heads",

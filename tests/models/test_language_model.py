@@ -58,7 +58,10 @@ def run(model, params, tokens=TOKENS, **inputs):
     return jax.jit(functools.partial(model.apply, **inputs))({"params": params}, tokens)[0]
 
 
-@pytest.mark.parametrize("name", ["llama", "hybrid", "alibi", "sinks"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "hybrid", *(pytest.param(n, marks=pytest.mark.slow) for n in ("alibi", "sinks"))],
+)
 def test_in_stretches_equals_at_once(name):
     model, params = make(name)
     whole = run(model, params)
@@ -139,6 +142,7 @@ def test_scanned_equals_unrolled(name):
     np.testing.assert_allclose(logits, run(model, params), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_number():
     def value_and_grad(remat):
         model, params = make("llama", remat=remat)

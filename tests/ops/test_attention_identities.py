@@ -101,7 +101,7 @@ def problems(draw):
     )
 
 
-@hypothesis.settings(max_examples=6, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=4, phases=[hypothesis.Phase.generate])
 @hypothesis.given(problems())
 def test_tiles_give_the_dense_numbers(problem):
     q, k, v, do, dlse = problem["tensors"]

@@ -45,7 +45,7 @@ def plain(hidden, head, targets, weights, z_loss=0.0, tied=False, scale=None, ca
     }
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 11, 64])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 4, 11, 64])
 @pytest.mark.parametrize(
     "options",
     [{}, {"tied": True, "z_loss": 0.1}, {"z_loss": 1e-2, "scale": 0.7, "cap": 3.0}],

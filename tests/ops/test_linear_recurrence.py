@@ -81,7 +81,7 @@ def problems(draw):
     return inputs(full, dtype, a_shape), dict(segment_ids=ids, reverse=draw(st.booleans()))
 
 
-@hypothesis.settings(max_examples=12, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=8, phases=[hypothesis.Phase.generate])
 @hypothesis.given(problems())
 def test_equals_the_definition(problem):
     arrays, options = problem

@@ -193,7 +193,7 @@ def test_tile_kinds_conservative(problem, segments):
 
 
 @given(problems(composed(primitives)), st.booleans())
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_tile_kinds_traced(problem, with_segments):
     """A traced offset and traced ids give the same table as static ones."""
     mask, T, S, block_q, block_k, q_offset = problem

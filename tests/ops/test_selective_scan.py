@@ -85,7 +85,7 @@ def problems(draw):
     return arrays, dict(segment_ids=ids, dt_softplus=draw(st.booleans()) or "dt_bias" in optional)
 
 
-@hypothesis.settings(max_examples=10, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=7, phases=[hypothesis.Phase.generate])
 @hypothesis.given(problems())
 def test_equals_the_definition(problem):
     arrays, options = problem

@@ -85,6 +85,9 @@ CASES = {
     "short_convolution": Case(
         lambda x, w, ids: _ids(short_convolution, x, w, ids=ids), ((B, T, D),), ((3, D),)
     ),
+    "short_convolution, many taps": Case(
+        lambda x, w, ids: _ids(short_convolution, x, w, ids=ids), ((B, T, D),), ((9, D),)
+    ),
     "long_convolution": Case(
         lambda u, kernel, ids: long_convolution(u, kernel)[0], ((B, T, D),), ((T, D),)
     ),

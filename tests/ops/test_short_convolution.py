@@ -1,6 +1,7 @@
 """The short causal convolution against a float64 loop: any length, carried state, segments."""
 
 import functools
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from ops.short_convolution import short_convolution
+
+module = sys.modules["ops.short_convolution"]  # `ops` has the function under this name
 
 
 def inputs(B, T, E, W, dtype="float32", seed=0):
@@ -79,6 +82,27 @@ def test_gradients_are_the_transposed_map(T, W):
                 y, final = reference(**moved, ids=np.asarray(ids))
                 ends.append((wave(y) * y).sum() + (wave(final) * final).sum())
             assert abs(gradient[i] - (ends[0] - ends[1]) / 2) < 1e-4, (name, i)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T", [1, 16, 50])
+def test_many_taps_in_blocks(T, packed, monkeypatch):
+    """Of 16 steps, with windows that reach over blocks, segments and the initial state."""
+    arrays = inputs(2, T, 3, 11)
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 5, (2, T)) // 4) if packed else None
+    value = lambda arrays: short_convolution(**arrays, segment_ids=ids, activation="silu")
+
+    def both(arrays):
+        return value(arrays), jax.grad(lambda arrays: weighted(*value(arrays)))(arrays)
+
+    monkeypatch.setattr(module, "BLOCK", 48)
+    got, gradients = jax.jit(both)(arrays)
+    for x, y in zip(got, reference(**arrays, ids=ids, silu=True), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)
+    monkeypatch.setattr(module, "FEW_TAPS", 11)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=5e-5), gradients, both(arrays)[1]
+    )
 
 
 @pytest.mark.parametrize("cuts", [[1], [2, 3], [1, 2, 3, 4], [7]])

@@ -39,6 +39,7 @@ def config(*assignments):
     return tiny_config(*MODEL, *DATA, *assignments)
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_the_letters_and_resumes_to_the_same_bytes(documents, tmp_path):
     learn = ("optimizer.learning_rate=0.03", "train.keep=9")
     final = train(config(*learn), tmp_path)

@@ -84,6 +84,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, uninterrupted):
     assert not unfinished(tmp_path), "what the killed run left is cleaned up"
 
 
+@pytest.mark.slow
 def test_killed_between_the_last_byte_of_a_checkpoint_and_its_commit(
     tmp_path, uninterrupted, monkeypatch
 ):

@@ -62,7 +62,10 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "devices"), [(name, n) for name in CASES for n in (3, 8)] + [("matrices", 1)]
+    ("name", "devices"),
+    [(name, 3) for name in CASES]
+    + [pytest.param(name, 8, marks=pytest.mark.slow) for name in CASES]
+    + [("matrices", 1)],
 )
 def test_is_the_associative_scan_of_the_pairs(name, devices):
     """Values and gradients of all three arguments, of every kind."""
