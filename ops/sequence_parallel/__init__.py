@@ -11,19 +11,29 @@ Models do this by themselves where the mesh in use has such an axis, as their co
 of one device, P the devices along the axis.
 """
 
+import functools
+
 from ops.sequence_parallel.gather_attention import gather_attention
-from ops.sequence_parallel.kinds import ATTENTION_KINDS, BALANCES, SCAN_KINDS, Kinds, kinds
+from ops.sequence_parallel.kinds import (
+    ATTENTION_KINDS,
+    BALANCES,
+    SCAN_KINDS,
+    TPU_ATTENTION_KINDS,
+    Kinds,
+    kinds,
+)
 from ops.sequence_parallel.ring_attention import ring_attention
 from ops.sequence_parallel.ring_self_attention import ring_self_attention
 from ops.sequence_parallel.ulysses import ulysses_attention, usp_attention
 
-# By the names of ATTENTION_KINDS.
+# By the names of ATTENTION_KINDS and TPU_ATTENTION_KINDS.
 ATTENTION = {
     "ring": ring_attention,
     "ulysses": ulysses_attention,
     "usp": usp_attention,
     "all_gather": gather_attention,
     "ring_self_attention": ring_self_attention,
+    "ring_kernel": functools.partial(ring_attention, transfers="kernel"),
 }
 
 __all__ = [
@@ -31,6 +41,7 @@ __all__ = [
     "ATTENTION_KINDS",
     "BALANCES",
     "SCAN_KINDS",
+    "TPU_ATTENTION_KINDS",
     "Kinds",
     "gather_attention",
     "kinds",

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 # What travels, per layer and device; see the modules named so.
 ATTENTION_KINDS = ("ring", "ulysses", "usp", "all_gather", "ring_self_attention")
+# The same for TPUs alone: a ring whose transfers are remote copies within the attention kernels.
+TPU_ATTENTION_KINDS = ("ring_kernel",)
 SCAN_KINDS = ("all_scan", "chain", "all_gather", "log_step")
 # Which tokens a device holds; see `ops.sequence_parallel.layouts`.
 BALANCES = ("contiguous", "zigzag", "striped")
@@ -32,17 +34,18 @@ def kinds(setting: str) -> Kinds:
       ValueError: a name that neither attention nor recurrences know.
     """
     parts = setting.split("+")
-    if len(parts) == 2 and parts[0] in ATTENTION_KINDS and parts[1] in SCAN_KINDS:
+    attention = ATTENTION_KINDS + TPU_ATTENTION_KINDS
+    if len(parts) == 2 and parts[0] in attention and parts[1] in SCAN_KINDS:
         return Kinds(*parts)
-    if len(parts) == 1 and setting in (*ATTENTION_KINDS, *SCAN_KINDS):
+    if len(parts) == 1 and setting in attention + SCAN_KINDS:
         return Kinds(
-            setting if setting in ATTENTION_KINDS else ATTENTION_KINDS[0],
+            setting if setting in attention else ATTENTION_KINDS[0],
             setting if setting in SCAN_KINDS else SCAN_KINDS[0],
         )
-    near = difflib.get_close_matches(setting, (*ATTENTION_KINDS, *SCAN_KINDS), 1)
+    near = difflib.get_close_matches(setting, attention + SCAN_KINDS, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
         f"sequence_parallel={setting!r} is unknown; {hint}attention takes one of "
-        f"{', '.join(ATTENTION_KINDS)}, recurrences one of {', '.join(SCAN_KINDS)}, and both "
+        f"{', '.join(attention)}, recurrences one of {', '.join(SCAN_KINDS)}, and both "
         "are written 'ring+all_scan'"
     )

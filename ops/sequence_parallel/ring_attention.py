@@ -158,7 +158,10 @@ def _transfers(transfers, q, k, v, bias, mask, options):
     if options.attention.implementation == "xla":
         reason = 'implementation="xla" has no kernels; "pallas" or None has'
     if reason is not None:
-        raise ValueError(f'transfers="kernel": {reason}; or use transfers="xla"')
+        raise ValueError(
+            f'transfers="kernel": {reason}; or use transfers="xla", which is '
+            'sequence_parallel="ring" of a model'
+        )
     return transfers
 
 
@@ -172,7 +175,8 @@ def _by_kernels(direction, like, options, *arrays):
         if platform != "tpu":
             raise ValueError(
                 'transfers="kernel" has kernels for TPUs, and this program is lowered for '
-                f'{platform}; transfers="xla" or None runs anywhere'
+                f'{platform}; transfers="xla" or None, which is sequence_parallel="ring" of a '
+                "model, runs anywhere"
             )
         return call
 

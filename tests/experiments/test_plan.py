@@ -265,6 +265,21 @@ def test_the_step_of_eight_tpus_runs_the_attention_kernels():
     assert "of 16.00 GiB" in out and "bounds of a step by the figures of TPU v5e's vendor" in out
 
 
+@TPU
+@pytest.mark.slow
+def test_a_model_may_send_its_ring_by_kernels():
+    """One setting puts the transfers of keys into the attention kernels."""
+    words = ("--config.data.seq_len=1024", "--config.model.sequence_parallel=ring_kernel")
+    balanced = "--config.model.sequence_balance=zigzag"
+    code, out, err = child(("--topology=v5e:2x4", *RING, *words, balanced))
+    assert code == 0, err[-3000:]
+    assert KERNELS in out and "remote copies by kernels" in out
+    assert "collective-permute" not in out
+    short = ("--config.data.seq_len=256", *words[1:])
+    code, out, err = child(("--topology=v5e:2x4", *RING, *short))
+    assert code and "multiples of 128 have a kernel" in err and 'sequence_parallel="ring"' in err
+
+
 TPU_CODE = """
 import dataclasses, json
 from experiments.plan import plan

@@ -99,8 +99,10 @@ def assert_same(got, want):
     """Equal but for float32 rounding, which is relative to an array's largest element."""
 
     def close(x, y, name):
+        # Adam divides by the gradient's own size, which makes the least ones' rounding larger.
+        tolerance = 2e-5 if name == "state" else 1e-5
         np.testing.assert_allclose(
-            x, y, rtol=0, atol=1e-5 * max(np.abs(y).max(), 0.1), err_msg=name
+            x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 0.1), err_msg=name
         )
 
     names = ("initial parameters", "gradients", "state", "metrics")
