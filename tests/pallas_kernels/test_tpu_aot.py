@@ -75,21 +75,21 @@ def test_committed_cycles_are_what_the_compiler_says():
 def test_committed_table_beats_the_stock_kernel():
     """Forward, and dQ with dK/dV, on every generation: at most the cycles of JAX's own kernel."""
     rows = json.loads(tpu_static.RESULTS.read_text())["rows"]
-    cycles = lambda name, kernel, mask, generation: sum(
+    cycles = lambda name, kernel, mask, generation, heads=2: sum(
         row["cycles"]
         for row in rows
         if (row["implementation"], row["kernel"], row["mask"], row["generation"])
         == (name, kernel, mask, generation)
-        and row["source"] == "static profile"
+        and (row["source"], row["shape"]["H"]) == ("static profile", heads)
     )
     for generation in aot_tpu.PROFILED:
         for mask in ("full", "causal"):
             key = (mask, generation)
             assert 0 < cycles("tilescan", "forward", *key) <= cycles("jax flash", "forward", *key)
-            # On v5p the profiler has no model for a transfer in the stock kernel's surroundings.
-            if generation != "v5p":
-                ours = cycles("tilescan", "dq", *key) + cycles("tilescan", "dkv", *key)
-                assert 0 < ours <= cycles("jax flash", "backward", *key)
+            # On v5p the profiler has no model for what XLA does around two stock heads.
+            key += (1 if generation == "v5p" else 2,)
+            ours = cycles("tilescan", "dq", *key) + cycles("tilescan", "dkv", *key)
+            assert 0 < ours <= cycles("jax flash", "backward", *key)
 
 
 def test_unknown_generation_is_named():
