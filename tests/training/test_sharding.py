@@ -216,14 +216,16 @@ def test_losses_by_parts_of_the_sequence_on_a_mesh(mesh, parts, fields):
 
 
 @pytest.mark.slow
-def test_parameters_cut_over_the_sequence_too():
+@pytest.mark.parametrize("parts", [None, dict(chunks=2, logit_chunk=2)], ids=["whole", "streamed"])
+def test_parameters_cut_over_the_sequence_too(parts):
     """ZeRO-3 over rows and time: the same numbers, an eighth of the parameters on a device."""
     config = MeshConfig(data=1, fsdp=2, sequence=4, parameters_over_sequence=True)
     model = language_model(n_heads=4, sequence_parallel="ulysses")
     rows = functools.partial(PackedRows, 8, 16)
     want = two_steps(single_device(), model=model, rows=rows)
     mesh, rules = sharding.make_mesh(config), sharding.rules(config)
-    got = two_steps(mesh, model=model, before=want[0], rows=rows, rules=rules)
+    options = {} if parts is None else dict(loss=stream_loss(model, **parts))
+    got = two_steps(mesh, model=model, before=want[0], rows=rows, rules=rules, **options)
     assert_same(got, want)
     specs = {path_name(p): x.sharding.spec for p, x in jax.tree.leaves_with_path(got[2].params)}
     assert specs["backbone/embed/embedding"] == P(None, ("fsdp", "sequence"))
