@@ -60,12 +60,18 @@ def copy_gpu(path: pathlib.Path) -> dict[str, Any]:
 
 
 def copy_tpu(path: pathlib.Path) -> dict[str, Any]:
-    """The profiled rows of both implementations, and the compiler's versions."""
+    """The profiled rows of both implementations at the file's first shape, and the versions.
+
+    Rows of another shape stand in the file alone: they are comparisons that this one can't have.
+    """
     data = json.loads(path.read_text(encoding="utf-8"))
+    shape = next((row.get("shape") for row in data["rows"]), None)
     rows = [
         {key: row.get(key) for key in _TPU_KEYS}
         for row in data["rows"]
-        if row["implementation"] in _KERNELS and row.get("source") == "static profile"
+        if row["implementation"] in _KERNELS
+        and row.get("source") == "static profile"
+        and row.get("shape") == shape
     ]
     return {"rows": rows, "versions": data["versions"]}
 
