@@ -45,7 +45,8 @@ def compare(
     """Times `functions` on the same arguments, one round after another.
 
     Rounds go through all functions in turn, so that a machine that slows down slows all of them.
-    Short calls are repeated inside a round until they fill `least_ms`.
+    Short calls are repeated inside a round until they fill `least_ms`; one more before them is not
+    timed.
 
     Args:
       functions: {name: function of the arguments}.
@@ -73,6 +74,8 @@ def compare(
             results[name]["samples_ms"] = []
     for _ in range(repeats):
         for name, function in compiled.items():
+            # What the function before left to be freed, gigabytes perhaps, is not this one's time.
+            jax.block_until_ready(function(*arguments))
             seconds = _seconds(function, arguments, inner[name])
             results[name]["samples_ms"].append(1000 * seconds / inner[name])
     for name in compiled:
