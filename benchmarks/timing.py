@@ -8,7 +8,7 @@ from collections.abc import Callable
 def interleaved(
     functions: dict[str, Callable[[], float | None]], *, repeats: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each run of each function: all once, then all again.
+    """Seconds of each run of each function: all once, then all again, each behind an untimed run.
 
     Args:
       functions: each blocks until its work is done; one that returns a number has timed itself.
@@ -22,6 +22,7 @@ def interleaved(
         if r >= 3 and time.perf_counter() - begin > seconds:
             break
         for name, function in functions.items():
+            function()  # what the one before left to be freed, gigabytes perhaps, is not its time
             start = time.perf_counter()
             own = function()
             times[name].append(time.perf_counter() - start if own is None else own)

@@ -62,7 +62,8 @@ def copy_gpu(path: pathlib.Path) -> dict[str, Any]:
 def copy_tpu(path: pathlib.Path) -> dict[str, Any]:
     """The profiled rows of both implementations at the file's first shape, and the versions.
 
-    Rows of another shape stand in the file alone: they are comparisons that this one can't have.
+    The file has rows of another shape where the profiler compares nothing at the first; the tables
+    are of one shape.
     """
     data = json.loads(path.read_text(encoding="utf-8"))
     shape = next((row.get("shape") for row in data["rows"]), None)

@@ -412,7 +412,8 @@ def exp2(x):
 
 # 2^f for |f| <= 1/2, with an error of 1e-7; the first coefficient is 1, so that 2^0 is.
 _EXP2 = np.polynomial.Chebyshev.interpolate(np.exp2, 5, domain=[-0.5, 0.5])
-_EXP2 = [1.0, *_EXP2.convert(kind=np.polynomial.Polynomial).coef[1:]]
+# As Python numbers, since NumPy's would make float64 of float32 where JAX has that enabled.
+_EXP2 = [1.0, *_EXP2.convert(kind=np.polynomial.Polynomial).coef[1:].tolist()]
 # Added to a float32, rounds it to a whole number, which then stands in the lowest bits.
 _ROUND = np.float32(1.5 * 2**23)
 

@@ -3,6 +3,7 @@
 One setting names a way for attention, a way for recurrences, or both:
 
     "ring"              attention by a ring; recurrences by their default, "all_scan"
+    "ring_kernel"       the ring on TPUs alone, its transfers within the attention kernels
     "log_step"          recurrences by a log-step scan; attention by its default, "ring"
     "ulysses+chain"     attention by all-to-all, recurrences by a chain
     "all_gather"        both gather: keys and values (LASP-2H), states (LASP-2)
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 # What travels, per layer and device; see the modules named so.
 ATTENTION_KINDS = ("ring", "ulysses", "usp", "all_gather", "ring_self_attention")
-# The same for TPUs alone: a ring whose transfers are remote copies within the attention kernels.
+# The same for TPUs alone.
 TPU_ATTENTION_KINDS = ("ring_kernel",)
 SCAN_KINDS = ("all_scan", "chain", "all_gather", "log_step")
 # Which tokens a device holds; see `ops.sequence_parallel.layouts`.

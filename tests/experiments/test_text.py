@@ -1,6 +1,7 @@
 """Training cells: equal tokens for every context, attention put in place of the op, claims."""
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +232,14 @@ def test_kernels_must_not_spill(spills, status):
     table = static_figures.tables(made)[1]
     assert table.rows[0][3] == 4 * 2 * 32 * 32 * 64 * 2 / 1e9
     assert table.rows[0][4] == 2 * 32 * (6 * 64 * 2 + 2 * 4) / 2**20  # q k v do dk dv, lse delta
+
+
+def test_copied_tpu_figures_are_of_one_shape():
+    """The file has rows of one head too, which would make two kernels of one in a table."""
+    path = static_figures.FOLDER / "tpu_static.json"
+    heads = [row["shape"]["H"] for row in json.loads(path.read_text())["rows"]]
+    assert set(heads) == {1, 2}
+    assert {row["shape"]["H"] for row in static_figures.copy_tpu(path)["rows"]} == {2}
 
 
 def test_static_cells_exist_where_the_figures_do(tmp_path):

@@ -348,3 +348,14 @@ def test_the_platform_is_chosen_when_lowering():
     traced = jax.jit(functools.partial(attention, mask=masks.Causal())).trace(x, x, x)
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_float32_stays_float32_where_float64_is_enabled():
+    q, k, v = (jnp.asarray(np.random.default_rng(i).normal(size=(1, 70, 2, 8))) for i in range(3))
+    run = lambda: jax.value_and_grad(lambda q: attention(q, k, v, mask=masks.Causal()).sum())(q)
+    want = run()
+    with jax.enable_x64(True):
+        got = run()
+    assert got[1].dtype == jnp.float32
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)

@@ -30,7 +30,7 @@ def inputs(B, T, H, G, D, P, decay, dtype="float32", strength=0.0, seed=0):
     return q, k, v, shape, jnp.asarray(rng.standard_normal((B, H, D, P)), jnp.float32)
 
 
-# Both take the same path up to the last products; one of them is enough for every run.
+# Split sequences and bfloat16 try scalars in every run.
 DECAYS = [pytest.param("scalar", marks=pytest.mark.slow), "vector"]
 
 
@@ -219,7 +219,7 @@ def test_runs_are_bitwise_equal_and_chunks_agree():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_memory_is_linear_in_time(decay):
     def temporary(T):
         arrays = inputs(1, T, 2, 2, 32, 32, decay)

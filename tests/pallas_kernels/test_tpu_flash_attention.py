@@ -173,7 +173,7 @@ def test_offset_known_and_traced(offset, mask):
     compare(*problem(T=130, S=300, D=16), mask, q_offset=offset)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 150, 300), *slowly(((1, 2, 1, 300),), ((2, 1, 150, 1),))])
+@pytest.mark.parametrize("shape", [(2, 2, 150, 300), (1, 2, 1, 300), *slowly(((2, 1, 150, 1),))])
 def test_bias(shape, monkeypatch):
     # The gradient of the bias is the XLA implementation's, tested with it.
     monkeypatch.setattr(attention_tpu.attention_xla, "backward", lambda *_, **__: (None,) * 4)
