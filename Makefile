@@ -30,7 +30,7 @@ install: $(VENV)/.installed  ## create .venv with the locked packages
 
 reproduce: export JAX_PLATFORMS ?= cpu
 reproduce: $(VENV)/.installed  ## measure FlashAttention's tables on this machine and print them
-	$(BIN)/python -m experiments.run --config=configs/flash_attention.py:cpu --workdir=runs/flash_attention/cpu
+	$(BIN)/python -m tilescan.experiments.run --config=configs/flash_attention.py:cpu --workdir=runs/flash_attention/cpu
 
 test: $(VENV)/.installed-dev  ## run the test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -45,7 +45,7 @@ notebooks: $(VENV)/.installed-dev  ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/build.py
 
 report: $(VENV)/.installed  ## rebuild RESULTS.md and results/index.html from the committed records
-	$(BIN)/python -m experiments.report
+	$(BIN)/python -m tilescan.experiments.report
 
 clean:  ## remove .venv and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

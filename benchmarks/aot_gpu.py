@@ -7,9 +7,9 @@ long it runs, and nothing here runs on a device.
 
 The compile happens in a child process, since the environment has to be set before JAX is imported,
 and since kernels are cached by their code, not by the device they were compiled for. The child is
-`python -m benchmarks.aot_gpu`: it reads one JSON job a line and answers with one JSON report a
-line. The interpreter may be another one than the caller's: set TILESCAN_CUDA_PYTHON to one that has
-the plugin where the current one has not.
+`python -m tilescan.benchmarks.aot_gpu`: it reads one JSON job a line and answers with one JSON
+report a line. The interpreter may be another one than the caller's: set TILESCAN_CUDA_PYTHON to one
+that has the plugin where the current one has not.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _run_child(python: str, jobs: list[dict], timeout: float) -> list[dict]:
         for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
             env.pop(name, None)
         child = subprocess.run(
-            [python, "-m", "benchmarks.aot_gpu"],
+            [python, "-m", "tilescan.benchmarks.aot_gpu"],
             input="\n".join(map(json.dumps, jobs)),
             capture_output=True,
             text=True,
@@ -256,7 +256,7 @@ def _build(job: dict):
     if job["kernel"].startswith("peer_gla"):
         return _build_peer_gla(job, q, kv)
 
-    from pallas_kernels import gpu
+    from tilescan.pallas_kernels import gpu
 
     causal = job["mask"] == "causal"
     blocks = gpu.BlockSizes(**job["blocks"]) if job.get("blocks") else None
@@ -295,7 +295,7 @@ def masks_of(length: int, ids) -> dict:
     """Masks by name, one for each way in which the kernels ask one; ids int32 [B, length]."""
     import numpy as np
 
-    from ops import masks
+    from tilescan.ops import masks
 
     layout = np.tri(-(-length // 128), dtype=bool)
     layout[2:, 0] = False
@@ -316,7 +316,7 @@ def _build_op(job: dict, q, kv):
     import jax
     import jax.numpy as jnp
 
-    from ops import attention_gpu
+    from tilescan.ops import attention_gpu
 
     shape = jax.ShapeDtypeStruct
     value_dim = job.get("value_dim", job["head_dim"])
@@ -343,7 +343,7 @@ def _build_ssd(job: dict, q, kv):
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.gpu import ssd
+    from tilescan.pallas_kernels.gpu import ssd
 
     shape, (B, T, H, D), P = jax.ShapeDtypeStruct, q.shape, job["value_dim"]
     v = shape((B, T, H, P), q.dtype)
@@ -362,7 +362,7 @@ def _build_gla(job: dict, q, kv):
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.gpu import gla
+    from tilescan.pallas_kernels.gpu import gla
 
     shape, (B, T, H, D), P = jax.ShapeDtypeStruct, q.shape, job["value_dim"]
     N, v = T // gla.CHUNK, shape((B, T, H, P), q.dtype)

@@ -107,7 +107,7 @@ def compile_jobs(
             }
             try:
                 process = subprocess.run(
-                    [sys.executable, "-m", "benchmarks.aot_tpu"],
+                    [sys.executable, "-m", "tilescan.benchmarks.aot_tpu"],
                     input=json.dumps(request),
                     capture_output=True,
                     text=True,

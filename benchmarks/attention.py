@@ -1,8 +1,8 @@
 """Attention beside its peers: time, compile time and memory, all from one run.
 
-    python -m benchmarks.attention                                  # the shapes of the tables
-    python -m benchmarks.attention --shapes quick                   # a minute
-    python -m benchmarks.attention --torch-python ~/torch/bin/python --out rows.jsonl
+    python -m tilescan.benchmarks.attention  # the shapes of the tables
+    python -m tilescan.benchmarks.attention --shapes quick  # a minute
+    python -m tilescan.benchmarks.attention --torch-python ~/torch/bin/python --out rows.jsonl
 
 Every peer gets the same inputs. Before anything is timed its results are compared with float64
 ones; a peer whose numbers are wrong gets no time. Then all peers run in turn, so that a busy
@@ -27,11 +27,11 @@ import numpy as np
 import rich.console
 import rich.table
 
-from benchmarks.attention_cases import LONGEST_DENSE, SHAPES, WINDOW, inputs, jitted
-from benchmarks.attention_flops import peak_tflops
-from benchmarks.environment import environment
-from benchmarks.timing import interleaved, summary
-from benchmarks.torch_process import Torch, find_torch
+from tilescan.benchmarks.attention_cases import LONGEST_DENSE, SHAPES, WINDOW, inputs, jitted
+from tilescan.benchmarks.attention_flops import peak_tflops
+from tilescan.benchmarks.environment import environment
+from tilescan.benchmarks.timing import interleaved, summary
+from tilescan.benchmarks.torch_process import Torch, find_torch
 
 
 def float64_head(case, arrays, head):
@@ -84,7 +84,7 @@ def importable(name):
 
 def memory_in_fresh_process(peer, case):
     """Peak resident MB of a process that makes the inputs and runs the case once."""
-    command = [sys.executable, "-m", "benchmarks.attention_cases", peer]
+    command = [sys.executable, "-m", "tilescan.benchmarks.attention_cases", peer]
     case = json.dumps(dataclasses.asdict(case))
     # Loading other platforms' libraries would count: 90 MB for an installed libtpu.
     environ = os.environ | {"JAX_PLATFORMS": jax.default_backend()}

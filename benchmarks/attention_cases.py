@@ -1,6 +1,6 @@
 """The cases and peers of benchmarks.attention; run as a program, one of them once, for its memory.
 
-    python -m benchmarks.attention_cases tilescan '{"T": 16384, "direction": "fwd"}'
+    python -m tilescan.benchmarks.attention_cases tilescan '{"T": 16384, "direction": "fwd"}'
 
 imports little else, so that the peak that it prints is attention's own.
 """
@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.attention_flops import attention_flops, window_flops
-from benchmarks.environment import peak_memory_mb
-from ops import attention, masks
+from tilescan.benchmarks.attention_flops import attention_flops, window_flops
+from tilescan.benchmarks.environment import peak_memory_mb
+from tilescan.ops import attention, masks
 
 WINDOW = 512
 # jax.nn and tokamax's XLA code hold all T x T scores: 8 GB in 8 heads at 16384.

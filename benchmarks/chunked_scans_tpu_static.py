@@ -1,8 +1,8 @@
 """Static cost of the chunked scans on TPUs, the kernels beside XLA's own program, with no TPU.
 
-    python -m benchmarks.chunked_scans_tpu_static             # measures, writes the committed table
-    python -m benchmarks.chunked_scans_tpu_static --ops ssd --generations v5e   # only these rows
-    python -m benchmarks.chunked_scans_tpu_static --sweep     # blocks: pallas_kernels/tpu/ssd.py
+    python -m tilescan.benchmarks.chunked_scans_tpu_static  # writes the committed table
+    python -m tilescan.benchmarks.chunked_scans_tpu_static --ops ssd --generations v5e
+    python -m tilescan.benchmarks.chunked_scans_tpu_static --sweep  # for pallas_kernels/tpu/ssd.py
 
 A row takes ten seconds to some minutes. It is written as soon as it is known, in place of an older
 one. Time is short, 1,024 steps of eight chunks: of longer ones the profiler has no model for some
@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.aot_tpu import PROFILED, Job, available, compile_jobs
-from benchmarks.tpu_static import CHIPS, versions
+from tilescan.benchmarks.aot_tpu import PROFILED, Job, available, compile_jobs
+from tilescan.benchmarks.tpu_static import CHIPS, versions
 
 RESULTS = (
     Path(__file__).resolve().parent.parent
@@ -62,8 +62,8 @@ def public(
 
     op: "ssd" (N is D), or gated linear attention by its decay: "none", "scalar", "vector".
     """
-    from ops.gated_linear_attention import gated_linear_attention
-    from ops.ssd import ssd
+    from tilescan.ops.gated_linear_attention import gated_linear_attention
+    from tilescan.ops.ssd import ssd
 
     spec, f32 = jax.ShapeDtypeStruct, jnp.float32
     G = H if G is None else G
@@ -98,7 +98,7 @@ def public(
 
 def with_block(block, **kwargs):
     """As `public`, with a block of so many steps and chunks in place of the table's."""
-    from pallas_kernels.tpu import ssd as kernels
+    from tilescan.pallas_kernels.tpu import ssd as kernels
 
     kernels.block_for = lambda *_: kernels.Block(*block)
     return public(implementation="pallas", **kwargs)
@@ -136,7 +136,7 @@ def row(op, gradient, implementation, generation, shape, result) -> dict:
 
 def compiled(kwargs: dict, generation: str) -> dict:
     """One case; where the profiler has no model for it, its bytes without cycles."""
-    job = Job("benchmarks.chunked_scans_tpu_static:public", kwargs)
+    job = Job("tilescan.benchmarks.chunked_scans_tpu_static:public", kwargs)
     (result,) = compile_jobs([job], generation, timeout=600.0)
     if "not_modelled" not in result:
         return result
@@ -170,7 +170,7 @@ def sweep(generation: str, console) -> None:
     for op in ("scalar", "vector"):
         for block in SWEEP:
             kwargs = {"op": op, "gradient": True, "block": block} | SHAPES[op] | {"T": 2048}
-            job = Job("benchmarks.chunked_scans_tpu_static:with_block", kwargs)
+            job = Job("tilescan.benchmarks.chunked_scans_tpu_static:with_block", kwargs)
             (result,) = compile_jobs([job], generation, timeout=300.0)
             cycles = {n: c for n, c in result.get("cycles", {}).items() if "chunked_scan_" in n}
             console.print(generation, op, block, cycles or str(result)[:200])

@@ -1,4 +1,6 @@
-"""Static figures of the GPU attention kernels, beside JAX's own: python -m benchmarks.gpu_static
+"""Static figures of the GPU attention kernels, beside JAX's own.
+
+    python -m tilescan.benchmarks.gpu_static
 
 Registers, spills, shared memory and machine code for an H100, with no GPU: see benchmarks/aot_gpu.
 The figures are static and nothing ran on a device. Issue cycles are what one warp needs to issue
@@ -14,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import aot_gpu
+from tilescan.benchmarks import aot_gpu
 
 OUTPUT = Path(__file__).resolve().parent.parent / "results" / "benchmarks" / "gpu_static.json"
 NOTE = (

@@ -1,9 +1,9 @@
 """Recurrences and long convolutions beside their peers: time, compile time, memory, from one run.
 
-    python -m benchmarks.scans                                      # every table
-    python -m benchmarks.scans --only ssd long_convolution          # some of the ops
-    python -m benchmarks.scans --only crossover                     # against tiled attention
-    python -m benchmarks.scans --torch-python ~/torch/bin/python --out rows.jsonl
+    python -m tilescan.benchmarks.scans  # every table
+    python -m tilescan.benchmarks.scans --only ssd long_convolution  # some of the ops
+    python -m tilescan.benchmarks.scans --only crossover  # against tiled attention
+    python -m tilescan.benchmarks.scans --torch-python ~/torch/bin/python --out rows.jsonl
 
 Every peer gets the same inputs. Before anything is timed its results, values and gradients, are
 compared for one head or channel with float64 ones, which plain steps give; a peer whose numbers
@@ -36,13 +36,13 @@ import numpy as np
 import rich.console
 import rich.table
 
-from benchmarks import scans_cases
-from benchmarks.environment import environment
-from benchmarks.scans_cases import BY_STEPS, CASES, CROSSOVER, LETTERS, TORCH_PEERS
-from benchmarks.timing import interleaved, summary
-from benchmarks.torch_process import Torch, find_torch
+from tilescan.benchmarks import scans_cases
+from tilescan.benchmarks.environment import environment
+from tilescan.benchmarks.scans_cases import BY_STEPS, CASES, CROSSOVER, LETTERS, TORCH_PEERS
+from tilescan.benchmarks.timing import interleaved, summary
+from tilescan.benchmarks.torch_process import Torch, find_torch
 
-RESULTS = pathlib.Path(__file__).parent.parent / "results/benchmarks"
+RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results/benchmarks"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
@@ -81,7 +81,7 @@ class Judge:
 
 def memory_in_fresh_process(peer, case):
     """Peak resident MB of a process that makes the inputs and runs the case once."""
-    command = [sys.executable, "-m", "benchmarks.scans_cases", peer]
+    command = [sys.executable, "-m", "tilescan.benchmarks.scans_cases", peer]
     case = json.dumps(dataclasses.asdict(case))
     # Loading other platforms' libraries would count: 90 MB for an installed libtpu.
     environ = os.environ | {"JAX_PLATFORMS": jax.default_backend()}

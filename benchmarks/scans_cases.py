@@ -1,6 +1,6 @@
 """The cases and peers of benchmarks.scans; run as a program, one of them once, for its memory.
 
-    python -m benchmarks.scans_cases tilescan '{"op": "ssd", "T": 8192, "direction": "fwd"}'
+    python -m tilescan.benchmarks.scans_cases tilescan '{"op": "ssd", "T": 8192, ...}'
 
 imports little else, so that the peak that it prints is the scan's own.
 
@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import ops
-from benchmarks.environment import peak_memory_mb
+from tilescan import ops
+from tilescan.benchmarks.environment import peak_memory_mb
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Static figures of the GPU scan kernels, beside jax-linear-attention's:
-python -m benchmarks.scans_gpu_static
+python -m tilescan.benchmarks.scans_gpu_static
 
 Registers, spills, shared memory and machine code for an H100, with no GPU: see benchmarks/aot_gpu.
 The figures are static and nothing ran on a device. Issue cycles are what one warp needs to issue
@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import aot_gpu
+from tilescan.benchmarks import aot_gpu
 
 OUTPUT = Path(__file__).resolve().parent.parent / "results" / "benchmarks" / "scans_gpu_static.json"
 NOTE = (

@@ -1,6 +1,6 @@
 """Static cost of the diagonal scans' TPU kernels, beside XLA's own programs, with no TPU.
 
-    python -m benchmarks.scans_tpu_static
+    python -m tilescan.benchmarks.scans_tpu_static
 
 prints the table and writes results/benchmarks/scans_tpu_static.json.
 
@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.aot_tpu import PROFILED, Job, available, compile_jobs
-from benchmarks.tpu_static import CHIPS, versions
-from ops import selective_scan_tpu
+from tilescan.benchmarks.aot_tpu import PROFILED, Job, available, compile_jobs
+from tilescan.benchmarks.tpu_static import CHIPS, versions
+from tilescan.ops import selective_scan_tpu
 
 RESULTS = (
     Path(__file__).resolve().parent.parent / "results" / "benchmarks" / "scans_tpu_static.json"
@@ -43,7 +43,7 @@ SELECTIVE = {"B": 1, "T": 512, "E": 1024, "N": 16}
 
 def linear_gradient(B, T, D, dtype, constant=False, segments=False, implementation=None):
     """Both results of the public op and the gradients of all its inputs, for given cotangents."""
-    from ops.linear_recurrence import linear_recurrence
+    from tilescan.ops.linear_recurrence import linear_recurrence
 
     spec = jax.ShapeDtypeStruct
     a, b = spec((D,) if constant else (B, T, D), dtype), spec((B, T, D), dtype)
@@ -62,7 +62,7 @@ def linear_gradient(B, T, D, dtype, constant=False, segments=False, implementati
 
 def selective_gradient(B, T, E, N, dtype, segments=False, implementation=None, around=True):
     """As `linear_gradient`, of the selective scan; with D, z and a softplus of dt if `around`."""
-    from ops.selective_scan import selective_scan
+    from tilescan.ops.selective_scan import selective_scan
 
     spec = jax.ShapeDtypeStruct
     x, BC = spec((B, T, E), dtype), spec((B, T, N), dtype)
@@ -84,7 +84,7 @@ def selective_gradient(B, T, E, N, dtype, segments=False, implementation=None, a
 
 def selective_forward(B, T, E, N, dtype, implementation):
     """The selective scan alone."""
-    from ops.selective_scan import selective_scan
+    from tilescan.ops.selective_scan import selective_scan
 
     spec = jax.ShapeDtypeStruct
     x, BC = spec((B, T, E), dtype), spec((B, T, N), dtype)
@@ -161,7 +161,7 @@ def _selective_bytes(direction, dtype):
 
 def _jobs():
     """(job, rows that it fills, trips of its loop)"""
-    target = "benchmarks.scans_tpu_static:"
+    target = "tilescan.benchmarks.scans_tpu_static:"
     found = []
     for dtype, constant in (
         ("float32", False), ("bfloat16", False), ("float32", True), ("complex64", False),

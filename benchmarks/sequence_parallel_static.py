@@ -1,7 +1,7 @@
 """What sequence-parallel ops send and hold on TPU slices that are not here.
 
-    python -m benchmarks.sequence_parallel_static                     # all rows, a few minutes
-    python -m benchmarks.sequence_parallel_static --topologies v5p:2x2x2 --ops ring all_scan
+    python -m tilescan.benchmarks.sequence_parallel_static  # all rows, a few minutes
+    python -m tilescan.benchmarks.sequence_parallel_static --topologies v5p:2x2x2 --ops ring
 
 Every row is the whole compiled program of an op and its gradients for one device of a slice:
 exact counts of bytes sent and held. NOTHING HERE RAN ON A DEVICE, and there is no model of links.
@@ -10,7 +10,7 @@ they are there is what can hide the transfer, not that it is hidden.
 `ring_kernels` is the ring whose transfers run inside the attention kernels: of it, and of all_scan,
 `remote_copies` are the bytes that kernels send.
 
-    python -m benchmarks.sequence_parallel_static --cycles
+    python -m tilescan.benchmarks.sequence_parallel_static --cycles
 
 counts the cycles of the attention kernels with a transfer inside beside those of the same kernels
 without one, as libtpu's static profile has them. It takes a copy to another chip for one to this
@@ -32,8 +32,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import aot_tpu
-from benchmarks.tpu_static import versions
+from tilescan.benchmarks import aot_tpu
+from tilescan.benchmarks.tpu_static import versions
 
 RESULTS = (
     Path(__file__).resolve().parent.parent
@@ -54,10 +54,10 @@ def compile_row(topology: str, op: str, tokens: int = TOKENS) -> dict:
     """One row, in this process, whose environment is `aot_tpu.environment()`."""
     import functools
 
-    from ops import masks
-    from ops.sequence_parallel import ATTENTION as ATTENDING
-    from ops.sequence_parallel import scans
-    from training.collectives import collectives, remote_kernels
+    from tilescan.ops import masks
+    from tilescan.ops.sequence_parallel import ATTENTION as ATTENDING
+    from tilescan.ops.sequence_parallel import scans
+    from tilescan.training.collectives import collectives, remote_kernels
 
     B = 1
     devices = _devices(topology)
@@ -169,9 +169,9 @@ def _one_call(kernel: str, sends: bool, devices):
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from ops import attention_tpu, masks
-    from ops.sequence_parallel.ring_attention_tpu import Transfers
-    from pallas_kernels.tpu import flash_attention as kernels
+    from tilescan.ops import attention_tpu, masks
+    from tilescan.ops.sequence_parallel.ring_attention_tpu import Transfers
+    from tilescan.pallas_kernels.tpu import flash_attention as kernels
 
     mesh = jax.sharding.Mesh(np.array(devices), ("sequence",))
     (H, G), T, D = CYCLES["heads"], CYCLES["tokens"] * len(devices), 128
@@ -252,7 +252,7 @@ def _in_process(call: str, environment: dict[str, str]) -> dict:
     """What a function of this module returns in a process of its own, or its error."""
     code = (
         "import json\n"
-        "import benchmarks.sequence_parallel_static as module\n"
+        "import tilescan.benchmarks.sequence_parallel_static as module\n"
         f"print('ROW ' + json.dumps(module.{call}))"
     )
     child = subprocess.run(

@@ -10,7 +10,7 @@ import tempfile
 import jax
 import numpy as np
 
-from benchmarks.environment import cores
+from tilescan.benchmarks.environment import cores
 
 
 class Torch:

@@ -1,8 +1,8 @@
 """Static cost of the TPU attention kernels, ours beside JAX's own, with no TPU.
 
-    python -m benchmarks.tpu_static             # the table, and results/benchmarks/tpu_static.json
-    python -m benchmarks.tpu_static --sweep     # many tiles: what block_sizes.py was made from
-    python -m benchmarks.tpu_static --generations v6e --kernels forward
+    python -m tilescan.benchmarks.tpu_static  # writes results/benchmarks/tpu_static.json
+    python -m tilescan.benchmarks.tpu_static --sweep  # tiles, for block_sizes.py
+    python -m tilescan.benchmarks.tpu_static --generations v6e --kernels forward
 
 The figures are those of libtpu's static profile (benchmarks/aot_tpu.py): NOTHING HERE RAN ON A
 DEVICE. They rank kernels within one generation; they are not times. `bound` is the larger of the
@@ -28,10 +28,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.aot_tpu import PROFILED, Job, available, compile_jobs
-from ops import attention_tpu, masks
-from pallas_kernels import tiles
-from pallas_kernels.tpu import flash_attention as kernels
+from tilescan.benchmarks.aot_tpu import PROFILED, Job, available, compile_jobs
+from tilescan.ops import attention_tpu, masks
+from tilescan.pallas_kernels import tiles
+from tilescan.pallas_kernels.tpu import flash_attention as kernels
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks" / "tpu_static.json"
 SHAPE = {"B": 1, "T": 4096, "H": 2, "D": 128}
@@ -71,7 +71,7 @@ def public(
     gradient, B=1, T=1024, S=1024, H=2, G=1, D=64, mask="causal", dtype="bfloat16", **options
 ):
     """The public op, or its gradient, as a user's program calls it."""
-    from ops.attention import attention
+    from tilescan.ops.attention import attention
 
     spec = jax.ShapeDtypeStruct
     segments, offset = spec((B, T), jnp.int32), spec((), jnp.int32)
@@ -255,7 +255,7 @@ def _run(rows: list[Row], generation: str, console, *, profile=True, bundles=Tru
     target = {"tilescan": "ours", "jax flash": "stock", "jax splash": "splash"}
     jobs = [
         Job(
-            f"benchmarks.tpu_static:{target[row.implementation]}",
+            f"tilescan.benchmarks.tpu_static:{target[row.implementation]}",
             {"kernel": row.kernel, "mask": row.mask, "tile": row.tile, **row.shape},
         )
         for row in rows

@@ -1,7 +1,7 @@
 """FlashAttention (Dao et al., NeurIPS 2022, arXiv 2205.14135): tables 4, 5, 9 and 11, figure 2.
 
     tilescan run flash_attention --scale=cpu
-    python -m experiments.run --config=configs/flash_attention.py:cpu
+    python -m tilescan.experiments.run --config=configs/flash_attention.py:cpu
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing

@@ -1,7 +1,7 @@
 """FlashAttention-2 (Dao, ICLR 2024, arXiv 2307.08691): table 1, figures 4 to 7, counts of work.
 
     tilescan run flash_attention_2 --scale=cpu
-    python -m experiments.run --config=configs/flash_attention_2.py:cpu
+    python -m tilescan.experiments.run --config=configs/flash_attention_2.py:cpu
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing

@@ -1,7 +1,7 @@
 """Hungry Hungry Hippos (Fu et al., ICLR 2023, arXiv 2212.14052): tables 2 and 3, FlashConv's speed.
 
     tilescan run h3 --scale=cpu
-    python -m experiments.run --config=configs/h3.py:cpu
+    python -m tilescan.experiments.run --config=configs/h3.py:cpu
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing

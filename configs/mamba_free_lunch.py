@@ -1,7 +1,7 @@
 """Can Mamba Always Enjoy the "Free Lunch"? (arXiv 2410.03810): copying and dynamic programming.
 
     tilescan run mamba_free_lunch --scale=cpu
-    python -m experiments.run --config=configs/mamba_free_lunch.py:cpu
+    python -m tilescan.experiments.run --config=configs/mamba_free_lunch.py:cpu
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing

@@ -1,7 +1,7 @@
 """Ring Self-Attention (Li et al., ACL 2023, arXiv 2105.13120): sequence against tensor parallelism.
 
     tilescan run ring_self_attention --scale=cpu
-    python -m experiments.run --config=configs/ring_self_attention.py:cpu
+    python -m tilescan.experiments.run --config=configs/ring_self_attention.py:cpu
 
 Scales:
   smoke        seconds; a few devices, tiny sizes

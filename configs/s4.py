@@ -1,7 +1,7 @@
 """S4 (Gu et al., ICLR 2022, arXiv 2111.00396): tables 2, 4, 6 and 8, and the ablation of figure 3.
 
     tilescan run s4 --scale=cpu
-    python -m experiments.run --config=configs/s4.py:cpu
+    python -m tilescan.experiments.run --config=configs/s4.py:cpu
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing

@@ -1,7 +1,7 @@
 """StreamBP (Luo et al., NeurIPS 2025, arXiv 2506.03077): tables 1, 3, 6 and 7, and figure 5.
 
     tilescan run stream_bp --scale=cpu
-    python -m experiments.run --config=configs/stream_bp.py:cpu
+    python -m tilescan.experiments.run --config=configs/stream_bp.py:cpu
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing

@@ -1,7 +1,7 @@
 """Stuffed Mamba (arXiv 2410.07145): state collapse behind the training length.
 
     tilescan run stuffed_mamba --scale=cpu
-    python -m experiments.run --config=configs/stuffed_mamba.py:cpu
+    python -m tilescan.experiments.run --config=configs/stuffed_mamba.py:cpu
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing

@@ -1,7 +1,7 @@
 """DeepSpeed-Ulysses (Jacobs et al., 2023, arXiv 2309.14509): heads for time by all-to-all.
 
     tilescan run ulysses --scale=cpu
-    python -m experiments.run --config=configs/ulysses.py:cpu
+    python -m tilescan.experiments.run --config=configs/ulysses.py:cpu
 
 Scales:
   smoke        seconds; a few devices, tiny sizes

@@ -1,7 +1,7 @@
 """ZeCO (Chou et al., 2025, arXiv 2507.01004): linear attention over devices, and LASP-1, LASP-2.
 
     tilescan run zeco --scale=cpu
-    python -m experiments.run --config=configs/zeco.py:cpu
+    python -m tilescan.experiments.run --config=configs/zeco.py:cpu
 
 Scales:
   smoke        seconds; a few devices, tiny sizes

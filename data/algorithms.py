@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.tasks import Batch, Task, language_rows
+from tilescan.data.tasks import Batch, Task, language_rows
 
 
 def _positive(**values: int) -> None:

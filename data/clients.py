@@ -18,7 +18,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
-from data.documents import Document
+from tilescan.data.documents import Document
 
 KINDS = ("pypi", "npm", "debian", "huggingface", "file", "installed")
 

@@ -22,8 +22,8 @@ import time
 import zlib
 from collections.abc import Iterator
 
-from data.archives import extract_member
-from data.clients import (
+from tilescan.data.archives import extract_member
+from tilescan.data.clients import (
     Source,
     SourceError,
     client_command,
@@ -34,7 +34,7 @@ from data.clients import (
     size_text,
     source_dir,
 )
-from data.documents import Document
+from tilescan.data.documents import Document
 
 _STALE_SECONDS = 24 * 3600
 # What parsers meet in a damaged file: in its text, its structure or its compression.

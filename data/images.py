@@ -1,6 +1,6 @@
 """Images as sequences of pixels: sequential MNIST, permuted MNIST, sequential CIFAR-10, LRA Image.
 
-    from data import tasks
+    from tilescan.data import tasks
     task = tasks.get("sequential_cifar10")               # float [B, 1024, 3]
     task = tasks.get("lra_image", integers=True)         # int [B, 1024], values 0..255
 
@@ -14,11 +14,11 @@ import json
 
 import numpy as np
 
-from data import sources
-from data.archives import ArchiveError, members
-from data.batches import Batch
-from data.packing import epoch_order
-from data.tasks import FixedTask
+from tilescan.data import sources
+from tilescan.data.archives import ArchiveError, members
+from tilescan.data.batches import Batch
+from tilescan.data.packing import epoch_order
+from tilescan.data.tasks import FixedTask
 
 MNIST_COUNTS = {"train": 60_000, "test": 10_000}
 CIFAR_COUNTS = {"train": 50_000, "test": 10_000}

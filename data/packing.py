@@ -25,8 +25,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.documents import Document
-from data.tokenizers import Tokenizer
+from tilescan.data.documents import Document
+from tilescan.data.tokenizers import Tokenizer
 
 BATCH_DTYPES = {
     "tokens": np.int32,

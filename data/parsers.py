@@ -18,9 +18,9 @@ import zlib
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
-from data.archives import ArchiveError, members
-from data.documents import Document
-from data.wikitext import strip_wikitext
+from tilescan.data.archives import ArchiveError, members
+from tilescan.data.documents import Document
+from tilescan.data.wikitext import strip_wikitext
 
 
 def shakespeare(path: pathlib.Path) -> list[Document]:

@@ -6,9 +6,9 @@ et al. 2024, arXiv 2410.07145). The key's sentence takes the place of one line.
 
 import numpy as np
 
-from data.batches import Batch
-from data.tasks import Task
-from data.tokenizers import ByteTokenizer
+from tilescan.data.batches import Batch
+from tilescan.data.tasks import Task
+from tilescan.data.tokenizers import ByteTokenizer
 
 PREFIX = (
     "There is an important info hidden inside a lot of irrelevant text. "

@@ -13,10 +13,10 @@ import zipfile
 
 import numpy as np
 
-from data.batches import Batch
-from data.clients import cache_dir
-from data.contours import Settings, draw
-from data.tasks import FixedTask
+from tilescan.data.batches import Batch
+from tilescan.data.clients import cache_dir
+from tilescan.data.contours import Settings, draw
+from tilescan.data.tasks import FixedTask
 
 VERSION = 1  # of the images that the cache holds; to be raised when the rules change
 BLOCK = 500  # images of a file

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.batches import Batch, BatchDataset, check_sizes, host_rows
-from data.documents import Document
-from data.packing import (
+from tilescan.data.batches import Batch, BatchDataset, check_sizes, host_rows
+from tilescan.data.documents import Document
+from tilescan.data.packing import (
     ContiguousLayout,
     PackedLayout,
     Piece,
@@ -30,8 +30,8 @@ from data.packing import (
     epoch_order,
     strided_pieces,
 )
-from data.splits import split_documents
-from data.tokenizers import Tokenizer
+from tilescan.data.splits import split_documents
+from tilescan.data.tokenizers import Tokenizer
 
 __all__ = [
     "PACKINGS",

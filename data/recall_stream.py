@@ -7,7 +7,7 @@ so that a loss that grows with the position is the model's doing. For "Stuffed M
 
 import numpy as np
 
-from data.tasks import Batch, Task
+from tilescan.data.tasks import Batch, Task
 
 
 def recall_stream(

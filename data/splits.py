@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.documents import Document
+from tilescan.data.documents import Document
 
 PARTS = ("train", "validation", "test")
 

@@ -9,7 +9,7 @@ Sources of the formats:
 
 import numpy as np
 
-from data.tasks import Batch, Task, language_rows
+from tilescan.data.tasks import Batch, Task, language_rows
 
 
 def _check(minimum: int, **values: int) -> None:

@@ -1,6 +1,6 @@
 """Exact tasks: examples made from a seed, or a standard set of images or texts, ready for training.
 
-    from data import tasks
+    from tilescan.data import tasks
     task = tasks.get("copy", max_length=16)
     datasets = task.datasets(batch_size=64, seed=0, eval_batches=4)
     train(config, workdir, datasets=datasets)      # with config keys task.config_keys
@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from data.batches import Batch, BatchDataset, check_sizes, host_rows
-from data.packing import epoch_order
+from tilescan.data.batches import Batch, BatchDataset, check_sizes, host_rows
+from tilescan.data.packing import epoch_order
 
 SPLITS = ("train", "validation", "test")
 # Of ten hash values, the first is validation's and the second test's.
@@ -334,7 +334,7 @@ def get(name: str, **options: Any) -> Task | FixedTask:
 
 
 def _registry() -> dict[str, Callable[..., Task | FixedTask]]:
-    from data import algorithms, images, listops, passkey, pathfinder, reviews, synthetic
+    from tilescan.data import algorithms, images, listops, passkey, pathfinder, reviews, synthetic
 
     modules: Sequence[Any] = (
         algorithms,

@@ -21,9 +21,9 @@ from typing import Protocol
 
 import numpy as np
 
-from data.archives import members
-from data.clients import SourceError
-from data.sources import fetch
+from tilescan.data.archives import members
+from tilescan.data.clients import SourceError
+from tilescan.data.sources import fetch
 
 NAMES = ("byte", "gpt2", "cl100k", "smollm2")
 

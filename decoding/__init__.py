@@ -1,7 +1,7 @@
 """Generation over a language model's step function."""
 
-from decoding.sampling import Generation, filter_logits, generate, stream
-from decoding.text import GeneratedText, generate_text, load_writer, stream_text
+from tilescan.decoding.sampling import Generation, filter_logits, generate, stream
+from tilescan.decoding.text import GeneratedText, generate_text, load_writer, stream_text
 
 __all__ = [
     "GeneratedText",

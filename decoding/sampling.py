@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models import LanguageModel
-from ops import masks
+from tilescan.models import LanguageModel
+from tilescan.ops import masks
 
 
 class Generation(NamedTuple):

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from data.sources import fetch
-from data.tokenizers import GGUFTokenizer, get_tokenizer
-from decoding.sampling import stream
-from models import LanguageModel
-from models.checkpoints import load_pretrained
+from tilescan.data.sources import fetch
+from tilescan.data.tokenizers import GGUFTokenizer, get_tokenizer
+from tilescan.decoding.sampling import stream
+from tilescan.models import LanguageModel
+from tilescan.models.checkpoints import load_pretrained
 
 # Checkpoints that data.sources can fetch by name.
 PRETRAINED = ("smollm2",)

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import timing
-from ops import masks
-from ops.attention import attention
+from tilescan.experiments import timing
+from tilescan.ops import masks
+from tilescan.ops.attention import attention
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 DIRECTIONS = (FORWARD, FORWARD_BACKWARD)

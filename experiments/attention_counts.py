@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from ops import masks
+from tilescan.ops import masks
 
 
 @dataclasses.dataclass

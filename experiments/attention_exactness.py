@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.claims import Claim, judge
-from experiments.records import Record, Records
-from experiments.tables import MEASURED, Column, Table
-from ops import attention_tpu, attention_xla, masks
-from ops.attention import attention
-from pallas_kernels.tpu.block_sizes import Tile
+from tilescan.experiments.claims import Claim, judge
+from tilescan.experiments.records import Record, Records
+from tilescan.experiments.tables import MEASURED, Column, Table
+from tilescan.ops import attention_tpu, attention_xla, masks
+from tilescan.ops.attention import attention
+from tilescan.pallas_kernels.tpu.block_sizes import Tile
 
 STANDARD, XLA, KERNELS = "standard", "tiled (XLA)", "tiled (Pallas TPU, interpreted)"
 CHOSEN = "as chosen"  # tiles that the op takes by itself

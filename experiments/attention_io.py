@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import attention_counts as counts
-from ops import masks
+from tilescan.experiments import attention_counts as counts
+from tilescan.ops import masks
 
 
 def traffic(settings: Mapping[str, Any], seed: int, folder) -> dict:

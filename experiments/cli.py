@@ -31,7 +31,7 @@ Each finished cell is kept in the workdir, so the same command goes on after an 
   tilescan run flash_attention --config.runtime.repeats=9           any value of the config
   tilescan run flash_attention --publish                            also rebuild RESULTS.md
 
-The values that can be set are in configs/PAPER.py. `python -m experiments.run
+The values that can be set are in configs/PAPER.py. `python -m tilescan.experiments.run
 --config=configs/PAPER.py:SCALE` is the same thing for people who live in absl.
 """
 
@@ -173,7 +173,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--longest", action="store_true", help="find the longest data.seq_len that fits"
     )
 
-    from experiments import diagnose_mamba2
+    from tilescan.experiments import diagnose_mamba2
 
     about = "say where a Mamba-2 checkpoint breaks behind its training length"
     sub = add("diagnose", _diagnose, about, diagnose_mamba2.DESCRIPTION)
@@ -215,7 +215,7 @@ def _add_config(sub: argparse.ArgumentParser) -> None:
 
 
 def _list(options) -> int:
-    from experiments import papers
+    from tilescan.experiments import papers
 
     root = _results_folder()
     table = rich.table.Table(title="Papers", title_justify="left")
@@ -239,37 +239,37 @@ def _list(options) -> int:
 
 def _results_folder() -> pathlib.Path | None:
     """results/ of the current folder or else of this checkout; None where there is neither."""
-    folders = (pathlib.Path("results"), pathlib.Path(__file__).parents[1] / "results")
+    folders = (pathlib.Path("results"), pathlib.Path(__file__).resolve().parents[1] / "results")
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def _run(options) -> int:
-    from experiments import papers, run
+    from tilescan.experiments import papers, run
 
     config = papers.load_config(options.paper, options.scale, options.overrides)
     return run.measure(config, options.workdir, options.only, options.publish)
 
 
 def _report(options) -> int:
-    from experiments import report
+    from tilescan.experiments import report
 
     return report.rebuild_command(options.results, options.source)
 
 
 def _plan(options) -> int:
-    from experiments import commands
+    from tilescan.experiments import commands
 
     return commands.plan(options)
 
 
 def _diagnose(options) -> int:
-    from experiments import diagnose_mamba2
+    from tilescan.experiments import diagnose_mamba2
 
     return diagnose_mamba2.run(options)
 
 
 def _data(options) -> int:
-    from experiments import commands
+    from tilescan.experiments import commands
 
     action, given = options.action, (options.source, options.file)
     takes = {"list": 0, "fetch": 1, "show": 1, "add": 2}[action]
@@ -288,13 +288,13 @@ def _data(options) -> int:
 
 
 def _generate(options) -> int:
-    from experiments import commands
+    from tilescan.experiments import commands
 
     return commands.generate(options)
 
 
 def _train(options) -> int:
-    from experiments import commands
+    from tilescan.experiments import commands
 
     if options.distributed:
         commands.join_processes(options.distributed)

@@ -9,7 +9,7 @@ import rich.console
 
 def list_data() -> int:
     """Prints the registry of sources."""
-    from data import sources
+    from tilescan.data import sources
 
     sources.main_list()
     return 0
@@ -17,7 +17,7 @@ def list_data() -> int:
 
 def fetch_data(name: str, offline: bool = False) -> int:
     """Downloads one source to the cache and prints where it lies."""
-    from data import sources
+    from tilescan.data import sources
 
     print(sources.fetch(name, offline))
     return 0
@@ -25,7 +25,7 @@ def fetch_data(name: str, offline: bool = False) -> int:
 
 def add_data(name: str, path: str) -> int:
     """Copies a file that the user has to the cache and prints where it lies."""
-    from data import sources
+    from tilescan.data import sources
 
     print(sources.add(name, path))
     return 0
@@ -33,7 +33,7 @@ def add_data(name: str, path: str) -> int:
 
 def show_data(name: str, offline: bool = False) -> int:
     """Prints how many documents a source has, how long they are, and how the first one begins."""
-    from data import sources
+    from tilescan.data import sources
 
     documents = sources.load(name, offline)
     lengths = sorted(len(document.text) for document in documents)
@@ -51,8 +51,8 @@ def show_data(name: str, offline: bool = False) -> int:
 
 def plan(options) -> int:
     """Compiles a training step, or several to find the longest sequence, and prints its needs."""
-    from experiments import plan_longest, plan_text
-    from experiments.plan import plan as plan_step
+    from tilescan.experiments import plan_longest, plan_text
+    from tilescan.experiments.plan import plan as plan_step
 
     config = _training_config(options.overrides, options.config)
     memory = None if options.memory is None else options.memory * 2**30
@@ -90,7 +90,7 @@ def join_processes(where: str) -> None:
 
 def train(overrides: list[str], workdir: str, file: str | None = None) -> int:
     """Trains a language model and prints its last metrics."""
-    from training.train import train as run
+    from tilescan.training.train import train as run
 
     for name, value in sorted(run(_training_config(overrides, file), workdir).items()):
         print(f"{name:28} {value:.6g}")
@@ -99,7 +99,7 @@ def train(overrides: list[str], workdir: str, file: str | None = None) -> int:
 
 def _training_config(overrides: list[str], file: str | None = None):
     """The default configuration or that of a file, "PATH" or "PATH:ARGUMENT", with overrides."""
-    from training import config as config_lib
+    from tilescan.training import config as config_lib
 
     config = config_lib.default_config() if file is None else _config_of(file)
     for assignment in overrides:
@@ -130,7 +130,7 @@ def _config_of(file: str):
 
 def generate(options) -> int:
     """Continues a prompt, token by token, and says how fast."""
-    from decoding.text import generate_text
+    from tilescan.decoding.text import generate_text
 
     pieces = []
 

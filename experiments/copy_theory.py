@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops.attention import attention
-from ops.gated_linear_attention import gated_linear_attention
+from tilescan.ops.attention import attention
+from tilescan.ops.gated_linear_attention import gated_linear_attention
 
 ATTENTION, STATE = "attention", "decaying state"
 LARGEST_SCORE = 1e30  # float32 ends at 3e38

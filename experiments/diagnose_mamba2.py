@@ -1,7 +1,7 @@
 """Reads a Mamba-2 checkpoint far behind its training length and says whether and where it breaks.
 
 tilescan diagnose CHECKPOINT --train-length=8192 --tokens=book.npy
-python -m experiments.diagnose_mamba2 CHECKPOINT --train-length=8192 --tokens=book.npy
+python -m tilescan.experiments.diagnose_mamba2 CHECKPOINT --train-length=8192 --tokens=book.npy
 """
 
 import argparse
@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> int:
       ValueError: lengths, ids or a model that don't fit; FileNotFoundError, CheckpointError: see
         `models.checkpoints.load_pretrained`.
     """
-    from experiments import state_collapse
-    from models.checkpoints import load_pretrained
+    from tilescan.experiments import state_collapse
+    from tilescan.models.checkpoints import load_pretrained
 
     config, params = load_pretrained(options.checkpoint)
     state_collapse.check_mamba2(config)
@@ -120,9 +120,9 @@ def diagnose(config, params, lengths, train_length, tokens, newline):
 
     import numpy as np
 
-    from experiments import state_collapse
-    from experiments.figures import line_chart
-    from experiments.tables import MEASURED, Column, Table
+    from tilescan.experiments import state_collapse
+    from tilescan.experiments.figures import line_chart
+    from tilescan.experiments.tables import MEASURED, Column, Table
 
     chunk = math.gcd(*lengths)
     if chunk < 8:
@@ -188,7 +188,7 @@ def _tokens(options, vocab_size: int, length: int):
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"tokens must be integers [T] or [B, T], got {ids.dtype} {ids.shape}")
     elif options.tokenizer is not None:
-        from data import sources, tokenizers
+        from tilescan.data import sources, tokenizers
 
         tokenizer = tokenizers.get_tokenizer(options.tokenizer)
         texts = (document.text for document in sources.load(options.source))
@@ -213,7 +213,7 @@ def _tokens(options, vocab_size: int, length: int):
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.diagnose_mamba2",
+        prog="python -m tilescan.experiments.diagnose_mamba2",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -4,7 +4,7 @@ Dao, Fu, Ermon, Rudra, Re: FlashAttention: Fast and Memory-Efficient Exact Atten
 IO-Awareness. NeurIPS 2022, arXiv 2205.14135.
 """
 
-from experiments import (
+from tilescan.experiments import (
     attention_cells,
     attention_exactness,
     attention_io,
@@ -13,10 +13,10 @@ from experiments import (
     flash_attention_text,
     static_figures,
 )
-from experiments.claims import Claim, judge
-from experiments.harness import Cell, Paper
-from experiments.records import Records
-from experiments.tables import Table
+from tilescan.experiments.claims import Claim, judge
+from tilescan.experiments.harness import Cell, Paper
+from tilescan.experiments.records import Records
+from tilescan.experiments.tables import Table
 
 
 def cells(config) -> list[Cell]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import (
+from tilescan.experiments import (
     attention_cells,
     attention_counts,
     flash_attention_2_tables,
@@ -18,9 +18,9 @@ from experiments import (
     static_figures,
     timing,
 )
-from experiments.attention_cells import DIRECTIONS
-from experiments.harness import Cell, Paper
-from ops import masks
+from tilescan.experiments.attention_cells import DIRECTIONS
+from tilescan.experiments.harness import Cell, Paper
+from tilescan.ops import masks
 
 VARIANTS = ("standard", "tiled")
 

@@ -1,12 +1,12 @@
 """FlashAttention-2's published numbers, and the tables, claims and figures of its records."""
 
-from benchmarks.attention_flops import attention_flops
-from experiments import flash_attention_2_training, static_figures
-from experiments.attention_cells import FORWARD, FORWARD_BACKWARD
-from experiments.claims import Claim, judge
-from experiments.figures import line_chart
-from experiments.records import Record, Records
-from experiments.tables import (
+from tilescan.benchmarks.attention_flops import attention_flops
+from tilescan.experiments import flash_attention_2_training, static_figures
+from tilescan.experiments.attention_cells import FORWARD, FORWARD_BACKWARD
+from tilescan.experiments.claims import Claim, judge
+from tilescan.experiments.figures import line_chart
+from tilescan.experiments.records import Record, Records
+from tilescan.experiments.tables import (
     MEASURED,
     PUBLISHED,
     STATIC,
@@ -16,7 +16,7 @@ from experiments.tables import (
     format_value,
     ratio,
 )
-from experiments.timing import speed_up
+from tilescan.experiments.timing import speed_up
 
 # Section 4.1 of the paper, A100 80 GB SXM: ranges in the text (the figures' points are not in it).
 PUBLISHED_OVER_STANDARD = "3–10"

@@ -10,15 +10,15 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-import models.attention
-from experiments import text_cells, timing
-from experiments.claims import Claim, judge
-from experiments.harness import Cell
-from experiments.records import Record, Records
-from experiments.tables import MEASURED, PUBLISHED, Column, Table, format_value
-from training import config as config_lib
-from training import inputs, steps
-from training.optimizers import make_optimizer
+from tilescan.experiments import text_cells, timing
+from tilescan.experiments.claims import Claim, judge
+from tilescan.experiments.harness import Cell
+from tilescan.experiments.records import Record, Records
+from tilescan.experiments.tables import MEASURED, PUBLISHED, Column, Table, format_value
+from tilescan.models import attention as attention_module
+from tilescan.training import config as config_lib
+from tilescan.training import inputs, steps
+from tilescan.training.optimizers import make_optimizer
 
 # Table 1: TFLOP/s of each of 8 A100s in training, by model and context: without FlashAttention,
 # with it, with FlashAttention-2.
@@ -76,7 +76,7 @@ def step_times(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> 
     state = jax.jit(lambda: nn.meta.unbox(steps.init_state(model, tx, batch, seed)))()
 
     def standard(state, batch):
-        with mock.patch.object(models.attention, "attention", _standard):
+        with mock.patch.object(attention_module, "attention", _standard):
             return step(state, batch)
 
     functions = {"standard": standard, "tiled": lambda state, batch: step(state, batch)}

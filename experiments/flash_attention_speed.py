@@ -1,10 +1,15 @@
 """FlashAttention's tables 9 and 11: time and memory against length."""
 
-from experiments.attention_cells import DIRECTIONS, FORWARD, FORWARD_BACKWARD, live_fraction
-from experiments.claims import Claim, judge
-from experiments.figures import line_chart
-from experiments.records import Records
-from experiments.tables import (
+from tilescan.experiments.attention_cells import (
+    DIRECTIONS,
+    FORWARD,
+    FORWARD_BACKWARD,
+    live_fraction,
+)
+from tilescan.experiments.claims import Claim, judge
+from tilescan.experiments.figures import line_chart
+from tilescan.experiments.records import Records
+from tilescan.experiments.tables import (
     MEASURED,
     PUBLISHED,
     STATIC,
@@ -15,7 +20,7 @@ from experiments.tables import (
     log_slope,
     ratio,
 )
-from experiments.timing import OUT_OF_MEMORY, speed_up
+from tilescan.experiments.timing import OUT_OF_MEMORY, speed_up
 
 # Tables 9 and 11 of the paper: milliseconds on an A100 with 40 GB, 8 heads of 64, batch 16, with
 # dropout and masking, by length.

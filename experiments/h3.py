@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import h3_tables, task_cells, text_cells, timing
-from experiments.harness import Cell, Paper
-from ops import masks
-from ops.attention import attention
-from ops.long_convolution import long_convolution
+from tilescan.experiments import h3_tables, task_cells, text_cells, timing
+from tilescan.experiments.harness import Cell, Paper
+from tilescan.ops import masks
+from tilescan.ops.attention import attention
+from tilescan.ops.long_convolution import long_convolution
 
 # One layer's blocks; a hybrid has one layer of attention, the second.
 MIXERS = {"attention": "attention", "s4d": "s4d", "h3": "h3"}

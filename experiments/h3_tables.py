@@ -2,10 +2,10 @@
 
 import statistics
 
-from experiments.claims import Claim, judge
-from experiments.figures import line_chart
-from experiments.records import Records
-from experiments.tables import (
+from tilescan.experiments.claims import Claim, judge
+from tilescan.experiments.figures import line_chart
+from tilescan.experiments.records import Records
+from tilescan.experiments.tables import (
     MEASURED,
     PUBLISHED,
     Column,

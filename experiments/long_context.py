@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments import text_cells
-from training import config as config_lib
-from training import inputs
-from training.train import train
+from tilescan.experiments import text_cells
+from tilescan.training import config as config_lib
+from tilescan.training import inputs
+from tilescan.training.train import train
 
 
 class CutRows:

@@ -4,8 +4,8 @@ Ren, Chen, Liu, Ji, Guo, Ding: Exploring the Limitations of Mamba in COPY and Co
 EMNLP 2025, arXiv 2410.03810.
 """
 
-from experiments import copy_theory, mamba_free_lunch_tables, task_cells
-from experiments.harness import Cell, Paper
+from tilescan.experiments import copy_theory, mamba_free_lunch_tables, task_cells
+from tilescan.experiments.harness import Cell, Paper
 
 TRANSFORMER = "Transformer"
 

@@ -9,12 +9,20 @@ import statistics
 
 import numpy as np
 
-from experiments import copy_theory
-from experiments.claims import Claim, judge
-from experiments.figures import line_chart
-from experiments.records import Records
-from experiments.tables import MEASURED, STATIC, Column, Spread, Table, format_value, spread
-from experiments.task_cells import examples_to
+from tilescan.experiments import copy_theory
+from tilescan.experiments.claims import Claim, judge
+from tilescan.experiments.figures import line_chart
+from tilescan.experiments.records import Records
+from tilescan.experiments.tables import (
+    MEASURED,
+    STATIC,
+    Column,
+    Spread,
+    Table,
+    format_value,
+    spread,
+)
+from tilescan.experiments.task_cells import examples_to
 
 SOLVED = 0.9  # share of whole strings right
 FEWER = 3.0  # times fewer examples

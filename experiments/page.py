@@ -3,9 +3,9 @@
 import html
 from collections.abc import Sequence
 
-from experiments.claims import NOT_SHOWN, SHOWN
-from experiments.results import Results, provenance
-from experiments.tables import LABEL, Table
+from tilescan.experiments.claims import NOT_SHOWN, SHOWN
+from tilescan.experiments.results import Results, provenance
+from tilescan.experiments.tables import LABEL, Table
 
 _CSS = """
 :root {

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import ml_collections
 
-from experiments.harness import Paper
-from training.config import override
+from tilescan.experiments.harness import Paper
+from tilescan.training.config import override
 
 NAMES = (
     "flash_attention",
@@ -49,7 +49,7 @@ def load(name: str) -> Paper:
     """
     if name not in NAMES:
         raise ValueError(f"paper={name!r} is unknown; {nearest(name, NAMES)}")
-    return importlib.import_module(f"experiments.{name}").PAPER
+    return importlib.import_module(f"tilescan.experiments.{name}").PAPER
 
 
 def check_scale(scale: str) -> str:
@@ -72,7 +72,9 @@ def load_config(name: str, scale: str, overrides: Sequence[str] = ()) -> ml_coll
       ValueError: unknown paper, scale or key (the nearest is named), or a value of a wrong type.
     """
     load(name)
-    config = importlib.import_module(f"configs.{name}").get_config(check_scale(scale)).lock()
+    config = (
+        importlib.import_module(f"tilescan.configs.{name}").get_config(check_scale(scale)).lock()
+    )
     apply_overrides(config, overrides)
     return config
 

@@ -12,8 +12,8 @@ import dataclasses
 import re
 import time
 
-from experiments import plan_child
-from experiments import plan_machines as machines
+from tilescan.experiments import plan_child
+from tilescan.experiments import plan_machines as machines
 
 # A compiler's refusal, as libtpu words it: what it needs and what there is.
 _REFUSALS = (
@@ -100,11 +100,11 @@ def plan(config, topology: str | None = None, *, memory: float | None = None) ->
     import jax
     import numpy as np
 
-    from experiments import plan_counts
-    from training import config as config_lib
-    from training import inputs, sharding, steps, train
-    from training.collectives import collectives, remote_kernels
-    from training.optimizers import make_optimizer
+    from tilescan.experiments import plan_counts
+    from tilescan.training import config as config_lib
+    from tilescan.training import inputs, sharding, steps, train
+    from tilescan.training.collectives import collectives, remote_kernels
+    from tilescan.training.optimizers import make_optimizer
 
     c = config_lib.settings(config)
     try:
@@ -204,7 +204,7 @@ def _batch(c, mesh) -> dict:
     import numpy as np
     from jax.sharding import NamedSharding
 
-    from training import sharding
+    from tilescan.training import sharding
 
     B, T = c.data.batch_size, c.data.seq_len
     made = dict.fromkeys(("tokens", "segment_ids", "positions"), ((B, T), np.int32))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 
-from experiments import plan_machines as machines
+from tilescan.experiments import plan_machines as machines
 
 _CHILD = "TILESCAN_PLAN_CHILD"
 
@@ -27,8 +27,8 @@ def ask(config, topology: str, memory: float | None) -> dict:
       RuntimeError: there is none (the text says how to get one), or its process died.
       ValueError: as `experiments.plan.plan`.
     """
-    from benchmarks import aot_gpu
-    from training import config as config_lib
+    from tilescan.benchmarks import aot_gpu
+    from tilescan.training import config as config_lib
 
     machines.h100_shape(topology)  # a wrong one is told at once
     python = aot_gpu.cuda_python()
@@ -38,7 +38,7 @@ def ask(config, topology: str, memory: float | None) -> dict:
     # What the other interpreter lacks, Flax and Optax for example, it takes from this one.
     start = (
         f"import sys; sys.path += {[str(aot_gpu.ROOT), *_packages()]!r}; "
-        "from experiments import plan_child; plan_child.answer()"
+        "from tilescan.experiments import plan_child; plan_child.answer()"
     )
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     child = subprocess.run(
@@ -63,7 +63,7 @@ def _packages() -> list[str]:
 
 def answer() -> None:
     """What the child does: a request of `ask` on stdin, a line of JSON to stdout."""
-    from experiments.plan import plan
+    from tilescan.experiments.plan import plan
 
     config, topology, memory = json.load(sys.stdin)
     try:

@@ -9,9 +9,9 @@ import math
 import jax
 from flax import linen as nn
 
-from models import LanguageModelConfig
-from models.blocks import BLOCKS, make_mixer
-from ops import masks
+from tilescan.models import LanguageModelConfig
+from tilescan.models.blocks import BLOCKS, make_mixer
+from tilescan.ops import masks
 
 # Of a recurrence, for each entry of its state and each token, at the least: the decay, the input's
 # product, their sum, and the output's product and sum. Chunked forms do more.

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
-from experiments import plan_machines as machines
-from experiments.plan import Plan, plan
+from tilescan.experiments import plan_machines as machines
+from tilescan.experiments.plan import Plan, plan
 
 
 def longest(
@@ -30,7 +30,7 @@ def longest(
     Raises:
       ValueError: neither the topology nor `memory` says what a device has; and as `plan`.
     """
-    from training import config as config_lib
+    from tilescan.training import config as config_lib
 
     if memory is None and machines.generation(topology) not in machines.CHIPS:
         raise ValueError(

@@ -1,8 +1,8 @@
 """A `Plan` in words: what `tilescan plan` prints."""
 
-from experiments.plan import Plan
-from experiments.plan_machines import CHIPS, GIB, generation
-from training.collectives import REMOTE
+from tilescan.experiments.plan import Plan
+from tilescan.experiments.plan_machines import CHIPS, GIB, generation
+from tilescan.training.collectives import REMOTE
 
 CAVEATS = (
     "Nothing ran. Bytes are the compiler's and hold for it; operations are formulas, links ideal.",

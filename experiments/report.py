@@ -1,4 +1,4 @@
-"""Rebuilds everything that is read from what was measured: python -m experiments.report.
+"""Rebuilds everything that is read from what was measured: python -m tilescan.experiments.report.
 
 Layout of a results folder, one per paper and scale:
   config.json  cells/ID.json     what was asked for, and the records of what was measured
@@ -17,13 +17,13 @@ from collections.abc import Iterable, Sequence
 
 import rich.console
 
-from experiments import page, papers
-from experiments import records as records_lib
-from experiments.claims import Claim
-from experiments.harness import Paper
-from experiments.records import write_atomically
-from experiments.results import Results, collect, provenance
-from experiments.tables import Column, Table
+from tilescan.experiments import page, papers
+from tilescan.experiments import records as records_lib
+from tilescan.experiments.claims import Claim
+from tilescan.experiments.harness import Paper
+from tilescan.experiments.records import write_atomically
+from tilescan.experiments.results import Results, collect, provenance
+from tilescan.experiments.tables import Column, Table
 
 _HELP = "Rebuild RESULTS.md, results/index.html and every table and figure from the records."
 
@@ -106,11 +106,11 @@ def results_markdown(found: Sequence[Results], root: str) -> str:
     """RESULTS.md."""
     head = """# Results
 
-Made by `python -m experiments.report` from the records under `results/`; a test holds that this
-file is exactly what they give. *Published* columns stand in the papers. *Measured* columns were
-measured by this code on the machine that is named. *Static* columns come from a compiler or a
-formula, without running. Every claim has a criterion that the numbers can fail; it was fixed before
-them, unless its row says which run it was chosen on.
+Made by `python -m tilescan.experiments.report` from the records under `results/`; a test holds
+that this file is exactly what they give. *Published* columns stand in the papers. *Measured*
+columns were measured by this code on the machine that is named. *Static* columns come from a
+compiler or a formula, without running. Every claim has a criterion that the numbers can fail; it
+was fixed before them, unless its row says which run it was chosen on.
 
 Measure a paper again: `tilescan run flash_attention --scale=cpu --publish`.
 """
@@ -138,7 +138,9 @@ def write_all(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=_HELP)
+    parser = argparse.ArgumentParser(
+        prog="python -m tilescan.experiments.report", description=_HELP
+    )
     parser.add_argument("--results", default="results", type=pathlib.Path, help="what to rebuild")
     parser.add_argument("--from", dest="source", type=pathlib.Path, help="publish this workdir")
     options = parser.parse_args(argv)

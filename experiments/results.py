@@ -5,11 +5,11 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from experiments import records as records_lib
-from experiments.claims import Claim, undecided
-from experiments.harness import Paper
-from experiments.records import Records
-from experiments.tables import Table
+from tilescan.experiments import records as records_lib
+from tilescan.experiments.claims import Claim, undecided
+from tilescan.experiments.harness import Paper
+from tilescan.experiments.records import Records
+from tilescan.experiments.tables import Table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,13 @@ Li et al.: Sequence Parallelism: Long Sequence Training from System Perspective.
 2105.13120.
 """
 
-from experiments import (
+from tilescan.experiments import (
     ring_self_attention_cells,
     ring_self_attention_claims,
     ring_self_attention_tables,
     sequence_parallel_cells,
 )
-from experiments.harness import Cell, Paper
+from tilescan.experiments.harness import Cell, Paper
 
 
 def cells(config) -> list[Cell]:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import sequence_parallel_cells as cells
-from experiments import sequence_parallel_layers as layers
-from ops import reference
-from ops.sequence_parallel import ring_attention, ring_self_attention, ulysses_attention
+from tilescan.experiments import sequence_parallel_cells as cells
+from tilescan.experiments import sequence_parallel_layers as layers
+from tilescan.ops import reference
+from tilescan.ops.sequence_parallel import ring_attention, ring_self_attention, ulysses_attention
 
 ATTENTION = {
     "RSA, all-reduce": functools.partial(ring_self_attention, reduction="all_reduce"),

@@ -1,4 +1,4 @@
-"""Measures a paper: python -m experiments.run --config=configs/flash_attention.py:cpu.
+"""Measures a paper: python -m tilescan.experiments.run --config=configs/flash_attention.py:cpu.
 
 Cells that are finished in --workdir are kept, so the same command goes on after an interruption.
 Any value of the config is overridden by its path, e.g. --config.runtime.repeats=3.
@@ -10,7 +10,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import harness, papers, report
+from tilescan.experiments import harness, papers, report
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/PAPER.py:SCALE")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records [runs/PAPER/SCALE].")

@@ -4,8 +4,8 @@ Gu, Goel, Re: Efficiently Modeling Long Sequences with Structured State Spaces. 
 2111.00396.
 """
 
-from experiments import s4_claims, s4_generation, s4_kernels, s4_tables, s4_training
-from experiments.harness import Cell, Paper
+from tilescan.experiments import s4_claims, s4_generation, s4_kernels, s4_tables, s4_training
+from tilescan.experiments.harness import Cell, Paper
 
 # Sections of the config that train on a task: sequential MNIST, and tasks of the Long Range Arena.
 TASKS = ("digits", "listops", "image", "pathfinder")

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from experiments import task_cells, text_cells, timing
-from models import LanguageModel
-from training import config as config_lib
+from tilescan.experiments import task_cells, text_cells, timing
+from tilescan.models import LanguageModel
+from tilescan.training import config as config_lib
 
 
 def decode(settings: Mapping[str, Any], seed: int, folder) -> dict:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from experiments import timing
-from models import s4 as mixers
-from ops import s4, state_space
+from tilescan.experiments import timing
+from tilescan.models import s4 as mixers
+from tilescan.ops import s4, state_space
 
 DENSE, CAUCHY, POWERS, VANDERMONDE = "dense powers", "Cauchy", "powers in blocks", "S4D"
 MIXERS = {"s4": mixers.S4, "s4d": mixers.S4D}

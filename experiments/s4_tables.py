@@ -1,9 +1,18 @@
 """S4's published numbers, and the tables and figures of its records."""
 
-from experiments.figures import line_chart
-from experiments.records import Record, Records
-from experiments.s4_kernels import CAUCHY, DENSE, POWERS, VANDERMONDE
-from experiments.tables import MEASURED, PUBLISHED, STATIC, Column, Spread, Table, ratio, spread
+from tilescan.experiments.figures import line_chart
+from tilescan.experiments.records import Record, Records
+from tilescan.experiments.s4_kernels import CAUCHY, DENSE, POWERS, VANDERMONDE
+from tilescan.experiments.tables import (
+    MEASURED,
+    PUBLISHED,
+    STATIC,
+    Column,
+    Spread,
+    Table,
+    ratio,
+    spread,
+)
 
 NAMES = {"s4": "S4", "s4d": "S4D", "attention": "Transformer"}
 TASKS = {

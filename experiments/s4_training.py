@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from data import tasks
-from data.batches import Batch
-from experiments.task_cells import parameters
-from experiments.text_cells import training_config
-from training.train import train
+from tilescan.data import tasks
+from tilescan.data.batches import Batch
+from tilescan.experiments.task_cells import parameters
+from tilescan.experiments.text_cells import training_config
+from tilescan.training.train import train
 
 MODELS = ("s4", "s4d", "attention")
 # S4's own rate of what its state space is made of, but C and D; these are not decayed.

@@ -15,11 +15,11 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models import LanguageModel, LanguageModelConfig
-from training import sharding, steps
-from training.collectives import collectives, sent_bytes
-from training.settings import MeshConfig
-from training.train import sharded_init
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.training import sharding, steps
+from tilescan.training.collectives import collectives, sent_bytes
+from tilescan.training.settings import MeshConfig
+from tilescan.training.train import sharded_init
 
 AXIS = "sequence"
 # The plan of buffers and the collectives are XLA's, before LLVM sees a program: programs that

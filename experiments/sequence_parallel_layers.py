@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from experiments.sequence_parallel_cells import AXIS, mesh_of, struct
-from ops import masks
-from ops.attention import attention
-from ops.sequence_parallel import ATTENTION, ring_self_attention
+from tilescan.experiments.sequence_parallel_cells import AXIS, mesh_of, struct
+from tilescan.ops import masks
+from tilescan.ops.attention import attention
+from tilescan.ops.sequence_parallel import ATTENTION, ring_self_attention
 
 TENSOR = ("tensor", "megatron_sp")
 TIME = ("ring_self_attention", "ring", "ulysses", "all_gather", "linformer")

@@ -16,9 +16,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from data.buckets import mean_by_position
-from models import LanguageModel, LanguageModelConfig
-from models.language_model import ModelState
+from tilescan.data.buckets import mean_by_position
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.models.language_model import ModelState
 
 COLLAPSE = 2.0  # times the greatest loss within the training length
 

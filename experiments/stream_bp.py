@@ -4,8 +4,13 @@ Luo, Huang, Zhang, Li, Wang: StreamBP: Memory-Efficient Exact Backpropagation fo
 Training of LLMs. NeurIPS 2025, arXiv 2506.03077.
 """
 
-from experiments import stream_bp_claims, stream_bp_memory, stream_bp_tables, stream_bp_training
-from experiments.harness import Cell, Paper
+from tilescan.experiments import (
+    stream_bp_claims,
+    stream_bp_memory,
+    stream_bp_tables,
+    stream_bp_training,
+)
+from tilescan.experiments.harness import Cell, Paper
 
 
 def cells(config) -> list[Cell]:

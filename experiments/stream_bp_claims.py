@@ -1,9 +1,18 @@
 """What StreamBP's paper says, as predicates on the records."""
 
-from experiments.claims import Claim, judge
-from experiments.records import Records
-from experiments.stream_bp_losses import CHECKPOINT, DPO, GRPO, LOSSES, MST, NONE, SFT, STREAM
-from experiments.stream_bp_tables import (
+from tilescan.experiments.claims import Claim, judge
+from tilescan.experiments.records import Records
+from tilescan.experiments.stream_bp_losses import (
+    CHECKPOINT,
+    DPO,
+    GRPO,
+    LOSSES,
+    MST,
+    NONE,
+    SFT,
+    STREAM,
+)
+from tilescan.experiments.stream_bp_tables import (
     LOSS_NAMES,
     NAMES,
     PUBLISHED_DIFFERENCE,
@@ -13,8 +22,8 @@ from experiments.stream_bp_tables import (
     length,
     time_ratio,
 )
-from experiments.stream_bp_training import BASE16, STREAM16, STREAM32
-from experiments.tables import format_value
+from tilescan.experiments.stream_bp_training import BASE16, STREAM16, STREAM32
+from tilescan.experiments.tables import format_value
 
 # Bounds on ratios of lengths: about the least, and for SFT the greatest, that is published over
 # models and ways of training.

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from models import LanguageModel, LanguageModelConfig
-from training.steps import make_loss
-from training.stream_bp import stream_dpo_loss, stream_grpo_loss, stream_loss
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.training.steps import make_loss
+from tilescan.training.stream_bp import stream_dpo_loss, stream_grpo_loss, stream_loss
 
 SFT, GRPO, DPO = LOSSES = ("sft", "grpo", "dpo")
 # All activations; the inputs of layers; these and no whole logits (mini-sequences, MsT); chunks.

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from experiments import timing
-from experiments.compiled import compiled_memory, longest_within
-from experiments.stream_bp_losses import (
+from tilescan.experiments import timing
+from tilescan.experiments.compiled import compiled_memory, longest_within
+from tilescan.experiments.stream_bp_losses import (
     CHECKPOINT,
     SFT,
     STREAM,

@@ -1,8 +1,8 @@
 """StreamBP's published numbers, and the tables and figures of its records."""
 
-from experiments.figures import line_chart
-from experiments.records import Record, Records
-from experiments.stream_bp_losses import (
+from tilescan.experiments.figures import line_chart
+from tilescan.experiments.records import Record, Records
+from tilescan.experiments.stream_bp_losses import (
     CHECKPOINT,
     DPO,
     GRPO,
@@ -13,9 +13,18 @@ from experiments.stream_bp_losses import (
     SFT,
     STREAM,
 )
-from experiments.stream_bp_training import BASE16, STREAM16, STREAM32
-from experiments.tables import MEASURED, PUBLISHED, STATIC, Column, Spread, Table, ratio, spread
-from experiments.timing import speed_up
+from tilescan.experiments.stream_bp_training import BASE16, STREAM16, STREAM32
+from tilescan.experiments.tables import (
+    MEASURED,
+    PUBLISHED,
+    STATIC,
+    Column,
+    Spread,
+    Table,
+    ratio,
+    spread,
+)
+from tilescan.experiments.timing import speed_up
 
 NAMES = {
     NONE: "no checkpointing",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.stream_bp_losses import (
+from tilescan.experiments.stream_bp_losses import (
     CHECKPOINT,
     DPO,
     GRPO,
@@ -18,9 +18,9 @@ from experiments.stream_bp_losses import (
     parameters,
     random_batch,
 )
-from training import steps
-from training.optimizers import make_optimizer
-from training.settings import OptimizerConfig
+from tilescan.training import steps
+from tilescan.training.optimizers import make_optimizer
+from tilescan.training.settings import OptimizerConfig
 
 BASE32, STREAM32, BASE16, STREAM16 = "base32", "stream32", "base16", "stream16"
 # The task that preferences are about: answers with many of the vocabulary's first tokens.

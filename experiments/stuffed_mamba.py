@@ -11,11 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from data import recall_stream
-from experiments import state_collapse, stuffed_mamba_claims, stuffed_mamba_tables, stuffed_training
-from experiments.harness import Cell, Paper
-from experiments.stuffed_training import STREAM, TEXT
-from experiments.task_cells import state_size
+from tilescan.data import recall_stream
+from tilescan.experiments import (
+    state_collapse,
+    stuffed_mamba_claims,
+    stuffed_mamba_tables,
+    stuffed_training,
+)
+from tilescan.experiments.harness import Cell, Paper
+from tilescan.experiments.stuffed_training import STREAM, TEXT
+from tilescan.experiments.task_cells import state_size
 
 NONE = stuffed_mamba_tables.NONE
 # Seeds of the rows that are read, by split; the same for all models.

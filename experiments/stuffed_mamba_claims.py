@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from experiments.claims import Claim, judge
-from experiments.records import Records
-from experiments.state_collapse import COLLAPSE
-from experiments.stuffed_fits import exponential_fit, line_fit
-from experiments.stuffed_mamba_tables import (
+from tilescan.experiments.claims import Claim, judge
+from tilescan.experiments.records import Records
+from tilescan.experiments.state_collapse import COLLAPSE
+from tilescan.experiments.stuffed_fits import exponential_fit, line_fit
+from tilescan.experiments.stuffed_mamba_tables import (
     FORGET,
     HALF_STEP,
     LONGER,
@@ -24,7 +24,7 @@ from experiments.stuffed_mamba_tables import (
     safe_lengths,
     sizes_of,
 )
-from experiments.tables import Spread, format_value, spread
+from tilescan.experiments.tables import Spread, format_value, spread
 
 CUT = 0.5  # of the excess loss
 

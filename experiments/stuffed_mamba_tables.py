@@ -9,15 +9,15 @@ import math
 
 import numpy as np
 
-from experiments.figures import line_chart
-from experiments.records import Record, Records
-from experiments.state_collapse import (
+from tilescan.experiments.figures import line_chart
+from tilescan.experiments.records import Record, Records
+from tilescan.experiments.state_collapse import (
     COLLAPSE,
     judge_collapse,
     published_t_forget,
     published_t_recall,
 )
-from experiments.tables import (
+from tilescan.experiments.tables import (
     MEASURED,
     PUBLISHED,
     STATIC,

@@ -14,14 +14,14 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from data import recall_stream, sources, splits, tokenizers
-from data.batches import Batch
-from experiments.text_cells import training_config
-from models import LanguageModel, LanguageModelConfig
-from training import config as config_lib
-from training import steps as steps_lib
-from training.optimizers import make_optimizer
-from training.settings import OptimizerConfig
+from tilescan.data import recall_stream, sources, splits, tokenizers
+from tilescan.data.batches import Batch
+from tilescan.experiments.text_cells import training_config
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.training import config as config_lib
+from tilescan.training import steps as steps_lib
+from tilescan.training.optimizers import make_optimizer
+from tilescan.training.settings import OptimizerConfig
 
 STREAM, TEXT = "stream", "text"
 # rows(split, count, length, key) -> tokens, targets and weights [count, length]

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data import tasks
-from experiments.text_cells import training_config
-from models import LanguageModel
-from models.language_model import count_params
-from training import config as config_lib
-from training import inputs
-from training.train import train
+from tilescan.data import tasks
+from tilescan.experiments.text_cells import training_config
+from tilescan.models import LanguageModel
+from tilescan.models.language_model import count_params
+from tilescan.training import config as config_lib
+from tilescan.training import inputs
+from tilescan.training.train import train
 
 
 def run(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
-import models.attention
-from ops import reference
-from training import config as config_lib
-from training.train import train
+from tilescan.models import attention as attention_module
+from tilescan.ops import reference
+from tilescan.training import config as config_lib
+from tilescan.training.train import train
 
 STANDARD, TILED = "standard", "tiled"
 # A cell is the unit that is resumed: no checkpoints inside, and no other noise.
@@ -49,7 +49,7 @@ def attention_as(kind: str):
     def dense(q, k, v, *, implementation=None, **options):
         return reference.attention(q, k, v, **options).astype(q.dtype)
 
-    with mock.patch.object(models.attention, "attention", dense):
+    with mock.patch.object(attention_module, "attention", dense):
         yield
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from experiments.tables import Spread, spread
+from tilescan.experiments.tables import Spread, spread
 
 OUT_OF_MEMORY = "out of memory"
 

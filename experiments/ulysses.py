@@ -4,8 +4,13 @@ Jacobs et al.: DeepSpeed Ulysses: System Optimizations for Enabling Training of 
 Sequence Transformer Models. 2023, arXiv 2309.14509.
 """
 
-from experiments import sequence_parallel_cells, ulysses_cells, ulysses_claims, ulysses_tables
-from experiments.harness import Cell, Paper
+from tilescan.experiments import (
+    sequence_parallel_cells,
+    ulysses_cells,
+    ulysses_claims,
+    ulysses_tables,
+)
+from tilescan.experiments.harness import Cell, Paper
 
 
 def cells(config) -> list[Cell]:

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import sequence_parallel_cells as cells
-from experiments import sequence_parallel_layers as layers
-from ops import masks
-from ops.attention import attention
-from ops.sequence_parallel import ulysses_attention
-from ops.ssd import ssd
+from tilescan.experiments import sequence_parallel_cells as cells
+from tilescan.experiments import sequence_parallel_layers as layers
+from tilescan.ops import masks
+from tilescan.ops.attention import attention
+from tilescan.ops.sequence_parallel import ulysses_attention
+from tilescan.ops.ssd import ssd
 
 BLOCK = 16
 

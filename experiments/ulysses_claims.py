@@ -1,8 +1,8 @@
 """What Ulysses' paper says, as predicates on the records."""
 
-from experiments import ulysses_tables as t
-from experiments.claims import Claim, judge
-from experiments.records import Records
+from tilescan.experiments import ulysses_tables as t
+from tilescan.experiments.claims import Claim, judge
+from tilescan.experiments.records import Records
 
 EXACT = 1e-5
 FORMULA = 0.01

@@ -1,9 +1,9 @@
 """Ulysses' published numbers, and the tables and figures of its records."""
 
-from experiments import sequence_parallel_cells as cells
-from experiments.figures import line_chart
-from experiments.records import Record, Records
-from experiments.tables import MEASURED, PUBLISHED, STATIC, Column, Table, ratio
+from tilescan.experiments import sequence_parallel_cells as cells
+from tilescan.experiments.figures import line_chart
+from tilescan.experiments.records import Record, Records
+from tilescan.experiments.tables import MEASURED, PUBLISHED, STATIC, Column, Table, ratio
 
 WAYS = {
     "ulysses": "Ulysses",

@@ -4,8 +4,8 @@ Chou et al.: ZeCO: Zero Communication Overhead Sequence Parallelism for Linear A
 arXiv 2507.01004.
 """
 
-from experiments import sequence_parallel_cells, zeco_claims, zeco_counts, zeco_tables
-from experiments.harness import Cell, Paper
+from tilescan.experiments import sequence_parallel_cells, zeco_claims, zeco_counts, zeco_tables
+from tilescan.experiments.harness import Cell, Paper
 
 
 def cells(config) -> list[Cell]:

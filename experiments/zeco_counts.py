@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import sequence_parallel_cells as cells
-from ops import masks
-from ops.gated_linear_attention import gated_linear_attention
-from ops.sequence_parallel import ATTENTION, SCAN_KINDS, scans
-from ops.sequence_parallel.affine_scan import affine_scan
+from tilescan.experiments import sequence_parallel_cells as cells
+from tilescan.ops import masks
+from tilescan.ops.gated_linear_attention import gated_linear_attention
+from tilescan.ops.sequence_parallel import ATTENTION, SCAN_KINDS, scans
+from tilescan.ops.sequence_parallel.affine_scan import affine_scan
 
 
 def exactness(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from models import positions as positions_lib
-from models.layers import RMSNorm, linear, scaled_fan_in
-from ops import masks
-from ops.attention import attention, decode_attention
-from ops.partitioned import partitioned, partitioned_decode, sequence_devices
+from tilescan.models import positions as positions_lib
+from tilescan.models.layers import RMSNorm, linear, scaled_fan_in
+from tilescan.ops import masks
+from tilescan.ops.attention import attention, decode_attention
+from tilescan.ops.partitioned import partitioned, partitioned_decode, sequence_devices
 
 # Up to this many queries against a cache are split over keys instead of over queries.
 DECODE_QUERIES = 8

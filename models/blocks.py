@@ -16,16 +16,16 @@ from typing import Any
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attention import Attention
-from models.config import LanguageModelConfig
-from models.gated_delta_net import GatedDeltaNet
-from models.gated_linear_attention import GatedLinearAttention
-from models.h3 import H3
-from models.layers import MLP, NORMS
-from models.mamba import Mamba
-from models.mamba2 import Mamba2
-from models.s4 import S4, S4D
-from ops import masks
+from tilescan.models.attention import Attention
+from tilescan.models.config import LanguageModelConfig
+from tilescan.models.gated_delta_net import GatedDeltaNet
+from tilescan.models.gated_linear_attention import GatedLinearAttention
+from tilescan.models.h3 import H3
+from tilescan.models.layers import MLP, NORMS
+from tilescan.models.mamba import Mamba
+from tilescan.models.mamba2 import Mamba2
+from tilescan.models.s4 import S4, S4D
+from tilescan.ops import masks
 
 
 def _attention(config: LanguageModelConfig, mask: masks.Mask, name: str | None) -> Attention:

@@ -8,9 +8,9 @@ import math
 import pathlib
 from typing import Any
 
-from models.blocks import make_mixer
-from models.config import LanguageModelConfig
-from models.weight_names import CheckpointError
+from tilescan.models.blocks import make_mixer
+from tilescan.models.config import LanguageModelConfig
+from tilescan.models.weight_names import CheckpointError
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 LAYOUTS = ("gpt2", "llama", "mamba", "mamba2")

@@ -17,11 +17,11 @@ import safetensors.numpy
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from models import weight_names
-from models.checkpoint_configs import from_hf_config, layout, to_hf_config
-from models.config import LanguageModelConfig
-from models.language_model import LanguageModel
-from models.weight_names import CheckpointError
+from tilescan.models import weight_names
+from tilescan.models.checkpoint_configs import from_hf_config, layout, to_hf_config
+from tilescan.models.config import LanguageModelConfig
+from tilescan.models.language_model import LanguageModel
+from tilescan.models.weight_names import CheckpointError
 
 # Buffers that older exports store beside the weights: masks and rotary tables.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "rope_freqs.weight")

@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from models import mixer_options
-from models.layers import MLP_KINDS, NORMS
-from models.positions import POSITION_KINDS, RopeScaling
-from ops import masks
-from ops.sequence_parallel.kinds import BALANCES, kinds
+from tilescan.models import mixer_options
+from tilescan.models.layers import MLP_KINDS, NORMS
+from tilescan.models.positions import POSITION_KINDS, RopeScaling
+from tilescan.ops import masks
+from tilescan.ops.sequence_parallel.kinds import BALANCES, kinds
 
 REMAT_KINDS = ("none", "full", "dots", "dots_no_batch", "offload")
 
@@ -126,7 +126,7 @@ class LanguageModelConfig:
 
     def _validate(self):
         # blocks.py imports this module for its factories' types.
-        from models.blocks import BLOCKS, MIXERS
+        from tilescan.models.blocks import BLOCKS, MIXERS
 
         for name in ("n_kv_heads", "head_dim", "mlp_dim"):
             _positive(name, getattr(self, name))

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from models.gated_linear_attention import HeadNorm, head_dims
-from models.layers import linear, scaled_fan_in
-from models.recurrent import (
+from tilescan.models.gated_linear_attention import HeadNorm, head_dims
+from tilescan.models.layers import linear, scaled_fan_in
+from tilescan.models.recurrent import (
     ShortConvolution,
     carried_segments,
     check_mixer_inputs,
     exact_dtype,
     step_size_bias,
 )
-from ops.delta_rule import gated_delta_rule
-from ops.sequence_parallel.on_mesh import on_mesh
+from tilescan.ops.delta_rule import gated_delta_rule
+from tilescan.ops.sequence_parallel.on_mesh import on_mesh
 
 
 class GatedDeltaNetState(NamedTuple):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from models.layers import linear, scaled_fan_in
-from models.recurrent import carried_segments, check_mixer_inputs
-from ops.gated_linear_attention import gated_linear_attention
-from ops.sequence_parallel.on_mesh import on_mesh
+from tilescan.models.layers import linear, scaled_fan_in
+from tilescan.models.recurrent import carried_segments, check_mixer_inputs
+from tilescan.ops.gated_linear_attention import gated_linear_attention
+from tilescan.ops.sequence_parallel.on_mesh import on_mesh
 
 
 class GLAState(NamedTuple):

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from models.layers import linear
-from models.recurrent import (
+from tilescan.models.layers import linear
+from tilescan.models.recurrent import (
     carried_segments,
     check_mixer_inputs,
     uniform_fan_in,
 )
-from models.s4 import log_steps, output_matrix, poles
-from ops import s4
-from ops.long_convolution import long_convolution
-from ops.sequence_parallel.on_mesh import on_mesh
-from ops.short_convolution import short_convolution
-from ops.state_space import diagonal_state_space
+from tilescan.models.s4 import log_steps, output_matrix, poles
+from tilescan.ops import s4
+from tilescan.ops.long_convolution import long_convolution
+from tilescan.ops.sequence_parallel.on_mesh import on_mesh
+from tilescan.ops.short_convolution import short_convolution
+from tilescan.ops.state_space import diagonal_state_space
 
 
 class H3State(NamedTuple):

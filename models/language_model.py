@@ -11,11 +11,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from models.blocks import REPEAT_INPUT, Repeat, init_state, make_norm
-from models.config import LanguageModelConfig
-from models.layers import Embedding, linear
-from models.positions import token_positions
-from ops.partitioned import sequence_devices
+from tilescan.models.blocks import REPEAT_INPUT, Repeat, init_state, make_norm
+from tilescan.models.config import LanguageModelConfig
+from tilescan.models.layers import Embedding, linear
+from tilescan.models.positions import token_positions
+from tilescan.ops.partitioned import sequence_devices
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from models.layers import linear
-from models.recurrent import (
+from tilescan.models.layers import linear
+from tilescan.models.recurrent import (
     ShortConvolution,
     carried_segments,
     check_mixer_inputs,
@@ -20,8 +20,8 @@ from models.recurrent import (
     step_size_bias,
     uniform_fan_in,
 )
-from ops.selective_scan import selective_scan
-from ops.sequence_parallel.on_mesh import on_mesh
+from tilescan.ops.selective_scan import selective_scan
+from tilescan.ops.sequence_parallel.on_mesh import on_mesh
 
 
 class MambaState(NamedTuple):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from models.layers import GatedRMSNorm, linear
-from models.recurrent import (
+from tilescan.models.layers import GatedRMSNorm, linear
+from tilescan.models.recurrent import (
     ShortConvolution,
     carried_segments,
     check_mixer_inputs,
@@ -23,9 +23,9 @@ from models.recurrent import (
     step_size_bias,
     uniform_fan_in,
 )
-from models.state_window import StateWindow, beyond_window
-from ops.sequence_parallel.on_mesh import on_mesh
-from ops.ssd import ssd
+from tilescan.models.state_window import StateWindow, beyond_window
+from tilescan.ops.sequence_parallel.on_mesh import on_mesh
+from tilescan.ops.ssd import ssd
 
 
 class Mamba2State(NamedTuple):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from ops.sequence_parallel.on_mesh import on_mesh, sequence_parts
-from ops.short_convolution import short_convolution
+from tilescan.ops.sequence_parallel.on_mesh import on_mesh, sequence_parts
+from tilescan.ops.short_convolution import short_convolution
 
 
 def check_mixer_inputs(x, *, positions=None, segment_ids=None) -> None:

@@ -16,16 +16,16 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from models.layers import linear
-from models.recurrent import (
+from tilescan.models.layers import linear
+from tilescan.models.recurrent import (
     carried_segments,
     check_mixer_inputs,
     exact_dtype,
     uniform_fan_in,
 )
-from ops import s4, state_space
-from ops.long_convolution import long_convolution
-from ops.sequence_parallel.on_mesh import on_mesh
+from tilescan.ops import s4, state_space
+from tilescan.ops.long_convolution import long_convolution
+from tilescan.ops.sequence_parallel.on_mesh import on_mesh
 
 OUTPUTS = ("glu", "linear", "none")
 # Real parts stay below it, so that no mode grows.

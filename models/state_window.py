@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ops.ssd import ssd
+from tilescan.ops.ssd import ssd
 
 
 class StateWindow(NamedTuple):

@@ -14,16 +14,16 @@ import functools
 import jax
 import numpy as np
 
-from models import positions as positions_lib
-from models.attention import sees_only_past
-from models.blocks import Block, make_mixer, make_norm
-from models.layers import RMSNorm, linear
-from models.stream_chunks import TIME, WHOLE, add, cut, in_turn, like, put
-from ops import masks
-from ops.attention import attention
-from ops.mask_placed import Stretch, visible
-from ops.partitioned import TIME_AXIS, partitioned
-from ops.sequence_parallel import ATTENTION, kinds, layouts
+from tilescan.models import positions as positions_lib
+from tilescan.models.attention import sees_only_past
+from tilescan.models.blocks import Block, make_mixer, make_norm
+from tilescan.models.layers import RMSNorm, linear
+from tilescan.models.stream_chunks import TIME, WHOLE, add, cut, in_turn, like, put
+from tilescan.ops import masks
+from tilescan.ops.attention import attention
+from tilescan.ops.mask_placed import Stretch, visible
+from tilescan.ops.partitioned import TIME_AXIS, partitioned
+from tilescan.ops.sequence_parallel import ATTENTION, kinds, layouts
 
 
 def attention_forward(plan, stage, params, x, tokens):

@@ -28,14 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models.blocks import Block, make_mixer, make_norm
-from models.config import LanguageModelConfig
-from models.language_model import Backbone, LanguageModel
-from models.positions import token_positions
-from models.stream_attention import attention_backward, attention_forward
-from models.stream_chunks import TIME, Plan, add, in_turn, like, zeros
-from ops.partitioned import TIME_AXIS, sequence_devices
-from ops.sequence_parallel import kinds, layouts
+from tilescan.models.blocks import Block, make_mixer, make_norm
+from tilescan.models.config import LanguageModelConfig
+from tilescan.models.language_model import Backbone, LanguageModel
+from tilescan.models.positions import token_positions
+from tilescan.models.stream_attention import attention_backward, attention_forward
+from tilescan.models.stream_chunks import TIME, Plan, add, in_turn, like, zeros
+from tilescan.ops.partitioned import TIME_AXIS, sequence_devices
+from tilescan.ops.sequence_parallel import kinds, layouts
 
 ATTENTION = ("attention", "local_attention")
 

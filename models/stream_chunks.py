@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from models.blocks import block_name
-from models.config import LanguageModelConfig
-from ops.partitioned import TIME_AXIS
-from ops.sequence_parallel.layouts import Runs
+from tilescan.models.blocks import block_name
+from tilescan.models.config import LanguageModelConfig
+from tilescan.ops.partitioned import TIME_AXIS
+from tilescan.ops.sequence_parallel.layouts import Runs
 
 Span = tuple[int, int]  # where a chunk begins in a device's tokens, and how many it has there
 

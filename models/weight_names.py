@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from models.config import LanguageModelConfig
+from tilescan.models.config import LanguageModelConfig
 
 _ATTENTION, _MLP = "backbone/layers/attention_0/", "backbone/layers/mlp_1/"
 

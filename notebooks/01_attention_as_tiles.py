@@ -21,9 +21,9 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from ops import masks
-from ops.attention import attention, merge_partials
-from ops.masks import BlockSparse, Causal, Full, Lambda, Prefix, Segments, SlidingWindow
+from tilescan.ops import masks
+from tilescan.ops.attention import attention, merge_partials
+from tilescan.ops.masks import BlockSparse, Causal, Full, Lambda, Prefix, Segments, SlidingWindow
 
 SMALL = os.environ.get("TILESCAN_NOTEBOOK_SIZE", "full") == "small"
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "axes.spines.top": False,

@@ -23,13 +23,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from experiments import state_collapse, stuffed_training
-from ops import s4
-from ops.diagonal_scan import combine
-from ops.linear_recurrence import linear_recurrence
-from ops.long_convolution import long_convolution
-from ops.ssd import ssd
-from ops.state_space import diagonal_state_space
+from tilescan.experiments import state_collapse, stuffed_training
+from tilescan.ops import s4
+from tilescan.ops.diagonal_scan import combine
+from tilescan.ops.linear_recurrence import linear_recurrence
+from tilescan.ops.long_convolution import long_convolution
+from tilescan.ops.ssd import ssd
+from tilescan.ops.state_space import diagonal_state_space
 
 SMALL = os.environ.get("TILESCAN_NOTEBOOK_SIZE", "full") == "small"
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "axes.spines.top": False,

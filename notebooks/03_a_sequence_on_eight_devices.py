@@ -27,16 +27,16 @@ import optax
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from data import sources
-from models import LanguageModel, LanguageModelConfig
-from ops.attention import attention
-from ops.masks import Causal, SlidingWindow
-from ops.sequence_parallel import ATTENTION, SCAN_KINDS, layouts
-from ops.sequence_parallel.affine_scan import affine_scan
-from ops.sequence_parallel.ring_attention import rounds
-from training import sharding, steps
-from training.collectives import collectives, sent_bytes
-from training.settings import MeshConfig
+from tilescan.data import sources
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.ops.attention import attention
+from tilescan.ops.masks import Causal, SlidingWindow
+from tilescan.ops.sequence_parallel import ATTENTION, SCAN_KINDS, layouts
+from tilescan.ops.sequence_parallel.affine_scan import affine_scan
+from tilescan.ops.sequence_parallel.ring_attention import rounds
+from tilescan.training import sharding, steps
+from tilescan.training.collectives import collectives, sent_bytes
+from tilescan.training.settings import MeshConfig
 
 SMALL = os.environ.get("TILESCAN_NOTEBOOK_SIZE", "full") == "small"
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "axes.spines.top": False,

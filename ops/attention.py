@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ops import attention_xla, masks
-from ops.decode_attention import decode_attention, merge_partials
-from ops.lowering import choose_when_lowered
-from ops.mask_placed import is_placed
+from tilescan.ops import attention_xla, masks
+from tilescan.ops.decode_attention import decode_attention, merge_partials
+from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.mask_placed import is_placed
 
 __all__ = ["attention", "decode_attention", "merge_partials"]
 
@@ -28,7 +28,7 @@ _PLACED = (
     "a mask whose keys are not counted from 0 (Prefix, Lambda, BlockSparse, or a window in "
     'stripes, in a part of a split sequence) has no kernel; implementation="xla" or None takes it'
 )
-_KERNELS = {"tpu": "ops.attention_tpu", "cuda": "ops.attention_gpu"}
+_KERNELS = {"tpu": "tilescan.ops.attention_tpu", "cuda": "tilescan.ops.attention_gpu"}
 
 
 def attention(

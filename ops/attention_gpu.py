@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops import attention_xla, masks
+from tilescan.ops import attention_xla, masks
 
 # pallas_kernels.gpu is imported where it is called: it takes 17 MB, and most programs on CPUs are
 # of a dtype that it doesn't take.
@@ -79,7 +79,7 @@ def unsupported(q, k, v, bias, mask, q_offset):
 
 def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False):
     """(o [B, T, H, P], lse [B, T, H] float32); arguments as in `ops.attention`."""
-    from pallas_kernels import gpu
+    from tilescan.pallas_kernels import gpu
 
     T, P = q.shape[1], v.shape[3]
     options = _options("forward", q, k, v, bias, mask, q_offset, logit_cap)
@@ -99,7 +99,7 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
 
     dbias comes from the XLA implementation, which the compiler drops where dbias is not used.
     """
-    from pallas_kernels import gpu
+    from tilescan.pallas_kernels import gpu
 
     T, D = q.shape[1], q.shape[3]
     S, P = k.shape[1], v.shape[3]
@@ -159,7 +159,7 @@ def _interior(mask, q_offset):
 
 def _options(kernel, q, k, v, bias, mask, q_offset, logit_cap):
     """Schedule, mask and block sizes of one kernel."""
-    from pallas_kernels import gpu
+    from tilescan.pallas_kernels import gpu
 
     T, S = q.shape[1], k.shape[1]
     segments = masks.segments_of(mask)

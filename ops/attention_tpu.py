@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops import attention_xla, masks
-from pallas_kernels import tiles
-from pallas_kernels.tpu import flash_attention as kernels
-from pallas_kernels.tpu.block_sizes import tile_for
+from tilescan.ops import attention_xla, masks
+from tilescan.pallas_kernels import tiles
+from tilescan.pallas_kernels.tpu import flash_attention as kernels
+from tilescan.pallas_kernels.tpu.block_sizes import tile_for
 
 # Scalar memory is 1 MiB on all generations at hand; the compiler keeps some of it.
 TABLE_LIMIT = 768 * 2**10

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops import masks
-from ops.lowering import choose_when_lowered
+from tilescan.ops import masks
+from tilescan.ops.lowering import choose_when_lowered
 
 LOG2_E = math.log2(math.e)
 # Scores of a tile, in all heads (and sequences, where a batch is computed at once): 8 MiB where a

@@ -23,13 +23,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ops.attention_xla import LOG2_E, exp2, varying
-from ops.lowering import choose_when_lowered
+from tilescan.ops.attention_xla import LOG2_E, exp2, varying
+from tilescan.ops.lowering import choose_when_lowered
 
 # Steps of a chunk where none are asked for.
 CHUNK = {"cpu": 64, "cuda": 64, "rocm": 64, "tpu": 128}
 IMPLEMENTATIONS = ("xla", "pallas", None)
-KERNELS = {"tpu": "ops.chunked_scan_tpu", "cuda": "ops.chunked_scan_gpu"}
+KERNELS = {"tpu": "tilescan.ops.chunked_scan_tpu", "cuda": "tilescan.ops.chunked_scan_gpu"}
 SUBCHUNK = 16
 # Floats of the C x C matrices that are computed together on CPUs, so that they stay in a cache.
 CACHED = 2**17

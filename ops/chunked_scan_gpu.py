@@ -12,7 +12,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from ops.attention_gpu import is_hopper
+from tilescan.ops.attention_gpu import is_hopper
 
 # pallas_kernels.gpu is imported where it is called: most programs on CPUs never need it.
 
@@ -44,7 +44,7 @@ def forward(q, k, v, log_decay, initial_state, *, chunk=None, interpret=False):
     """(o [B, T, H, P], final_state [B, H, D, P]); arguments as `ops.chunked_scan`'s."""
     if log_decay.shape[3] > 1:
         return _forward_by_dim(q, k, v, log_decay, initial_state, interpret)
-    from pallas_kernels.gpu import ssd
+    from tilescan.pallas_kernels.gpu import ssd
 
     (T, D), P = (q.shape[1], q.shape[3]), v.shape[3]
     inputs = (*map(_pad, (q, k, v)), _lines(log_decay), _pad_state(initial_state))
@@ -56,7 +56,7 @@ def backward(q, k, v, log_decay, initial_state, do, d_final, *, chunk=None, inte
     """The gradients of q, k, v, log_decay and initial_state, in their shapes and dtypes."""
     if log_decay.shape[3] > 1:
         return _backward_by_dim(q, k, v, log_decay, initial_state, do, d_final, interpret)
-    from pallas_kernels.gpu import ssd
+    from tilescan.pallas_kernels.gpu import ssd
 
     D, P = q.shape[3], v.shape[3]
     padded, lines = [_pad(x) for x in (q, k, v)], _lines(log_decay)
@@ -73,7 +73,7 @@ def backward(q, k, v, log_decay, initial_state, do, d_final, *, chunk=None, inte
 
 def _forward_by_dim(q, k, v, log_decay, initial_state, interpret):
     """`forward` of decays by key dimension."""
-    from pallas_kernels.gpu import gla
+    from tilescan.pallas_kernels.gpu import gla
 
     (T, D), P, H = (q.shape[1], q.shape[3]), v.shape[3], initial_state.shape[1]
     high, low, whole = _logarithms(log_decay, H, q.dtype)
@@ -85,7 +85,7 @@ def _forward_by_dim(q, k, v, log_decay, initial_state, interpret):
 
 def _backward_by_dim(q, k, v, log_decay, initial_state, do, d_final, interpret):
     """`backward` of decays by key dimension: what the chunks hold is computed again."""
-    from pallas_kernels.gpu import gla
+    from tilescan.pallas_kernels.gpu import gla
 
     D, P, H = q.shape[3], v.shape[3], initial_state.shape[1]
     q_, k_, v_, do = _pad(q), _pad(k), _pad(v), _pad(do.astype(v.dtype))

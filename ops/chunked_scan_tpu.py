@@ -11,7 +11,7 @@ import math
 
 import jax.numpy as jnp
 
-from pallas_kernels.tpu import ssd as kernels
+from tilescan.pallas_kernels.tpu import ssd as kernels
 
 # What kernels may use, for narrow 2-byte inputs and for others. XLA keeps arrays in the rest of
 # VMEM, and where a kernel asks for much more than it uses, libtpu may fail to place them on v5e.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ops.attention_xla import varying
+from tilescan.ops.attention_xla import varying
 
 
 def chunked_cross_entropy(

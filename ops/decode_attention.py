@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ops import masks
-from ops.attention_xla import varying
+from tilescan.ops import masks
+from tilescan.ops.attention_xla import varying
 
 
 def merge_partials(o1, lse1, o2, lse2):

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ops.attention_xla import varying
-from ops.chunked_scan import (
+from tilescan.ops.attention_xla import varying
+from tilescan.ops.chunked_scan import (
     Chunks,
     decay_gradient,
     decays,
@@ -29,7 +29,7 @@ from ops.chunked_scan import (
     scores,
     transpose,
 )
-from ops.recurrence_arguments import (
+from tilescan.ops.recurrence_arguments import (
     check_chunk,
     check_floating,
     check_heads,

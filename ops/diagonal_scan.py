@@ -18,13 +18,13 @@ import importlib
 import jax
 import jax.numpy as jnp
 
-from ops.attention_xla import varying
-from ops.lowering import choose_when_lowered
+from tilescan.ops.attention_xla import varying
+from tilescan.ops.lowering import choose_when_lowered
 
 # Steps that are scanned at once where the scan is associative.
 CHUNK = 256
 IMPLEMENTATIONS = ("xla", "pallas", None)
-_KERNELS = {"tpu": "ops.linear_recurrence_tpu"}
+_KERNELS = {"tpu": "tilescan.ops.linear_recurrence_tpu"}
 
 
 def scan(a, b, state, *, reverse=False, implementation="xla"):

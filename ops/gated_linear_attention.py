@@ -7,8 +7,8 @@ P value dim.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ops.chunked_scan import chunked_scan
-from ops.recurrence_arguments import (
+from tilescan.ops.chunked_scan import chunked_scan
+from tilescan.ops.recurrence_arguments import (
     check_chunk,
     check_floating,
     check_heads,

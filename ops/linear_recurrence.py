@@ -10,8 +10,8 @@ Letters: B batch, T time, D any number of axes of channels.
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
-from ops import diagonal_scan
-from ops.recurrence_arguments import check_shape, check_time
+from tilescan.ops import diagonal_scan
+from tilescan.ops.recurrence_arguments import check_shape, check_time
 
 
 def linear_recurrence(

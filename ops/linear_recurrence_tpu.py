@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu import linear_scan as kernels
+from tilescan.pallas_kernels.tpu import linear_scan as kernels
 
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.complex64)
 # Fewer channels leave most lanes idle, in HBM as well: arrays are padded to 128 of them there.

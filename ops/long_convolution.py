@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ops.attention_xla import varying
-from ops.lowering import choose_when_lowered
-from ops.recurrence_arguments import (
+from tilescan.ops.attention_xla import varying
+from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.recurrence_arguments import (
     check_floating,
     check_implementation,
     check_shape,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ops import masks
+from tilescan.ops import masks
 
 
 class Stretch(NamedTuple):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops.mask_bands import array_module
+from tilescan.ops.mask_bands import array_module
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 

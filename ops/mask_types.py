@@ -12,7 +12,7 @@ import operator
 import jax
 import numpy as np
 
-from ops.mask_bands import Band, array_module
+from tilescan.ops.mask_bands import Band, array_module
 
 
 class Mask:

@@ -28,9 +28,17 @@ import operator
 import jax
 import numpy as np
 
-from ops.mask_bands import array_module
-from ops.mask_tiles import EMPTY, FULL, PARTIAL, live_tiles, picture, segment_bounds, tile_kinds
-from ops.mask_types import (
+from tilescan.ops.mask_bands import array_module
+from tilescan.ops.mask_tiles import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    live_tiles,
+    picture,
+    segment_bounds,
+    tile_kinds,
+)
+from tilescan.ops.mask_types import (
     And,
     BlockSparse,
     Causal,

@@ -18,10 +18,10 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from ops import masks
-from ops.cross_entropy import chunked_cross_entropy
-from ops.sequence_parallel import ATTENTION, kinds, layouts
-from ops.sequence_parallel.decode import sharded_append, sharded_decode_attention
+from tilescan.ops import masks
+from tilescan.ops.cross_entropy import chunked_cross_entropy
+from tilescan.ops.sequence_parallel import ATTENTION, kinds, layouts
+from tilescan.ops.sequence_parallel.decode import sharded_append, sharded_decode_attention
 
 # Names of mesh axes; a mesh may lack any of them.
 BATCH_AXES = ("data", "fsdp")

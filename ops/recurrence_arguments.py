@@ -4,8 +4,8 @@ import math
 
 import jax.numpy as jnp
 
-from ops.chunked_scan import SUBCHUNK
-from ops.diagonal_scan import resets
+from tilescan.ops.chunked_scan import SUBCHUNK
+from tilescan.ops.diagonal_scan import resets
 
 
 def check_implementation(op, implementation):

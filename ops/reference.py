@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ops import masks
+from tilescan.ops import masks
 
 
 def attention(

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ops import diagonal_scan
-from ops.attention_xla import varying
-from ops.recurrence_arguments import (
+from tilescan.ops import diagonal_scan
+from tilescan.ops.attention_xla import varying
+from tilescan.ops.recurrence_arguments import (
     check_floating,
     check_groups,
     check_shape,
@@ -27,7 +27,7 @@ from ops.recurrence_arguments import (
 
 # Steps of a chunk, whose states and decays exist at once in the backward pass.
 CHUNK = 64
-_KERNELS = {"tpu": "ops.selective_scan_tpu"}
+_KERNELS = {"tpu": "tilescan.ops.selective_scan_tpu"}
 
 
 def selective_scan(

@@ -8,7 +8,7 @@ Letters: B batch, T time, E channels, N state dim, C chunk.
 
 import jax.numpy as jnp
 
-from pallas_kernels.tpu import selective_scan as kernels
+from tilescan.pallas_kernels.tpu import selective_scan as kernels
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 CHUNK = 64  # as in `ops.selective_scan`: the states that backward starts from are the same

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ops import diagonal_scan
-from ops.attention_xla import varying
-from ops.lowering import choose_when_lowered
-from ops.recurrence_arguments import (
+from tilescan.ops import diagonal_scan
+from tilescan.ops.attention_xla import varying
+from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.recurrence_arguments import (
     check_floating,
     check_implementation,
     check_shape,

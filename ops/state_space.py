@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
 
-from ops import diagonal_scan, s4
-from ops.state_space_chunks import Tables, checked_state, run, squares_of, times
+from tilescan.ops import diagonal_scan, s4
+from tilescan.ops.state_space_chunks import Tables, checked_state, run, squares_of, times
 
 __all__ = [
     "diagonal_state_space",

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ops import diagonal_scan
-from ops.short_convolution import short_convolution
+from tilescan.ops import diagonal_scan
+from tilescan.ops.short_convolution import short_convolution
 
 __all__ = ["Chunks", "Tables", "local", "outputs", "power", "run", "squares_of", "states", "times"]
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from training.optimizers import path_name
+from tilescan.training.optimizers import path_name
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_DISK_WORDS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")

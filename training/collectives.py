@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from models.stream_chunks import IN_TURN
+from tilescan.models.stream_chunks import IN_TURN
 
 KINDS = (
     "all-gather",

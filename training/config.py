@@ -21,10 +21,10 @@ import ml_collections
 import numpy as np
 from ml_collections import config_dict
 
-from models import LanguageModelConfig, mixer_options
-from models.blocks import MIXERS
-from ops import masks
-from training.settings import (
+from tilescan.models import LanguageModelConfig, mixer_options
+from tilescan.models.blocks import MIXERS
+from tilescan.ops import masks
+from tilescan.training.settings import (
     SECTIONS,
     TASKS,
     ConfigError,

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from flax import linen as nn
 
-from data import pipelines, sources, tokenizers
-from models import LanguageModel, SequenceClassifier
-from training.settings import ConfigError, Settings
+from tilescan.data import pipelines, sources, tokenizers
+from tilescan.models import LanguageModel, SequenceClassifier
+from tilescan.training.settings import ConfigError, Settings
 
 
 def pad_rows(batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from training.settings import OptimizerConfig, ParamGroup
+from tilescan.training.settings import OptimizerConfig, ParamGroup
 
 RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),

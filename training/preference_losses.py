@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ops.cross_entropy import (
+from tilescan.ops.cross_entropy import (
     chunked_log_probabilities,
     count_hits,
     log_probabilities_of,
     sum_over_chunks,
     whole_rows,
 )
-from training.steps import Sums
+from tilescan.training.steps import Sums
 
 
 def grpo(

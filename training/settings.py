@@ -10,9 +10,9 @@ import math
 import re
 from typing import Any
 
-from models import LanguageModelConfig
-from models.stream_bp import check_streamed
-from ops.sequence_parallel import layouts
+from tilescan.models import LanguageModelConfig
+from tilescan.models.stream_bp import check_streamed
+from tilescan.ops.sequence_parallel import layouts
 
 TASKS = ("language_model", "classification")
 OPTIMIZERS = ("adamw", "adam", "lion", "sgd")

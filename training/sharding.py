@@ -14,9 +14,9 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ops.partitioned import BATCH_AXES, HEAD_AXIS, TIME_AXIS
-from ops.sequence_parallel import layouts
-from training.settings import MeshConfig
+from tilescan.ops.partitioned import BATCH_AXES, HEAD_AXIS, TIME_AXIS
+from tilescan.ops.sequence_parallel import layouts
+from tilescan.training.settings import MeshConfig
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = P(BATCH_AXES)

@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 import jax
 
-from models import LanguageModel
-from models.stream_bp import in_stream_order, stream_hidden
-from ops.cross_entropy import chunked_log_probabilities
-from ops.partitioned import partitioned_cross_entropy
-from training.preference_losses import dpo, grpo
-from training.steps import model_inputs
+from tilescan.models import LanguageModel
+from tilescan.models.stream_bp import in_stream_order, stream_hidden
+from tilescan.ops.cross_entropy import chunked_log_probabilities
+from tilescan.ops.partitioned import partitioned_cross_entropy
+from tilescan.training.preference_losses import dpo, grpo
+from tilescan.training.steps import model_inputs
 
 LOGIT_CHUNK = 128
 

@@ -1,7 +1,7 @@
 """The training loop: one function to read from top to bottom.
 
-    from training.config import default_config
-    from training.train import train
+    from tilescan.training.config import default_config
+    from tilescan.training.train import train
 
     config = default_config()
     config.train.steps = 500
@@ -21,13 +21,13 @@ import math
 import jax
 from flax import linen as nn
 
-from training import config as config_lib
-from training import inputs, sharding, steps, stream_bp
-from training import workdir as work
-from training.checkpoints import CheckpointError, Checkpoints
-from training.interrupts import Interrupts
-from training.optimizers import check_groups, make_optimizer
-from training.settings import Settings
+from tilescan.training import config as config_lib
+from tilescan.training import inputs, sharding, steps, stream_bp
+from tilescan.training import workdir as work
+from tilescan.training.checkpoints import CheckpointError, Checkpoints
+from tilescan.training.interrupts import Interrupts
+from tilescan.training.optimizers import check_groups, make_optimizer
+from tilescan.training.settings import Settings
 
 # Keys that may change when a run is continued: they do not change what is computed.
 FREE_ON_RESUME = (

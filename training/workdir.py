@@ -6,11 +6,11 @@ import pathlib
 
 import jax
 
-from training import config as config_lib
-from training.checkpoints import CheckpointError, Checkpoints, is_full_disk
-from training.environment import environment
-from training.metrics import Recorder, write_atomically
-from training.settings import Settings
+from tilescan.training import config as config_lib
+from tilescan.training.checkpoints import CheckpointError, Checkpoints, is_full_disk
+from tilescan.training.environment import environment
+from tilescan.training.metrics import Recorder, write_atomically
+from tilescan.training.settings import Settings
 
 
 def prepare(workdir) -> pathlib.Path:

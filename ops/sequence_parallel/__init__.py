@@ -13,8 +13,8 @@ of one device, P the devices along the axis.
 
 import functools
 
-from ops.sequence_parallel.gather_attention import gather_attention
-from ops.sequence_parallel.kinds import (
+from tilescan.ops.sequence_parallel.gather_attention import gather_attention
+from tilescan.ops.sequence_parallel.kinds import (
     ATTENTION_KINDS,
     BALANCES,
     SCAN_KINDS,
@@ -22,9 +22,9 @@ from ops.sequence_parallel.kinds import (
     Kinds,
     kinds,
 )
-from ops.sequence_parallel.ring_attention import ring_attention
-from ops.sequence_parallel.ring_self_attention import ring_self_attention
-from ops.sequence_parallel.ulysses import ulysses_attention, usp_attention
+from tilescan.ops.sequence_parallel.ring_attention import ring_attention
+from tilescan.ops.sequence_parallel.ring_self_attention import ring_self_attention
+from tilescan.ops.sequence_parallel.ulysses import ulysses_attention, usp_attention
 
 # By the names of ATTENTION_KINDS and TPU_ATTENTION_KINDS.
 ATTENTION = {

@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from ops.attention_xla import varying
-from ops.sequence_parallel.kinds import SCAN_KINDS
-from ops.sequence_parallel.schedules import Schedule, scan
+from tilescan.ops.attention_xla import varying
+from tilescan.ops.sequence_parallel.kinds import SCAN_KINDS
+from tilescan.ops.sequence_parallel.schedules import Schedule, scan
 
 __all__ = ["affine_scan", "factor_scan", "from_last_device", "matrix_scan", "power_scan"]
 

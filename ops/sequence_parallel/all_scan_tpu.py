@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu import all_scan as kernels
+from tilescan.pallas_kernels.tpu import all_scan as kernels
 
 # Lanes of a row of VMEM: decays that differ by value are flattened into rows of it.
 LANES = 128

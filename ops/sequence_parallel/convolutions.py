@@ -12,12 +12,12 @@ Arguments and results are those of the op of the same name, with the differences
 import jax
 import jax.numpy as jnp
 
-from ops import diagonal_scan
-from ops.long_convolution import long_convolution as _long
-from ops.recurrence_arguments import state_dtype
-from ops.sequence_parallel.affine_scan import from_last_device
-from ops.sequence_parallel.scans import with_neighbour
-from ops.short_convolution import short_convolution as _short
+from tilescan.ops import diagonal_scan
+from tilescan.ops.long_convolution import long_convolution as _long
+from tilescan.ops.recurrence_arguments import state_dtype
+from tilescan.ops.sequence_parallel.affine_scan import from_last_device
+from tilescan.ops.sequence_parallel.scans import with_neighbour
+from tilescan.ops.short_convolution import short_convolution as _short
 
 __all__ = ["long_convolution", "short_convolution"]
 

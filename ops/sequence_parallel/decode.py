@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ops import masks
-from ops.decode_attention import decode_attention
-from ops.mask_placed import Placed
+from tilescan.ops import masks
+from tilescan.ops.decode_attention import decode_attention
+from tilescan.ops.mask_placed import Placed
 
 
 def sharded_decode_attention(

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ops import masks
-from ops.mask_placed import Stretch
-from ops.sequence_parallel import layouts, parts
+from tilescan.ops import masks
+from tilescan.ops.mask_placed import Stretch
+from tilescan.ops.sequence_parallel import layouts, parts
 
 
 def gather_attention(

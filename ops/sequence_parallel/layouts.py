@@ -19,8 +19,8 @@ import itertools
 
 import numpy as np
 
-from ops.mask_placed import Stretch
-from ops.sequence_parallel.kinds import BALANCES
+from tilescan.ops.mask_placed import Stretch
+from tilescan.ops.sequence_parallel.kinds import BALANCES
 
 
 @dataclasses.dataclass(frozen=True)

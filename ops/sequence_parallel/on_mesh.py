@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from ops.partitioned import BATCH_AXES, HEAD_AXIS, TIME_AXIS
-from ops.sequence_parallel import convolutions, scans, state_spaces
-from ops.sequence_parallel.kinds import kinds
+from tilescan.ops.partitioned import BATCH_AXES, HEAD_AXIS, TIME_AXIS
+from tilescan.ops.sequence_parallel import convolutions, scans, state_spaces
+from tilescan.ops.sequence_parallel.kinds import kinds
 
 __all__ = ["on_mesh", "sequence_parts"]
 

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ops import masks
-from ops.decode_attention import merge_partials
-from ops.mask_placed import Stretch, place, visible, with_segments
-from ops.sequence_parallel import layouts
+from tilescan.ops import masks
+from tilescan.ops.decode_attention import merge_partials
+from tilescan.ops.mask_placed import Stretch, place, visible, with_segments
+from tilescan.ops.sequence_parallel import layouts
 
 # `ops.attention` is the function.
-attention_lib = importlib.import_module("ops.attention")
+attention_lib = importlib.import_module("tilescan.ops.attention")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ops import masks
-from ops.decode_attention import merge_partials
-from ops.lowering import choose_when_lowered
-from ops.sequence_parallel import layouts, parts, ring_attention_tpu
+from tilescan.ops import masks
+from tilescan.ops.decode_attention import merge_partials
+from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.sequence_parallel import layouts, parts, ring_attention_tpu
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ops import attention_tpu, masks
-from ops.decode_attention import merge_partials
-from ops.sequence_parallel import parts
-from pallas_kernels import tiles
-from pallas_kernels.tpu import flash_attention as kernels
-from pallas_kernels.tpu.ring_attention import Carry
+from tilescan.ops import attention_tpu, masks
+from tilescan.ops.decode_attention import merge_partials
+from tilescan.ops.sequence_parallel import parts
+from tilescan.pallas_kernels import tiles
+from tilescan.pallas_kernels.tpu import flash_attention as kernels
+from tilescan.pallas_kernels.tpu.ring_attention import Carry
 
 # The first of the ids of barriers: two for each axis of a mesh, see `Transfers`.
 COLLECTIVE_ID = 16

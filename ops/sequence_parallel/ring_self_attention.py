@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ops import masks
-from ops.mask_placed import Stretch
-from ops.sequence_parallel import layouts, parts
-from ops.sequence_parallel.ring_attention import Ring
+from tilescan.ops import masks
+from tilescan.ops.mask_placed import Stretch
+from tilescan.ops.sequence_parallel import layouts, parts
+from tilescan.ops.sequence_parallel.ring_attention import Ring
 
 REDUCTIONS = ("reduce_scatter", "all_reduce")
 

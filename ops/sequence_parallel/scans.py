@@ -24,16 +24,21 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ops import diagonal_scan
-from ops.attention_xla import varying
-from ops.delta_rule import delta_rule as _delta_rule
-from ops.delta_rule import gated_delta_rule as _gated_delta_rule
-from ops.gated_linear_attention import gated_linear_attention as _gated_linear_attention
-from ops.linear_recurrence import linear_recurrence as _linear_recurrence
-from ops.recurrence_arguments import check_floating, check_heads, forget_at_starts, state_dtype
-from ops.selective_scan import selective_scan as _selective_scan
-from ops.sequence_parallel.affine_scan import affine_scan, factor_scan, matrix_scan
-from ops.ssd import ssd as _ssd
+from tilescan.ops import diagonal_scan
+from tilescan.ops.attention_xla import varying
+from tilescan.ops.delta_rule import delta_rule as _delta_rule
+from tilescan.ops.delta_rule import gated_delta_rule as _gated_delta_rule
+from tilescan.ops.gated_linear_attention import gated_linear_attention as _gated_linear_attention
+from tilescan.ops.linear_recurrence import linear_recurrence as _linear_recurrence
+from tilescan.ops.recurrence_arguments import (
+    check_floating,
+    check_heads,
+    forget_at_starts,
+    state_dtype,
+)
+from tilescan.ops.selective_scan import selective_scan as _selective_scan
+from tilescan.ops.sequence_parallel.affine_scan import affine_scan, factor_scan, matrix_scan
+from tilescan.ops.ssd import ssd as _ssd
 
 __all__ = [
     "delta_rule",

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ops.attention_xla import varying
-from ops.lowering import choose_when_lowered
-from ops.sequence_parallel import all_scan_tpu
+from tilescan.ops.attention_xla import varying
+from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.sequence_parallel import all_scan_tpu
 
 __all__ = ["Schedule", "scan"]
 

@@ -15,11 +15,11 @@ Arguments and results are those of the op of the same name, with the differences
 import jax
 import jax.numpy as jnp
 
-from ops import state_space
-from ops import state_space_chunks as chunked
-from ops.attention_xla import varying
-from ops.sequence_parallel.affine_scan import power_scan
-from ops.sequence_parallel.scans import with_neighbour
+from tilescan.ops import state_space
+from tilescan.ops import state_space_chunks as chunked
+from tilescan.ops.attention_xla import varying
+from tilescan.ops.sequence_parallel.affine_scan import power_scan
+from tilescan.ops.sequence_parallel.scans import with_neighbour
 
 __all__ = ["diagonal_state_space", "dplr_state_space"]
 

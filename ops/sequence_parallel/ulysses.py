@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ops import masks
-from ops.attention import attention
-from ops.mask_placed import Stretch, place, with_segments
-from ops.sequence_parallel import layouts, parts
-from ops.sequence_parallel.ring_attention import Ring, ring_attention
+from tilescan.ops import masks
+from tilescan.ops.attention import attention
+from tilescan.ops.mask_placed import Stretch, place, with_segments
+from tilescan.ops.sequence_parallel import layouts, parts
+from tilescan.ops.sequence_parallel.ring_attention import Ring, ring_attention
 
 
 def ulysses_attention(

@@ -1,9 +1,12 @@
 """Kernels for Hopper GPUs (sm_90a) in Pallas Mosaic GPU."""
 
-from pallas_kernels.gpu.block_sizes import BlockSizes, default_blocks
-from pallas_kernels.gpu.flash_attention import flash_attention_forward
-from pallas_kernels.gpu.flash_attention_backward import flash_attention_dkv, flash_attention_dq
-from pallas_kernels.gpu.tiles import (
+from tilescan.pallas_kernels.gpu.block_sizes import BlockSizes, default_blocks
+from tilescan.pallas_kernels.gpu.flash_attention import flash_attention_forward
+from tilescan.pallas_kernels.gpu.flash_attention_backward import (
+    flash_attention_dkv,
+    flash_attention_dq,
+)
+from tilescan.pallas_kernels.gpu.tiles import (
     TileSchedule,
     attention_schedule,
     list_schedule,

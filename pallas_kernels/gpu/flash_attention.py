@@ -19,10 +19,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu import common
-from pallas_kernels.gpu.block_sizes import BlockSizes
-from pallas_kernels.gpu.common import COMPUTE_WARPGROUPS, WG_ROWS
-from pallas_kernels.gpu.tiles import TileSchedule
+from tilescan.pallas_kernels.gpu import common
+from tilescan.pallas_kernels.gpu.block_sizes import BlockSizes
+from tilescan.pallas_kernels.gpu.common import COMPUTE_WARPGROUPS, WG_ROWS
+from tilescan.pallas_kernels.gpu.tiles import TileSchedule
 
 
 def flash_attention_forward(

@@ -36,8 +36,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu import common, ssd
-from pallas_kernels.gpu.ssd import CHUNK, STAGES, load, tile, turned
+from tilescan.pallas_kernels.gpu import common, ssd
+from tilescan.pallas_kernels.gpu.ssd import CHUNK, STAGES, load, tile, turned
 
 WIDTH = 64  # key or value dims of a tile
 HALVES = 6  # h = 1, 2, 4 .. C / 2

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu import common
+from tilescan.pallas_kernels.gpu import common
 
 CHUNK = 64
 VALUES = 64  # value dims of a thread block

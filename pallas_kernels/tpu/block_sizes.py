@@ -1,12 +1,11 @@
 """Tiles of the TPU attention kernels, by bucket of shape.
 
-Static data, from `python -m benchmarks.tpu_static --sweep` (T = 4096, H = 2, D = 128, Full and
-Causal, on v5e, v5p and v6e): cycles of libtpu's static profile, with nothing run on a device. One
-table serves all generations: the best tile of one was within a few per cent of the best of the
-others. Wide heads and float32 take half the tile, for VMEM. Shorter sequences cut a tile down.
-"""
+Static data, from `python -m tilescan.benchmarks.tpu_static --sweep` (T = 4096, H = 2, D = 128, Full
+and Causal, on v5e, v5p and v6e): cycles of libtpu's static profile, with nothing run on a device.
+One table serves all generations: the best tile of one was within a few per cent of the best of the
+others. Wide heads and float32 take half the tile, for VMEM. Shorter sequences cut a tile down. """
 
-from pallas_kernels.tpu.flash_attention import Tile
+from tilescan.pallas_kernels.tpu.flash_attention import Tile
 
 # (kernel, narrow): queries, keys, compute step. Narrow: 2-byte elements and heads of at most 128.
 _TILES = {

@@ -32,7 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiles import FULL, PARTIAL, Schedule, TileMask, divide
+from tilescan.pallas_kernels.tiles import FULL, PARTIAL, Schedule, TileMask, divide
 
 LANES = 128
 LOG2E = math.log2(math.e)

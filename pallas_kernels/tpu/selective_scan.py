@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.linear_scan import batched_in_front, vary_alike
+from tilescan.pallas_kernels.tpu.linear_scan import batched_in_front, vary_alike
 
 LANES = 128
 SUBLANES = 8

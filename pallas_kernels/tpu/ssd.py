@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tiles import divide
+from tilescan.pallas_kernels.tiles import divide
 
 LANES = 128  # of a vector register
 HIDDEN = -1.0e4  # a logarithm whose power is 0
@@ -53,8 +53,8 @@ class Block:
         return self.chunk * self.chunks
 
 
-# Static data, from `python -m benchmarks.chunked_scans_tpu_static --sweep`: (decays by dimension,
-# bytes of an element) -> the chunk and the chunks of a grid step.
+# Static data, from `python -m tilescan.benchmarks.chunked_scans_tpu_static --sweep`: (decays by
+# dimension, bytes of an element) -> the chunk and the chunks of a grid step.
 _BLOCKS = {
     (False, 2): Block(256, 4),
     (False, 4): Block(128, 4),

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
-from benchmarks import scans, scans_cases
-from benchmarks.scans_cases import Case
+from tilescan.benchmarks import scans, scans_cases
+from tilescan.benchmarks.scans_cases import Case
 
 SMALL = {
     op: Case(op, "fwd+bwd", 128, H=2 if "H" in output else 1, D=8, N=8)

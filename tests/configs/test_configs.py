@@ -1,4 +1,4 @@
-"""Config files, also by way of absl: python -m experiments.run --config=configs/PAPER.py:SCALE."""
+"""Config files, also by way of absl: --config=configs/PAPER.py:SCALE."""
 
 import pathlib
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from configs import flash_attention, flash_attention_2
+from tilescan.configs import flash_attention, flash_attention_2
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = (flash_attention, flash_attention_2)
@@ -20,13 +20,13 @@ def test_unknown_scale_names_the_known_ones(module):
 
 @pytest.mark.parametrize("module", CONFIGS, ids=lambda module: module.__name__)
 def test_docstring_tells_how_to_run_it(module):
-    name = module.__name__.partition(".")[2]
+    name = module.__name__.rpartition(".")[2]
     assert f"tilescan run {name} --scale=cpu" in module.__doc__
     assert f"--config=configs/{name}.py:cpu" in module.__doc__
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "experiments.run", *arguments]
+    command = [sys.executable, "-m", "tilescan.experiments.run", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 

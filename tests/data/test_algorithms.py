@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 
-from data import algorithms, tasks
+from tilescan.data import algorithms, tasks
 
 
 def written(task, count=40, hard=False):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.buckets import mean_by_position, position_buckets
+from tilescan.data.buckets import mean_by_position, position_buckets
 
 
 def test_means_are_those_of_a_loop():

@@ -16,11 +16,11 @@ import zipfile
 
 import pytest
 
-from data import clients
-from data import fetch as fetching
-from data.clients import Source, SourceError
-from data.documents import Document
-from data.fetch import ChecksumError, add_file, fetch_source
+from tilescan.data import clients
+from tilescan.data import fetch as fetching
+from tilescan.data.clients import Source, SourceError
+from tilescan.data.documents import Document
+from tilescan.data.fetch import ChecksumError, add_file, fetch_source
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +208,7 @@ def test_a_killed_process_leaves_no_file_and_the_next_one_cleans_up(monkeypatch,
         "f.fetch_source(t.toy)\n"
     )
     module = cache.parent / "tests_source.py"
-    module.write_text(f"from data.clients import Source\ntoy = {source(parse=None)!r}\n")
+    module.write_text(f"from tilescan.data.clients import Source\ntoy = {source(parse=None)!r}\n")
     environment = os.environ | {"PYTHONPATH": f"{os.getcwd()}{os.pathsep}{cache.parent}"}
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment
@@ -372,7 +372,7 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 
 
 def test_a_truncated_tarball_is_no_archive(tmp_path):
-    from data.archives import ArchiveError, members
+    from tilescan.data.archives import ArchiveError, members
 
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import images, sources, tasks
-from data.archives import ArchiveError
+from tilescan.data import images, sources, tasks
+from tilescan.data.archives import ArchiveError
 
 RNG = np.random.default_rng(0)
 DIGITS = {

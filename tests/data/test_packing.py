@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.documents import Document
-from data.packing import (
+from tilescan.data.documents import Document
+from tilescan.data.packing import (
     ContiguousLayout,
     PackedLayout,
     TokenizedCorpus,
     WholeLayout,
     strided_pieces,
 )
-from data.pipelines import PACKINGS, evaluation_batches, lm_dataset
-from data.tokenizers import ByteTokenizer
+from tilescan.data.pipelines import PACKINGS, evaluation_batches, lm_dataset
+from tilescan.data.tokenizers import ByteTokenizer
 
 BYTE = ByteTokenizer()
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=12)

@@ -12,11 +12,11 @@ import zlib
 
 import pytest
 
-from data import parsers, sources
-from data.archives import ArchiveError, members
-from data.clients import SourceError
-from data.fetch import read_documents
-from data.wikitext import strip_wikitext
+from tilescan.data import parsers, sources
+from tilescan.data.archives import ArchiveError, members
+from tilescan.data.clients import SourceError
+from tilescan.data.fetch import read_documents
+from tilescan.data.wikitext import strip_wikitext
 
 
 def tarball(path, files: dict[str, bytes], mode="w:gz"):

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from data import passkey, tasks
-from data.tokenizers import ByteTokenizer
+from tilescan.data import passkey, tasks
+from tilescan.data.tokenizers import ByteTokenizer
 
 
 def texts(batch):

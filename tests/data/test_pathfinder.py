@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from data import pathfinder, tasks
-from data.contours import cross, draw
+from tilescan.data import pathfinder, tasks
+from tilescan.data.contours import cross, draw
 
 ZOOM = 8
 

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.documents import Document
-from data.pipelines import (
+from tilescan.data.documents import Document
+from tilescan.data.pipelines import (
     PACKINGS,
     classification_dataset,
     evaluation_batches,
     lm_dataset,
     split_documents,
 )
-from data.tokenizers import ByteTokenizer
+from tilescan.data.tokenizers import ByteTokenizer
 
 BYTE = ByteTokenizer()
 RNG = np.random.default_rng(0)

@@ -15,8 +15,8 @@ import shutil
 import numpy as np
 import pytest
 
-from data import images, sources
-from data.tokenizers import get_tokenizer
+from tilescan.data import images, sources
+from tilescan.data.tokenizers import get_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -152,7 +152,7 @@ def test_cl100k_ids():
 
 @needs_npm
 def test_both_packages_hold_the_same_gpt2_ranks():
-    from data.archives import members
+    from tilescan.data.archives import members
 
     digests = set()
     for name, pattern in (

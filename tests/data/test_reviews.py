@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data import reviews, sources, tasks
+from tilescan.data import reviews, sources, tasks
 
 
 @pytest.fixture

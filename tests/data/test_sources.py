@@ -6,9 +6,9 @@ import pathlib
 import pytest
 from rich.console import Console
 
-from data import sources, tasks
-from data.clients import KINDS, Source, client_command
-from data.documents import Document
+from tilescan.data import sources, tasks
+from tilescan.data.clients import KINDS, Source, client_command
+from tilescan.data.documents import Document
 
 
 @pytest.fixture(autouse=True)

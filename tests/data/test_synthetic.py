@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from data import synthetic, tasks
+from tilescan.data import synthetic, tasks
 
 
 def drawn(name, count=200, hard=True, **options):

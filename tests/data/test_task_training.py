@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from data import tasks
-from training.config import default_config, override
-from training.train import train
+from tilescan.data import tasks
+from tilescan.training.config import default_config, override
+from tilescan.training.train import train
 
 MODEL = {"model.d_model": 16, "model.repeats": 1, "model.n_heads": 2, "model.mlp_dim": 32}
 RUN = {

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data import tasks
+from tilescan.data import tasks
 
 OPTIONS = {
     "copy": {"max_length": 5},

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import tokenizers
-from data.tokenizers import ByteTokenizer, GGUFTokenizer, TiktokenTokenizer, get_tokenizer
+from tilescan.data import tokenizers
+from tilescan.data.tokenizers import ByteTokenizer, GGUFTokenizer, TiktokenTokenizer, get_tokenizer
 
 BYTE = ByteTokenizer()
 

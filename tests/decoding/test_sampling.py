@@ -9,9 +9,9 @@ import pytest
 import scipy.stats
 from flax import linen as nn
 
-from decoding.sampling import filter_logits, generate, stream
-from models import LanguageModel, LanguageModelConfig
-from ops import masks
+from tilescan.decoding.sampling import filter_logits, generate, stream
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.ops import masks
 
 V = 23
 CONFIGS = {

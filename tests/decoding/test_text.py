@@ -7,11 +7,11 @@ import pytest
 import tokenizers
 from flax import linen as nn
 
-from data.tokenizers import get_tokenizer
-from decoding.sampling import generate
-from decoding.text import Writer, generate_text, load_writer, stream_text
-from models import LanguageModel, LanguageModelConfig
-from models.checkpoints import save_pretrained
+from tilescan.data.tokenizers import get_tokenizer
+from tilescan.decoding.sampling import generate
+from tilescan.decoding.text import Writer, generate_text, load_writer, stream_text
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.models.checkpoints import save_pretrained
 
 
 @pytest.fixture(scope="module")

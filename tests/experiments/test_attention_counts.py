@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments import attention_counts as counts
-from experiments import attention_io
-from ops import masks
+from tilescan.experiments import attention_counts as counts
+from tilescan.experiments import attention_io
+from tilescan.ops import masks
 
 D = 16
 MASKS = {

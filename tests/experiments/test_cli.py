@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from data.clients import SourceError
-from experiments import cli, commands, papers
-from training.checkpoints import CheckpointError
+from tilescan.data.clients import SourceError
+from tilescan.experiments import cli, commands, papers
+from tilescan.training.checkpoints import CheckpointError
 
 
 def fails(capsys, *argv):
@@ -200,7 +200,7 @@ def test_list_shows_every_paper(capsys, monkeypatch):
 
 def test_list_finds_the_results_from_elsewhere(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    of_code = cli.pathlib.Path(cli.__file__).parents[1] / "results"
+    of_code = cli.pathlib.Path(cli.__file__).resolve().parents[1] / "results"
     assert cli._results_folder() == of_code
     (tmp_path / "results").mkdir()  # one's own results go before
     assert cli._results_folder() == cli.pathlib.Path("results")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from experiments import cli, diagnose_mamba2
-from models import LanguageModel, LanguageModelConfig
-from models.checkpoints import load_pretrained, save_pretrained
+from tilescan.experiments import cli, diagnose_mamba2
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.models.checkpoints import load_pretrained, save_pretrained
 
 
 @pytest.fixture(scope="module")

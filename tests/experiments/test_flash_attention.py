@@ -2,9 +2,9 @@
 
 import pytest
 
-from experiments import flash_attention, flash_attention_speed, papers, tables
-from experiments.flash_attention_speed import published_ms
-from experiments.records import Record, Records
+from tilescan.experiments import flash_attention, flash_attention_speed, papers, tables
+from tilescan.experiments.flash_attention_speed import published_ms
+from tilescan.experiments.records import Record, Records
 
 ENVIRONMENT = {"backend": "cpu"}
 SHAPE = {"batch": 1, "heads": 8, "head_dim": 64, "dtype": "float32", "window": 256, "block": 128}

@@ -4,15 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import (
+from tilescan.experiments import (
     flash_attention_2,
     flash_attention_2_tables,
     flash_attention_2_training,
     papers,
     tables,
 )
-from experiments.records import Record, Records
-from ops import masks, reference
+from tilescan.experiments.records import Record, Records
+from tilescan.ops import masks, reference
 
 SETTINGS = {"kind": "speed", "batch": 1, "length": 4096, "heads": 8, "head_dim": 64, "dtype": "f"}
 

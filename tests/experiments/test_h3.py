@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments import h3, h3_tables, papers
-from experiments.records import Record, Records
+from tilescan.experiments import h3, h3_tables, papers
+from tilescan.experiments.records import Record, Records
 
 
 def record(kind, model, seed=0, **fields):

@@ -5,7 +5,7 @@ import json
 import ml_collections
 import pytest
 
-from experiments import harness, records
+from tilescan.experiments import harness, records
 
 
 def make_paper(measure, count=3, name="toy"):

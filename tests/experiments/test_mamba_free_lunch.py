@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from experiments import copy_theory, mamba_free_lunch_tables, papers, task_cells
-from experiments.records import Record, Records
+from tilescan.experiments import copy_theory, mamba_free_lunch_tables, papers, task_cells
+from tilescan.experiments.records import Record, Records
 
 
 def test_required_scores_follow_the_theorems():

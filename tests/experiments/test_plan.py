@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
-from benchmarks import aot_gpu, aot_tpu
-from experiments import cli, plan_counts, plan_longest, plan_machines, plan_text
-from experiments.plan import plan
-from models import LanguageModel, LanguageModelConfig
-from ops import masks
-from training import config as config_lib
+from tilescan.benchmarks import aot_gpu, aot_tpu
+from tilescan.experiments import cli, plan_counts, plan_longest, plan_machines, plan_text
+from tilescan.experiments.plan import plan
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.ops import masks
+from tilescan.training import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = (
@@ -42,7 +42,7 @@ def child(code_or_arguments, **environment):
     """A process of its own: libtpu reads its environment once."""
     start = ["-c", code_or_arguments]
     if not isinstance(code_or_arguments, str):
-        start = ["-m", "experiments.cli", "plan", *code_or_arguments]
+        start = ["-m", "tilescan.experiments.cli", "plan", *code_or_arguments]
     done = subprocess.run(
         [sys.executable, *start],
         capture_output=True,
@@ -126,7 +126,7 @@ def test_the_longest_sequence_under_a_limit(capsys, tmp_path):
     """From a config file, with overrides; every try is printed, and lengths suit the balance."""
     file = tmp_path / "tiny.py"
     file.write_text(
-        "from training.config import default_config, override\n"
+        "from tilescan.training.config import default_config, override\n"
         "def get_config(size='64'):\n"
         "    config = default_config()\n"
         f"    for word in {SMALL}:\n"
@@ -282,8 +282,8 @@ def test_a_model_may_send_its_ring_by_kernels():
 
 TPU_CODE = """
 import dataclasses, json
-from experiments.plan import plan
-from training import config as config_lib
+from tilescan.experiments.plan import plan
+from tilescan.training import config as config_lib
 def planned(*more):
     config = config_lib.default_config()
     for word in RING + more:

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import long_sequences
-from experiments import plan_table
-from experiments.plan_machines import torus_axes
-from models import count_params
-from ops.sequence_parallel import layouts
-from training import config as config_lib
-from training import inputs, sharding
+from tilescan.configs import long_sequences
+from tilescan.experiments import plan_table
+from tilescan.experiments.plan_machines import torus_axes
+from tilescan.models import count_params
+from tilescan.ops.sequence_parallel import layouts
+from tilescan.training import config as config_lib
+from tilescan.training import inputs, sharding
 
 
 def test_axes_of_a_torus_are_products_of_its_sides():

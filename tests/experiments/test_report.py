@@ -8,8 +8,8 @@ import xml.etree.ElementTree
 import ml_collections
 import pytest
 
-from experiments import claims, figures, harness, papers, report, tables
-from experiments.tables import Column, Table
+from tilescan.experiments import claims, figures, harness, papers, report, tables
+from tilescan.experiments.tables import Column, Table
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -46,7 +46,7 @@ def toy(monkeypatch):
     )
     monkeypatch.setattr(papers, "NAMES", ("toy",))
     module = types.SimpleNamespace(PAPER=paper)
-    monkeypatch.setitem(__import__("sys").modules, "experiments.toy", module)
+    monkeypatch.setitem(__import__("sys").modules, "tilescan.experiments.toy", module)
     return paper
 
 
@@ -127,7 +127,7 @@ def test_committed_results_are_exactly_what_the_committed_records_give():
         # A figure's bytes hang on Matplotlib's version as well: it must be there.
         if not path.exists() or (path.suffix != ".svg" and path.read_text("utf-8") != text)
     ]
-    assert not wrong, f"run `python -m experiments.report`: {wrong}"
+    assert not wrong, f"run `python -m tilescan.experiments.report`: {wrong}"
     folders = [results for results in report.gather(ROOT / "results")]
     for results in folders:
         on_disk = {p.stem for p in (ROOT / "results" / results.folder / "figures").glob("*.svg")}

@@ -2,10 +2,10 @@
 
 import pytest
 
-from experiments import papers, ring_self_attention, ring_self_attention_cells
-from experiments import ring_self_attention_claims as claims_of
-from experiments import ring_self_attention_tables as tables_of
-from experiments.records import Record, Records
+from tilescan.experiments import papers, ring_self_attention, ring_self_attention_cells
+from tilescan.experiments import ring_self_attention_claims as claims_of
+from tilescan.experiments import ring_self_attention_tables as tables_of
+from tilescan.experiments.records import Record, Records
 
 MODEL = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 32}
 

@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 from scipy import signal
 
-from data import tasks
-from experiments import papers, s4, s4_claims, s4_kernels, s4_tables, s4_training, task_cells
-from experiments.records import Record, Records
-from experiments.text_cells import training_config
-from ops import s4 as ops_s4
-from training import config as config_lib
-from training.optimizers import group_of
+from tilescan.data import tasks
+from tilescan.experiments import (
+    papers,
+    s4,
+    s4_claims,
+    s4_kernels,
+    s4_tables,
+    s4_training,
+    task_cells,
+)
+from tilescan.experiments.records import Record, Records
+from tilescan.experiments.text_cells import training_config
+from tilescan.ops import s4 as ops_s4
+from tilescan.training import config as config_lib
+from tilescan.training.optimizers import group_of
 
 
 def record(kind, result, seed=0, **settings):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import sequence_parallel_cells as cells
-from experiments import sequence_parallel_layers as layers
+from tilescan.experiments import sequence_parallel_cells as cells
+from tilescan.experiments import sequence_parallel_layers as layers
 
 SHAPE = layers.Shape(2, 16, 2, 16, 4, vocab=32, rows=4)
 CUTS = [

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from experiments import papers, report, run
-from experiments import records as records_lib
+from tilescan.experiments import papers, report, run
+from tilescan.experiments import records as records_lib
 
 # Their trainings compile for a minute; their parts have tests of their own.
 LONG = (

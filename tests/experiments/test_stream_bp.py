@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import (
+from tilescan.experiments import (
     papers,
     stream_bp,
     stream_bp_claims,
@@ -13,9 +13,9 @@ from experiments import (
     stream_bp_tables,
     stream_bp_training,
 )
-from experiments.compiled import compiled_memory, longest_within
-from experiments.records import Record, Records
-from models.language_model import count_params
+from tilescan.experiments.compiled import compiled_memory, longest_within
+from tilescan.experiments.records import Record, Records
+from tilescan.models.language_model import count_params
 
 TINY = dict(vocab_size=16, d_model=8, n_heads=2, n_kv_heads=2, repeats=1, mlp_dim=16)
 

@@ -10,17 +10,25 @@ import pytest
 import scipy.stats
 from flax import linen as nn
 
-from experiments import (
+from tilescan.experiments import (
     papers,
     state_collapse,
     stuffed_mamba_claims,
     stuffed_mamba_tables,
     stuffed_training,
 )
-from experiments.records import Record, Records
-from experiments.stuffed_fits import exponential_fit, line_fit
-from experiments.stuffed_mamba_tables import FORGET, HALF_STEP, LONGER, NONE, NORM, TBPTT, WINDOW
-from models import LanguageModel, LanguageModelConfig
+from tilescan.experiments.records import Record, Records
+from tilescan.experiments.stuffed_fits import exponential_fit, line_fit
+from tilescan.experiments.stuffed_mamba_tables import (
+    FORGET,
+    HALF_STEP,
+    LONGER,
+    NONE,
+    NORM,
+    TBPTT,
+    WINDOW,
+)
+from tilescan.models import LanguageModel, LanguageModelConfig
 
 CONFIG = LanguageModelConfig(
     vocab_size=11,

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models.attention
-from experiments import (
+from tilescan.experiments import (
     attention_exactness,
     flash_attention,
     long_context,
     static_figures,
     text_cells,
 )
-from experiments.records import Record, Records
-from ops import masks, reference
-from ops.attention import attention
+from tilescan.experiments.records import Record, Records
+from tilescan.models import attention as attention_module
+from tilescan.ops import masks, reference
+from tilescan.ops.attention import attention
 
 KEYS = {
     "data.tokenizer": "byte", "data.sources": ["shakespeare"], "model.repeats": 2,
@@ -71,9 +71,9 @@ def test_standard_attention_stands_in_for_the_op_and_agrees_with_it():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 40, 2, 16))
     mask = masks.Causal()
     with text_cells.attention_as("standard"):
-        assert models.attention.attention is not attention
-        dense = models.attention.attention(q, k, v, mask=mask, implementation="xla")
-    assert models.attention.attention is attention
+        assert attention_module.attention is not attention
+        dense = attention_module.attention(q, k, v, mask=mask, implementation="xla")
+    assert attention_module.attention is attention
     np.testing.assert_array_equal(dense, reference.attention(q, k, v, mask=mask))
     np.testing.assert_allclose(dense, attention(q, k, v, mask=mask), atol=2e-6)
     with pytest.raises(ValueError, match="attention='dense' is unknown"):

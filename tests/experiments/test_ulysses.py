@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments import papers, ulysses, ulysses_cells, ulysses_claims, ulysses_tables
-from experiments.records import Record, Records
+from tilescan.experiments import papers, ulysses, ulysses_cells, ulysses_claims, ulysses_tables
+from tilescan.experiments.records import Record, Records
 
 
 def record(kind, result, **settings):

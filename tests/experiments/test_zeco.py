@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments import papers, zeco, zeco_claims, zeco_counts, zeco_tables
-from experiments.records import Record, Records
+from tilescan.experiments import papers, zeco, zeco_claims, zeco_counts, zeco_tables
+from tilescan.experiments.records import Record, Records
 
 
 def record(kind, result, **settings):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from suite import Mixer
 
-from ops import masks
-from ops.attention import attention
+from tilescan.ops import masks
+from tilescan.ops.attention import attention
 
 
 def attention_op(

@@ -4,14 +4,14 @@ import pytest
 from adapters import attention_op
 from suite import cases, linen
 
-from models.attention import Attention
-from models.gated_delta_net import GatedDeltaNet
-from models.gated_linear_attention import GatedLinearAttention
-from models.h3 import H3
-from models.mamba import Mamba
-from models.mamba2 import Mamba2
-from models.s4 import S4, S4D
-from ops.masks import Causal, Full, SlidingWindow
+from tilescan.models.attention import Attention
+from tilescan.models.gated_delta_net import GatedDeltaNet
+from tilescan.models.gated_linear_attention import GatedLinearAttention
+from tilescan.models.h3 import H3
+from tilescan.models.mamba import Mamba
+from tilescan.models.mamba2 import Mamba2
+from tilescan.models.s4 import S4, S4D
+from tilescan.ops.masks import Causal, Full, SlidingWindow
 
 MIXERS = [
     attention_op("op-causal", Causal()),

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from models import LanguageModel, LanguageModelConfig
-from models.blocks import MIXERS
-from ops.sequence_parallel import ATTENTION_KINDS, BALANCES, SCAN_KINDS
-from training import sharding, steps
-from training.settings import MeshConfig
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.models.blocks import MIXERS
+from tilescan.ops.sequence_parallel import ATTENTION_KINDS, BALANCES, SCAN_KINDS
+from tilescan.training import sharding, steps
+from tilescan.training.settings import MeshConfig
 
 B, T, VOCAB = 2, 16, 16
 DOC = pathlib.Path(__file__).resolve().parents[2] / "docs" / "sequence_parallel.md"

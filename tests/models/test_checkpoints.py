@@ -12,9 +12,9 @@ import safetensors.numpy
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from models import LanguageModel, LanguageModelConfig
-from models.checkpoints import load_pretrained, save_pretrained
-from models.weight_names import CheckpointError, gguf_llama_entries
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.models.checkpoints import load_pretrained, save_pretrained
+from tilescan.models.weight_names import CheckpointError, gguf_llama_entries
 
 LLAMA = LanguageModelConfig(
     vocab_size=40, d_model=32, repeats=2, n_heads=4, n_kv_heads=2, mlp_dim=64, max_len=128

@@ -2,8 +2,8 @@
 
 import pytest
 
-from models import LanguageModelConfig, RopeScaling
-from ops import masks
+from tilescan.models import LanguageModelConfig, RopeScaling
+from tilescan.ops import masks
 
 
 def config(**fields):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from models import (
+from tilescan.models import (
     LOGICAL_AXES,
     LanguageModel,
     LanguageModelConfig,
@@ -17,7 +17,7 @@ from models import (
     count_params,
     unroll_params,
 )
-from ops import masks
+from tilescan.ops import masks
 
 FIELDS = dict(vocab_size=31, d_model=24, repeats=2, n_heads=4, max_len=64)
 SMALL = LanguageModelConfig(**FIELDS)

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 from flax import linen as nn
 
-from models.layers import MLP, Embedding, LayerNorm, RMSNorm
+from tilescan.models.layers import MLP, Embedding, LayerNorm, RMSNorm
 
 X = np.random.default_rng(0).normal(size=(2, 5, 12)) * 3 + 1
 

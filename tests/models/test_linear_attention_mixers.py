@@ -7,8 +7,8 @@ import pytest
 from flax import linen as nn
 from scipy.special import expit
 
-from models.gated_delta_net import GatedDeltaNet
-from models.gated_linear_attention import GatedLinearAttention
+from tilescan.models.gated_delta_net import GatedDeltaNet
+from tilescan.models.gated_linear_attention import GatedLinearAttention
 
 E, T, H = 16, 21, 2
 X = np.random.default_rng(0).standard_normal((2, T, E), np.float32)

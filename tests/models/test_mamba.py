@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from decoding import generate
-from models import LanguageModel, LanguageModelConfig, count_params
-from models.mamba import Mamba
-from models.mamba2 import Mamba2
-from models.state_window import window_sums
+from tilescan.decoding import generate
+from tilescan.models import LanguageModel, LanguageModelConfig, count_params
+from tilescan.models.mamba import Mamba
+from tilescan.models.mamba2 import Mamba2
+from tilescan.models.state_window import window_sums
 
 M = 16
 MAMBA = dict(d_model=M, state_dim=3)

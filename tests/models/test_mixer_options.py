@@ -8,8 +8,15 @@ import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from models import LanguageModel, LanguageModelConfig, blocks
-from training.config import ConfigError, as_dict, default_config, known_keys, override, settings
+from tilescan.models import LanguageModel, LanguageModelConfig, blocks
+from tilescan.training.config import (
+    ConfigError,
+    as_dict,
+    default_config,
+    known_keys,
+    override,
+    settings,
+)
 
 
 class Average(nn.Module):

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from models import LanguageModel, LanguageModelConfig
-from models.checkpoints import load_pretrained, save_pretrained
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.models.checkpoints import load_pretrained, save_pretrained
 
 WORKER = pathlib.Path(__file__).with_name("transformers_worker.py")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import positions as P
+from tilescan.models import positions as P
 
 
 def rotate(x, position, **settings):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from models import LanguageModel, LanguageModelConfig
-from training import sharding
-from training.collectives import collectives, sent_bytes
-from training.settings import MeshConfig
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.training import sharding
+from tilescan.training.collectives import collectives, sent_bytes
+from tilescan.training.settings import MeshConfig
 
 FIELDS = dict(
     vocab_size=32, d_model=16, repeats=1, n_heads=4, n_kv_heads=2, mlp_dim=32,

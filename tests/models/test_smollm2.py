@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data import sources
-from data.tokenizers import get_tokenizer
-from decoding.text import generate_text
-from models import LanguageModel, count_params
-from models.checkpoints import load_pretrained
+from tilescan.data import sources
+from tilescan.data.tokenizers import get_tokenizer
+from tilescan.decoding.text import generate_text
+from tilescan.models import LanguageModel, count_params
+from tilescan.models.checkpoints import load_pretrained
 
 pytestmark = pytest.mark.slow
 

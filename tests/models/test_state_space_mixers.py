@@ -10,8 +10,8 @@ import pytest
 import scipy.special
 from flax import linen as nn
 
-from models import H3, S4, S4D, LanguageModel, LanguageModelConfig
-from ops import s4
+from tilescan.models import H3, S4, S4D, LanguageModel, LanguageModelConfig
+from tilescan.ops import s4
 
 E, T = 8, 37
 X = np.random.default_rng(0).standard_normal((2, T, E)).astype(np.float32)
@@ -292,8 +292,8 @@ def test_a_hybrid_language_model():
 
 def test_the_optimizers_pattern_names_the_ssm_parameters():
     """The pattern in the module's docstring, in a model's paths."""
-    from models import s4 as module
-    from training.optimizers import path_name
+    from tilescan.models import s4 as module
+    from tilescan.training.optimizers import path_name
 
     pattern = re.search(r'"(\(log_dt.*\$)"', module.__doc__).group(1)
     model = LanguageModel(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import masks, reference
-from ops.attention import attention, decode_attention, merge_partials
+from tilescan.ops import masks, reference
+from tilescan.ops.attention import attention, decode_attention, merge_partials
 
 # Largest accepted errors, relative to the largest entry of the reference.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}

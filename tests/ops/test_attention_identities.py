@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from ops import attention, attention_xla, masks, reference
+from tilescan.ops import attention, attention_xla, masks, reference
 
 NAMES = ("o", "lse", "dq", "dk", "dv", "dbias")
 # Of the largest entry: float32 round-off. With bfloat16 the saved o is rounded to 2^-9, and the

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ops.cross_entropy import chunked_cross_entropy, chunked_log_probabilities
+from tilescan.ops.cross_entropy import chunked_cross_entropy, chunked_log_probabilities
 
 B, T, E, V = 2, 11, 6, 13
 KEYS = ("loss", "nll", "correct", "weight", "exact", "rows")
@@ -78,7 +78,7 @@ def test_sums_and_gradients_are_those_of_whole_logits(chunk, options):
 
 
 def test_it_counts_what_the_training_step_counts():
-    from training.steps import cross_entropy
+    from tilescan.training.steps import cross_entropy
 
     hidden, head, targets, weights = inputs(np.float32, seed=3)
     targets = targets.at[1].set(jnp.argmax(hidden[1] @ head, -1))  # a row that is right

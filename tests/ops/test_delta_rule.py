@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import reference
-from ops.delta_rule import delta_rule, gated_delta_rule
+from tilescan.ops import reference
+from tilescan.ops.delta_rule import delta_rule, gated_delta_rule
 
-module = importlib.import_module("ops.delta_rule")  # `ops.delta_rule` is the function
+module = importlib.import_module("tilescan.ops.delta_rule")  # `ops.delta_rule` is the function
 
 TOLERANCE = 5e-6  # of the largest entry
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import reference
-from ops.gated_linear_attention import gated_linear_attention
+from tilescan.ops import reference
+from tilescan.ops.gated_linear_attention import gated_linear_attention
 
 # Largest accepted errors, relative to the largest entry of the reference.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from ops import diagonal_scan, reference
-from ops.linear_recurrence import linear_recurrence
+from tilescan.ops import diagonal_scan, reference
+from tilescan.ops.linear_recurrence import linear_recurrence
 
 # Largest accepted errors, relative to the largest entry of the reference.
 TOLERANCE = {"float32": 1e-5, "complex64": 1e-5, "bfloat16": 2e-2}

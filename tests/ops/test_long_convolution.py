@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops.long_convolution import long_convolution
+from tilescan.ops.long_convolution import long_convolution
 
-module = importlib.import_module("ops.long_convolution")  # ops's attribute is the function
+module = importlib.import_module("tilescan.ops.long_convolution")  # ops's attribute is the function
 METHODS = ["fft", "matmul", "direct"]
 NAMES = ("u", "kernel", "D", "pre_gate", "post_gate", "initial_state")
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import ops
+from tilescan import ops
 
 T = 2**20  # 2^31 elements in 2^11 features
 OPS = {

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from jax.experimental import pallas as pl
 
-from ops.mask_bands import Band
-from ops.masks import (
+from tilescan.ops.mask_bands import Band
+from tilescan.ops.masks import (
     EMPTY,
     FULL,
     PARTIAL,

@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ops import masks
-from ops.attention import attention
-from ops.partitioned import partitioned
+from tilescan.ops import masks
+from tilescan.ops.attention import attention
+from tilescan.ops.partitioned import partitioned
 
 T, D = 24, 8
 

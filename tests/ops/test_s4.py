@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from ops import s4
-from ops.long_convolution import long_convolution
+from tilescan.ops import s4
+from tilescan.ops.long_convolution import long_convolution
 
 LOG_DT = np.log([0.001, 0.02, 0.1])
 LENGTHS = [1, 2, 3, 31, 64, 100]

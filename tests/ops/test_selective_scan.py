@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from ops import reference
-from ops.selective_scan import selective_scan
+from tilescan.ops import reference
+from tilescan.ops.selective_scan import selective_scan
 
-module = importlib.import_module("ops.selective_scan")  # `ops.selective_scan` is the function
+module = importlib.import_module(
+    "tilescan.ops.selective_scan"
+)  # `ops.selective_scan` is the function
 
 # Largest accepted errors, relative to the largest entry of the reference.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}

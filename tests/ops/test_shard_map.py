@@ -13,15 +13,15 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ops import masks
-from ops.attention import attention
-from ops.delta_rule import delta_rule, gated_delta_rule
-from ops.gated_linear_attention import gated_linear_attention
-from ops.linear_recurrence import linear_recurrence
-from ops.long_convolution import long_convolution
-from ops.selective_scan import selective_scan
-from ops.short_convolution import short_convolution
-from ops.ssd import ssd
+from tilescan.ops import masks
+from tilescan.ops.attention import attention
+from tilescan.ops.delta_rule import delta_rule, gated_delta_rule
+from tilescan.ops.gated_linear_attention import gated_linear_attention
+from tilescan.ops.linear_recurrence import linear_recurrence
+from tilescan.ops.long_convolution import long_convolution
+from tilescan.ops.selective_scan import selective_scan
+from tilescan.ops.short_convolution import short_convolution
+from tilescan.ops.ssd import ssd
 
 B, T, H, D = 4, 20, 2, 4
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops.short_convolution import short_convolution
+from tilescan.ops.short_convolution import short_convolution
 
-module = sys.modules["ops.short_convolution"]  # `ops` has the function under this name
+module = sys.modules["tilescan.ops.short_convolution"]  # `ops` has the function under this name
 
 
 def inputs(B, T, E, W, dtype="float32", seed=0):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import reference
-from ops.ssd import ssd
+from tilescan.ops import reference
+from tilescan.ops.ssd import ssd
 
 TOLERANCE = 5e-6  # of the largest entry
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")

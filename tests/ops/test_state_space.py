@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import s4
-from ops.state_space import diagonal_state_space, dplr_kernel, dplr_state_space
+from tilescan.ops import s4
+from tilescan.ops.state_space import diagonal_state_space, dplr_kernel, dplr_state_space
 
 H, N = 3, 4
 RNG = np.random.default_rng(0)

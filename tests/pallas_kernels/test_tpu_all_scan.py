@@ -11,9 +11,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ops.sequence_parallel import all_scan_tpu
-from ops.sequence_parallel.schedules import Schedule
-from pallas_kernels.tpu import all_scan as kernels
+from tilescan.ops.sequence_parallel import all_scan_tpu
+from tilescan.ops.sequence_parallel.schedules import Schedule
+from tilescan.pallas_kernels.tpu import all_scan as kernels
 
 # Copies are made when they are started: only then is reading too early seen.
 RACES = functools.partial(

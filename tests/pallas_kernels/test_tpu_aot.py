@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import aot_tpu, tpu_static
-from benchmarks.aot_tpu import Job
-from ops import attention_tpu
+from tilescan.benchmarks import aot_tpu, tpu_static
+from tilescan.benchmarks.aot_tpu import Job
+from tilescan.ops import attention_tpu
 
 pytestmark = pytest.mark.skipif(
     not aot_tpu.available(), reason="libtpu is not installed (extra dev)"
@@ -38,7 +38,7 @@ def test_public_op_compiles_to_the_kernels(generation):
     """Forward and gradient of `ops.attention`; all cases on one generation only, for time."""
     names = {"v5e": tuple(CASES), "v5p": ("causal", "lists"), "v6e": ("causal", "packed")}
     names = names.get(generation, ("causal",))
-    jobs = [Job("benchmarks.tpu_static:public", CASES[name]) for name in names]
+    jobs = [Job("tilescan.benchmarks.tpu_static:public", CASES[name]) for name in names]
     results = aot_tpu.compile_jobs(jobs, generation, profile=False)
     for name, result in zip(names, results, strict=True):
         assert "custom_calls" in result, (name, result)
@@ -51,7 +51,7 @@ def test_public_op_compiles_to_the_kernels(generation):
 def test_too_large_a_tile_is_refused():
     """The check on VMEM can fail: tiles of 4096 within 16 MiB."""
     kwargs = {"kernel": "forward", "mask": "full", "tile": [2048, 2048, 512], **tpu_static.SHAPE}
-    job = Job("benchmarks.tpu_static:ours", kwargs | {"vmem_limit": 8 * 2**20})
+    job = Job("tilescan.benchmarks.tpu_static:ours", kwargs | {"vmem_limit": 8 * 2**20})
     (result,) = aot_tpu.compile_jobs([job], "v5e", profile=False)
     assert "E1001" in result["error"], result
 
@@ -66,7 +66,7 @@ def test_committed_cycles_are_what_the_compiler_says():
         == ("tilescan", "dq", "window 512", "v6e")
     )
     kwargs = {key: row[key] for key in ("kernel", "mask", "tile")} | row["shape"]
-    (result,) = aot_tpu.compile_jobs([Job("benchmarks.tpu_static:ours", kwargs)], "v6e")
+    (result,) = aot_tpu.compile_jobs([Job("tilescan.benchmarks.tpu_static:ours", kwargs)], "v6e")
     (cycles,) = (n for name, n in result["cycles"].items() if name.startswith(DQ))
     assert abs(cycles - row["cycles"]) <= 0.02 * row["cycles"]
     assert row["tile"] == tpu_static.default_tile("dq", "v6e", "window 512")

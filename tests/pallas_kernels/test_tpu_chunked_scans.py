@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import aot_tpu
-from benchmarks.aot_tpu import Job
-from ops import chunked_scan, chunked_scan_tpu, reference
-from ops.gated_linear_attention import gated_linear_attention
-from ops.ssd import ssd
+from tilescan.benchmarks import aot_tpu
+from tilescan.benchmarks.aot_tpu import Job
+from tilescan.ops import chunked_scan, chunked_scan_tpu, reference
+from tilescan.ops.gated_linear_attention import gated_linear_attention
+from tilescan.ops.ssd import ssd
 
 # Largest accepted errors, relative to the largest entry of the reference; bfloat16 has 8 bits.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
@@ -152,7 +152,7 @@ def interpreted(monkeypatch):
     for name in ("forward", "backward"):
         f = functools.partial(getattr(chunked_scan_tpu, name), interpret=True)
         monkeypatch.setattr(chunked_scan_tpu, name, f)
-    monkeypatch.setitem(chunked_scan.KERNELS, "cpu", "ops.chunked_scan_tpu")
+    monkeypatch.setitem(chunked_scan.KERNELS, "cpu", "tilescan.ops.chunked_scan_tpu")
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -274,7 +274,7 @@ def test_public_ops_compile_to_the_kernels(generation):
     """Gradients of all cases on one generation, of some on the others, and forward passes."""
     generation, *everything = generation.split(", ")
     names = tuple(CASES) if everything else ("ssd", "vector", "none", "a step")
-    target = "benchmarks.chunked_scans_tpu_static:public"
+    target = "tilescan.benchmarks.chunked_scans_tpu_static:public"
     runs = [(name, True) for name in names] + [("ssd", False), ("vector", False)]
     cases = [CASES[name] | {"implementation": "pallas", "gradient": g} for name, g in runs]
     results = aot_tpu.compile_jobs([Job(target, c) for c in cases], generation, profile=False)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import attention_tpu, masks, reference
-from pallas_kernels.tpu import flash_attention as kernels
+from tilescan.ops import attention_tpu, masks, reference
+from tilescan.pallas_kernels.tpu import flash_attention as kernels
 
 # Relative error in the Frobenius norm; bfloat16 has 8 bits of mantissa.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 6e-3}

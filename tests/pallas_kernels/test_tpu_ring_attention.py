@@ -13,12 +13,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import aot_tpu, sequence_parallel_static
-from ops import masks
-from ops.attention import attention
-from ops.sequence_parallel import layouts, ring_attention
-from ops.sequence_parallel.ring_attention_tpu import Transfers
-from pallas_kernels.tpu import ring_attention as kernels
+from tilescan.benchmarks import aot_tpu, sequence_parallel_static
+from tilescan.ops import masks
+from tilescan.ops.attention import attention
+from tilescan.ops.sequence_parallel import layouts, ring_attention
+from tilescan.ops.sequence_parallel.ring_attention_tpu import Transfers
+from tilescan.pallas_kernels.tpu import ring_attention as kernels
 
 TIME = P(None, "sequence")
 

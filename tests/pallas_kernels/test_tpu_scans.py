@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from benchmarks import aot_tpu, scans_tpu_static
-from benchmarks.aot_tpu import Job
-from ops import linear_recurrence_tpu, reference, selective_scan_tpu
-from ops.linear_recurrence import linear_recurrence
-from ops.selective_scan import selective_scan
-from pallas_kernels.tpu import linear_scan
+from tilescan.benchmarks import aot_tpu, scans_tpu_static
+from tilescan.benchmarks.aot_tpu import Job
+from tilescan.ops import linear_recurrence_tpu, reference, selective_scan_tpu
+from tilescan.ops.linear_recurrence import linear_recurrence
+from tilescan.ops.selective_scan import selective_scan
+from tilescan.pallas_kernels.tpu import linear_scan
 
 needs_libtpu = pytest.mark.skipif(
     not aot_tpu.available(), reason="libtpu is not installed (extra dev)"
@@ -357,7 +357,9 @@ CASES = {
 def test_linear_recurrence_compiles(generation):
     """Forward and gradient; all cases on one generation only, for time."""
     names = list(CASES) if generation == "v5e" else ["by time", "complex"]
-    jobs = [Job("benchmarks.scans_tpu_static:linear_gradient", CASES[name]) for name in names]
+    jobs = [
+        Job("tilescan.benchmarks.scans_tpu_static:linear_gradient", CASES[name]) for name in names
+    ]
     results = aot_tpu.compile_jobs(jobs, generation, profile=False)
     for name, result in zip(names, results, strict=True):
         assert "custom_calls" in result, (name, result)
@@ -380,7 +382,7 @@ def test_selective_scan_compiles(generation):
     """Forward and gradient; all cases on one generation only, for time."""
     names = list(SELECTIVE_CASES) if generation == "v5e" else ["mamba"]
     jobs = [
-        Job("benchmarks.scans_tpu_static:selective_gradient", SELECTIVE_CASES[name])
+        Job("tilescan.benchmarks.scans_tpu_static:selective_gradient", SELECTIVE_CASES[name])
         for name in names
     ]
     results = aot_tpu.compile_jobs(jobs, generation, profile=False)

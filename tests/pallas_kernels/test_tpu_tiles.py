@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops import masks
-from pallas_kernels import tiles
+from tilescan.ops import masks
+from tilescan.pallas_kernels import tiles
 
 BANDS = st.one_of(
     st.just(masks.Full()),

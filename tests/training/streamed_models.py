@@ -5,11 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-import models.language_model
-import models.layers
-import models.positions
-import training.steps
-from models import LanguageModel, LanguageModelConfig
+from tilescan.models import LanguageModel, LanguageModelConfig, language_model, layers, positions
+from tilescan.training import steps
 
 B, T, V = 2, 13, 17
 SMALL = dict(vocab_size=V, d_model=16, n_heads=4, n_kv_heads=2, repeats=2, mlp_dim=24)
@@ -25,7 +22,7 @@ class Float64:
 
 
 # Those that compute statistics, or sums of a step, in float32.
-WIDENED = models.layers, models.positions, models.language_model, training.steps
+WIDENED = layers, positions, language_model, steps
 
 
 def setup(dtype="float64", length=T, packed=False, **options):

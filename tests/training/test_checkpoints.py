@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_training import Rows
 
-from training import sharding
-from training.checkpoints import CheckpointError, Checkpoints, describe, is_full_disk
-from training.settings import MeshConfig
+from tilescan.training import sharding
+from tilescan.training.checkpoints import CheckpointError, Checkpoints, describe, is_full_disk
+from tilescan.training.settings import MeshConfig
 
 
 def some_state(seed=0):

@@ -8,9 +8,9 @@ import pytest
 from absl.flags import FlagValues
 from ml_collections import config_flags
 
-from training import config as lib
-from training import settings as fields
-from training.config import ConfigError, default_config, override, settings
+from tilescan.training import config as lib
+from tilescan.training import settings as fields
+from tilescan.training.config import ConfigError, default_config, override, settings
 
 
 def test_defaults_are_the_dataclasses():

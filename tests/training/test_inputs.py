@@ -7,14 +7,14 @@ import pytest
 from flax import linen as nn
 from tiny_training import tiny_config
 
-from data import sources
-from data.documents import Document
-from models import LanguageModel, SequenceClassifier
-from training import inputs, steps
-from training.config import ConfigError, override, settings
-from training.metrics import read_rows
-from training.optimizers import make_optimizer
-from training.train import train
+from tilescan.data import sources
+from tilescan.data.documents import Document
+from tilescan.models import LanguageModel, SequenceClassifier
+from tilescan.training import inputs, steps
+from tilescan.training.config import ConfigError, override, settings
+from tilescan.training.metrics import read_rows
+from tilescan.training.optimizers import make_optimizer
+from tilescan.training.train import train
 
 MODEL = ("model.d_model=16", "model.repeats=1", "model.n_heads=2", "model.mlp_dim=32")
 DATA = ("data.sources=invented", "data.seq_len=24", "data.batch_size=8", "train.eval_batches=0")

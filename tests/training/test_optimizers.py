@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from training.optimizers import check_groups, group_of, make_optimizer, make_schedule
-from training.settings import RECURRENCE, ConfigError, OptimizerConfig, ParamGroup
+from tilescan.training.optimizers import check_groups, group_of, make_optimizer, make_schedule
+from tilescan.training.settings import RECURRENCE, ConfigError, OptimizerConfig, ParamGroup
 
 STEPS, WARMUP = 40, 7
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from training.preference_losses import dpo, grpo
-from training.steps import means
+from tilescan.training.preference_losses import dpo, grpo
+from tilescan.training.steps import means
 
 B, T, E, V = 4, 9, 5, 11
 ANSWERS = np.array([[2, 7], [4, 9], [1, 3], [0, 0]])  # the last row has none

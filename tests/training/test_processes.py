@@ -14,8 +14,8 @@ from tiny_training import (
     tiny_datasets,
 )
 
-from training.metrics import read_rows
-from training.train import train
+from tilescan.training.metrics import read_rows
+from tilescan.training.train import train
 
 # Four virtual devices each; every process feeds its half of the rows.
 HALF = """
@@ -40,7 +40,7 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", count, index, heartbeat_timeout_seconds=10)
 import tiny_training
-from training.train import train
+from tilescan.training.train import train
 tiny_training.main = lambda: train(
     tiny_training.tiny_config(*sys.argv[2:]), sys.argv[1],
     model=tiny_training.hybrid_model(), datasets={"train": tiny_training.Rows(8, 16)},

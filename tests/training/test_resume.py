@@ -6,8 +6,8 @@ import time
 import pytest
 from tiny_training import TinyModel, start_process, tiny_config, tiny_datasets
 
-from training.metrics import read_rows
-from training.train import train
+from tilescan.training.metrics import read_rows
+from tilescan.training.train import train
 
 STEPS, EVERY = 24, 3
 RUN = (f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.eval_every=8")

@@ -10,14 +10,14 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from tiny_training import Rows, TinyModel
 
-from models import LOGICAL_AXES, LanguageModel, LanguageModelConfig
-from ops.sequence_parallel import layouts
-from training import sharding, steps
-from training.config import default_config, settings
-from training.optimizers import make_optimizer, path_name
-from training.settings import ConfigError, MeshConfig, OptimizerConfig
-from training.stream_bp import stream_loss
-from training.train import sharded_init
+from tilescan.models import LOGICAL_AXES, LanguageModel, LanguageModelConfig
+from tilescan.ops.sequence_parallel import layouts
+from tilescan.training import sharding, steps
+from tilescan.training.config import default_config, settings
+from tilescan.training.optimizers import make_optimizer, path_name
+from tilescan.training.settings import ConfigError, MeshConfig, OptimizerConfig
+from tilescan.training.stream_bp import stream_loss
+from tilescan.training.train import sharded_init
 
 MESHES = {
     "data": MeshConfig(data=8),

@@ -8,9 +8,9 @@ import pytest
 from flax import linen as nn
 from tiny_training import Rows, TinyModel
 
-from training import steps
-from training.optimizers import make_optimizer
-from training.settings import OptimizerConfig
+from tilescan.training import steps
+from tilescan.training.optimizers import make_optimizer
+from tilescan.training.settings import OptimizerConfig
 
 
 def batch(**fields):

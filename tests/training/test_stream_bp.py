@@ -9,12 +9,12 @@ import pytest
 from flax import linen as nn
 from streamed_models import SMALL, B, T, gradient, largest_error, setup
 
-from models import LanguageModel, LanguageModelConfig
-from models.stream_bp import stream_hidden
-from ops import masks
-from training import steps, stream_bp
-from training.optimizers import make_optimizer
-from training.settings import OptimizerConfig
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.models.stream_bp import stream_hidden
+from tilescan.ops import masks
+from tilescan.training import steps, stream_bp
+from tilescan.training.optimizers import make_optimizer
+from tilescan.training.settings import OptimizerConfig
 
 MODELS = {
     "packed": {"packed": True},

@@ -11,15 +11,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from streamed_models import gradient, largest_error, setup
 from tiny_training import Rows, hybrid_model, tiny_config
 
-from models import LanguageModel, LanguageModelConfig
-from models.stream_bp import in_stream_order, stream_hidden, stream_order
-from ops import masks
-from training import sharding, steps, stream_bp
-from training.collectives import collectives, sent_bytes
-from training.config import settings
-from training.optimizers import make_optimizer
-from training.settings import ConfigError, MeshConfig, OptimizerConfig
-from training.train import train
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.models.stream_bp import in_stream_order, stream_hidden, stream_order
+from tilescan.ops import masks
+from tilescan.training import sharding, steps, stream_bp
+from tilescan.training.collectives import collectives, sent_bytes
+from tilescan.training.config import settings
+from tilescan.training.optimizers import make_optimizer
+from tilescan.training.settings import ConfigError, MeshConfig, OptimizerConfig
+from tilescan.training.train import train
 
 SLOW = pytest.mark.slow
 MIXERS = {

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tiny_training import Rows, TinyModel, start_process, tiny_config, tiny_datasets
 
-from training import train as train_lib
-from training.checkpoints import CheckpointError
-from training.metrics import JsonLines, read_rows
-from training.train import train
+from tilescan.training import train as train_lib
+from tilescan.training.checkpoints import CheckpointError
+from tilescan.training.metrics import JsonLines, read_rows
+from tilescan.training.train import train
 
 
 def run(workdir, *assignments, model=None, datasets=None):
@@ -183,7 +183,7 @@ def test_a_full_disk_while_metrics_are_written_is_named(tmp_path, monkeypatch):
 
 LIMITED = """
 import resource
-from training import checkpoints
+from tilescan.training import checkpoints
 save = checkpoints.Checkpoints.save
 def save_in_little_space(self, step, state, iterator):
     self.wait()
@@ -236,6 +236,6 @@ def test_train_works_outside_the_main_thread(tmp_path):
 
 
 def test_free_keys_exist():
-    from training.config import known_keys
+    from tilescan.training.config import known_keys
 
     assert set(train_lib.FREE_ON_RESUME) <= set(known_keys())

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 from flax import linen as nn
 
-from models import LanguageModel, LanguageModelConfig
-from training.config import default_config, override
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.training.config import default_config, override
 
 VOCAB, WIDTH, HIDDEN, HEADS = 32, 16, 32, 4
 
@@ -111,6 +111,6 @@ def start_process(*arguments, code=""):
 
 
 def main():
-    from training.train import train
+    from tilescan.training.train import train
 
     train(tiny_config(*sys.argv[2:]), sys.argv[1], model=TinyModel(0.1), datasets=tiny_datasets())

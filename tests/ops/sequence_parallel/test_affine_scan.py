@@ -10,8 +10,13 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ops.sequence_parallel.affine_scan import affine_scan, factor_scan, matrix_scan, power_scan
-from ops.sequence_parallel.kinds import SCAN_KINDS
+from tilescan.ops.sequence_parallel.affine_scan import (
+    affine_scan,
+    factor_scan,
+    matrix_scan,
+    power_scan,
+)
+from tilescan.ops.sequence_parallel.kinds import SCAN_KINDS
 
 B, D, V = 2, 6, 4
 

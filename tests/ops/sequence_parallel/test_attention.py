@@ -10,13 +10,13 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ops import masks
-from ops.attention import attention
-from ops.sequence_parallel import ATTENTION, BALANCES, layouts
-from ops.sequence_parallel.ring_attention import ring_attention, rounds
-from ops.sequence_parallel.ring_self_attention import ring_self_attention
-from ops.sequence_parallel.ulysses import ulysses_attention, usp_attention
-from training.collectives import collectives, sent_bytes
+from tilescan.ops import masks
+from tilescan.ops.attention import attention
+from tilescan.ops.sequence_parallel import ATTENTION, BALANCES, layouts
+from tilescan.ops.sequence_parallel.ring_attention import ring_attention, rounds
+from tilescan.ops.sequence_parallel.ring_self_attention import ring_self_attention
+from tilescan.ops.sequence_parallel.ulysses import ulysses_attention, usp_attention
+from tilescan.training.collectives import collectives, sent_bytes
 
 B, T, D = 2, 48, 8
 LAYOUT = np.random.default_rng(1).random((12, 12)) < 0.4

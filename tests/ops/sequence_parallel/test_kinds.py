@@ -2,7 +2,13 @@
 
 import pytest
 
-from ops.sequence_parallel import ATTENTION, ATTENTION_KINDS, TPU_ATTENTION_KINDS, Kinds, kinds
+from tilescan.ops.sequence_parallel import (
+    ATTENTION,
+    ATTENTION_KINDS,
+    TPU_ATTENTION_KINDS,
+    Kinds,
+    kinds,
+)
 
 
 @pytest.mark.parametrize(

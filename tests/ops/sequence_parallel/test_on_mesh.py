@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ops.gated_linear_attention import gated_linear_attention
-from ops.linear_recurrence import linear_recurrence
-from ops.long_convolution import long_convolution
-from ops.selective_scan import selective_scan
-from ops.sequence_parallel.on_mesh import on_mesh
-from ops.ssd import ssd
+from tilescan.ops.gated_linear_attention import gated_linear_attention
+from tilescan.ops.linear_recurrence import linear_recurrence
+from tilescan.ops.long_convolution import long_convolution
+from tilescan.ops.selective_scan import selective_scan
+from tilescan.ops.sequence_parallel.on_mesh import on_mesh
+from tilescan.ops.ssd import ssd
 
 B, T, H, E, N = 4, 16, 4, 8, 3
 

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ops import masks
-from ops.sequence_parallel import ATTENTION, layouts, parts
-from ops.sequence_parallel.layouts import Runs
-from ops.sequence_parallel.ring_attention import ring_attention
+from tilescan.ops import masks
+from tilescan.ops.sequence_parallel import ATTENTION, layouts, parts
+from tilescan.ops.sequence_parallel.layouts import Runs
+from tilescan.ops.sequence_parallel.ring_attention import ring_attention
 
 B, H, G, D = 2, 4, 2, 8
 BOUNDS = (0, 24, 48, 60)  # the last run is shorter

@@ -9,15 +9,15 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ops.delta_rule import delta_rule, gated_delta_rule
-from ops.gated_linear_attention import gated_linear_attention
-from ops.linear_recurrence import linear_recurrence
-from ops.long_convolution import long_convolution
-from ops.selective_scan import selective_scan
-from ops.sequence_parallel import convolutions, scans
-from ops.sequence_parallel.kinds import SCAN_KINDS
-from ops.short_convolution import short_convolution
-from ops.ssd import ssd
+from tilescan.ops.delta_rule import delta_rule, gated_delta_rule
+from tilescan.ops.gated_linear_attention import gated_linear_attention
+from tilescan.ops.linear_recurrence import linear_recurrence
+from tilescan.ops.long_convolution import long_convolution
+from tilescan.ops.selective_scan import selective_scan
+from tilescan.ops.sequence_parallel import convolutions, scans
+from tilescan.ops.sequence_parallel.kinds import SCAN_KINDS
+from tilescan.ops.short_convolution import short_convolution
+from tilescan.ops.ssd import ssd
 
 B, H, G, D, V, E, N = 2, 4, 2, 6, 5, 6, 3
 TIME, WHOLE = P(None, "sequence"), P()

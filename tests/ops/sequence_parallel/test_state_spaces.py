@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ops import s4, state_space
-from ops.sequence_parallel import state_spaces
-from ops.sequence_parallel.kinds import SCAN_KINDS
-from ops.sequence_parallel.on_mesh import on_mesh
+from tilescan.ops import s4, state_space
+from tilescan.ops.sequence_parallel import state_spaces
+from tilescan.ops.sequence_parallel.kinds import SCAN_KINDS
+from tilescan.ops.sequence_parallel.on_mesh import on_mesh
 
 B, T, H, R, N = 2, 24, 3, 2, 2
 TIME, WHOLE = P(None, "sequence"), P()
