@@ -1,19 +1,33 @@
-"""config.json of Hugging Face's layouts to our configurations and back.
+"""config.json of Hugging Face's layouts to our configurations.
 
-What a layout cannot say, or says and we don't have, is an error that names it.
+Every key is read, is known to be harmless (harmless_keys.py), or is an error that names it.
 """
 
-import dataclasses
 import math
 import pathlib
 from typing import Any
 
-from tilescan.models.blocks import make_mixer
+from tilescan.models.checkpoint_errors import CheckpointError, short
 from tilescan.models.config import LanguageModelConfig
-from tilescan.models.weight_names import CheckpointError
+from tilescan.models.config_keys import (
+    MOST_CHANNELS,
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_TOKENS,
+    REQUIRED,
+    Keys,
+)
+from tilescan.models.harmless_keys import HARMLESS
 
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 LAYOUTS = ("gpt2", "llama", "mamba", "mamba2")
+# Other names that `transformers` takes for GPT-2's keys.
+_GPT2_NAMES = dict(
+    hidden_size="n_embd",
+    max_position_embeddings="n_positions",
+    num_attention_heads="n_head",
+    num_hidden_layers="n_layer",
+)
 
 
 def layout(config: LanguageModelConfig) -> str:
@@ -32,233 +46,212 @@ def from_hf_config(hf: dict[str, Any], file: pathlib.Path, dtypes) -> LanguageMo
       dtypes: dtype and param_dtype.
 
     Raises:
-      CheckpointError: for what is not supported.
-      KeyError, ValueError, TypeError, AttributeError: for what is no such configuration.
+      CheckpointError: for keys that are missing, unknown or not supported, and for values of a
+        wrong type, out of bounds or in contradiction to each other.
     """
-    kind = hf.get("model_type")
+    keys = Keys(hf, file)
     read = {"gpt2": _from_gpt2, "llama": _from_llama, "mamba": _from_mamba, "mamba2": _from_mamba2}
-    if kind not in read:
-        raise CheckpointError(
-            f"{file}: model_type {kind!r} is not supported; {', '.join(read)} are"
-        )
-    fields = read[kind](hf, file)
-    return LanguageModelConfig(vocab_size=hf["vocab_size"], **fields, **dtypes)
+    kind = keys.text("model_type", read, None)
+    # Weights that are not plain numbers, other blocks, and code of the model's own.
+    keys.only("quantization_config", None)
+    keys.only("quantization", None)
+    keys.only("compression_config", None)
+    keys.only("auto_map", None)
+    keys.only("pruned_heads", {}, None)
+    keys.only("is_encoder_decoder", False)
+    keys.only("add_cross_attention", False)
+    keys.only("cross_attention_hidden_size", None)
+    fields = read[kind](keys)
+    keys.finish(HARMLESS[kind].__contains__)
+    try:
+        return LanguageModelConfig(**fields, **dtypes)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} describes no model: {error}") from error
 
 
-def _refuse(file, hf, **allowed) -> None:
-    """Settings that change the maths and that the models here don't have."""
-    for key, value in allowed.items():
-        if hf.get(key, value) != value:
-            raise CheckpointError(f"{file}: {key}={hf[key]!r} is not supported, only {value!r}")
-
-
-def _from_gpt2(hf, file) -> dict[str, Any]:
-    _refuse(file, hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-    activation = hf.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
-        raise CheckpointError(f"{file}: activation_function={activation!r} is not supported")
+def _from_gpt2(keys: Keys) -> dict[str, Any]:
+    keys.rename(_GPT2_NAMES)
+    keys.only("scale_attn_weights", True)
+    keys.only("scale_attn_by_inverse_layer_idx", False)
+    width = keys.integer("n_embd", "d_model", MOST_CHANNELS)
     return dict(
-        d_model=hf["n_embd"],
-        repeats=hf["n_layer"],
-        n_heads=hf["n_head"],
+        vocab_size=keys.integer("vocab_size", "vocab_size", MOST_CHANNELS),
+        d_model=width,
+        repeats=keys.integer("n_layer", "repeats", MOST_LAYERS),
+        n_heads=keys.integer("n_head", "n_heads", MOST_HEADS),
         position="learned",
-        max_len=hf["n_positions"],
+        max_len=keys.integer("n_positions", "max_len", MOST_CHANNELS, 1024),
         norm="layernorm",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        mlp=_ACTIVATIONS[activation],
-        mlp_dim=hf.get("n_inner") or 4 * hf["n_embd"],
+        norm_eps=_eps(keys, "layer_norm_epsilon", 1e-5),
+        mlp=ACTIVATIONS[keys.text("activation_function", ACTIVATIONS, "gelu_new")],
+        mlp_dim=keys.integer("n_inner", "mlp_dim", MOST_CHANNELS, None) or 4 * width,
         attention_bias=True,
         mlp_bias=True,
-        tie_embeddings=hf.get("tie_word_embeddings", True),
+        tie_embeddings=keys.flag("tie_word_embeddings", "tie_embeddings", True),
     )
 
 
-def _from_llama(hf, file) -> dict[str, Any]:
-    _refuse(file, hf, hidden_act="silu", pretraining_tp=1)
-    # transformers 5 moved rope_theta and rope_scaling into rope_parameters.
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+def _from_llama(keys: Keys) -> dict[str, Any]:
+    keys.only("hidden_act", "silu")
+    keys.only("pretraining_tp", 1, None)
+    keys.only("rope_interleaved", False)
+    keys.only("sliding_window", None)
+    keys.only("use_sliding_window", False)
+    keys.only("partial_rotary_factor", 1.0, None)
+    heads = keys.integer("num_attention_heads", "n_heads", MOST_HEADS)
+    max_len = keys.integer("max_position_embeddings", "max_len", MOST_TOKENS, 2048)
+    theta, scaling = _rope(keys, max_len)
     return dict(
-        d_model=hf["hidden_size"],
-        repeats=hf["num_hidden_layers"],
-        n_heads=hf["num_attention_heads"],
-        n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim"),
+        vocab_size=keys.integer("vocab_size", "vocab_size", MOST_CHANNELS),
+        d_model=keys.integer("hidden_size", "d_model", MOST_CHANNELS),
+        repeats=keys.integer("num_hidden_layers", "repeats", MOST_LAYERS),
+        n_heads=heads,
+        n_kv_heads=keys.integer("num_key_value_heads", "n_kv_heads", MOST_HEADS, None) or heads,
+        head_dim=keys.integer("head_dim", "head_dim", MOST_HEADS, None),
         position="rope",
         rope_theta=theta,
-        rope_scaling=_rope_scaling(rope, file),
-        max_len=hf.get("max_position_embeddings", 2048),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        mlp_dim=hf["intermediate_size"],
-        attention_bias=hf.get("attention_bias", False),
-        mlp_bias=hf.get("mlp_bias", False),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
+        rope_scaling=scaling,
+        max_len=max_len,
+        norm_eps=_eps(keys, "rms_norm_eps", 1e-6),
+        mlp_dim=keys.integer("intermediate_size", "mlp_dim", MOST_CHANNELS),
+        attention_bias=keys.flag("attention_bias", "attention_bias", False),
+        mlp_bias=keys.flag("mlp_bias", "mlp_bias", False),
+        tie_embeddings=keys.flag("tie_word_embeddings", "tie_embeddings", False),
     )
 
 
-def _from_mamba(hf, file) -> dict[str, Any]:
-    rank = hf.get("time_step_rank", "auto")
-    return _recurrent(hf, file, "mamba", dt_rank=None if rank == "auto" else rank)
+def _from_mamba(keys: Keys) -> dict[str, Any]:
+    rank = None
+    if keys.get("time_step_rank", "auto") != "auto":
+        rank = keys.integer("time_step_rank", "mamba.dt_rank", MOST_CHANNELS)
+    sizes = dict(vocab_size=50280, hidden_size=768, num_hidden_layers=32, state_size=16)
+    fields = _recurrent(keys, "mamba", sizes, tied=True, dt_rank=rank)
+    if rank == -(-fields["d_model"] // 16):
+        fields["mixers"]["mamba"]["dt_rank"] = None  # what None stands for
+    return fields
 
 
-def _from_mamba2(hf, file) -> dict[str, Any]:
-    # transformers 5 writes numbers that JSON lacks as {"__float__": "Infinity"}.
-    limit = hf.get("time_step_limit", (0.0, math.inf))
-    limit = tuple(float(x["__float__"] if isinstance(x, dict) else x) for x in limit)
+def _from_mamba2(keys: Keys) -> dict[str, Any]:
+    sizes = dict(vocab_size=32768, hidden_size=4096, num_hidden_layers=64, state_size=128)
+    head_dim = keys.integer("head_dim", "mamba2.head_dim", MOST_CHANNELS, 64)
     fields = _recurrent(
-        hf,
-        file,
+        keys,
         "mamba2",
-        head_dim=hf["head_dim"],
-        n_groups=hf["n_groups"],
-        dt_limit=None if limit == (0.0, math.inf) else limit,
+        sizes,
+        tied=False,
+        head_dim=head_dim,
+        n_groups=keys.integer("n_groups", "mamba2.n_groups", MOST_HEADS, 8),
+        dt_limit=_step_limits(keys),
     )
-    heads, inner = hf["num_heads"], hf.get("expand", 2) * hf["hidden_size"]
-    if heads * hf["head_dim"] != inner:
+    heads = keys.integer("num_heads", "the number of heads", MOST_CHANNELS, 128)
+    inner = fields["mixers"]["mamba2"]["expand"] * fields["d_model"]
+    if heads * head_dim != inner:
         raise CheckpointError(
-            f"{file}: num_heads={heads} times head_dim={hf['head_dim']} must be expand * "
+            f"{keys.file}: num_heads={heads} times head_dim={head_dim} must be expand * "
             f"hidden_size = {inner}"
         )
     return fields
 
 
-def _recurrent(hf, file, kind, **options) -> dict[str, Any]:
-    _refuse(file, hf, hidden_act="silu")
+def _recurrent(keys: Keys, kind: str, sizes, *, tied: bool, **options) -> dict[str, Any]:
+    """What Mamba and Mamba-2 share; absent keys have the defaults of `transformers`."""
+    keys.only("hidden_act", "silu")
+    keys.only("rms_norm", True)
+    keys.only("ssm_cfg", {}, None, {"layer": "Mamba2"} if kind == "mamba2" else None)
+    width = keys.integer("hidden_size", "d_model", MOST_CHANNELS, sizes["hidden_size"])
+    layers = keys.integer("num_hidden_layers", "repeats", MOST_LAYERS, sizes["num_hidden_layers"])
+    expand = keys.integer("expand", f"{kind}.expand", MOST_HEADS, 2)
+    # Converters leave the names of the first implementation beside these.
+    keys.equal("d_model", width, "hidden_size")
+    keys.equal("n_layer", layers, "num_hidden_layers")
+    keys.equal("numb_hidden_layers", layers, "num_hidden_layers")
+    keys.equal("intermediate_size", expand * width, "expand * hidden_size")
+    keys.equal("d_inner", expand * width, "expand * hidden_size")
     options |= dict(
-        state_dim=hf["state_size"],
-        expand=hf.get("expand", 2),
-        conv_width=hf.get("conv_kernel", 4),
-        conv_bias=hf.get("use_conv_bias", True),
-        use_bias=hf.get("use_bias", False),
+        state_dim=keys.integer("state_size", f"{kind}.state_dim", MOST_HEADS, sizes["state_size"]),
+        expand=expand,
+        conv_width=keys.integer("conv_kernel", f"{kind}.conv_width", MOST_HEADS, 4),
+        conv_bias=keys.flag("use_conv_bias", f"{kind}.conv_bias", True),
+        use_bias=keys.flag("use_bias", f"{kind}.use_bias", False),
     )
-    rank = options.get("dt_rank")
-    if rank is not None and rank == -(-hf["hidden_size"] // 16):
-        options["dt_rank"] = None  # what None stands for
     return dict(
-        d_model=hf["hidden_size"],
-        repeats=hf["num_hidden_layers"],
+        vocab_size=keys.integer("vocab_size", "vocab_size", MOST_CHANNELS, sizes["vocab_size"]),
+        d_model=width,
+        repeats=layers,
         pattern=(kind,),
         position="none",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=hf.get("tie_word_embeddings", kind == "mamba"),
+        norm_eps=_eps(keys, "layer_norm_epsilon", 1e-5),
+        tie_embeddings=keys.flag("tie_word_embeddings", "tie_embeddings", tied),
         mixers={kind: options},
     )
 
 
-def _rope_scaling(rope: dict[str, Any], file) -> dict[str, Any] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
+def _eps(keys: Keys, key: str, default: float) -> float:
+    return keys.number(key, "norm_eps", 0.0, 1.0, default)
+
+
+def _step_limits(keys: Keys) -> tuple[float, float] | None:
+    """Bounds of Mamba-2's step sizes; None for those that bound nothing."""
+    key = "time_step_limit"
+    limit = keys.get(key, (0.0, math.inf))
+    if not isinstance(limit, list | tuple) or len(limit) != 2:
+        keys.refuse(key, "mamba2.dt_limit must be two numbers")
+    # transformers 5 writes numbers that JSON lacks as {"__float__": "Infinity"}.
+    infinite = {"__float__": "Infinity"}
+    low, high = (math.inf if x == infinite else x for x in limit)
+    if any(type(x) not in (int, float) for x in (low, high)) or not 0 <= low <= high:
+        keys.refuse(key, "mamba2.dt_limit must be two numbers, 0 <= low <= high")
+    return None if (low, high) == (0.0, math.inf) else (float(low), float(high))
+
+
+def _rope(keys: Keys, max_len: int) -> tuple[float, dict[str, Any] | None]:
+    """rope_theta and rope_scaling.
+
+    transformers 5 moved both into rope_parameters; what stands in two places must be the same.
+    """
+    where = "rope_parameters"
+    new, old = keys.get("rope_parameters", None), keys.get("rope_scaling", None)
+    if new and old and new != old:
+        keys.refuse("rope_scaling", f"rope_parameters={short(new)} says something else")
+    for key, value in (("rope_parameters", new), ("rope_scaling", old)):
+        if value is not None and not isinstance(value, dict):
+            keys.refuse(key, "it must be an object or null")
+    if not new and old:
+        where = "rope_scaling"
+    rope = Keys(new or old or {}, keys.file, where)
+    rope.rename({"type": "rope_type"})
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):
+        raise CheckpointError(
+            f"{keys.file}: rope type {short(kind)} is not supported; linear and llama3 are"
+        )
+
+    def number(key: str, ours: str, default: Any = REQUIRED) -> float:
+        return rope.number(key, f"rope_scaling.{ours}", 1e-6, 1e6, default)
+
+    scaling = None
     if kind == "linear":
-        return dict(kind="linear", factor=rope["factor"])
-    if kind == "llama3":
-        return dict(
+        scaling = dict(kind="linear", factor=number("factor", "factor"))
+    elif kind == "llama3":
+        key = "original_max_position_embeddings"
+        scaling = dict(
             kind="llama3",
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_max_len=rope["original_max_position_embeddings"],
+            factor=number("factor", "factor"),
+            low_freq_factor=number("low_freq_factor", "low_freq_factor"),
+            high_freq_factor=number("high_freq_factor", "high_freq_factor"),
+            original_max_len=rope.integer(
+                key, "rope_scaling.original_max_len", MOST_TOKENS, max_len
+            ),
         )
-    raise CheckpointError(f"{file}: rope type {kind!r} is not supported; linear and llama3 are")
-
-
-def to_hf_config(config: LanguageModelConfig) -> dict[str, Any]:
-    """config.json of the layout that fits; every field must survive the way back."""
-    common = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tie_embeddings)
-    kind = layout(config)
-    if kind in ("mamba", "mamba2"):
-        hf = _to_mamba(config, kind) | common
-    elif kind == "gpt2":
-        names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()} | {"gelu_tanh": "gelu_new"}
-        hf = dict(
-            model_type="gpt2",
-            architectures=["GPT2LMHeadModel"],
-            n_embd=config.d_model,
-            n_layer=config.repeats,
-            n_head=config.n_heads,
-            n_positions=config.max_len,
-            n_inner=config.mlp_dim,
-            activation_function=names.get(config.mlp, config.mlp),
-            layer_norm_epsilon=config.norm_eps,
-            **common,
-        )
-    else:
-        rope = dict(rope_type="default", rope_theta=config.rope_theta)
-        if config.rope_scaling is not None:
-            rope |= dataclasses.asdict(config.rope_scaling)
-            rope["rope_type"] = rope.pop("kind")
-            rope["original_max_position_embeddings"] = rope.pop("original_max_len")
-        hf = dict(
-            model_type="llama",
-            architectures=["LlamaForCausalLM"],
-            hidden_act="silu",
-            hidden_size=config.d_model,
-            num_hidden_layers=config.repeats,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            intermediate_size=config.mlp_dim,
-            max_position_embeddings=config.max_len,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
-            rope_parameters=rope,
-            attention_bias=config.attention_bias,
-            mlp_bias=config.mlp_bias,
-            **common,
-        )
-    _check_exportable(config, hf)
-    return hf
-
-
-def _to_mamba(config: LanguageModelConfig, kind: str) -> dict[str, Any]:
-    mixer = make_mixer(config, kind)
-    hf = dict(
-        model_type=kind,
-        architectures=["MambaForCausalLM" if kind == "mamba" else "Mamba2ForCausalLM"],
-        hidden_act="silu",
-        hidden_size=config.d_model,
-        num_hidden_layers=config.repeats,
-        layer_norm_epsilon=config.norm_eps,
-        state_size=mixer.state_dim,
-        expand=mixer.expand,
-        conv_kernel=mixer.conv_width,
-        use_conv_bias=mixer.conv_bias,
-        use_bias=mixer.use_bias,
-    )
-    if kind == "mamba":
-        return hf | dict(time_step_rank=mixer.rank, intermediate_size=mixer.expand * config.d_model)
-    hf |= dict(head_dim=mixer.head_dim, n_groups=mixer.n_groups)
-    hf |= dict(num_heads=mixer.expand * config.d_model // mixer.head_dim)
-    return hf if mixer.dt_limit is None else hf | dict(time_step_limit=mixer.dt_limit)
-
-
-# How a model is run is no property of its checkpoint; fields of what its blocks don't have neither.
-_FREE = ("remat", "scan_layers", "attention_implementation")
-_FREE_OPTIONS = ("chunk", "implementation")
-_OF_ATTENTION_AND_MLP = (
-    "n_heads", "n_kv_heads", "head_dim", "causal", "mask", "window", "sinks", "rope_theta",
-    "rope_scaling", "qk_norm", "attention_scale", "attention_logit_cap", "attention_bias", "mlp",
-    "mlp_dim", "mlp_bias", "max_len",
-)  # fmt: skip
-
-
-def _check_exportable(config: LanguageModelConfig, hf: dict[str, Any]) -> None:
-    free, kind = _FREE, hf["model_type"]
-    if kind in ("mamba", "mamba2"):
-        free += _OF_ATTENTION_AND_MLP
-        options = dict(config.mixers.get(kind, {}))
-        for name in _FREE_OPTIONS:
-            options.pop(name, None)
-        position = config.position if config.position == "learned" else "none"
-        config = dataclasses.replace(config, mixers={kind: options}, position=position)
-    dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype)
-    back = from_hf_config(hf, pathlib.Path("config.json"), dtypes)
-    for field in dataclasses.fields(config):
-        ours, theirs = getattr(config, field.name), getattr(back, field.name)
-        if field.name not in free and ours != theirs:
-            raise CheckpointError(
-                f"the {kind} layout has no place for {field.name}={ours!r} (it means {theirs!r}); "
-                f"only {', '.join(LAYOUTS)} models can be exported"
-            )
-    if not config.scan_layers:
-        raise CheckpointError("export needs the stacked parameters of scan_layers=True")
+    rope.only("partial_rotary_factor", 1.0, None)
+    thetas = [
+        place.number("rope_theta", "rope_theta", 1e-6, 1e30)
+        for place in (rope, keys)
+        if place.has("rope_theta")
+    ]
+    if len(set(thetas)) > 1:
+        keys.refuse("rope_theta", f"{where}.rope_theta={thetas[0]!r} says something else")
+    # Earlier exports of ours had llama3's keys, too, and linear scaling reads none of them.
+    unread = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    rope.finish((unread if kind == "linear" else ()).__contains__)
+    return (thetas[0] if thetas else 10000.0), scaling

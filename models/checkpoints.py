@@ -2,41 +2,54 @@
 
 config, params = load_pretrained("SmolLM2-135M-Instruct.Q4_1.gguf")
 logits, _ = LanguageModel(config).apply({"params": params}, tokens)
+
+Every key of config.json and of GGUF metadata, and every tensor, is used, is known to leave the
+logits as they are, or is refused by name; checks come before anything is allocated.
 """
 
 import json
 import pathlib
 from typing import Any
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tilescan.models import weight_names
-from tilescan.models.checkpoint_configs import from_hf_config, layout, to_hf_config
+from tilescan.models.checkpoint_configs import from_hf_config, layout
+from tilescan.models.checkpoint_errors import CheckpointError, MissingFileError
+from tilescan.models.checkpoint_exports import to_hf_config
 from tilescan.models.config import LanguageModelConfig
+from tilescan.models.gguf_configs import ROPE_FACTORS, from_gguf
+from tilescan.models.gguf_files import read_gguf
+from tilescan.models.json_files import read_json
 from tilescan.models.language_model import LanguageModel
-from tilescan.models.weight_names import CheckpointError
+from tilescan.models.positions import rope_frequencies
+from tilescan.models.safetensors_files import INDEX, read_folder
+from tilescan.models.stored_tensors import StoredTensor, merge_tied_head, read_params
 
-# Buffers that older exports store beside the weights: masks and rotary tables.
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "rope_freqs.weight")
 _ENTRIES = {
     "gpt2": weight_names.gpt2_entries,
     "llama": weight_names.llama_entries,
     "mamba": weight_names.mamba_entries,
     "mamba2": weight_names.mamba_entries,
 }
+# Of a folder beside config.json: weights to add to those of the model.
+_ADAPTER = "adapter_config.json"
 
 
 def load_pretrained(
     path: str | pathlib.Path, *, dtype: Any = "float32", param_dtype: Any = "float32"
 ) -> tuple[LanguageModelConfig, dict[str, Any]]:
     """Reads a checkpoint.
+
+    The file's own dtype decides nothing: float16 and bfloat16 weights are converted to
+    `param_dtype` and computed with in `dtype`, both float32 unless asked for otherwise. (Logits are
+    then more exact than those of `transformers`, which computes in float16 what is stored so: the
+    two agree to float16's rounding.)
 
     Args:
       path: a folder with config.json and model.safetensors (or its shards and their index), or
@@ -49,19 +62,23 @@ def load_pretrained(
       takes them.
 
     Raises:
-      FileNotFoundError: if there is no such file, or one of its shards is absent.
-      CheckpointError: for an unsupported architecture, a truncated file, or missing, unknown and
-        mis-shaped tensors, by name.
+      MissingFileError: if there is no such file, or one of its shards is absent; it is a
+        CheckpointError and a FileNotFoundError.
+      CheckpointError: for an unsupported architecture, a truncated file, keys that are unknown, of
+        a wrong type or out of bounds, and missing, unknown, unreadable and mis-shaped tensors, by
+        name.
+      ValueError: if a dtype is no floating type.
     """
     path = pathlib.Path(path)
     dtypes = dict(dtype=dtype, param_dtype=param_dtype)
+    LanguageModelConfig(vocab_size=1, **dtypes)  # a wrong dtype is no fault of the checkpoint
     if path.is_dir():
         return _load_folder(path, dtypes)
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no checkpoint at {path}: a folder with config.json or a .gguf file is needed"
         )
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and path.is_file():
         return _load_gguf(path, dtypes)
     raise CheckpointError(f"{path} is neither a folder with config.json nor a .gguf file")
 
@@ -70,10 +87,13 @@ def save_pretrained(path: str | pathlib.Path, config: LanguageModelConfig, param
     """Writes config.json and model.safetensors in the layout of Hugging Face that fits.
 
     Raises:
-      CheckpointError: if the model is no GPT-2, Llama, Mamba or Mamba-2.
+      CheckpointError: if the model is no GPT-2, Llama, Mamba or Mamba-2, or if the folder holds
+        shards, whose index would contradict the file.
     """
     path = pathlib.Path(path)
     hf = to_hf_config(config)
+    if (path / INDEX).exists():
+        raise CheckpointError(f"{path} holds {INDEX} of another checkpoint; take another folder")
     flat = {"/".join(k): np.asarray(v) for k, v in flatten_dict(nn.unbox(params)).items()}
     tensors = {}
     for entry, names in weight_names.file_names(_ENTRIES[hf["model_type"]](config), config.repeats):
@@ -85,126 +105,63 @@ def save_pretrained(path: str | pathlib.Path, config: LanguageModelConfig, param
     (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
 
-# Hugging Face folders
-
-
 def _load_folder(path: pathlib.Path, dtypes):
     file = path / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{path} has no config.json")
-    try:
-        config = from_hf_config(json.loads(file.read_text()), file, dtypes)
-    except CheckpointError:
-        raise
-    except KeyError as error:
-        raise CheckpointError(f"{file} has no {error.args[0]!r}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} describes no model: {error}") from error
-    shards = _shards(path)
-    where = {}
-    for shard in shards:
-        with _open(shard) as opened:
-            for name in opened.keys():
-                if not name.endswith(_BUFFERS):
-                    where[_canonical(name)] = (shard, name)
+    config = from_hf_config(read_json(file, "describes no model"), file, dtypes)
+    if (path / _ADAPTER).exists():
+        raise CheckpointError(
+            f"{path / _ADAPTER}: adapters are not read; merge them into the model's weights"
+        )
+    kind = layout(config)
+    stored, source = read_folder(path, lambda name: weight_names.is_buffer(kind, name))
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        if weight_names.is_buffer(kind, name):
+            _check_buffer(config, kind, name, tensor)
+            continue
+        ours = weight_names.canonical(kind, name)
+        if ours in tensors:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {ours!r} is there twice, with and without prefix"
+            )
+        tensors[ours] = tensor
+    entries = _ENTRIES[kind](config)
     if config.tie_embeddings:
-        where.pop("lm_head.weight", None)  # some exports store the tied matrix twice
-    opened = {shard: _open(shard) for shard in shards}
-
-    def read(name):
-        shard, stored = where[name]
-        return np.asarray(opened[shard].get_tensor(stored))
-
-    entries = _ENTRIES[layout(config)](config)
-    return config, _read(config, entries, set(where), read, str(path))
+        merge_tied_head(tensors, weight_names.embedding_name(entries), "lm_head.weight")
+    return config, _params(config, entries, tensors, source, file)
 
 
-def _canonical(name: str) -> str:
-    """GPT-2's own files lack the prefix that `transformers` writes."""
-    return "transformer." + name if name.startswith(("wte.", "wpe.", "h.", "ln_f.")) else name
-
-
-def _shards(path: pathlib.Path) -> list[pathlib.Path]:
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} has no readable weight_map: {error!r}") from error
-    else:
-        names = ["model.safetensors"]
-    absent = [name for name in names if not (path / name).exists()]
-    if absent:
-        raise FileNotFoundError(f"{path} lacks {', '.join(absent)}")
-    return [path / name for name in names]
-
-
-def _open(shard: pathlib.Path):
-    try:
-        return safetensors.safe_open(shard, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(
-            f"{shard} ({shard.stat().st_size} bytes) is truncated or no safetensors file: {error}"
-        ) from error
-
-
-# GGUF
-
-
-def _load_gguf(path: pathlib.Path, dtypes):
-    try:
-        reader = gguf.GGUFReader(path)
-        tensors = {t.name: t for t in reader.tensors if not t.name.endswith(_BUFFERS)}
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or no GGUF file: {error}"
-        ) from error
-    config = _from_gguf(reader, path, tied="output.weight" not in tensors, dtypes=dtypes)
-
-    def read(name):
-        tensor = tensors[name]
-        return gguf.dequantize(tensor.data, tensor.tensor_type)
-
-    entries = weight_names.gguf_llama_entries(config)
-    return config, _read(config, entries, set(tensors), read, str(path))
-
-
-def _from_gguf(reader, path, *, tied: bool, dtypes) -> LanguageModelConfig:
-    def get(key, default=None):
-        field = reader.get_field(key)
-        if field is None:
-            if default is None:
-                raise CheckpointError(f"{path}: the field {key!r} is missing")
-            return default
-        return field.contents()
-
-    kind = get("general.architecture")
+def _check_buffer(config, kind: str, name: str, tensor: StoredTensor) -> None:
+    """Refuses rotary frequencies that are not those of config.json; float16 rounds them."""
     if kind != "llama":
-        raise CheckpointError(f"{path}: architecture {kind!r} is not supported; llama is")
-    if get("llama.rope.scaling.type", "none") != "none":
-        raise CheckpointError(f"{path}: scaled rotary positions are not supported in GGUF files")
-    heads, width = get("llama.attention.head_count"), get("llama.embedding_length")
-    return LanguageModelConfig(
-        vocab_size=len(get("tokenizer.ggml.tokens")),
-        d_model=width,
-        repeats=get("llama.block_count"),
-        n_heads=heads,
-        n_kv_heads=get("llama.attention.head_count_kv", heads),
-        head_dim=get("llama.rope.dimension_count", width // heads),
-        position="rope_interleaved",
-        rope_theta=get("llama.rope.freq_base", 10000.0),
-        max_len=get("llama.context_length"),
-        norm_eps=get("llama.attention.layer_norm_rms_epsilon"),
-        mlp_dim=get("llama.feed_forward_length"),
-        tie_embeddings=tied,
-        **dtypes,
+        return
+    plain = rope_frequencies(config.head_dim, config.rope_theta)
+    scaled = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    if not tensor.unreadable and tensor.shape == plain.shape:
+        values = np.asarray(tensor.read(), np.float64)
+        if any(np.allclose(values, known, rtol=1e-2, atol=1e-7) for known in (plain, scaled)):
+            return
+    raise CheckpointError(
+        f"{tensor.file}: tensor {name!r} holds other rotary frequencies than config.json says"
     )
 
 
-def _read(config, entries, names, read, source) -> dict[str, Any]:
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    abstract = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
-    flat = flatten_dict(nn.unbox(abstract)["params"])
-    leaves = {"/".join(path): leaf for path, leaf in flat.items()}
-    params = weight_names.read_params(config, entries, leaves, names, read, source)
+def _load_gguf(path: pathlib.Path, dtypes):
+    file = read_gguf(path)
+    config = from_gguf(file.metadata, file.tensors, path, dtypes)
+    tensors = {name: t for name, t in file.tensors.items() if name != ROPE_FACTORS}
+    return config, _params(config, weight_names.gguf_llama_entries(config), tensors, path, path)
+
+
+def _params(config, entries, tensors, source, file) -> dict[str, Any]:
+    def leaves() -> dict[str, jax.ShapeDtypeStruct]:
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        try:
+            abstract = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
+        except ValueError as error:
+            raise CheckpointError(f"{file} describes no model: {error}") from error
+        flat = flatten_dict(nn.unbox(abstract)["params"])
+        return {"/".join(path): leaf for path, leaf in flat.items()}
+
+    params = read_params(config, entries, leaves, tensors, str(source))
     return unflatten_dict({tuple(path.split("/")): value for path, value in params.items()})

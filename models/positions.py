@@ -23,6 +23,11 @@ class RopeScaling:
     `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv 2306.15595). `llama3`
     divides only wavelengths longer than `original_max_len / low_freq_factor`, keeps those
     shorter than `original_max_len / high_freq_factor`, and blends in between (Llama 3.1).
+    `per_frequency` divides each frequency by its own of `factors` [D/2], and by `factor` (GGUF's
+    rope_freqs).
+
+    Raises:
+      ValueError: for an unknown kind, and for factors that are not positive and finite.
     """
 
     kind: str = "linear"
@@ -30,14 +35,33 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_len: int = 8192
+    factors: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        if self.kind not in ("linear", "llama3"):
+        if self.kind not in ("linear", "llama3", "per_frequency"):
             raise ValueError(
-                f"rope_scaling.kind={self.kind!r} is unknown; it can be 'linear' or 'llama3'"
+                f"rope_scaling.kind={self.kind!r} is unknown; it can be 'linear' or 'llama3', or "
+                "'per_frequency' with factors"
             )
-        if self.factor <= 0:
-            raise ValueError(f"rope_scaling.factor must be positive, got {self.factor}")
+        if self.factors is not None:
+            object.__setattr__(self, "factors", tuple(float(f) for f in self.factors))
+        if (self.factors is not None) != (self.kind == "per_frequency"):
+            raise ValueError(
+                f"rope_scaling.factors={self.factors} with kind={self.kind!r}: 'per_frequency' "
+                "needs them, and only it has them"
+            )
+        positive = dict(factor=self.factor, original_max_len=self.original_max_len)
+        positive |= dict(low_freq_factor=self.low_freq_factor)
+        for name, value in [*positive.items(), *(("factors", f) for f in self.factors or ())]:
+            if not 0 < value < math.inf:
+                raise ValueError(
+                    f"rope_scaling.{name} must be positive, got {value}; e.g. 1.0, any finite one"
+                )
+        if not self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ValueError(
+                f"rope_scaling.high_freq_factor={self.high_freq_factor} must be finite and above "
+                f"low_freq_factor={self.low_freq_factor}"
+            )
 
     @classmethod
     def of(cls, value: "RopeScaling | Mapping[str, Any] | None") -> "RopeScaling | None":
@@ -51,6 +75,9 @@ def rope_frequencies(
     """Angle per position of each pair of channels: `theta ** (-2 i / D)`, float64.
 
     Source: Su et al. 2021 (arXiv 2104.09864), equation 15.
+
+    Raises:
+      ValueError: if D is odd, or if `scaling.factors` are not D / 2.
     """
     if head_dim % 2:
         raise ValueError(f"rotary positions turn pairs of channels: head_dim={head_dim} is odd")
@@ -59,6 +86,13 @@ def rope_frequencies(
         return freq
     if scaling.kind == "linear":
         return freq / scaling.factor
+    if scaling.kind == "per_frequency":
+        if len(scaling.factors) != len(freq):
+            raise ValueError(
+                f"rope_scaling.factors are {len(scaling.factors)}, but head_dim={head_dim} has "
+                f"{len(freq)} frequencies"
+            )
+        return freq / np.asarray(scaling.factors) / scaling.factor
     wavelength = 2 * np.pi / freq
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = np.clip((scaling.original_max_len / wavelength - low) / (high - low), 0.0, 1.0)

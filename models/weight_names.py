@@ -5,13 +5,20 @@ leading axis that `nn.scan` added. Everything else is a transpose and a reshape.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 
-import jax
 import numpy as np
 
+from tilescan.models.checkpoint_errors import CheckpointError as CheckpointError
 from tilescan.models.config import LanguageModelConfig
 
+# Buffers that older exports store beside the weights: masks of GPT-2, which has one mask, and
+# rotary frequencies, which must be those of config.json.
+BUFFERS = {
+    "gpt2": re.compile(r"(transformer\.)?h\.[0-9]+\.attn\.(masked_)?bias"),
+    "llama": re.compile(r"model\.(layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq"),
+}
 _ATTENTION, _MLP = "backbone/layers/attention_0/", "backbone/layers/mlp_1/"
 
 
@@ -72,6 +79,22 @@ class Entry:
         rows = int(np.prod(params[0].shape[: self.inputs]))
         matrix = np.concatenate([p.reshape(rows, -1) for p in params], axis=1)
         return np.ascontiguousarray(matrix if self.kind == "in_out" else matrix.T)
+
+
+def is_buffer(kind: str, name: str) -> bool:
+    """Whether a tensor of a layout is no parameter."""
+    return kind in BUFFERS and BUFFERS[kind].fullmatch(name) is not None
+
+
+def canonical(kind: str, name: str) -> str:
+    """The name that `transformers` writes; GPT-2's own files lack its prefix."""
+    bare = kind == "gpt2" and name.startswith(("wte.", "wpe.", "h.", "ln_f."))
+    return "transformer." + name if bare else name
+
+
+def embedding_name(entries: list[Entry]) -> str:
+    """The name of the embedding's tensor."""
+    return next(e.name for e in entries if e.paths == ("backbone/embed/embedding",))
 
 
 def gpt2_entries(config: LanguageModelConfig) -> list[Entry]:
@@ -211,58 +234,3 @@ def file_names(entries: list[Entry], layers: int) -> Iterator[tuple[Entry, list[
     """Each entry with the names of its tensors in the file, one per layer."""
     for entry in entries:
         yield entry, [entry.name.format(i) for i in range(layers if entry.per_layer else 1)]
-
-
-def read_params(
-    config: LanguageModelConfig,
-    entries: list[Entry],
-    leaves: dict[str, jax.ShapeDtypeStruct],
-    names: set[str],
-    read: Callable[[str], np.ndarray],
-    source: str,
-) -> dict[str, np.ndarray]:
-    """All parameters by path, stacked over layers.
-
-    Args:
-      leaves: shapes and dtypes of all parameters by path.
-      names: of all tensors in the file.
-      read: name -> tensor.
-      source: the file, for errors.
-
-    Raises:
-      CheckpointError: for missing, unknown or mis-shaped tensors, named.
-    """
-    wanted = [name for _, group in file_names(entries, config.repeats) for name in group]
-    missing, extra = [n for n in wanted if n not in names], sorted(names - set(wanted))
-    if missing or extra:
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} tensors are missing: {_some(missing)}")
-        if extra:
-            parts.append(f"{len(extra)} tensors are not of this architecture: {_some(extra)}")
-        raise CheckpointError(f"{source}: {'; '.join(parts)}")
-
-    params = {}
-    for entry, group in file_names(entries, config.repeats):
-        one = [leaves[path].shape[1 if entry.per_layer else 0 :] for path in entry.paths]
-        for path in entry.paths:
-            params[path] = np.empty(leaves[path].shape, leaves[path].dtype)
-        for i, name in enumerate(group):
-            tensor = read(name)
-            if tensor.shape != entry.file_shape(one):
-                raise CheckpointError(
-                    f"{source}: tensor {name!r} has shape {tensor.shape}, but the configuration "
-                    f"asks for {entry.file_shape(one)}"
-                )
-            for path, value in zip(entry.paths, entry.read(tensor, one), strict=True):
-                params[path][i if entry.per_layer else ...] = value
-    return params
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be read: it says which file, which tensor, and what is wrong."""
-
-
-def _some(names: list[str], at_most: int = 5) -> str:
-    more = f", and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(names[:at_most]) + more
