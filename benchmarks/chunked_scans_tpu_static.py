@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from tilescan.benchmarks.aot_tpu import PROFILED, Job, available, compile_jobs
 from tilescan.benchmarks.tpu_static import CHIPS, versions
+from tilescan.planning.aot_tpu import PROFILED, Job, available, compile_jobs
 
 RESULTS = (
     Path(__file__).resolve().parent.parent

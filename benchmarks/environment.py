@@ -1,13 +1,13 @@
 """What a measured row has to say about where it was measured."""
 
-import os
 import pathlib
 import platform
-import subprocess
 import time
 
 import jax
 import jaxlib
+
+from tilescan.training.environment import cores, git_commit, processor
 
 
 def environment() -> dict:
@@ -15,7 +15,7 @@ def environment() -> dict:
     device = jax.devices()[0]
     return {
         "machine": {
-            "cpu": _cpu(),
+            "cpu": processor(),
             "cores": cores(),
             "device": device.device_kind,
             "platform": device.platform,
@@ -26,32 +26,9 @@ def environment() -> dict:
             "jax": jax.__version__,
             "jaxlib": jaxlib.__version__,
         },
-        "commit": commit(),
+        "commit": git_commit(digits=12),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def commit() -> str | None:
-    """The commit of the working tree, with "+changes" if it differs; None outside git."""
-    root = pathlib.Path(__file__).parent
-
-    def git(*arguments):
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        head = git("rev-parse", "--short=12", "HEAD")
-    except FileNotFoundError:
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")
-    return f"{head}+changes" if head and changed else head
 
 
 def peak_memory_mb() -> float:
@@ -65,12 +42,3 @@ def peak_memory_mb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
     line = next(x for x in status.splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
-
-
-def _cpu() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

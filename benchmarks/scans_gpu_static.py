@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tilescan.benchmarks import aot_gpu
+from tilescan.planning import aot_gpu
 
 OUTPUT = Path(__file__).resolve().parent.parent / "results" / "benchmarks" / "scans_gpu_static.json"
 NOTE = (

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from tilescan.benchmarks.aot_tpu import PROFILED, Job, available, compile_jobs
 from tilescan.benchmarks.tpu_static import CHIPS, versions
 from tilescan.ops import selective_scan_tpu
+from tilescan.planning.aot_tpu import PROFILED, Job, available, compile_jobs
 
 RESULTS = (
     Path(__file__).resolve().parent.parent / "results" / "benchmarks" / "scans_tpu_static.json"

@@ -32,8 +32,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tilescan.benchmarks import aot_tpu
 from tilescan.benchmarks.tpu_static import versions
+from tilescan.planning import aot_tpu
 
 RESULTS = (
     Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ import tempfile
 import jax
 import numpy as np
 
-from tilescan.benchmarks.environment import cores
+from tilescan.training.environment import cores
 
 
 class Torch:

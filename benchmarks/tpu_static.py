@@ -28,10 +28,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tilescan.benchmarks.aot_tpu import PROFILED, Job, available, compile_jobs
 from tilescan.ops import attention_tpu, masks
 from tilescan.pallas_kernels import tiles
 from tilescan.pallas_kernels.tpu import flash_attention as kernels
+from tilescan.planning.aot_tpu import PROFILED, Job, available, compile_jobs
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks" / "tpu_static.json"
 SHAPE = {"B": 1, "T": 4096, "H": 2, "D": 128}

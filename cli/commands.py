@@ -51,8 +51,9 @@ def show_data(name: str, offline: bool = False) -> int:
 
 def plan(options) -> int:
     """Compiles a training step, or several to find the longest sequence, and prints its needs."""
-    from tilescan.experiments import plan_longest, plan_text
-    from tilescan.experiments.plan import plan as plan_step
+    from tilescan.planning import longest as plan_longest
+    from tilescan.planning import text as plan_text
+    from tilescan.planning.plan import plan as plan_step
 
     config = _training_config(options.overrides, options.config)
     memory = None if options.memory is None else options.memory * 2**30

@@ -1,7 +1,7 @@
 """Reads a Mamba-2 checkpoint far behind its training length and says whether and where it breaks.
 
 tilescan diagnose CHECKPOINT --train-length=8192 --tokens=book.npy
-python -m tilescan.experiments.diagnose_mamba2 CHECKPOINT --train-length=8192 --tokens=book.npy
+python -m tilescan.cli.diagnose CHECKPOINT --train-length=8192 --tokens=book.npy
 """
 
 import argparse
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
       ValueError: lengths, ids or a model that don't fit; FileNotFoundError, CheckpointError: see
         `models.checkpoints.load_pretrained`.
     """
-    from tilescan.experiments import state_collapse
+    from tilescan.experiments.measurements import state_collapse
     from tilescan.models.checkpoints import load_pretrained
 
     config, params = load_pretrained(options.checkpoint)
@@ -120,9 +120,9 @@ def diagnose(config, params, lengths, train_length, tokens, newline):
 
     import numpy as np
 
-    from tilescan.experiments import state_collapse
-    from tilescan.experiments.figures import line_chart
-    from tilescan.experiments.tables import MEASURED, Column, Table
+    from tilescan.experiments.harness.figures import line_chart
+    from tilescan.experiments.harness.tables import MEASURED, Column, Table
+    from tilescan.experiments.measurements import state_collapse
 
     chunk = math.gcd(*lengths)
     if chunk < 8:
@@ -213,7 +213,7 @@ def _tokens(options, vocab_size: int, length: int):
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m tilescan.experiments.diagnose_mamba2",
+        prog="python -m tilescan.cli.diagnose",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -173,7 +173,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--longest", action="store_true", help="find the longest data.seq_len that fits"
     )
 
-    from tilescan.experiments import diagnose_mamba2
+    from tilescan.cli import diagnose as diagnose_mamba2
 
     about = "say where a Mamba-2 checkpoint breaks behind its training length"
     sub = add("diagnose", _diagnose, about, diagnose_mamba2.DESCRIPTION)
@@ -215,7 +215,7 @@ def _add_config(sub: argparse.ArgumentParser) -> None:
 
 
 def _list(options) -> int:
-    from tilescan.experiments import papers
+    from tilescan.experiments.harness import registry as papers
 
     root = _results_folder()
     table = rich.table.Table(title="Papers", title_justify="left")
@@ -244,7 +244,8 @@ def _results_folder() -> pathlib.Path | None:
 
 
 def _run(options) -> int:
-    from tilescan.experiments import papers, run
+    from tilescan.experiments import run
+    from tilescan.experiments.harness import registry as papers
 
     config = papers.load_config(options.paper, options.scale, options.overrides)
     return run.measure(config, options.workdir, options.only, options.publish)
@@ -257,19 +258,19 @@ def _report(options) -> int:
 
 
 def _plan(options) -> int:
-    from tilescan.experiments import commands
+    from tilescan.cli import commands
 
     return commands.plan(options)
 
 
 def _diagnose(options) -> int:
-    from tilescan.experiments import diagnose_mamba2
+    from tilescan.cli import diagnose as diagnose_mamba2
 
     return diagnose_mamba2.run(options)
 
 
 def _data(options) -> int:
-    from tilescan.experiments import commands
+    from tilescan.cli import commands
 
     action, given = options.action, (options.source, options.file)
     takes = {"list": 0, "fetch": 1, "show": 1, "add": 2}[action]
@@ -288,13 +289,13 @@ def _data(options) -> int:
 
 
 def _generate(options) -> int:
-    from tilescan.experiments import commands
+    from tilescan.cli import commands
 
     return commands.generate(options)
 
 
 def _train(options) -> int:
-    from tilescan.experiments import commands
+    from tilescan.cli import commands
 
     if options.distributed:
         commands.join_processes(options.distributed)

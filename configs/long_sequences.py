@@ -3,7 +3,7 @@
     tilescan plan --topology=v5p:4x4x4 --config=configs/long_sequences.py:transformer \\
         --config.mesh.sequence=16 --config.mesh.fsdp=4 --config.data.batch_size=4
 
-`python -m tilescan.experiments.plan_table` compiles all of them for 64, 256 and 512 chips.
+`python -m tilescan.planning.table` compiles all of them for 64, 256 and 512 chips.
 """
 
 from tilescan.training.config import default_config

@@ -17,13 +17,14 @@ from collections.abc import Iterable, Sequence
 
 import rich.console
 
-from tilescan.experiments import page, papers
-from tilescan.experiments import records as records_lib
-from tilescan.experiments.claims import Claim
-from tilescan.experiments.harness import Paper
-from tilescan.experiments.records import write_atomically
-from tilescan.experiments.results import Results, collect, provenance
-from tilescan.experiments.tables import Column, Table
+from tilescan.experiments.harness import html as page
+from tilescan.experiments.harness import records as records_lib
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness.claims import Claim
+from tilescan.experiments.harness.records import write_atomically
+from tilescan.experiments.harness.results import Results, collect, provenance
+from tilescan.experiments.harness.runner import Paper
+from tilescan.experiments.harness.tables import Column, Table
 
 _HELP = "Rebuild RESULTS.md, results/index.html and every table and figure from the records."
 

@@ -10,7 +10,9 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from tilescan.experiments import harness, papers, report
+from tilescan.experiments import report
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness import runner as harness
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/PAPER.py:SCALE")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records [runs/PAPER/SCALE].")

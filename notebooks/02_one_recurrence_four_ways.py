@@ -23,7 +23,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from tilescan.experiments import state_collapse, stuffed_training
+from tilescan.experiments.measurements import state_collapse
+from tilescan.experiments.papers.stuffed_mamba import training as stuffed_training
 from tilescan.ops import s4
 from tilescan.ops.diagonal_scan import combine
 from tilescan.ops.linear_recurrence import linear_recurrence

@@ -1,0 +1,1 @@
+"""Compiling ahead of time, for machines that are not attached."""

@@ -7,7 +7,7 @@ long it runs, and nothing here runs on a device.
 
 The compile happens in a child process, since the environment has to be set before JAX is imported,
 and since kernels are cached by their code, not by the device they were compiled for. The child is
-`python -m tilescan.benchmarks.aot_gpu`: it reads one JSON job a line and answers with one JSON
+`python -m tilescan.planning.aot_gpu`: it reads one JSON job a line and answers with one JSON
 report a line. The interpreter may be another one than the caller's: set TILESCAN_CUDA_PYTHON to one
 that has the plugin where the current one has not.
 """
@@ -24,7 +24,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import tilescan
+
+ROOT = Path(tilescan.__file__).parents[1]  # what a child process must find
 TARGET = Path(__file__).with_name("h100.txtpb")
 INSTALL = (
     "pip install jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 "
@@ -86,7 +88,7 @@ def _run_child(python: str, jobs: list[dict], timeout: float) -> list[dict]:
         for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
             env.pop(name, None)
         child = subprocess.run(
-            [python, "-m", "tilescan.benchmarks.aot_gpu"],
+            [python, "-m", "tilescan.planning.aot_gpu"],
             input="\n".join(map(json.dumps, jobs)),
             capture_output=True,
             text=True,

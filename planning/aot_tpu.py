@@ -25,6 +25,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import tilescan
+
 # Names of small topologies. v4 has two devices a chip unless asked for a megacore, see `_device`.
 TOPOLOGIES = {
     "v4": "v4:2x2x1",
@@ -107,12 +109,12 @@ def compile_jobs(
             }
             try:
                 process = subprocess.run(
-                    [sys.executable, "-m", "tilescan.benchmarks.aot_tpu"],
+                    [sys.executable, "-m", "tilescan.planning.aot_tpu"],
                     input=json.dumps(request),
                     capture_output=True,
                     text=True,
                     timeout=timeout,
-                    cwd=Path(__file__).resolve().parent.parent,
+                    cwd=Path(tilescan.__file__).parents[1],
                     env=environment(request["profile_dir"], request["bundle_dir"]),
                 )
                 output, reason = process.stdout, _reason(process)

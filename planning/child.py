@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 
-from tilescan.experiments import plan_machines as machines
+from tilescan.planning import machines
 
 _CHILD = "TILESCAN_PLAN_CHILD"
 
@@ -27,7 +27,7 @@ def ask(config, topology: str, memory: float | None) -> dict:
       RuntimeError: there is none (the text says how to get one), or its process died.
       ValueError: as `experiments.plan.plan`.
     """
-    from tilescan.benchmarks import aot_gpu
+    from tilescan.planning import aot_gpu
     from tilescan.training import config as config_lib
 
     machines.h100_shape(topology)  # a wrong one is told at once
@@ -63,7 +63,7 @@ def _packages() -> list[str]:
 
 def answer() -> None:
     """What the child does: a request of `ask` on stdin, a line of JSON to stdout."""
-    from tilescan.experiments.plan import plan
+    from tilescan.planning.plan import plan
 
     config, topology, memory = json.load(sys.stdin)
     try:

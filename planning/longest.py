@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
-from tilescan.experiments import plan_machines as machines
-from tilescan.experiments.plan import Plan, plan
+from tilescan.planning import machines
+from tilescan.planning.plan import Plan, plan
 
 
 def longest(

@@ -53,7 +53,7 @@ CHIPS = {
     "v6e": Chip("TPU v6e", 32 * GIB, 918e12, 1638e9, 400e9),
     "h100": Chip("H100 SXM", 80 * GIB, 989e12, 3350e9, 450e9),
 }
-H100_TARGET = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "h100.txtpb"
+H100_TARGET = pathlib.Path(__file__).with_name("h100.txtpb")
 GPUS_PER_HOST = 8
 
 

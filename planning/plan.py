@@ -12,8 +12,8 @@ import dataclasses
 import re
 import time
 
-from tilescan.experiments import plan_child
-from tilescan.experiments import plan_machines as machines
+from tilescan.planning import child as plan_child
+from tilescan.planning import machines
 
 # A compiler's refusal, as libtpu words it: what it needs and what there is.
 _REFUSALS = (
@@ -100,7 +100,7 @@ def plan(config, topology: str | None = None, *, memory: float | None = None) ->
     import jax
     import numpy as np
 
-    from tilescan.experiments import plan_counts
+    from tilescan.planning import counts as plan_counts
     from tilescan.training import config as config_lib
     from tilescan.training import inputs, sharding, steps, train
     from tilescan.training.collectives import collectives, remote_kernels

@@ -1,7 +1,7 @@
 """What long sequences need on 64, 256 and 512 chips: a table of plans, none of which ran.
 
-    python -m tilescan.experiments.plan_table  all rows that results/plan/plan.json lacks
-    python -m tilescan.experiments.plan_table --limit=1  the next one
+    python -m tilescan.planning.table  all rows that results/plan/plan.json lacks
+    python -m tilescan.planning.table --limit=1  the next one
 
 Each row is compiled in a process of its own and written at once, to plan.json and plan.md. Needs
 libtpu; one to five minutes a row, the hybrid on 512 chips a quarter of an hour.
@@ -16,8 +16,8 @@ import pathlib
 import subprocess
 import sys
 
-from tilescan.benchmarks.environment import commit
-from tilescan.experiments.plan_machines import CHIPS, GIB, generation, torus_axes
+from tilescan.planning.machines import CHIPS, GIB, generation, torus_axes
+from tilescan.training.environment import git_commit
 
 TOPOLOGIES = {64: "v5p:4x4x4", 256: "v5p:4x8x8", 512: "v5p:8x8x8"}
 TOKENS = (2**17, 2**20, 2**22)
@@ -68,7 +68,7 @@ def config_of(row: Row):
 
 def measure(row: Row) -> dict:
     """The row as JSON: its plan, and what it depended on."""
-    from tilescan.experiments.plan import plan
+    from tilescan.planning.plan import plan
 
     config = config_of(row)
     made = plan(config, TOPOLOGIES[row.chips])
@@ -78,7 +78,7 @@ def measure(row: Row) -> dict:
         "plan": dataclasses.asdict(made),
         "logits_bytes": made.tokens // made.devices * config.model.vocab_size * 4,
         "versions": versions,
-        "commit": commit(),
+        "commit": git_commit(digits=12),
     }
 
 
@@ -99,7 +99,7 @@ _HEAD = """\
 # Long sequences on TPU v5p: what a training step needs
 
 Static figures of a compiler, counts and vendors' bounds: **nothing here has run on a device**. Made
-by `python -m tilescan.experiments.plan_table` with {versions}. Models: `configs/long_sequences.py`
+by `python -m tilescan.planning.table` with {versions}. Models: `configs/long_sequences.py`
 (1.3B parameters, float32 with two moments, bfloat16 computation, layers computed again in the
 backward pass, one sequence for each part of the batch).
 
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, failed = load(options.folder), 0
     todo = [row for row in ROWS if options.only in row.key and row.key not in rows]
     for row in todo[: options.limit]:
-        command = [sys.executable, "-m", "tilescan.experiments.plan_table", f"--row={row.key}"]
+        command = [sys.executable, "-m", "tilescan.planning.table", f"--row={row.key}"]
         done = subprocess.run(command, capture_output=True, text=True)
         answers = [line[1:] for line in done.stdout.splitlines() if line[:1] == "@"]
         if not answers:

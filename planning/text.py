@@ -1,7 +1,7 @@
 """A `Plan` in words: what `tilescan plan` prints."""
 
-from tilescan.experiments.plan import Plan
-from tilescan.experiments.plan_machines import CHIPS, GIB, generation
+from tilescan.planning.machines import CHIPS, GIB, generation
+from tilescan.planning.plan import Plan
 from tilescan.training.collectives import REMOTE
 
 CAVEATS = (

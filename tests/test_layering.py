@@ -16,9 +16,15 @@ ALLOWED = {
     "decoding": {"models", "ops", "data"},
     "training": {"models", "data", "ops"},
     "configs": {"training"},
-    "benchmarks": {"ops", "pallas_kernels", "models", "training"},
+    "planning": {"configs", "training", "models", "data", "ops", "pallas_kernels"},
+    "benchmarks": {"planning", "ops", "pallas_kernels", "models", "training"},
     "experiments": {
-        "benchmarks", "configs", "training", "decoding", "models", "data", "ops", "pallas_kernels",
+        "benchmarks", "planning", "configs", "training", "decoding", "models", "data", "ops",
+        "pallas_kernels",
+    },
+    "cli": {
+        "experiments", "benchmarks", "planning", "configs", "training", "decoding", "models",
+        "data", "ops",
     },
 }  # fmt: skip
 

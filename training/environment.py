@@ -22,6 +22,7 @@ PACKAGES = (
 
 
 def package_versions() -> dict[str, str]:
+    """Returns the versions of the packages that numbers depend on, of those that are installed."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -31,24 +32,44 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def git_commit() -> str | None:
-    """The commit of this code, "+changes" if files differ from it; None outside git."""
+def git(*arguments: str) -> str | None:
+    """Returns what git says of this code's checkout; None where the code is not in one."""
     here = pathlib.Path(__file__).resolve().parent
-
-    def git(*args):
-        return subprocess.run(
-            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
+    command = ["git", "-C", str(here), *arguments]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()
+
+
+def git_commit(digits: int = 40) -> str | None:
+    """Returns the commit of this code, "+changes" if files differ from it; None outside git."""
+    head = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return head and head[:digits] + ("+changes" if changed else "")
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Returns the processor's marketing name where the system tells it, else its architecture."""
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def environment() -> dict:
-    """Versions, devices, flags and commit; no names of people, hosts or folders."""
+    """Returns versions, devices, flags and commit; no names of people, hosts or folders."""
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tilescan.data.tasks import Batch, Task, language_rows
+from tilescan.data.batches import Batch
+from tilescan.data.tasks.base import Task, language_rows
 
 
 def _positive(**values: int) -> None:

@@ -18,7 +18,7 @@ from tilescan.data import sources
 from tilescan.data.archives import ArchiveError, members
 from tilescan.data.batches import Batch
 from tilescan.data.packing import epoch_order
-from tilescan.data.tasks import FixedTask
+from tilescan.data.tasks.base import FixedTask
 
 MNIST_COUNTS = {"train": 60_000, "test": 10_000}
 CIFAR_COUNTS = {"train": 50_000, "test": 10_000}

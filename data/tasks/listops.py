@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tilescan.data.batches import Batch
-from tilescan.data.tasks import SPLITS, FixedTask, padded_rows
+from tilescan.data.tasks.base import SPLITS, FixedTask, padded_rows
 
 SYMBOLS = ["<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]"]
 PAD, ZERO, MIN, MAX, MED, SM, CLOSE = 0, 1, 11, 12, 13, 14, 15

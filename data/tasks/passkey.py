@@ -7,7 +7,7 @@ et al. 2024, arXiv 2410.07145). The key's sentence takes the place of one line.
 import numpy as np
 
 from tilescan.data.batches import Batch
-from tilescan.data.tasks import Task
+from tilescan.data.tasks.base import Task
 from tilescan.data.tokenizers import ByteTokenizer
 
 PREFIX = (

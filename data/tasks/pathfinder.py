@@ -15,8 +15,8 @@ import numpy as np
 
 from tilescan.data.batches import Batch
 from tilescan.data.clients import cache_dir
-from tilescan.data.contours import Settings, draw
-from tilescan.data.tasks import FixedTask
+from tilescan.data.tasks.base import FixedTask
+from tilescan.data.tasks.contours import Settings, draw
 
 VERSION = 1  # of the images that the cache holds; to be raised when the rules change
 BLOCK = 500  # images of a file

@@ -7,7 +7,8 @@ so that a loss that grows with the position is the model's doing. For "Stuffed M
 
 import numpy as np
 
-from tilescan.data.tasks import Batch, Task
+from tilescan.data.batches import Batch
+from tilescan.data.tasks.base import Task
 
 
 def recall_stream(

@@ -11,7 +11,7 @@ import numpy as np
 from tilescan.data import sources
 from tilescan.data.batches import Batch
 from tilescan.data.splits import split_documents
-from tilescan.data.tasks import FixedTask, padded_rows
+from tilescan.data.tasks.base import FixedTask, padded_rows
 from tilescan.data.tokenizers import ByteTokenizer
 
 LABELS = ("neg", "pos")

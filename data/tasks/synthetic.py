@@ -9,7 +9,8 @@ Sources of the formats:
 
 import numpy as np
 
-from tilescan.data.tasks import Batch, Task, language_rows
+from tilescan.data.batches import Batch
+from tilescan.data.tasks.base import Task, language_rows
 
 
 def _check(minimum: int, **values: int) -> None:

@@ -1,0 +1,1 @@
+"""What measures and shows any paper, and knows none."""

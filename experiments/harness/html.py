@@ -3,9 +3,9 @@
 import html
 from collections.abc import Sequence
 
-from tilescan.experiments.claims import NOT_SHOWN, SHOWN
-from tilescan.experiments.results import Results, provenance
-from tilescan.experiments.tables import LABEL, Table
+from tilescan.experiments.harness.claims import NOT_SHOWN, SHOWN
+from tilescan.experiments.harness.results import Results, provenance
+from tilescan.experiments.harness.tables import LABEL, Table
 
 _CSS = """
 :root {

@@ -10,9 +10,10 @@ import math
 import os
 import pathlib
 import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from tilescan.training.environment import cores, git, processor
 
 SCHEMA = 1
 
@@ -174,14 +175,12 @@ def environment() -> dict[str, Any]:
             name: _version(name) for name in ("tilescan", "jax", "jaxlib", "flax", "numpy")
         },
         "backend": device.platform,
-        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "device": processor() if device.platform == "cpu" else device.device_kind,
         "device_count": jax.device_count(),
-        "cpu_count": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpu_count": cores(),
         "system": f"{platform.system()} {platform.machine()}",
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "HEAD"),
+        "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
     }
 
 
@@ -195,24 +194,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    """The processor's marketing name where the system tells it, else its architecture."""
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    """Output of git on the source tree, None when the code is not in a checkout."""
-    command = ["git", "-C", str(pathlib.Path(__file__).parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

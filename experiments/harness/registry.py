@@ -1,26 +1,17 @@
-"""The papers that can be reproduced: one module of this package and one config file each."""
+"""The papers that can be reproduced: one folder of experiments/papers and one config file each."""
 
 import difflib
 import importlib
+import pkgutil
 from collections.abc import Sequence
 
 import ml_collections
 
-from tilescan.experiments.harness import Paper
+from tilescan.experiments import papers
+from tilescan.experiments.harness.runner import Paper
 from tilescan.training.config import override
 
-NAMES = (
-    "flash_attention",
-    "flash_attention_2",
-    "h3",
-    "mamba_free_lunch",
-    "ring_self_attention",
-    "s4",
-    "stream_bp",
-    "stuffed_mamba",
-    "ulysses",
-    "zeco",
-)
+NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(papers.__path__)))
 SCALES = ("smoke", "cpu", "accelerator")
 # Numbers of a config that 0 has a meaning for: all of them, none but itself, never.
 MAY_BE_ZERO = (
@@ -49,7 +40,7 @@ def load(name: str) -> Paper:
     """
     if name not in NAMES:
         raise ValueError(f"paper={name!r} is unknown; {nearest(name, NAMES)}")
-    return importlib.import_module(f"tilescan.experiments.{name}").PAPER
+    return importlib.import_module(f"tilescan.experiments.papers.{name}").PAPER
 
 
 def check_scale(scale: str) -> str:

@@ -5,11 +5,11 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from tilescan.experiments import records as records_lib
-from tilescan.experiments.claims import Claim, undecided
-from tilescan.experiments.harness import Paper
-from tilescan.experiments.records import Records
-from tilescan.experiments.tables import Table
+from tilescan.experiments.harness import records as records_lib
+from tilescan.experiments.harness.claims import Claim, undecided
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.runner import Paper
+from tilescan.experiments.harness.tables import Table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,10 @@ import ml_collections
 import rich.console
 import rich.progress
 
-from tilescan.experiments import records as records_lib
-from tilescan.experiments.claims import Claim
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.tables import Table
+from tilescan.experiments.harness import records as records_lib
+from tilescan.experiments.harness.claims import Claim
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.tables import Table
 
 
 @dataclasses.dataclass(frozen=True)

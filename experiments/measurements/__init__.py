@@ -1,0 +1,1 @@
+"""Kinds of measurement that several papers use."""

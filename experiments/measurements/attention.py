@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tilescan.experiments import timing
+from tilescan.experiments.measurements import timing
 from tilescan.ops import masks
 from tilescan.ops.attention import attention
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tilescan.experiments import text_cells
+from tilescan.experiments.measurements import training as text_cells
 from tilescan.training import config as config_lib
 from tilescan.training import inputs
 from tilescan.training.train import train

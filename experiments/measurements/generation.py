@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tilescan.experiments import task_cells, text_cells, timing
+from tilescan.experiments.measurements import tasks as task_cells
+from tilescan.experiments.measurements import timing
+from tilescan.experiments.measurements import training as text_cells
 from tilescan.models import LanguageModel
 from tilescan.training import config as config_lib
 

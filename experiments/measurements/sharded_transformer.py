@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from tilescan.experiments.sequence_parallel_cells import AXIS, mesh_of, struct
+from tilescan.experiments.measurements.devices import AXIS, mesh_of, struct
 from tilescan.ops import masks
 from tilescan.ops.attention import attention
 from tilescan.ops.sequence_parallel import ATTENTION, ring_self_attention

@@ -11,10 +11,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.harness import Cell
-from tilescan.experiments.records import Records
-from tilescan.experiments.tables import STATIC, Column, Table, ratio
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.runner import Cell
+from tilescan.experiments.harness.tables import STATIC, Column, Table, ratio
 
 # Rows of a static file that a record keeps; a change of them copies the file again.
 _TPU_KEYS = ("implementation", "kernel", "mask", "generation", "cycles", "bytes",
@@ -24,7 +24,7 @@ _GPU_KEYS = ("kernel", "mask", "batch", "heads", "head_dim", "dtype", "length")
 _PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "dk": 3, "dv": 2, "backward": 7}
 # Tensors [B, T, H, D] that a kernel reads or writes at least once, and rows [B, T, H] in float32.
 _TENSORS = {"forward": (4, 1), "dq": (5, 2), "dkv": (6, 2), "dk": (5, 2), "dv": (4, 1)}
-FOLDER = pathlib.Path(__file__).resolve().parents[1] / "results" / "benchmarks"
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "results" / "benchmarks"
 OURS, STOCK = "tilescan", "jax flash"
 _KERNELS = {OURS: {"forward": ("forward",), "backward": ("dq", "dkv")},
             STOCK: {"forward": ("forward",), "backward": ("backward",)}}  # fmt: skip

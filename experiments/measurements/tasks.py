@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tilescan.data import tasks
-from tilescan.experiments.text_cells import training_config
+from tilescan.experiments.measurements.training import training_config
 from tilescan.models import LanguageModel
 from tilescan.models.language_model import count_params
 from tilescan.training import config as config_lib

@@ -1,0 +1,1 @@
+"""The papers: a folder each, with its cells, published numbers, tables and claims."""

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from tilescan.experiments import cli, diagnose_mamba2
+from tilescan.cli import diagnose as diagnose_mamba2
+from tilescan.cli import main as cli
 from tilescan.models import LanguageModel, LanguageModelConfig
 from tilescan.models.checkpoints import load_pretrained, save_pretrained
 

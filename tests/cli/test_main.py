@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from tilescan.cli import commands
+from tilescan.cli import main as cli
 from tilescan.data.clients import SourceError
-from tilescan.experiments import cli, commands, papers
+from tilescan.experiments.harness import registry as papers
 from tilescan.training.checkpoints import CheckpointError
 
 

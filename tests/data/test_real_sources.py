@@ -15,7 +15,8 @@ import shutil
 import numpy as np
 import pytest
 
-from tilescan.data import images, sources
+from tilescan.data import sources
+from tilescan.data.tasks import images
 from tilescan.data.tokenizers import get_tokenizer
 
 pytestmark = pytest.mark.slow

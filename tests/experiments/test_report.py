@@ -8,8 +8,11 @@ import xml.etree.ElementTree
 import ml_collections
 import pytest
 
-from tilescan.experiments import claims, figures, harness, papers, report, tables
-from tilescan.experiments.tables import Column, Table
+from tilescan.experiments import report
+from tilescan.experiments.harness import claims, figures, tables
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness import runner as harness
+from tilescan.experiments.harness.tables import Column, Table
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -46,7 +49,7 @@ def toy(monkeypatch):
     )
     monkeypatch.setattr(papers, "NAMES", ("toy",))
     module = types.SimpleNamespace(PAPER=paper)
-    monkeypatch.setitem(__import__("sys").modules, "tilescan.experiments.toy", module)
+    monkeypatch.setitem(__import__("sys").modules, "tilescan.experiments.papers.toy", module)
     return paper
 
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from tilescan.experiments import papers, report, run
-from tilescan.experiments import records as records_lib
+from tilescan.experiments import report, run
+from tilescan.experiments.harness import records as records_lib
+from tilescan.experiments.harness import registry as papers
 
 # Their trainings compile for a minute; their parts have tests of their own.
 LONG = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tilescan.benchmarks import aot_gpu
+from tilescan.planning import aot_gpu
 
 BASE = {"batch": 1, "length": 1024, "heads": 2, "kv_heads": 2, "dtype": "bfloat16"}
 LIMIT = 232448  # bytes of shared memory that a thread block may have

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from tilescan.benchmarks import aot_gpu
 from tilescan.ops import chunked_scan_gpu, reference
 from tilescan.ops.gated_linear_attention import gated_linear_attention
+from tilescan.planning import aot_gpu
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 TOLERANCE = 1e-2  # of the largest entry; bfloat16 has 8 bits

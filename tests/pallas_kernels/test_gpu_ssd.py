@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from tilescan.benchmarks import aot_gpu
 from tilescan.ops import chunked_scan_gpu, reference
 from tilescan.ops.gated_linear_attention import gated_linear_attention
 from tilescan.ops.ssd import ssd
+from tilescan.planning import aot_gpu
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 A100 = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")

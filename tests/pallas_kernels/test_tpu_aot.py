@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from tilescan.benchmarks import aot_tpu, tpu_static
-from tilescan.benchmarks.aot_tpu import Job
+from tilescan.benchmarks import tpu_static
 from tilescan.ops import attention_tpu
+from tilescan.planning import aot_tpu
+from tilescan.planning.aot_tpu import Job
 
 pytestmark = pytest.mark.skipif(
     not aot_tpu.available(), reason="libtpu is not installed (extra dev)"

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tilescan.benchmarks import aot_tpu
-from tilescan.benchmarks.aot_tpu import Job
 from tilescan.ops import chunked_scan, chunked_scan_tpu, reference
 from tilescan.ops.gated_linear_attention import gated_linear_attention
 from tilescan.ops.ssd import ssd
+from tilescan.planning import aot_tpu
+from tilescan.planning.aot_tpu import Job
 
 # Largest accepted errors, relative to the largest entry of the reference; bfloat16 has 8 bits.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}

@@ -13,12 +13,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tilescan.benchmarks import aot_tpu, sequence_parallel_static
+from tilescan.benchmarks import sequence_parallel_static
 from tilescan.ops import masks
 from tilescan.ops.attention import attention
 from tilescan.ops.sequence_parallel import layouts, ring_attention
 from tilescan.ops.sequence_parallel.ring_attention_tpu import Transfers
 from tilescan.pallas_kernels.tpu import ring_attention as kernels
+from tilescan.planning import aot_tpu
 
 TIME = P(None, "sequence")
 

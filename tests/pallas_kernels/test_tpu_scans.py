@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from tilescan.benchmarks import aot_tpu, scans_tpu_static
-from tilescan.benchmarks.aot_tpu import Job
+from tilescan.benchmarks import scans_tpu_static
 from tilescan.ops import linear_recurrence_tpu, reference, selective_scan_tpu
 from tilescan.ops.linear_recurrence import linear_recurrence
 from tilescan.ops.selective_scan import selective_scan
 from tilescan.pallas_kernels.tpu import linear_scan
+from tilescan.planning import aot_tpu
+from tilescan.planning.aot_tpu import Job
 
 needs_libtpu = pytest.mark.skipif(
     not aot_tpu.available(), reason="libtpu is not installed (extra dev)"

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
-from tilescan.benchmarks import aot_gpu, aot_tpu
-from tilescan.experiments import cli, plan_counts, plan_longest, plan_machines, plan_text
-from tilescan.experiments.plan import plan
+from tilescan.cli import main as cli
 from tilescan.models import LanguageModel, LanguageModelConfig
 from tilescan.ops import masks
+from tilescan.planning import aot_gpu, aot_tpu
+from tilescan.planning import counts as plan_counts
+from tilescan.planning import longest as plan_longest
+from tilescan.planning import machines as plan_machines
+from tilescan.planning import text as plan_text
+from tilescan.planning.plan import plan
 from tilescan.training import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -42,7 +46,7 @@ def child(code_or_arguments, **environment):
     """A process of its own: libtpu reads its environment once."""
     start = ["-c", code_or_arguments]
     if not isinstance(code_or_arguments, str):
-        start = ["-m", "tilescan.experiments.cli", "plan", *code_or_arguments]
+        start = ["-m", "tilescan.cli.main", "plan", *code_or_arguments]
     done = subprocess.run(
         [sys.executable, *start],
         capture_output=True,
@@ -236,7 +240,7 @@ def test_state_entries_of_recurrent_blocks(kind, entries):
         (("--topology=h100:12",), "h100:N has N GPUs, up to 8 or a multiple"),
         (("--config=nowhere.py",), "there is no file 'nowhere.py'"),
         (("--config=configs/s4.py:smoke",), "is no training configuration"),
-        (("--config=experiments/page.py",), "has no get_config()"),
+        (("--config=experiments/harness/html.py",), "has no get_config()"),
         (("--longest",), "how much memory has a device of topology=None? Give memory"),
     ],
 )
@@ -282,7 +286,7 @@ def test_a_model_may_send_its_ring_by_kernels():
 
 TPU_CODE = """
 import dataclasses, json
-from tilescan.experiments.plan import plan
+from tilescan.planning.plan import plan
 from tilescan.training import config as config_lib
 def planned(*more):
     config = config_lib.default_config()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tilescan.configs import long_sequences
-from tilescan.experiments import plan_table
-from tilescan.experiments.plan_machines import torus_axes
 from tilescan.models import count_params
 from tilescan.ops.sequence_parallel import layouts
+from tilescan.planning import table as plan_table
+from tilescan.planning.machines import torus_axes
 from tilescan.training import config as config_lib
 from tilescan.training import inputs, sharding
 

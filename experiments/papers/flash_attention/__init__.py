@@ -4,19 +4,17 @@ Dao, Fu, Ermon, Rudra, Re: FlashAttention: Fast and Memory-Efficient Exact Atten
 IO-Awareness. NeurIPS 2022, arXiv 2205.14135.
 """
 
-from tilescan.experiments import (
-    attention_cells,
-    attention_exactness,
-    attention_io,
-    flash_attention_io,
-    flash_attention_speed,
-    flash_attention_text,
-    static_figures,
-)
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.harness import Cell, Paper
-from tilescan.experiments.records import Records
-from tilescan.experiments.tables import Table
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.harness.tables import Table
+from tilescan.experiments.measurements import attention as attention_cells
+from tilescan.experiments.measurements import static_kernels as static_figures
+from tilescan.experiments.papers.flash_attention import exactness as attention_exactness
+from tilescan.experiments.papers.flash_attention import io as flash_attention_io
+from tilescan.experiments.papers.flash_attention import memory_traffic as attention_io
+from tilescan.experiments.papers.flash_attention import speed as flash_attention_speed
+from tilescan.experiments.papers.flash_attention import text as flash_attention_text
 
 
 def cells(config) -> list[Cell]:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.tables import MEASURED, Column, Table
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.tables import MEASURED, Column, Table
 from tilescan.ops import attention_tpu, attention_xla, masks
 from tilescan.ops.attention import attention
 from tilescan.pallas_kernels.tpu.block_sizes import Tile

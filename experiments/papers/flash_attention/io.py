@@ -1,9 +1,16 @@
 """FlashAttention's figure 2: memory traffic by counting, its tables, claims and figures."""
 
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.figures import line_chart
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.tables import PUBLISHED, STATIC, Column, Table, log_slope, ratio
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.tables import (
+    PUBLISHED,
+    STATIC,
+    Column,
+    Table,
+    log_slope,
+    ratio,
+)
 
 # Figure 2, left: GPT-2 medium's attention forward + backward (N 1024, d 64, 16 heads, batch 64).
 PUBLISHED_IO = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tilescan.experiments import attention_counts as counts
+from tilescan.experiments.measurements import attention_counts as counts
 from tilescan.ops import masks
 
 

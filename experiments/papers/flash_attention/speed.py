@@ -1,15 +1,9 @@
 """FlashAttention's tables 9 and 11: time and memory against length."""
 
-from tilescan.experiments.attention_cells import (
-    DIRECTIONS,
-    FORWARD,
-    FORWARD_BACKWARD,
-    live_fraction,
-)
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.figures import line_chart
-from tilescan.experiments.records import Records
-from tilescan.experiments.tables import (
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.tables import (
     MEASURED,
     PUBLISHED,
     STATIC,
@@ -20,7 +14,13 @@ from tilescan.experiments.tables import (
     log_slope,
     ratio,
 )
-from tilescan.experiments.timing import OUT_OF_MEMORY, speed_up
+from tilescan.experiments.measurements.attention import (
+    DIRECTIONS,
+    FORWARD,
+    FORWARD_BACKWARD,
+    live_fraction,
+)
+from tilescan.experiments.measurements.timing import OUT_OF_MEMORY, speed_up
 
 # Tables 9 and 11 of the paper: milliseconds on an A100 with 40 GB, 8 heads of 64, batch 16, with
 # dropout and masking, by length.

@@ -1,11 +1,12 @@
 """FlashAttention on text: equal training curves, and the worth of longer contexts and documents."""
 
-from tilescan.experiments import long_context, text_cells
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.figures import line_chart
-from tilescan.experiments.harness import Cell
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.tables import MEASURED, PUBLISHED, Column, Table, spread
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.runner import Cell
+from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, Column, Table, spread
+from tilescan.experiments.measurements import contexts as long_context
+from tilescan.experiments.measurements import training as text_cells
 
 # Table 4: GPT-2 small on OpenWebText, perplexity and days on 8 A100s, by context.
 PUBLISHED_PERPLEXITY = {1024: (18.2, 2.7), 2048: (17.7, 3.0), 4096: (17.2, 3.6)}

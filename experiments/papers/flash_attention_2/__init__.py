@@ -10,16 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from tilescan.experiments import (
-    attention_cells,
-    attention_counts,
-    flash_attention_2_tables,
-    flash_attention_2_training,
-    static_figures,
-    timing,
+from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.measurements import attention as attention_cells
+from tilescan.experiments.measurements import attention_counts, timing
+from tilescan.experiments.measurements import static_kernels as static_figures
+from tilescan.experiments.measurements.attention import DIRECTIONS
+from tilescan.experiments.papers.flash_attention_2 import (
+    tables as flash_attention_2_tables,
 )
-from tilescan.experiments.attention_cells import DIRECTIONS
-from tilescan.experiments.harness import Cell, Paper
+from tilescan.experiments.papers.flash_attention_2 import (
+    training as flash_attention_2_training,
+)
 from tilescan.ops import masks
 
 VARIANTS = ("standard", "tiled")

@@ -1,12 +1,10 @@
 """FlashAttention-2's published numbers, and the tables, claims and figures of its records."""
 
 from tilescan.benchmarks.attention_flops import attention_flops
-from tilescan.experiments import flash_attention_2_training, static_figures
-from tilescan.experiments.attention_cells import FORWARD, FORWARD_BACKWARD
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.figures import line_chart
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.tables import (
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.tables import (
     MEASURED,
     PUBLISHED,
     STATIC,
@@ -16,7 +14,12 @@ from tilescan.experiments.tables import (
     format_value,
     ratio,
 )
-from tilescan.experiments.timing import speed_up
+from tilescan.experiments.measurements import static_kernels as static_figures
+from tilescan.experiments.measurements.attention import FORWARD, FORWARD_BACKWARD
+from tilescan.experiments.measurements.timing import speed_up
+from tilescan.experiments.papers.flash_attention_2 import (
+    training as flash_attention_2_training,
+)
 
 # Section 4.1 of the paper, A100 80 GB SXM: ranges in the text (the figures' points are not in it).
 PUBLISHED_OVER_STANDARD = "3–10"

@@ -10,11 +10,18 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from tilescan.experiments import text_cells, timing
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.harness import Cell
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.tables import MEASURED, PUBLISHED, Column, Table, format_value
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.runner import Cell
+from tilescan.experiments.harness.tables import (
+    MEASURED,
+    PUBLISHED,
+    Column,
+    Table,
+    format_value,
+)
+from tilescan.experiments.measurements import timing
+from tilescan.experiments.measurements import training as text_cells
 from tilescan.models import attention as attention_module
 from tilescan.training import config as config_lib
 from tilescan.training import inputs, steps

@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tilescan.experiments import h3_tables, task_cells, text_cells, timing
-from tilescan.experiments.harness import Cell, Paper
+from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.measurements import tasks as task_cells
+from tilescan.experiments.measurements import timing
+from tilescan.experiments.measurements import training as text_cells
+from tilescan.experiments.papers.h3 import tables as h3_tables
 from tilescan.ops import masks
 from tilescan.ops.attention import attention
 from tilescan.ops.long_convolution import long_convolution

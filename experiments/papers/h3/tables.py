@@ -2,10 +2,10 @@
 
 import statistics
 
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.figures import line_chart
-from tilescan.experiments.records import Records
-from tilescan.experiments.tables import (
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.tables import (
     MEASURED,
     PUBLISHED,
     Column,

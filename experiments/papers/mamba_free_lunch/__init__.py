@@ -4,8 +4,10 @@ Ren, Chen, Liu, Ji, Guo, Ding: Exploring the Limitations of Mamba in COPY and Co
 EMNLP 2025, arXiv 2410.03810.
 """
 
-from tilescan.experiments import copy_theory, mamba_free_lunch_tables, task_cells
-from tilescan.experiments.harness import Cell, Paper
+from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.measurements import tasks as task_cells
+from tilescan.experiments.papers.mamba_free_lunch import copy_theory
+from tilescan.experiments.papers.mamba_free_lunch import tables as mamba_free_lunch_tables
 
 TRANSFORMER = "Transformer"
 

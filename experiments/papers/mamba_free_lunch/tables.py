@@ -9,11 +9,10 @@ import statistics
 
 import numpy as np
 
-from tilescan.experiments import copy_theory
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.figures import line_chart
-from tilescan.experiments.records import Records
-from tilescan.experiments.tables import (
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.tables import (
     MEASURED,
     STATIC,
     Column,
@@ -22,7 +21,8 @@ from tilescan.experiments.tables import (
     format_value,
     spread,
 )
-from tilescan.experiments.task_cells import examples_to
+from tilescan.experiments.measurements.tasks import examples_to
+from tilescan.experiments.papers.mamba_free_lunch import copy_theory
 
 SOLVED = 0.9  # share of whole strings right
 FEWER = 3.0  # times fewer examples

@@ -4,13 +4,17 @@ Li et al.: Sequence Parallelism: Long Sequence Training from System Perspective.
 2105.13120.
 """
 
-from tilescan.experiments import (
-    ring_self_attention_cells,
-    ring_self_attention_claims,
-    ring_self_attention_tables,
-    sequence_parallel_cells,
+from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.measurements import devices as sequence_parallel_cells
+from tilescan.experiments.papers.ring_self_attention import (
+    claims as ring_self_attention_claims,
 )
-from tilescan.experiments.harness import Cell, Paper
+from tilescan.experiments.papers.ring_self_attention import (
+    measure as ring_self_attention_cells,
+)
+from tilescan.experiments.papers.ring_self_attention import (
+    tables as ring_self_attention_tables,
+)
 
 
 def cells(config) -> list[Cell]:

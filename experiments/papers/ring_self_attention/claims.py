@@ -1,8 +1,8 @@
 """What RSA's paper says, as predicates on the records."""
 
-from tilescan.experiments import ring_self_attention_tables as t
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.records import Records
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.papers.ring_self_attention import tables as t
 
 EXACT = 1e-12
 FORMULA = 0.01

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tilescan.experiments import sequence_parallel_cells as cells
-from tilescan.experiments import sequence_parallel_layers as layers
+from tilescan.experiments.measurements import devices as cells
+from tilescan.experiments.measurements import sharded_transformer as layers
 from tilescan.ops import reference
 from tilescan.ops.sequence_parallel import ring_attention, ring_self_attention, ulysses_attention
 

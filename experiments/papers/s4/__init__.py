@@ -4,8 +4,12 @@ Gu, Goel, Re: Efficiently Modeling Long Sequences with Structured State Spaces. 
 2111.00396.
 """
 
-from tilescan.experiments import s4_claims, s4_generation, s4_kernels, s4_tables, s4_training
-from tilescan.experiments.harness import Cell, Paper
+from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.measurements import generation as s4_generation
+from tilescan.experiments.papers.s4 import claims as s4_claims
+from tilescan.experiments.papers.s4 import kernels as s4_kernels
+from tilescan.experiments.papers.s4 import tables as s4_tables
+from tilescan.experiments.papers.s4 import training as s4_training
 
 # Sections of the config that train on a task: sequential MNIST, and tasks of the Long Range Arena.
 TASKS = ("digits", "listops", "image", "pathfinder")

@@ -1,9 +1,10 @@
 """What S4's paper says, as predicates on the records."""
 
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.records import Records
-from tilescan.experiments.s4_kernels import CAUCHY, DENSE
-from tilescan.experiments.s4_tables import (
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.tables import Spread, format_value, ratio
+from tilescan.experiments.papers.s4.kernels import CAUCHY, DENSE
+from tilescan.experiments.papers.s4.tables import (
     INITS,
     NAMES,
     PAIRS,
@@ -15,7 +16,6 @@ from tilescan.experiments.s4_tables import (
     by,
     token_ms,
 )
-from tilescan.experiments.tables import Spread, format_value, ratio
 
 FLOAT64_BOUND, FLOAT32_BOUND = 1e-9, 1e-4
 # Models of the width from which the paper's factor of table 8 is judged.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tilescan.experiments import timing
+from tilescan.experiments.measurements import timing
 from tilescan.models import s4 as mixers
 from tilescan.ops import s4, state_space
 

@@ -1,9 +1,8 @@
 """S4's published numbers, and the tables and figures of its records."""
 
-from tilescan.experiments.figures import line_chart
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.s4_kernels import CAUCHY, DENSE, POWERS, VANDERMONDE
-from tilescan.experiments.tables import (
+from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.tables import (
     MEASURED,
     PUBLISHED,
     STATIC,
@@ -13,6 +12,7 @@ from tilescan.experiments.tables import (
     ratio,
     spread,
 )
+from tilescan.experiments.papers.s4.kernels import CAUCHY, DENSE, POWERS, VANDERMONDE
 
 NAMES = {"s4": "S4", "s4d": "S4D", "attention": "Transformer"}
 TASKS = {

@@ -11,8 +11,8 @@ import numpy as np
 
 from tilescan.data import tasks
 from tilescan.data.batches import Batch
-from tilescan.experiments.task_cells import parameters
-from tilescan.experiments.text_cells import training_config
+from tilescan.experiments.measurements.tasks import parameters
+from tilescan.experiments.measurements.training import training_config
 from tilescan.training.train import train
 
 MODELS = ("s4", "s4d", "attention")

@@ -4,13 +4,11 @@ Luo, Huang, Zhang, Li, Wang: StreamBP: Memory-Efficient Exact Backpropagation fo
 Training of LLMs. NeurIPS 2025, arXiv 2506.03077.
 """
 
-from tilescan.experiments import (
-    stream_bp_claims,
-    stream_bp_memory,
-    stream_bp_tables,
-    stream_bp_training,
-)
-from tilescan.experiments.harness import Cell, Paper
+from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.papers.stream_bp import claims as stream_bp_claims
+from tilescan.experiments.papers.stream_bp import memory as stream_bp_memory
+from tilescan.experiments.papers.stream_bp import tables as stream_bp_tables
+from tilescan.experiments.papers.stream_bp import training as stream_bp_training
 
 
 def cells(config) -> list[Cell]:

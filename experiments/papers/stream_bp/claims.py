@@ -1,8 +1,9 @@
 """What StreamBP's paper says, as predicates on the records."""
 
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.records import Records
-from tilescan.experiments.stream_bp_losses import (
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.tables import format_value
+from tilescan.experiments.papers.stream_bp.losses import (
     CHECKPOINT,
     DPO,
     GRPO,
@@ -12,7 +13,7 @@ from tilescan.experiments.stream_bp_losses import (
     SFT,
     STREAM,
 )
-from tilescan.experiments.stream_bp_tables import (
+from tilescan.experiments.papers.stream_bp.tables import (
     LOSS_NAMES,
     NAMES,
     PUBLISHED_DIFFERENCE,
@@ -22,8 +23,7 @@ from tilescan.experiments.stream_bp_tables import (
     length,
     time_ratio,
 )
-from tilescan.experiments.stream_bp_training import BASE16, STREAM16, STREAM32
-from tilescan.experiments.tables import format_value
+from tilescan.experiments.papers.stream_bp.training import BASE16, STREAM16, STREAM32
 
 # Bounds on ratios of lengths: about the least, and for SFT the greatest, that is published over
 # models and ways of training.

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from tilescan.experiments import timing
-from tilescan.experiments.compiled import compiled_memory, longest_within
-from tilescan.experiments.stream_bp_losses import (
+from tilescan.experiments.measurements import timing
+from tilescan.experiments.measurements.compiled import compiled_memory, longest_within
+from tilescan.experiments.papers.stream_bp.losses import (
     CHECKPOINT,
     SFT,
     STREAM,

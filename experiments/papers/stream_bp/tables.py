@@ -1,8 +1,19 @@
 """StreamBP's published numbers, and the tables and figures of its records."""
 
-from tilescan.experiments.figures import line_chart
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.stream_bp_losses import (
+from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.tables import (
+    MEASURED,
+    PUBLISHED,
+    STATIC,
+    Column,
+    Spread,
+    Table,
+    ratio,
+    spread,
+)
+from tilescan.experiments.measurements.timing import speed_up
+from tilescan.experiments.papers.stream_bp.losses import (
     CHECKPOINT,
     DPO,
     GRPO,
@@ -13,18 +24,7 @@ from tilescan.experiments.stream_bp_losses import (
     SFT,
     STREAM,
 )
-from tilescan.experiments.stream_bp_training import BASE16, STREAM16, STREAM32
-from tilescan.experiments.tables import (
-    MEASURED,
-    PUBLISHED,
-    STATIC,
-    Column,
-    Spread,
-    Table,
-    ratio,
-    spread,
-)
-from tilescan.experiments.timing import speed_up
+from tilescan.experiments.papers.stream_bp.training import BASE16, STREAM16, STREAM32
 
 NAMES = {
     NONE: "no checkpointing",

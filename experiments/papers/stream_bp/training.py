@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tilescan.experiments.stream_bp_losses import (
+from tilescan.experiments.papers.stream_bp.losses import (
     CHECKPOINT,
     DPO,
     GRPO,

@@ -11,16 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from tilescan.data import recall_stream
-from tilescan.experiments import (
-    state_collapse,
-    stuffed_mamba_claims,
-    stuffed_mamba_tables,
-    stuffed_training,
-)
-from tilescan.experiments.harness import Cell, Paper
-from tilescan.experiments.stuffed_training import STREAM, TEXT
-from tilescan.experiments.task_cells import state_size
+from tilescan.data.tasks import recall_stream
+from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.measurements import state_collapse
+from tilescan.experiments.measurements.tasks import state_size
+from tilescan.experiments.papers.stuffed_mamba import claims as stuffed_mamba_claims
+from tilescan.experiments.papers.stuffed_mamba import tables as stuffed_mamba_tables
+from tilescan.experiments.papers.stuffed_mamba import training as stuffed_training
+from tilescan.experiments.papers.stuffed_mamba.training import STREAM, TEXT
 
 NONE = stuffed_mamba_tables.NONE
 # Seeds of the rows that are read, by split; the same for all models.

@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.records import Records
-from tilescan.experiments.state_collapse import COLLAPSE
-from tilescan.experiments.stuffed_fits import exponential_fit, line_fit
-from tilescan.experiments.stuffed_mamba_tables import (
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.tables import Spread, format_value, spread
+from tilescan.experiments.measurements.state_collapse import COLLAPSE
+from tilescan.experiments.papers.stuffed_mamba.fits import exponential_fit, line_fit
+from tilescan.experiments.papers.stuffed_mamba.tables import (
     FORGET,
     HALF_STEP,
     LONGER,
@@ -24,7 +25,6 @@ from tilescan.experiments.stuffed_mamba_tables import (
     safe_lengths,
     sizes_of,
 )
-from tilescan.experiments.tables import Spread, format_value, spread
 
 CUT = 0.5  # of the excess loss
 

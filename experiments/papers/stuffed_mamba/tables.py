@@ -9,15 +9,9 @@ import math
 
 import numpy as np
 
-from tilescan.experiments.figures import line_chart
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.state_collapse import (
-    COLLAPSE,
-    judge_collapse,
-    published_t_forget,
-    published_t_recall,
-)
-from tilescan.experiments.tables import (
+from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.tables import (
     MEASURED,
     PUBLISHED,
     STATIC,
@@ -25,6 +19,12 @@ from tilescan.experiments.tables import (
     Spread,
     Table,
     spread,
+)
+from tilescan.experiments.measurements.state_collapse import (
+    COLLAPSE,
+    judge_collapse,
+    published_t_forget,
+    published_t_recall,
 )
 
 NONE = "none"

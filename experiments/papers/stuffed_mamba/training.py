@@ -14,9 +14,10 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from tilescan.data import recall_stream, sources, splits, tokenizers
+from tilescan.data import sources, splits, tokenizers
 from tilescan.data.batches import Batch
-from tilescan.experiments.text_cells import training_config
+from tilescan.data.tasks import recall_stream
+from tilescan.experiments.measurements.training import training_config
 from tilescan.models import LanguageModel, LanguageModelConfig
 from tilescan.training import config as config_lib
 from tilescan.training import steps as steps_lib

@@ -1,8 +1,8 @@
 """What Ulysses' paper says, as predicates on the records."""
 
-from tilescan.experiments import ulysses_tables as t
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.records import Records
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.papers.ulysses import tables as t
 
 EXACT = 1e-5
 FORMULA = 0.01

@@ -1,9 +1,16 @@
 """Ulysses' published numbers, and the tables and figures of its records."""
 
-from tilescan.experiments import sequence_parallel_cells as cells
-from tilescan.experiments.figures import line_chart
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.tables import MEASURED, PUBLISHED, STATIC, Column, Table, ratio
+from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.tables import (
+    MEASURED,
+    PUBLISHED,
+    STATIC,
+    Column,
+    Table,
+    ratio,
+)
+from tilescan.experiments.measurements import devices as cells
 
 WAYS = {
     "ulysses": "Ulysses",

@@ -4,8 +4,11 @@ Chou et al.: ZeCO: Zero Communication Overhead Sequence Parallelism for Linear A
 arXiv 2507.01004.
 """
 
-from tilescan.experiments import sequence_parallel_cells, zeco_claims, zeco_counts, zeco_tables
-from tilescan.experiments.harness import Cell, Paper
+from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.measurements import devices as sequence_parallel_cells
+from tilescan.experiments.papers.zeco import claims as zeco_claims
+from tilescan.experiments.papers.zeco import counts as zeco_counts
+from tilescan.experiments.papers.zeco import tables as zeco_tables
 
 
 def cells(config) -> list[Cell]:

@@ -1,8 +1,8 @@
 """What ZeCO's paper says, as predicates on the records."""
 
-from tilescan.experiments import zeco_tables as t
-from tilescan.experiments.claims import Claim, judge
-from tilescan.experiments.records import Records
+from tilescan.experiments.harness.claims import Claim, judge
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.papers.zeco import tables as t
 
 EXACT = {"float32": 1e-5, "float64": 1e-12}
 PARITY = 1e-4

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tilescan.experiments import sequence_parallel_cells as cells
+from tilescan.experiments.measurements import devices as cells
 from tilescan.ops import masks
 from tilescan.ops.gated_linear_attention import gated_linear_attention
 from tilescan.ops.sequence_parallel import ATTENTION, SCAN_KINDS, scans

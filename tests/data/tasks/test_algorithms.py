@@ -7,7 +7,8 @@ import functools
 import numpy as np
 import pytest
 
-from tilescan.data import algorithms, tasks
+from tilescan.data import tasks
+from tilescan.data.tasks import algorithms
 
 
 def written(task, count=40, hard=False):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tilescan.data import images, sources, tasks
+from tilescan.data import sources, tasks
 from tilescan.data.archives import ArchiveError
+from tilescan.data.tasks import images
 
 RNG = np.random.default_rng(0)
 DIGITS = {

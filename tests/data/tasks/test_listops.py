@@ -7,7 +7,8 @@ import statistics
 import numpy as np
 import pytest
 
-from tilescan.data import listops, tasks
+from tilescan.data import tasks
+from tilescan.data.tasks import listops
 
 SMALL = listops.Rules(max_depth=5, max_args=4, min_length=10, max_length=60)
 

@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from tilescan.data import passkey, tasks
+from tilescan.data import tasks
+from tilescan.data.tasks import passkey
 from tilescan.data.tokenizers import ByteTokenizer
 
 

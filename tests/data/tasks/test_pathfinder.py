@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from tilescan.data import pathfinder, tasks
-from tilescan.data.contours import cross, draw
+from tilescan.data import tasks
+from tilescan.data.tasks import pathfinder
+from tilescan.data.tasks.contours import cross, draw
 
 ZOOM = 8
 

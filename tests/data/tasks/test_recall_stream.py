@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tilescan.data.recall_stream import distant_recall, recall_stream
-from tilescan.data.tasks import row_hashes
+from tilescan.data.tasks.base import row_hashes
+from tilescan.data.tasks.recall_stream import distant_recall, recall_stream
 
 KEYS, VALUES = 12, 5
 

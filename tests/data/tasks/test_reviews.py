@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tilescan.data import reviews, sources, tasks
+from tilescan.data import sources, tasks
+from tilescan.data.tasks import reviews
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from tilescan.data import synthetic, tasks
+from tilescan.data import tasks
+from tilescan.data.tasks import synthetic
 
 
 def drawn(name, count=200, hard=True, **options):

@@ -5,7 +5,8 @@ import json
 import ml_collections
 import pytest
 
-from tilescan.experiments import harness, records
+from tilescan.experiments.harness import records
+from tilescan.experiments.harness import runner as harness
 
 
 def make_paper(measure, count=3, name="toy"):

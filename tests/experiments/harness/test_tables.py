@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tilescan.experiments import tables
-from tilescan.experiments.tables import Column, Spread, Table
+from tilescan.experiments.harness import tables
+from tilescan.experiments.harness.tables import Column, Spread, Table
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tilescan.experiments import attention_counts as counts
-from tilescan.experiments import attention_io
+from tilescan.experiments.measurements import attention_counts as counts
+from tilescan.experiments.papers.flash_attention import memory_traffic as attention_io
 from tilescan.ops import masks
 
 D = 16

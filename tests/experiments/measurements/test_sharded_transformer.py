@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tilescan.experiments import sequence_parallel_cells as cells
-from tilescan.experiments import sequence_parallel_layers as layers
+from tilescan.experiments.measurements import devices as cells
+from tilescan.experiments.measurements import sharded_transformer as layers
 
 SHAPE = layers.Shape(2, 16, 2, 16, 4, vocab=32, rows=4)
 CUTS = [

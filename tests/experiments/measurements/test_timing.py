@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tilescan.experiments.timing import compare, speed_up
+from tilescan.experiments.measurements.timing import compare, speed_up
 
 
 def test_each_function_is_called_once_untimed_before_its_times():

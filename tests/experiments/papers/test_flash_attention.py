@@ -2,9 +2,12 @@
 
 import pytest
 
-from tilescan.experiments import flash_attention, flash_attention_speed, papers, tables
-from tilescan.experiments.flash_attention_speed import published_ms
-from tilescan.experiments.records import Record, Records
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness import tables
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.papers import flash_attention
+from tilescan.experiments.papers.flash_attention import speed as flash_attention_speed
+from tilescan.experiments.papers.flash_attention.speed import published_ms
 
 ENVIRONMENT = {"backend": "cpu"}
 SHAPE = {"batch": 1, "heads": 8, "head_dim": 64, "dtype": "float32", "window": 256, "block": 128}

@@ -4,14 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-from tilescan.experiments import (
-    flash_attention_2,
-    flash_attention_2_tables,
-    flash_attention_2_training,
-    papers,
-    tables,
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness import tables
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.papers import flash_attention_2
+from tilescan.experiments.papers.flash_attention_2 import (
+    tables as flash_attention_2_tables,
 )
-from tilescan.experiments.records import Record, Records
+from tilescan.experiments.papers.flash_attention_2 import (
+    training as flash_attention_2_training,
+)
 from tilescan.ops import masks, reference
 
 SETTINGS = {"kind": "speed", "batch": 1, "length": 4096, "heads": 8, "head_dim": 64, "dtype": "f"}

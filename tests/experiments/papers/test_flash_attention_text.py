@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tilescan.experiments import (
-    attention_exactness,
-    flash_attention,
-    long_context,
-    static_figures,
-    text_cells,
-)
-from tilescan.experiments.records import Record, Records
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.measurements import contexts as long_context
+from tilescan.experiments.measurements import static_kernels as static_figures
+from tilescan.experiments.measurements import training as text_cells
+from tilescan.experiments.papers import flash_attention
+from tilescan.experiments.papers.flash_attention import exactness as attention_exactness
 from tilescan.models import attention as attention_module
 from tilescan.ops import masks, reference
 from tilescan.ops.attention import attention

@@ -2,8 +2,10 @@
 
 import pytest
 
-from tilescan.experiments import h3, h3_tables, papers
-from tilescan.experiments.records import Record, Records
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.papers import h3
+from tilescan.experiments.papers.h3 import tables as h3_tables
 
 
 def record(kind, model, seed=0, **fields):

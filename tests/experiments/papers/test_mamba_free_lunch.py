@@ -4,8 +4,11 @@ import math
 
 import pytest
 
-from tilescan.experiments import copy_theory, mamba_free_lunch_tables, papers, task_cells
-from tilescan.experiments.records import Record, Records
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.measurements import tasks as task_cells
+from tilescan.experiments.papers.mamba_free_lunch import copy_theory
+from tilescan.experiments.papers.mamba_free_lunch import tables as mamba_free_lunch_tables
 
 
 def test_required_scores_follow_the_theorems():

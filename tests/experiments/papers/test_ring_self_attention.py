@@ -2,10 +2,14 @@
 
 import pytest
 
-from tilescan.experiments import papers, ring_self_attention, ring_self_attention_cells
-from tilescan.experiments import ring_self_attention_claims as claims_of
-from tilescan.experiments import ring_self_attention_tables as tables_of
-from tilescan.experiments.records import Record, Records
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.papers import ring_self_attention
+from tilescan.experiments.papers.ring_self_attention import claims as claims_of
+from tilescan.experiments.papers.ring_self_attention import (
+    measure as ring_self_attention_cells,
+)
+from tilescan.experiments.papers.ring_self_attention import tables as tables_of
 
 MODEL = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 32}
 

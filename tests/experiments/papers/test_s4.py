@@ -7,17 +7,15 @@ import pytest
 from scipy import signal
 
 from tilescan.data import tasks
-from tilescan.experiments import (
-    papers,
-    s4,
-    s4_claims,
-    s4_kernels,
-    s4_tables,
-    s4_training,
-    task_cells,
-)
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.text_cells import training_config
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.measurements import tasks as task_cells
+from tilescan.experiments.measurements.training import training_config
+from tilescan.experiments.papers import s4
+from tilescan.experiments.papers.s4 import claims as s4_claims
+from tilescan.experiments.papers.s4 import kernels as s4_kernels
+from tilescan.experiments.papers.s4 import tables as s4_tables
+from tilescan.experiments.papers.s4 import training as s4_training
 from tilescan.ops import s4 as ops_s4
 from tilescan.training import config as config_lib
 from tilescan.training.optimizers import group_of

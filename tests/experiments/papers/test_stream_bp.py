@@ -5,16 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tilescan.experiments import (
-    papers,
-    stream_bp,
-    stream_bp_claims,
-    stream_bp_losses,
-    stream_bp_tables,
-    stream_bp_training,
-)
-from tilescan.experiments.compiled import compiled_memory, longest_within
-from tilescan.experiments.records import Record, Records
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.measurements.compiled import compiled_memory, longest_within
+from tilescan.experiments.papers import stream_bp
+from tilescan.experiments.papers.stream_bp import claims as stream_bp_claims
+from tilescan.experiments.papers.stream_bp import losses as stream_bp_losses
+from tilescan.experiments.papers.stream_bp import tables as stream_bp_tables
+from tilescan.experiments.papers.stream_bp import training as stream_bp_training
 from tilescan.models.language_model import count_params
 
 TINY = dict(vocab_size=16, d_model=8, n_heads=2, n_kv_heads=2, repeats=1, mlp_dim=16)

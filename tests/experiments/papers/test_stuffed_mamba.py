@@ -10,16 +10,14 @@ import pytest
 import scipy.stats
 from flax import linen as nn
 
-from tilescan.experiments import (
-    papers,
-    state_collapse,
-    stuffed_mamba_claims,
-    stuffed_mamba_tables,
-    stuffed_training,
-)
-from tilescan.experiments.records import Record, Records
-from tilescan.experiments.stuffed_fits import exponential_fit, line_fit
-from tilescan.experiments.stuffed_mamba_tables import (
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.measurements import state_collapse
+from tilescan.experiments.papers.stuffed_mamba import claims as stuffed_mamba_claims
+from tilescan.experiments.papers.stuffed_mamba import tables as stuffed_mamba_tables
+from tilescan.experiments.papers.stuffed_mamba import training as stuffed_training
+from tilescan.experiments.papers.stuffed_mamba.fits import exponential_fit, line_fit
+from tilescan.experiments.papers.stuffed_mamba.tables import (
     FORGET,
     HALF_STEP,
     LONGER,

@@ -2,8 +2,12 @@
 
 import pytest
 
-from tilescan.experiments import papers, ulysses, ulysses_cells, ulysses_claims, ulysses_tables
-from tilescan.experiments.records import Record, Records
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.papers import ulysses
+from tilescan.experiments.papers.ulysses import claims as ulysses_claims
+from tilescan.experiments.papers.ulysses import measure as ulysses_cells
+from tilescan.experiments.papers.ulysses import tables as ulysses_tables
 
 
 def record(kind, result, **settings):

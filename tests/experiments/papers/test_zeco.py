@@ -2,8 +2,12 @@
 
 import pytest
 
-from tilescan.experiments import papers, zeco, zeco_claims, zeco_counts, zeco_tables
-from tilescan.experiments.records import Record, Records
+from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.papers import zeco
+from tilescan.experiments.papers.zeco import claims as zeco_claims
+from tilescan.experiments.papers.zeco import counts as zeco_counts
+from tilescan.experiments.papers.zeco import tables as zeco_tables
 
 
 def record(kind, result, **settings):
