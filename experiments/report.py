@@ -20,10 +20,10 @@ import rich.console
 from tilescan.experiments.harness import html as page
 from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.harness.claims import Claim
 from tilescan.experiments.harness.records import write_atomically
 from tilescan.experiments.harness.results import Results, collect, provenance
-from tilescan.experiments.harness.runner import Paper
 from tilescan.experiments.harness.tables import Column, Table
 
 _HELP = "Rebuild RESULTS.md, results/index.html and every table and figure from the records."

@@ -1,6 +1,15 @@
-"""A paper's statements as predicates over measured numbers: shown, not shown, or needs scale X."""
+"""A paper's statements as predicates over measured numbers: shown, not shown, or needs scale X.
+
+A predicate returns a `Verdict`: its criterion in words, what it came to, and the numbers, so that
+no criterion stands twice, in words and in code.
+"""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.statistics import Spread
 
 SHOWN, NOT_SHOWN = "shown", "not shown"
 NEEDS = "needs scale: "
@@ -52,3 +61,64 @@ def undecided(claim: Claim, needs: str) -> Claim:
     if claim.status.startswith(NEEDS):
         return claim
     return dataclasses.replace(claim, status=f"{NEEDS}{needs}")
+
+
+class Verdict(NamedTuple):
+    """What a predicate says: criterion in words, whether it holds (None: not measured), numbers."""
+
+    criterion: str
+    holds: bool | None
+    evidence: str
+
+
+def claim(name: str, statement: str, verdict: Verdict | tuple, needs: str = "") -> Claim:
+    """Returns the claim whose criterion, status and evidence come from one predicate."""
+    return judge(name, statement, *verdict, needs=needs)
+
+
+def not_run(name: str, statement: str, criterion: str, needs: str) -> Claim:
+    """Returns a claim that no scale here measures; `needs` says what would decide it."""
+    return judge(name, statement, criterion, None, "not run", needs=needs)
+
+
+def lower_every_seed(
+    records: Records,
+    metric: str,
+    words: str,
+    names: Mapping[str, str],
+    *,
+    worse: Mapping[str, Any],
+    better: Mapping[str, Any],
+) -> Verdict:
+    """Returns whether `metric` is lower for `better` than for `worse` with each seed of both.
+
+    Args:
+      records: of one kind.
+      metric: name of a measured number.
+      words: what it is called.
+      names: of the values of the setting that differs.
+      worse, better: settings that select the two, e.g. {"model": "s4d"}.
+    """
+    one, two = ({r.seed: r.result[metric] for r in records.select(**s)} for s in (worse, better))
+    seeds = sorted(set(one) & set(two))
+    a, b = (names[next(iter(s.values()))] for s in (worse, better))
+    evidence = ", ".join(f"{a} {one[s]:.3f}, {b} {two[s]:.3f} (seed {s})" for s in seeds)
+    holds = all(two[s] < one[s] for s in seeds) if seeds else None
+    return Verdict(f"a lower {words} with every seed", holds, evidence)
+
+
+def higher_by(high: Spread | None, low: Spread | None, points: float) -> bool | None:
+    """Returns whether means differ by more than `points` and twice the larger deviation."""
+    if high is None or low is None:
+        return None
+    return high.mean - low.mean > max(points, 2 * max(high.std or 0.0, low.std or 0.0))
+
+
+def within(value: float | None, low: float, high: float) -> bool | None:
+    """Returns whether low <= value <= high; None if it was not measured."""
+    return None if value is None else low <= value <= high
+
+
+def grows(values: Sequence[float]) -> bool | None:
+    """Returns whether the last of at least two values is above the first."""
+    return values[-1] > values[0] if len(values) > 1 else None

@@ -1,7 +1,8 @@
 """Figures as SVG text: the same bytes for the same numbers, readable on light and dark pages."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -96,6 +97,30 @@ def line_chart(
             handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 4)
         )
         return _to_svg(figure)
+
+
+def line_figure(
+    rows: Sequence[Any],
+    lines: Mapping[str, Callable[[Any], Any]],
+    *,
+    x: str,
+    y: str,
+    log: bool = False,
+    dashed: Sequence[str] = (),
+) -> str:
+    """Returns an SVG of one panel: the lines' values over the keys of groups of records.
+
+    Args:
+      rows: groups (`groups.by`) whose keys are numbers.
+      lines: {name: function of a group}; a number, a `Spread` (its mean), or None for a gap.
+      x, y: labels; x is logarithmic.
+      log: whether y is, too.
+      dashed: names of lines to draw dashed.
+    """
+    keys = [row.key for row in rows]
+    number = lambda value: getattr(value, "mean", value)
+    shown = {name: (keys, [number(of(row)) for row in rows]) for name, of in lines.items()}
+    return line_chart({"": shown}, x_label=x, y_label=y, log_x=True, log_y=log, dashed=dashed)
 
 
 def _short(value: float) -> str:

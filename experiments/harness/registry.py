@@ -4,25 +4,16 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 
+from tilescan.configs.common import SCALES, check_scale
 from tilescan.experiments import papers
-from tilescan.experiments.harness.runner import Paper
+from tilescan.experiments.harness.cells import Paper
 from tilescan.training.config import override
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(papers.__path__)))
-SCALES = ("smoke", "cpu", "accelerator")
-# Numbers of a config that 0 has a meaning for: all of them, none but itself, never.
-MAY_BE_ZERO = (
-    "max_documents",
-    "eval_batches",
-    "test_batches",
-    "train_examples",
-    "validation_batches",
-    "window",
-    "standard_up_to",
-)
 
 
 def nearest(name: str, known) -> str:
@@ -41,17 +32,6 @@ def load(name: str) -> Paper:
     if name not in NAMES:
         raise ValueError(f"paper={name!r} is unknown; {nearest(name, NAMES)}")
     return importlib.import_module(f"tilescan.experiments.papers.{name}").PAPER
-
-
-def check_scale(scale: str) -> str:
-    """`scale` itself if it is one of SCALES; config files call this first.
-
-    Raises:
-      ValueError: it is not; the message names the nearest.
-    """
-    if scale not in SCALES:
-        raise ValueError(f"scale={scale!r} is unknown; {nearest(scale, SCALES)}")
-    return scale
 
 
 def load_config(name: str, scale: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -84,17 +64,32 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str])
                 f"{assignment} would misname the records: choose the paper and the scale by "
                 f"`tilescan run PAPER --scale=SCALE` or --config=configs/PAPER.py:SCALE"
             )
-        before = config.to_dict()
+        before = _value(config, key)
         override(config, assignment)
-        section, name = key.split(".")
-        _check_size(name, before[section][name], config[section][name])
+        _check_size(key, before, _value(config, key), config.paper)
 
 
-def _check_size(name: str, old, new) -> None:
-    """Raises ValueError for a negative number, and for 0 where that leaves nothing to measure."""
+def _check_size(key: str, old: Any, new: Any, paper: str) -> None:
+    """Raises ValueError for a negative number, and for 0 where no scale of the paper has it.
+
+    Parts of a training config are checked by `training.settings`, where 0 often has a meaning.
+    """
     for item in new if isinstance(new, tuple) else (new,):
         if not isinstance(item, int | float) or isinstance(item, bool):
             continue
-        nothing = item == 0 and not isinstance(new, tuple) and name not in MAY_BE_ZERO
-        if item < 0 or nothing:
+        nothing = item == 0 and not isinstance(new, tuple) and ".train." not in key
+        if item < 0 or nothing and not any(value == 0 for value in _at_all_scales(key, paper)):
+            name = key.rpartition(".")[2]
             raise ValueError(f"{name}={item} must be a positive number, e.g. {old!r}")
+
+
+def _at_all_scales(key: str, paper: str) -> list[Any]:
+    module = importlib.import_module(f"tilescan.configs.{paper}")
+    return [_value(module.get_config(scale), key) for scale in SCALES]
+
+
+def _value(config: ml_collections.ConfigDict, key: str) -> Any:
+    """Returns the value at a dotted key, None where there is none."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, ml_collections.ConfigDict) else None
+    return config

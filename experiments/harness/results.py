@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from tilescan.experiments.harness import records as records_lib
+from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.harness.claims import Claim, undecided
 from tilescan.experiments.harness.records import Records
-from tilescan.experiments.harness.runner import Paper
 from tilescan.experiments.harness.tables import Table
 
 

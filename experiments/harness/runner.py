@@ -1,73 +1,26 @@
 """Runs a paper's cells one after another, keeps what finishes, and goes on where it stopped.
 
-A paper is a list of *cells* (independent measurements: one variant, one seed) and pure functions
-that make tables, claims and figures of the cells' records. Each finished cell is one JSON file
-under `workdir`/cells, written atomically: a run that is interrupted, by Ctrl-C or a power cut, goes
-on with the first cell that has no file. A cell whose settings changed is measured again.
+Each finished cell is one JSON file under `workdir`/cells, written atomically: a run that is
+interrupted, by Ctrl-C or a power cut, goes on with the first cell that has no file. A cell whose
+settings changed is measured again.
 """
 
 import dataclasses
+import inspect
 import pathlib
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 import rich.console
 import rich.progress
 
 from tilescan.experiments.harness import records as records_lib
-from tilescan.experiments.harness.claims import Claim
-from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.tables import Table
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One independent measurement.
-
-    Attributes:
-      id: unique in its paper, and a file's name: letters, digits and "._-=".
-      measure: `measure(settings, seed, folder) -> numbers`; `folder` is the cell's own scratch
-        space, kept when the cell fails or is interrupted, so that training can resume in it.
-      settings: all that the result depends on, as plain values; they decide whether a finished
-        record still holds.
-      seed: random seed.
-      seconds: rough duration, for the estimate of the time left.
-    """
-
-    id: str
-    measure: Callable[[Mapping[str, Any], int, pathlib.Path], Mapping[str, Any]]
-    settings: Mapping[str, Any]
-    seed: int = 0
-    seconds: float = 1.0
-
-    def __post_init__(self):
-        if not self.id or not all(c.isalnum() or c in "._-=" for c in self.id):
-            raise ValueError(f"id={self.id!r} is not a file name of letters, digits and '._-='")
-
-
-@dataclasses.dataclass(frozen=True)
-class Paper:
-    """A paper: how to measure its cells and how to read their records.
-
-    Attributes:
-      name: its module's and its config's name.
-      title: the paper's title, with its source.
-      summary: two sentences for a reader of the results.
-      cells: the measurements that a config asks for.
-      tables, claims, figures: pure functions of the records; figures gives {name: SVG text}.
-    """
-
-    name: str
-    title: str
-    summary: str
-    cells: Callable[[ml_collections.ConfigDict], Sequence[Cell]]
-    tables: Callable[[Records], Sequence[Table]]
-    claims: Callable[[Records], Sequence[Claim]]
-    figures: Callable[[Records], Mapping[str, str]] = lambda records: {}
+from tilescan.experiments.harness.cells import Cell, Paper
+from tilescan.experiments.harness.records import Record
+from tilescan.experiments.harness.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +99,10 @@ def run(
 def _measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Record:
     folder = _scratch(workdir, cell, digest)
     start = time.perf_counter()
-    result = records_lib.plain(cell.measure(cell.settings, cell.seed, folder))
+    arguments = [cell.settings, cell.seed]
+    if len(inspect.signature(cell.measure).parameters) > 2:
+        arguments.append(Workspace(folder))
+    result = records_lib.plain(cell.measure(*arguments))
     if not records_lib.is_finite(result):
         raise FloatingPointError(f"a measured number is not finite: {result}")
     return Record(

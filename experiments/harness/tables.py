@@ -2,27 +2,15 @@
 
 import dataclasses
 import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import rich.table
 
+from tilescan.experiments.harness.statistics import Spread
+
 LABEL, PUBLISHED, MEASURED, STATIC = "label", "published", "measured", "static"
 KINDS = (LABEL, PUBLISHED, MEASURED, STATIC)
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """A number and its standard deviation over seeds or rounds (std is None for one of them).
-
-    Attributes:
-      mean: over seeds; of times, the ratio of two medians over rounds.
-    """
-
-    mean: float
-    std: float | None
-    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +24,14 @@ class Column:
         compiler or a formula.
       unit: written after the heading in brackets.
       digits: significant digits of its numbers.
+      of: computes the column's value from what a row shows, a `Group` of records say; see `table`.
     """
 
     title: str
     kind: str = LABEL
     unit: str = ""
     digits: int = 3
+    of: Callable[[Any], Any] | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -52,6 +42,10 @@ class Column:
         """Title with unit and, except for labels, the kind."""
         unit = f" ({self.unit})" if self.unit else ""
         return f"{self.title}{unit}" + ("" if self.kind == LABEL else f", {self.kind}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what the column says of its numbers, as plain values."""
+        return {name: getattr(self, name) for name in ("title", "kind", "unit", "digits")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +79,7 @@ class Table:
             "name": self.name,
             "title": self.title,
             "note": self.note,
-            "columns": [dataclasses.asdict(column) for column in self.columns],
+            "columns": [column.to_json() for column in self.columns],
             "rows": [[_json_value(value) for value in row] for row in self.rows],
         }
 
@@ -111,30 +105,17 @@ class Table:
         return table
 
 
-def spread(values: Iterable[float]) -> Spread | None:
-    """Mean ± sample standard deviation of the values, None when there are none."""
-    values = [float(value) for value in values]
-    if not values:
-        return None
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(statistics.fmean(values), std, len(values))
+def table(
+    name: str, title: str, rows: Iterable[Any], columns: Sequence[Column], note: str = ""
+) -> Table:
+    """Returns the table whose columns compute their values (`Column.of`) for each of the rows."""
+    values = [[column.of(row) for column in columns] for row in rows]
+    return Table(name, title, columns, values, note)
 
 
-def ratio(numerator: float | None, denominator: float | None) -> float | None:
-    """numerator / denominator, None when one of them is missing or the denominator is 0."""
-    if not isinstance(numerator, int | float) or not isinstance(denominator, int | float):
-        return None
-    return numerator / denominator if denominator else None
-
-
-def log_slope(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Least-squares slope of log y over log x, None for fewer than two points."""
-    if len(x) < 2:
-        return None
-    x, y = [math.log(v) for v in x], [math.log(v) for v in y]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    top = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return top / sum((a - mean_x) ** 2 for a in x)
+def percent(value: Spread | float | None) -> str:
+    """Returns a number as text with a percent sign, e.g. for the evidence of a claim."""
+    return f"{format_value(value)}%"
 
 
 def format_value(value: Any, digits: int = 3) -> str:

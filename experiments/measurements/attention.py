@@ -64,7 +64,7 @@ def in_direction(attend: Callable, direction: str) -> Callable:
     return forward_backward
 
 
-def runtime(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def runtime(settings: Mapping[str, Any], seed: int) -> dict:
     """Times the variants of one length in one direction, interleaved.
 
     Settings: length, direction, batch, heads, head_dim, dtype, variants, repeats, and those of
@@ -80,7 +80,7 @@ def runtime(settings: Mapping[str, Any], seed: int, folder) -> dict:
     return timing.compare(functions, arguments, repeats=settings["repeats"])
 
 
-def memory(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def memory(settings: Mapping[str, Any], seed: int) -> dict:
     """Bytes of temporaries of each variant at one length: compiled, not run.
 
     Settings as for `runtime`. Returns {variant: {"temp_bytes", "compile_s"}}; a variant that the

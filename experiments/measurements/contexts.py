@@ -5,13 +5,13 @@ the same order and in the same batches. Comparing runs that draw rows of differe
 would also compare how many different places of the corpus a batch holds.
 """
 
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from tilescan.experiments.measurements import training as text_cells
+from tilescan.experiments.harness.workspace import Workspace
+from tilescan.experiments.measurements import training as measurements
 from tilescan.training import config as config_lib
 from tilescan.training import inputs
 from tilescan.training.train import train
@@ -52,7 +52,7 @@ class _CutIterator:
         self._inner.set_state(state)
 
 
-def run(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def run(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
     """Trains and tests with `settings["context"]`; data.seq_len is the longest context.
 
     Settings: "train", keys of the training config; "context".
@@ -64,7 +64,7 @@ def run(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
       ValueError: the context does not divide data.seq_len.
     """
     context = settings["context"]
-    config = text_cells.training_config(settings["train"], seed)
+    config = measurements.training_config(settings["train"], seed)
     length = config.data.seq_len
     if length % context:
         raise ValueError(f"context={context} must divide data.seq_len={length}")
@@ -73,7 +73,7 @@ def run(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
     with config.unlocked():
         config.data.seq_len = context
         config.data.batch_size *= length // context
-    final = train(config, folder, datasets=datasets)
+    final = train(config, workspace.folder, datasets=datasets)
     return {
         "test_loss": final["test/loss"],
         "test_perplexity": final["test/perplexity"],

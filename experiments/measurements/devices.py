@@ -5,7 +5,6 @@ that devices send and the buffers that they hold are in the program. On CPUs the
 ones, of which a process can have any number if it says so before it uses the first.
 """
 
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -140,7 +139,7 @@ def _on_line(seen, below: int, above: int | None, budget: float) -> int:
     return a + int((budget - seen[a]) / max(seen[b] - seen[a], 1) * (b - a))
 
 
-def train(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def train(settings: Mapping[str, Any], seed: int) -> dict:
     """Trains a small model with its time cut over devices: {"losses": of every step}.
 
     Settings: "model", fields of LanguageModelConfig; "parts", devices along time; "batch",

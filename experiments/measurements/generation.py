@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tilescan.experiments.measurements import tasks as task_cells
 from tilescan.experiments.measurements import timing
-from tilescan.experiments.measurements import training as text_cells
+from tilescan.experiments.measurements import training as measurements
 from tilescan.models import LanguageModel
 from tilescan.training import config as config_lib
 
 
-def decode(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def decode(settings: Mapping[str, Any], seed: int) -> dict:
     """Times decoding behind a context, all models in turn.
 
     Settings: "models", {name: keys of the training config}; "context", random tokens read before;
@@ -29,7 +28,7 @@ def decode(settings: Mapping[str, Any], seed: int, folder) -> dict:
     context, batch, tokens = (settings[k] for k in ("context", "batch", "tokens"))
     functions, arguments, sizes = {}, {}, {}
     for name, keys in settings["models"].items():
-        config = text_cells.training_config(keys, seed)
+        config = measurements.training_config(keys, seed)
         model = LanguageModel(config_lib.settings(config).model_config(keys["model.vocab_size"]))
         prompt = np.random.default_rng(seed).integers(
             model.config.vocab_size, size=(batch, context)
@@ -54,7 +53,7 @@ def decode(settings: Mapping[str, Any], seed: int, folder) -> dict:
         arguments[name] = (params, *jax.jit(read)(params, prompt, room))
         leaves = jax.tree.leaves(arguments[name][2])
         sizes[name] = {
-            "params": task_cells.parameters(config),
+            "params": measurements.parameters(config),
             "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         }
     timed = timing.compare(functions, (arguments,), repeats=settings["repeats"])

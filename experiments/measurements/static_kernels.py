@@ -11,10 +11,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from tilescan.experiments.harness.cells import Cell
 from tilescan.experiments.harness.claims import Claim, judge
 from tilescan.experiments.harness.records import Records
-from tilescan.experiments.harness.runner import Cell
-from tilescan.experiments.harness.tables import STATIC, Column, Table, ratio
+from tilescan.experiments.harness.statistics import ratio
+from tilescan.experiments.harness.tables import STATIC, Column, Table
 
 # Rows of a static file that a record keeps; a change of them copies the file again.
 _TPU_KEYS = ("implementation", "kernel", "mask", "generation", "cycles", "bytes",

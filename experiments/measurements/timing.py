@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from tilescan.experiments.harness.tables import Spread, spread
+from tilescan.experiments.harness.statistics import Spread, spread
 
 OUT_OF_MEMORY = "out of memory"
 

@@ -1,16 +1,26 @@
-"""Measurements that train on real text: whole runs of `training.train`, small enough for a cell."""
+"""Cells that train: whole runs of `training.train` on text or on an exact task, small enough."""
 
 import contextlib
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from tilescan.data import tasks
+from tilescan.experiments.harness.workspace import Workspace
+from tilescan.models import LanguageModel
 from tilescan.models import attention as attention_module
+from tilescan.models.language_model import count_params
 from tilescan.ops import reference
 from tilescan.training import config as config_lib
+from tilescan.training import inputs
 from tilescan.training.train import train
 
 STANDARD, TILED = "standard", "tiled"
@@ -22,7 +32,7 @@ _QUIET = {
 }
 
 
-def training_config(keys: Mapping[str, Any], seed: int):
+def training_config(keys: Mapping[str, Any], seed: int) -> ConfigDict:
     """The default training config with some keys set, e.g. {"data.seq_len": 64}.
 
     Raises:
@@ -34,7 +44,7 @@ def training_config(keys: Mapping[str, Any], seed: int):
 
 
 @contextlib.contextmanager
-def attention_as(kind: str):
+def attention_as(kind: str) -> Iterator[None]:
     """Inside, models attend by the whole matrix of scores (STANDARD) or in tiles (TILED).
 
     Nothing else of the program differs: the op is put in place of the other under the same name.
@@ -53,8 +63,8 @@ def attention_as(kind: str):
         yield
 
 
-def run(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
-    """Trains as `settings["train"]` says and returns what was seen.
+def measure_text(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
+    """Trains on text as `settings["train"]` says and returns what was seen.
 
     Settings: "train", keys of the training config; "attention", STANDARD or TILED (the default).
 
@@ -63,8 +73,75 @@ def run(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
       "test_loss", "test_perplexity", "test_accuracy", "test_weight"}.
     """
     with attention_as(settings.get("attention", TILED)):
-        final = train(training_config(settings["train"], seed), folder)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["split"] == "train"]
+        final = train(training_config(settings["train"], seed), workspace.folder)
+    rows = metrics(workspace.folder, "train")
     tested = {f"test_{k}": final[f"test/{k}"] for k in ("loss", "perplexity", "accuracy", "weight")}
     return {"steps": [r["step"] for r in rows], "train_loss": [r["loss"] for r in rows], **tested}
+
+
+def measure_task(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
+    """Trains on a task and returns what was seen.
+
+    Settings: "task", a name of `data.tasks`; "options" of it; "train", keys of the training config;
+    "train_examples", how many different rows to train on again and again (default: new ones at
+    every step).
+
+    Returns:
+      {"examples": [trained on before each validation], "validation_exact", "validation_accuracy":
+      [at these], "test_exact", "test_accuracy", "test_loss", "train_loss" (the last logged),
+      "params"}. "exact" is the share of rows whose every answer token is right, as greedy decoding
+      would write them.
+    """
+    task = tasks.get(settings["task"], **settings.get("options", {}))
+    config = training_config({**task.config_keys, **settings["train"]}, seed)
+    batch_size = config.data.batch_size
+    datasets = task.datasets(
+        batch_size=batch_size,
+        seed=seed,
+        eval_batches=config.train.eval_batches,
+        train_examples=settings.get("train_examples"),
+    )
+    final = train(config, workspace.folder, datasets=datasets)
+    rows = metrics(workspace.folder, "validation")
+    return {
+        "examples": [row["step"] * batch_size for row in rows],
+        **{f"validation_{k}": [row[k] for row in rows] for k in ("exact", "accuracy")},
+        **{f"test_{k}": final[f"test/{k}"] for k in ("exact", "accuracy", "loss")},
+        "train_loss": final["train/loss"],
+        "params": parameters(config),
+    }
+
+
+def metrics(folder: pathlib.Path, split: str) -> list[dict[str, Any]]:
+    """Returns the rows of a training run's metrics that are of one split, in order."""
+    rows = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["split"] == split]
+
+
+def parameters(config: ConfigDict) -> int:
+    """Number of parameters of the model that a training config describes."""
+    c = config_lib.settings(config)
+    model = inputs.make_model(c)
+    features = c.model.get("input_features")
+    shape = (1, 16) if features is None else (1, 16, features)
+    dtype = jnp.int32 if features is None else jnp.float32
+    tokens = jax.ShapeDtypeStruct(shape, dtype)
+    return count_params(jax.eval_shape(model.init, jax.random.key(0), tokens))
+
+
+def state_size(keys: Mapping[str, Any]) -> int:
+    """Numbers in the state of one sequence, all layers, of a model without attention.
+
+    Args:
+      keys: of the training config, the model's among them.
+    """
+    c = config_lib.settings(training_config({"model.vocab_size": 2, **keys}, 0))
+    state = jax.eval_shape(lambda: LanguageModel(c.model_config(2)).init_state(1, 1))
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return sum(int(np.prod(leaf.shape)) for leaf in floats)
+
+
+def examples_to(result: Mapping[str, Any], share: float, metric: str = "exact") -> int | None:
+    """Examples seen when validation first reached a share of right answers; None: never."""
+    seen = zip(result["examples"], result[f"validation_{metric}"], strict=True)
+    return next((examples for examples, value in seen if value >= share), None)

@@ -9,6 +9,7 @@ import ml_collections
 import pytest
 
 from tilescan.experiments import report
+from tilescan.experiments.harness import cells as cells_lib
 from tilescan.experiments.harness import claims, figures, tables
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import runner as harness
@@ -42,9 +43,9 @@ def toy(monkeypatch):
 
     def cells(config):
         measure = lambda settings, seed, folder: {"value": settings["x"] ** 2}
-        return [harness.Cell(f"x{x}", measure, {"x": x}) for x in (1, 2)]
+        return [cells_lib.Cell(f"x{x}", measure, {"x": x}) for x in (1, 2)]
 
-    paper = harness.Paper(
+    paper = cells_lib.Paper(
         "toy", "Toy & paper", "About toys.", cells, toy_tables, toy_claims, toy_figures
     )
     monkeypatch.setattr(papers, "NAMES", ("toy",))

@@ -4,9 +4,9 @@ Dao, Fu, Ermon, Rudra, Re: FlashAttention: Fast and Memory-Efficient Exact Atten
 IO-Awareness. NeurIPS 2022, arXiv 2205.14135.
 """
 
+from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.harness.claims import Claim, judge
 from tilescan.experiments.harness.records import Records
-from tilescan.experiments.harness.runner import Cell, Paper
 from tilescan.experiments.harness.tables import Table
 from tilescan.experiments.measurements import attention as attention_cells
 from tilescan.experiments.measurements import static_kernels as static_figures

@@ -46,7 +46,7 @@ def make_mask(name: str, length: int) -> masks.Mask:
     raise ValueError(f"mask={name!r} is unknown")
 
 
-def errors(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def errors(settings: Mapping[str, Any], seed: int) -> dict:
     """Largest error of each output over the largest value of that output, per implementation.
 
     Settings: length, heads, head_dim, mask (a name of `make_mask`; "grouped heads" is causal with

@@ -3,14 +3,8 @@
 from tilescan.experiments.harness.claims import Claim, judge
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.tables import (
-    PUBLISHED,
-    STATIC,
-    Column,
-    Table,
-    log_slope,
-    ratio,
-)
+from tilescan.experiments.harness.statistics import log_slope, ratio
+from tilescan.experiments.harness.tables import PUBLISHED, STATIC, Column, Table
 
 # Figure 2, left: GPT-2 medium's attention forward + backward (N 1024, d 64, 16 heads, batch 64).
 PUBLISHED_IO = {

@@ -9,7 +9,7 @@ from tilescan.experiments.measurements import attention_counts as counts
 from tilescan.ops import masks
 
 
-def traffic(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def traffic(settings: Mapping[str, Any], seed: int) -> dict:
     """Elements that FlashAttention moves with `on_chip` elements of memory, and standard attention.
 
     Settings: length, head_dim, on_chip. The forward pass is replayed tile by tile.
@@ -30,7 +30,7 @@ def traffic(settings: Mapping[str, Any], seed: int, folder) -> dict:
     }
 
 
-def sparse_traffic(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def sparse_traffic(settings: Mapping[str, Any], seed: int) -> dict:
     """Elements moved by block-sparse FlashAttention's forward pass, one butterfly after another.
 
     Settings: length, head_dim, block (side of the layout's blocks and of the tiles), factors (of

@@ -3,16 +3,14 @@
 from tilescan.experiments.harness.claims import Claim, judge
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.statistics import Spread, log_slope, ratio
 from tilescan.experiments.harness.tables import (
     MEASURED,
     PUBLISHED,
     STATIC,
     Column,
-    Spread,
     Table,
     format_value,
-    log_slope,
-    ratio,
 )
 from tilescan.experiments.measurements.attention import (
     DIRECTIONS,

@@ -1,12 +1,13 @@
 """FlashAttention on text: equal training curves, and the worth of longer contexts and documents."""
 
+from tilescan.experiments.harness.cells import Cell
 from tilescan.experiments.harness.claims import Claim, judge
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.runner import Cell
-from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, Column, Table, spread
+from tilescan.experiments.harness.statistics import spread
+from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, Column, Table
 from tilescan.experiments.measurements import contexts as long_context
-from tilescan.experiments.measurements import training as text_cells
+from tilescan.experiments.measurements import training as measurements
 
 # Table 4: GPT-2 small on OpenWebText, perplexity and days on 8 A100s, by context.
 PUBLISHED_PERPLEXITY = {1024: (18.2, 2.7), 2048: (17.7, 3.0), 4096: (17.2, 3.6)}
@@ -55,13 +56,13 @@ def _curve_cells(config) -> list[Cell]:
     return [
         Cell(
             f"curves-{attention}-seed{seed}",
-            text_cells.run,
+            measurements.measure_text,
             {"kind": "curves", "attention": attention, "train": keys},
             seed=seed,
             seconds=30,
         )
         for seed in c.seeds
-        for attention in (text_cells.STANDARD, text_cells.TILED)
+        for attention in (measurements.STANDARD, measurements.TILED)
     ]
 
 
@@ -106,7 +107,9 @@ def _document_cells(config) -> list[Cell]:
         for seed in c.seeds:
             cell_id = f"documents{length}-seed{seed}"
             seconds = 5 + 20 * length / 256
-            made.append(Cell(cell_id, text_cells.run, settings, seed=seed, seconds=seconds))
+            made.append(
+                Cell(cell_id, measurements.measure_text, settings, seed=seed, seconds=seconds)
+            )
     return made
 
 
@@ -118,8 +121,8 @@ def tables(records: Records) -> list[Table]:
 def _curve_pairs(records: Records) -> list[tuple[Record, Record]]:
     """(standard, tiled) runs of the same seed."""
     found = records.select(kind="curves")
-    tiled = {r.seed: r for r in found.select(attention=text_cells.TILED)}
-    standard = found.select(attention=text_cells.STANDARD)
+    tiled = {r.seed: r for r in found.select(attention=measurements.TILED)}
+    standard = found.select(attention=measurements.STANDARD)
     return [(r, tiled[r.seed]) for r in standard if r.seed in tiled]
 
 

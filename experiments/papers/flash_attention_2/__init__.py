@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.measurements import attention as attention_cells
 from tilescan.experiments.measurements import attention_counts, timing
 from tilescan.experiments.measurements import static_kernels as static_figures
@@ -85,7 +85,7 @@ def speed_cells(config) -> list[Cell]:
     ]
 
 
-def count_operations(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def count_operations(settings: Mapping[str, Any], seed: int) -> dict:
     """Counts of both loops on one head of random numbers, by the paper's name."""
     shape = (3, settings["length"], settings["head_dim"])
     q, k, v = np.random.default_rng(seed).normal(size=shape)
@@ -99,7 +99,7 @@ def count_operations(settings: Mapping[str, Any], seed: int, folder) -> dict:
     return results
 
 
-def count_tiles(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def count_tiles(settings: Mapping[str, Any], seed: int) -> dict:
     """Tiles of a causal mask, as the op's mask algebra tells them apart.
 
     Settings: side (tiles a side), block (queries and keys of a tile). Returns {"all", "live",
@@ -114,7 +114,7 @@ def count_tiles(settings: Mapping[str, Any], seed: int, folder) -> dict:
     }
 
 
-def speed(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def speed(settings: Mapping[str, Any], seed: int) -> dict:
     """Times standard and tiled attention, full and causal, forward and with backward, interleaved.
 
     Settings: batch, length, heads, head_dim, dtype, repeats. Returns what `timing.compare` returns,

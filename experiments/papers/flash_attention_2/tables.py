@@ -4,15 +4,14 @@ from tilescan.benchmarks.attention_flops import attention_flops
 from tilescan.experiments.harness.claims import Claim, judge
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.statistics import Spread, ratio
 from tilescan.experiments.harness.tables import (
     MEASURED,
     PUBLISHED,
     STATIC,
     Column,
-    Spread,
     Table,
     format_value,
-    ratio,
 )
 from tilescan.experiments.measurements import static_kernels as static_figures
 from tilescan.experiments.measurements.attention import FORWARD, FORWARD_BACKWARD

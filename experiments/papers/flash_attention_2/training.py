@@ -1,7 +1,6 @@
 """FlashAttention-2's table 1 on one device: time of the whole training step of a GPT."""
 
 import functools
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 from unittest import mock
@@ -10,18 +9,12 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from tilescan.experiments.harness.cells import Cell
 from tilescan.experiments.harness.claims import Claim, judge
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.runner import Cell
-from tilescan.experiments.harness.tables import (
-    MEASURED,
-    PUBLISHED,
-    Column,
-    Table,
-    format_value,
-)
+from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, Column, Table, format_value
 from tilescan.experiments.measurements import timing
-from tilescan.experiments.measurements import training as text_cells
+from tilescan.experiments.measurements import training as measurements
 from tilescan.models import attention as attention_module
 from tilescan.training import config as config_lib
 from tilescan.training import inputs, steps
@@ -64,7 +57,7 @@ def cells(config) -> list[Cell]:
     ]
 
 
-def step_times(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def step_times(settings: Mapping[str, Any], seed: int) -> dict:
     """Times forward, backward and update of a GPT with standard and with tiled attention.
 
     Settings: "train", keys of the training config; repeats. The tokens are random.
@@ -72,7 +65,7 @@ def step_times(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> 
     Returns:
       {"parameters", "standard", "tiled"}, the last two as `timing.compare` gives them.
     """
-    c = config_lib.settings(text_cells.training_config(settings["train"], seed))
+    c = config_lib.settings(measurements.training_config(settings["train"], seed))
     model = inputs.make_model(c)
     tx, rate = make_optimizer(c.optimizer, c.train.steps)
     step = steps.make_train_step(steps.make_loss(model, c.task), tx, rate)

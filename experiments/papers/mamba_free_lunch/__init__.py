@@ -4,8 +4,8 @@ Ren, Chen, Liu, Ji, Guo, Ding: Exploring the Limitations of Mamba in COPY and Co
 EMNLP 2025, arXiv 2410.03810.
 """
 
-from tilescan.experiments.harness.runner import Cell, Paper
-from tilescan.experiments.measurements import tasks as task_cells
+from tilescan.experiments.harness.cells import Cell, Paper
+from tilescan.experiments.measurements import training as measurements
 from tilescan.experiments.papers.mamba_free_lunch import copy_theory
 from tilescan.experiments.papers.mamba_free_lunch import tables as mamba_free_lunch_tables
 
@@ -54,7 +54,7 @@ def copy_cells(config) -> list[Cell]:
             label = name.replace(" ", "").replace(",", "-").replace("(", "-").replace(")", "")
             for seed in c.seeds:
                 cell_id = f"copy{n_max}-{label}-seed{seed}"
-                made.append(Cell(cell_id, task_cells.run, settings, seed=seed, seconds=40))
+                made.append(Cell(cell_id, measurements.measure_task, settings, seed, seconds=40))
     return made
 
 
@@ -95,7 +95,7 @@ def dp_cells(config) -> list[Cell]:
                 short = f"{task}-{way}-{name.split()[0]}"
                 for seed in c.seeds:
                     cell_id = f"{short.rstrip(',')}-seed{seed}"
-                    made.append(Cell(cell_id, task_cells.run, settings, seed=seed, seconds=30))
+                    made.append(Cell(cell_id, measurements.measure_task, settings, seed, 30))
     return made
 
 
@@ -129,7 +129,7 @@ def state_numbers(keys) -> int | None:
     """Numbers in the recurrent state of all layers; None for attention, whose cache grows."""
     if "attention" in keys["model.pattern"]:
         return None
-    return task_cells.state_size(keys)
+    return measurements.state_size(keys)
 
 
 def _training(section) -> dict:

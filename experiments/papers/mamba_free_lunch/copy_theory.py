@@ -22,7 +22,7 @@ ATTENTION, STATE = "attention", "decaying state"
 LARGEST_SCORE = 1e30  # float32 ends at 3e38
 
 
-def required_score(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def required_score(settings: Mapping[str, Any], seed: int) -> dict:
     """The smallest score of the wanted item that copies its value, by bisection, per distance.
 
     The last of L + 1 tokens asks for the first. That one's value is 1, all others' is -1, the worst
@@ -76,7 +76,7 @@ def _smallest(enough: Callable[[float], bool], digits: float = 1e-5) -> float | 
     return high
 
 
-def recall(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def recall(settings: Mapping[str, Any], seed: int) -> dict:
     """How many of n stored items come back, from a state of N x V numbers and from attention.
 
     Item i is a random one of V symbols under key i: one-hot vectors as values; keys are orthonormal

@@ -12,16 +12,9 @@ import numpy as np
 from tilescan.experiments.harness.claims import Claim, judge
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.records import Records
-from tilescan.experiments.harness.tables import (
-    MEASURED,
-    STATIC,
-    Column,
-    Spread,
-    Table,
-    format_value,
-    spread,
-)
-from tilescan.experiments.measurements.tasks import examples_to
+from tilescan.experiments.harness.statistics import Spread, spread
+from tilescan.experiments.harness.tables import MEASURED, STATIC, Column, Table, format_value
+from tilescan.experiments.measurements.training import examples_to
 from tilescan.experiments.papers.mamba_free_lunch import copy_theory
 
 SOLVED = 0.9  # share of whole strings right

@@ -4,7 +4,7 @@ Li et al.: Sequence Parallelism: Long Sequence Training from System Perspective.
 2105.13120.
 """
 
-from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.measurements import devices as sequence_parallel_cells
 from tilescan.experiments.papers.ring_self_attention import (
     claims as ring_self_attention_claims,

@@ -1,7 +1,6 @@
 """RSA's cells: exactness, what layers send, and the memory of training steps of BERT-Base."""
 
 import functools
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ TRAFFIC = {
 }
 
 
-def exactness(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def exactness(settings: Mapping[str, Any], seed: int) -> dict:
     """{way: {"output", "gradients"}}: largest float64 differences from dense attention.
 
     Settings: "devices", "length" of the whole sequence, "heads", "dim".
@@ -57,7 +56,7 @@ def _values_and_gradients(op):
     return jax.jit(run)
 
 
-def traffic(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def traffic(settings: Mapping[str, Any], seed: int) -> dict:
     """{way: {"forward": counts, "both": counts}} of one compiled layer, by `cells.sent`.
 
     Gradients of weights are left out. Ulysses only if there are heads for all devices, and so
@@ -85,7 +84,7 @@ def compiled(way: str, shape: layers.Shape, count: int, what: str = "step"):
     return cells.compiled(function, *arguments)
 
 
-def memory(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def memory(settings: Mapping[str, Any], seed: int) -> dict:
     """Bytes of a device in a training step: `cells.memory` and Adam's "moments", in "total".
 
     Settings: "way", "devices", "batch", "length", "layers", "width", "heads", "vocab_size".
@@ -109,7 +108,7 @@ def step_memory(way: str, shape: layers.Shape, count: int) -> dict[str, int]:
     return found
 
 
-def largest(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def largest(settings: Mapping[str, Any], seed: int) -> dict:
     """{"value": the largest batch or length, "bytes", "compiled": how many programs}.
 
     Settings: those of `memory`; "vary", "batch" or "length", of which the other is given;
@@ -130,7 +129,7 @@ def largest(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dic
     return {"value": n * unit, "bytes": tried.get(n, {}), "compiled": len(tried)}
 
 
-def crossover(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def crossover(settings: Mapping[str, Any], seed: int) -> dict:
     """An MLP alone, {way: {"kept", "total"}} bytes: between the passes, and as planned in all.
 
     Kept: weights four times (Adam), and what the backward pass reads beside them, counted in the

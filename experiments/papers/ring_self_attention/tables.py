@@ -2,14 +2,8 @@
 
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.tables import (
-    MEASURED,
-    PUBLISHED,
-    STATIC,
-    Column,
-    Table,
-    ratio,
-)
+from tilescan.experiments.harness.statistics import ratio
+from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, STATIC, Column, Table
 from tilescan.experiments.measurements import devices as cells
 from tilescan.experiments.papers.ring_self_attention.measure import TRAFFIC
 

@@ -4,7 +4,7 @@ Gu, Goel, Re: Efficiently Modeling Long Sequences with Structured State Spaces. 
 2111.00396.
 """
 
-from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.measurements import generation as s4_generation
 from tilescan.experiments.papers.s4 import claims as s4_claims
 from tilescan.experiments.papers.s4 import kernels as s4_kernels

@@ -2,7 +2,8 @@
 
 from tilescan.experiments.harness.claims import Claim, judge
 from tilescan.experiments.harness.records import Records
-from tilescan.experiments.harness.tables import Spread, format_value, ratio
+from tilescan.experiments.harness.statistics import Spread, ratio
+from tilescan.experiments.harness.tables import format_value
 from tilescan.experiments.papers.s4.kernels import CAUCHY, DENSE
 from tilescan.experiments.papers.s4.tables import (
     INITS,

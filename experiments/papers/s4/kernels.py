@@ -20,7 +20,7 @@ DENSE, CAUCHY, POWERS, VANDERMONDE = "dense powers", "Cauchy", "powers in blocks
 MIXERS = {"s4": mixers.S4, "s4d": mixers.S4D}
 
 
-def exactness(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def exactness(settings: Mapping[str, Any], seed: int) -> dict:
     """How far the kernels are from powers of the HiPPO matrix itself, and from their recurrence.
 
     Settings: length, channels, state_dim, batch.
@@ -125,7 +125,7 @@ def dense_kernel(log_dt, A, B, C, length: int):
     return jnp.einsum("hn,hnl->lh", C, states[..., :length], precision="highest")
 
 
-def cost(settings: Mapping[str, Any], seed: int, folder) -> dict:
+def cost(settings: Mapping[str, Any], seed: int) -> dict:
     """Times a kernel and its gradient by all parameters: what `timing.compare` returns, by way.
 
     Settings: state_dim, length, channels, repeats, ways (of `ways`). "temp_bytes" is XLA's.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +10,8 @@ import numpy as np
 
 from tilescan.data import tasks
 from tilescan.data.batches import Batch
-from tilescan.experiments.measurements.tasks import parameters
-from tilescan.experiments.measurements.training import training_config
+from tilescan.experiments.harness.workspace import Workspace
+from tilescan.experiments.measurements.training import parameters, training_config
 from tilescan.training.train import train
 
 MODELS = ("s4", "s4d", "attention")
@@ -86,7 +85,7 @@ def optimizer_keys(model: str, section, rate: float, frozen: bool = False) -> di
     }
 
 
-def run(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def run(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
     """Trains a classifier and returns what was seen.
 
     Settings: "task" and "options", of `data.tasks`; "pool", images are shown as means of so many by
@@ -108,8 +107,10 @@ def run(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
     common["train_examples"] = settings.get("train_examples")
     datasets = task.datasets(eval_batches=settings["validation_batches"], **common)
     datasets["test"] = task.datasets(eval_batches=settings["test_batches"], **common)["test"]
-    final = train(config, folder, datasets=datasets)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    final = train(config, workspace.folder, datasets=datasets)
+    rows = [
+        json.loads(line) for line in (workspace.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     validation = [row for row in rows if row["split"] == "validation"]
     last = [row for row in rows if row["split"] == "train"][-_LAST_ROWS:]
     return {

@@ -4,7 +4,7 @@ Luo, Huang, Zhang, Li, Wang: StreamBP: Memory-Efficient Exact Backpropagation fo
 Training of LLMs. NeurIPS 2025, arXiv 2506.03077.
 """
 
-from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.papers.stream_bp import claims as stream_bp_claims
 from tilescan.experiments.papers.stream_bp import memory as stream_bp_memory
 from tilescan.experiments.papers.stream_bp import tables as stream_bp_tables

@@ -1,6 +1,5 @@
 """StreamBP's memory, as the compiler plans it, and the time of its gradients."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from tilescan.experiments.papers.stream_bp.losses import (
 GB = 1e9
 
 
-def longest(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def longest(settings: Mapping[str, Any], seed: int) -> dict:
     """The longest sequence whose gradient needs at most so many bytes of temporaries.
 
     Settings: "loss", "method", "model", "chunks", "logit_chunk" (see `stream_bp_losses.make`);
@@ -54,7 +53,7 @@ def longest(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dic
     }
 
 
-def times(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def times(settings: Mapping[str, Any], seed: int) -> dict:
     """Times of a gradient, forward pass included, by several methods in turn.
 
     Settings: "model", "methods", "length", "chunks", "logit_chunk", "repeats".
@@ -71,7 +70,7 @@ def times(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
     return _compared(settings, seed, functions)
 
 
-def chunk_counts(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def chunk_counts(settings: Mapping[str, Any], seed: int) -> dict:
     """Time and memory of a streamed gradient against the number of chunks, beside checkpointing.
 
     Settings: "model", "length", "counts", "logit_chunk", "repeats".

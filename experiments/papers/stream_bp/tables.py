@@ -2,16 +2,8 @@
 
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.tables import (
-    MEASURED,
-    PUBLISHED,
-    STATIC,
-    Column,
-    Spread,
-    Table,
-    ratio,
-    spread,
-)
+from tilescan.experiments.harness.statistics import Spread, ratio, spread
+from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, STATIC, Column, Table
 from tilescan.experiments.measurements.timing import speed_up
 from tilescan.experiments.papers.stream_bp.losses import (
     CHECKPOINT,

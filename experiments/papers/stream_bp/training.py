@@ -1,6 +1,5 @@
 """StreamBP's gradients and training losses beside those of the plain model."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +27,7 @@ GROUP = 4  # answers to a prompt in GRPO
 WARM_UP = 10  # steps
 
 
-def precision(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def precision(settings: Mapping[str, Any], seed: int) -> dict:
     """Errors of gradients against the plain float32 model.
 
     Settings: "model", whose head is not tied; "length", "chunks", "logit_chunk".
@@ -73,7 +72,7 @@ def precision(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> d
     }
 
 
-def parity(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def parity(settings: Mapping[str, Any], seed: int) -> dict:
     """Trains twice on the same batches, by the plain loss and by the streamed one.
 
     Texts are walks of a Markov chain. SFT learns the chain. GRPO and DPO start from a model that

@@ -5,16 +5,15 @@ Long-Context Modeling. 2024, arXiv 2410.07145.
 """
 
 import itertools
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from tilescan.data.tasks import recall_stream
-from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.measurements import state_collapse
-from tilescan.experiments.measurements.tasks import state_size
+from tilescan.experiments.measurements.training import state_size
 from tilescan.experiments.papers.stuffed_mamba import claims as stuffed_mamba_claims
 from tilescan.experiments.papers.stuffed_mamba import tables as stuffed_mamba_tables
 from tilescan.experiments.papers.stuffed_mamba import training as stuffed_training
@@ -110,7 +109,7 @@ def _mitigations(config, length: int) -> dict[str, list[dict]]:
     return {name: candidates for name, candidates in ways.items() if candidates}
 
 
-def measure(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def measure(settings: Mapping[str, Any], seed: int) -> dict:
     """Trains a model and reads `times` its training length with it.
 
     Returns:
@@ -120,7 +119,6 @@ def measure(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dic
       token, "state_mean" and "state_variance"; "recall", {length: share of right answers};
       "mitigations", see `mitigate`.
     """
-    del folder
     e, length = settings["read"], settings["train_length"]
     rows = stuffed_training.make_rows(settings["kind"], settings["row_options"])
     config, params, losses = stuffed_training.train(

@@ -4,7 +4,8 @@ import numpy as np
 
 from tilescan.experiments.harness.claims import Claim, judge
 from tilescan.experiments.harness.records import Records
-from tilescan.experiments.harness.tables import Spread, format_value, spread
+from tilescan.experiments.harness.statistics import Spread, spread
+from tilescan.experiments.harness.tables import format_value
 from tilescan.experiments.measurements.state_collapse import COLLAPSE
 from tilescan.experiments.papers.stuffed_mamba.fits import exponential_fit, line_fit
 from tilescan.experiments.papers.stuffed_mamba.tables import (

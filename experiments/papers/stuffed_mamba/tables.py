@@ -11,15 +11,8 @@ import numpy as np
 
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.tables import (
-    MEASURED,
-    PUBLISHED,
-    STATIC,
-    Column,
-    Spread,
-    Table,
-    spread,
-)
+from tilescan.experiments.harness.statistics import Spread, spread
+from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, STATIC, Column, Table
 from tilescan.experiments.measurements.state_collapse import (
     COLLAPSE,
     judge_collapse,

@@ -4,7 +4,7 @@ Jacobs et al.: DeepSpeed Ulysses: System Optimizations for Enabling Training of 
 Sequence Transformer Models. 2023, arXiv 2309.14509.
 """
 
-from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.measurements import devices as sequence_parallel_cells
 from tilescan.experiments.papers.ulysses import claims as ulysses_claims
 from tilescan.experiments.papers.ulysses import measure as ulysses_cells

@@ -1,7 +1,6 @@
 """Ulysses' cells: attention of every kind against one device, what layers send, longest texts."""
 
 import functools
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from tilescan.ops.ssd import ssd
 BLOCK = 16
 
 
-def exactness(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def exactness(settings: Mapping[str, Any], seed: int) -> dict:
     """{"output", "gradients"}: largest differences from one device, float32.
 
     Settings: "devices", "attention" (a key of KINDS, or "ssd"), "length" of the whole sequence,
@@ -106,7 +105,7 @@ def _ssd(s, rng):
     return op, cells.over_time(cut, cells.mesh_of(s["devices"])), arrays
 
 
-def traffic(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def traffic(settings: Mapping[str, Any], seed: int) -> dict:
     """{way: {"forward": counts, "both": counts}} of one compiled layer, by `cells.sent`.
 
     Of "both" passes, gradients of weights are left out: their sum does not depend on the length.
@@ -128,7 +127,7 @@ def _flat(program):
     return function, *arguments
 
 
-def longest(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def longest(settings: Mapping[str, Any], seed: int) -> dict:
     """The longest text whose training step fits: {"length", "bytes": its parts, "compiled"}.
 
     Layers are computed again in the backward pass, logits exist for "unit" tokens at once. Ulysses

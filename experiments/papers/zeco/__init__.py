@@ -4,7 +4,7 @@ Chou et al.: ZeCO: Zero Communication Overhead Sequence Parallelism for Linear A
 arXiv 2507.01004.
 """
 
-from tilescan.experiments.harness.runner import Cell, Paper
+from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.measurements import devices as sequence_parallel_cells
 from tilescan.experiments.papers.zeco import claims as zeco_claims
 from tilescan.experiments.papers.zeco import counts as zeco_counts

@@ -1,6 +1,5 @@
 """ZeCO's cells: schedules of a scan over devices, compared with one device and counted."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from tilescan.ops.sequence_parallel import ATTENTION, SCAN_KINDS, scans
 from tilescan.ops.sequence_parallel.affine_scan import affine_scan
 
 
-def exactness(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def exactness(settings: Mapping[str, Any], seed: int) -> dict:
     """{"float32 scalar": {kind: {"output", "gradients"}}}: largest differences from one device.
 
     Settings: "devices", "length" of one of them, "heads", "dim", "decays" ("scalar", "vector"),
@@ -66,7 +65,7 @@ def _scanned(kind, mesh):
     return cells.over_time(op, mesh)
 
 
-def traffic(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def traffic(settings: Mapping[str, Any], seed: int) -> dict:
     """{way: {"forward": counts, "both": counts}} of the compiled operator, by `cells.sent`.
 
     Ways are SCAN_KINDS, with a decay for each key dimension, and of softmax attention "ring" and
@@ -105,7 +104,7 @@ def messages(program) -> int:
     return sum(c.times for c in found if c.operand_bytes == most)
 
 
-def blocks(settings: Mapping[str, Any], seed: int, folder: pathlib.Path) -> dict:
+def blocks(settings: Mapping[str, Any], seed: int) -> dict:
     """All-Scan alone: {"bytes" sent, "messages" one after the other, "useful_bytes"}.
 
     Settings: "devices", "blocks", and the state's "heads" and "dim" (of keys and of values).

@@ -5,6 +5,7 @@ import json
 import ml_collections
 import pytest
 
+from tilescan.experiments.harness import cells as cells_lib
 from tilescan.experiments.harness import records
 from tilescan.experiments.harness import runner as harness
 
@@ -14,18 +15,18 @@ def make_paper(measure, count=3, name="toy"):
 
     def cells(config):
         return [
-            harness.Cell(f"x{x}", measure, {"x": x, "power": config.power}, seed=x)
+            cells_lib.Cell(f"x{x}", measure, {"x": x, "power": config.power}, seed=x)
             for x in range(count)
         ]
 
-    return harness.Paper(name, "Toy", "A toy.", cells, lambda r: [], lambda r: [])
+    return cells_lib.Paper(name, "Toy", "A toy.", cells, lambda r: [], lambda r: [])
 
 
 def config(power=2):
     return ml_collections.ConfigDict({"paper": "toy", "scale": "smoke", "power": power})
 
 
-def power_of(settings, seed, folder):
+def power_of(settings, seed, workspace):
     return {"value": settings["x"] ** settings["power"], "seed": seed}
 
 
@@ -44,9 +45,9 @@ def test_records_hold_numbers_and_where_they_come_from(tmp_path):
 def test_finished_cells_are_kept_and_not_measured_again(tmp_path):
     calls = []
 
-    def measure(settings, seed, folder):
+    def measure(settings, seed, workspace):
         calls.append(settings["x"])
-        return power_of(settings, seed, folder)
+        return power_of(settings, seed, workspace)
 
     harness.run(make_paper(measure), config(), tmp_path)
     before = {p.name: p.read_bytes() for p in (tmp_path / "cells").iterdir()}
@@ -59,11 +60,11 @@ def test_finished_cells_are_kept_and_not_measured_again(tmp_path):
 def test_interrupted_run_goes_on_where_it_was(tmp_path):
     calls = []
 
-    def measure(settings, seed, folder):
+    def measure(settings, seed, workspace):
         calls.append(settings["x"])
         if calls == [0, 1]:
             raise KeyboardInterrupt
-        return power_of(settings, seed, folder)
+        return power_of(settings, seed, workspace)
 
     with pytest.raises(KeyboardInterrupt):
         harness.run(make_paper(measure), config(), tmp_path)
@@ -88,10 +89,10 @@ def test_cells_that_are_no_longer_asked_for_leave_the_records(tmp_path):
 
 
 def test_failing_cell_is_named_and_the_others_go_on(tmp_path):
-    def measure(settings, seed, folder):
+    def measure(settings, seed, workspace):
         if settings["x"] == 1:
             raise RuntimeError("no such kernel")
-        return power_of(settings, seed, folder)
+        return power_of(settings, seed, workspace)
 
     outcome = harness.run(make_paper(measure), config(), tmp_path)
     assert outcome.done == ("x0", "x2")
@@ -138,15 +139,15 @@ def test_a_damaged_config_of_the_workdir_is_named(tmp_path, text):
 
 def test_a_config_that_makes_no_cells_is_named(tmp_path):
     def cells(config):
-        return [harness.Cell(f"x{1 // config.power}", power_of, {})]
+        return [cells_lib.Cell(f"x{1 // config.power}", power_of, {})]
 
-    paper = harness.Paper("toy", "", "", cells, lambda r: [], lambda r: [])
+    paper = cells_lib.Paper("toy", "", "", cells, lambda r: [], lambda r: [])
     with pytest.raises(ValueError, match="config of 'toy' makes no cells .*configs/toy.py"):
         harness.run(paper, config(power=0), tmp_path)
 
 
 def test_a_long_reason_keeps_its_end(tmp_path):
-    def measure(settings, seed, folder):
+    def measure(settings, seed, workspace):
         raise RuntimeError("no network: " + "retrying " * 500 + "\nFetch it with:\n  the command")
 
     outcome = harness.run(make_paper(measure, count=1), config(), tmp_path)
@@ -177,8 +178,8 @@ def test_full_disk_stops_the_run_and_leaves_no_partial_record(tmp_path, monkeypa
 
 
 def test_two_cells_of_one_id_are_refused(tmp_path):
-    cell = harness.Cell("a", power_of, {"x": 1})
-    paper = harness.Paper("toy", "", "", lambda c: [cell, cell], lambda r: [], lambda r: [])
+    cell = cells_lib.Cell("a", power_of, {"x": 1})
+    paper = cells_lib.Paper("toy", "", "", lambda c: [cell, cell], lambda r: [], lambda r: [])
     with pytest.raises(ValueError, match="several cells with the id a"):
         harness.run(paper, config(), tmp_path)
 
@@ -186,7 +187,7 @@ def test_two_cells_of_one_id_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["", "a/b", "a b"])
 def test_id_must_be_a_file_name(name):
     with pytest.raises(ValueError, match="id="):
-        harness.Cell(name, power_of, {})
+        cells_lib.Cell(name, power_of, {})
 
 
 def test_digest_depends_on_everything_that_matters_and_on_nothing_else():

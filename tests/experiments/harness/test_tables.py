@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from tilescan.experiments.harness import tables
-from tilescan.experiments.harness.tables import Column, Spread, Table
+from tilescan.experiments.harness import statistics, tables
+from tilescan.experiments.harness.statistics import Spread
+from tilescan.experiments.harness.tables import Column, Table
 
 
 @pytest.mark.parametrize(
@@ -36,15 +37,15 @@ def test_format_value(value, text):
 
 
 def test_spread_is_the_sample_standard_deviation():
-    assert tables.spread([1, 2, 3, 4]) == Spread(2.5, pytest.approx(1.2909944), 4)
-    assert tables.spread([7]) == Spread(7.0, None, 1)
-    assert tables.spread([]) is None
+    assert statistics.spread([1, 2, 3, 4]) == Spread(2.5, pytest.approx(1.2909944), 4)
+    assert statistics.spread([7]) == Spread(7.0, None, 1)
+    assert statistics.spread([]) is None
 
 
 def test_ratio_of_missing_values_is_missing():
-    assert tables.ratio(3, 2) == 1.5
-    assert tables.ratio(None, 2) is None and tables.ratio(1, 0) is None
-    assert tables.ratio("out of memory", 2) is None
+    assert statistics.ratio(3, 2) == 1.5
+    assert statistics.ratio(None, 2) is None and tables.ratio(1, 0) is None
+    assert statistics.ratio("out of memory", 2) is None
 
 
 def make_table():

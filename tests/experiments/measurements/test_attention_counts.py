@@ -80,9 +80,7 @@ def test_causal_visits_the_lower_triangle_of_tiles():
 
 def test_traffic_is_inverse_to_on_chip_memory():
     settings = {"length": 512, "head_dim": D}
-    result = [
-        attention_io.traffic({**settings, "on_chip": size}, 0, None) for size in (1024, 2048, 4096)
-    ]
+    result = [attention_io.traffic({**settings, "on_chip": size}, 0) for size in (1024, 2048, 4096)]
     moved = [r["forward"] - 2 * 512 * D for r in result]  # K and V are read once at any size
     assert moved[0] == 2 * moved[1] == 4 * moved[2]
     assert result[0]["standard_forward"] == 4 * 512**2 + 4 * 512 * D
@@ -91,7 +89,7 @@ def test_traffic_is_inverse_to_on_chip_memory():
 
 def test_sparse_traffic_is_proportional_to_the_live_fraction():
     base = {"length": 256, "head_dim": D, "block": 32}
-    dense, sparse = (attention_io.sparse_traffic({**base, "factors": f}, 0, None) for f in (3, 0))
+    dense, sparse = (attention_io.sparse_traffic({**base, "factors": f}, 0) for f in (3, 0))
     assert sparse["live_fraction"] == 1 / 8 and dense["live_fraction"] == 4 / 8
     assert dense["visits"] == 4 * sparse["visits"]
     assert dense["matmul_flops"] == 4 * sparse["matmul_flops"]

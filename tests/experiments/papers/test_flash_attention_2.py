@@ -89,7 +89,7 @@ def test_skipped_tiles(live, partial, status):
 
 
 def test_masks_leave_the_lower_triangle_of_tiles():
-    found = flash_attention_2.count_tiles({"side": 8, "block": 16}, 0, None)
+    found = flash_attention_2.count_tiles({"side": 8, "block": 16}, 0)
     assert found == {"all": 64, "live": 36, "partial": 8}
 
 
@@ -137,7 +137,7 @@ def test_training_steps_differ_in_attention_alone(monkeypatch):
     monkeypatch.setattr(flash_attention_2_training.timing, "compare", compare)
     config = papers.load_config("flash_attention_2", "smoke")
     cell = flash_attention_2_training.cells(config)[1]
-    assert cell.measure(cell.settings, 0, None)["parameters"] > 2000
+    assert cell.measure(cell.settings, 0)["parameters"] > 2000
     (standard, shapes), (tiled, theirs) = programs["standard"], programs["tiled"]
     assert shapes == theirs and standard != tiled
 

@@ -11,7 +11,7 @@ import pytest
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.measurements import contexts as long_context
 from tilescan.experiments.measurements import static_kernels as static_figures
-from tilescan.experiments.measurements import training as text_cells
+from tilescan.experiments.measurements import training as measurements
 from tilescan.experiments.papers import flash_attention
 from tilescan.experiments.papers.flash_attention import exactness as attention_exactness
 from tilescan.models import attention as attention_module
@@ -68,20 +68,20 @@ def test_context_must_divide_the_rows(tmp_path):
 def test_standard_attention_stands_in_for_the_op_and_agrees_with_it():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 40, 2, 16))
     mask = masks.Causal()
-    with text_cells.attention_as("standard"):
+    with measurements.attention_as("standard"):
         assert attention_module.attention is not attention
         dense = attention_module.attention(q, k, v, mask=mask, implementation="xla")
     assert attention_module.attention is attention
     np.testing.assert_array_equal(dense, reference.attention(q, k, v, mask=mask))
     np.testing.assert_allclose(dense, attention(q, k, v, mask=mask), atol=2e-6)
     with pytest.raises(ValueError, match="attention='dense' is unknown"):
-        with text_cells.attention_as("dense"):
+        with measurements.attention_as("dense"):
             pass
 
 
 def test_unknown_key_of_the_training_config_is_refused():
     with pytest.raises((KeyError, AttributeError), match="seq_length"):
-        text_cells.training_config({"data.seq_length": 64}, 0)
+        measurements.training_config({"data.seq_length": 64}, 0)
 
 
 @pytest.mark.parametrize(("gap", "status"), [(1e-4, "shown"), (0.5, "not shown")])
@@ -155,13 +155,13 @@ def test_exactness_is_measured_in_the_tiles_that_are_asked_for():
         "length": 40, "heads": 2, "head_dim": 16, "mask": "causal", "dtype": "float32",
         "tiles": ("8x8", "16x32"), "kernel_tiles": (),
     }  # fmt: skip
-    found = attention_exactness.errors(settings, 0, None)
+    found = attention_exactness.errors(settings, 0)
     tiled = list(found.values())[1:]  # other tiles, other rounding
     assert all(a != b for a, b in itertools.combinations(tiled, 2))
     assert list(found)[2:] == ["tiled (XLA), 8x8", "tiled (XLA), 16x32"]
     assert all(0 < e < 2e-6 for error in found.values() for e in error.values())
     with pytest.raises(ValueError, match="tile='16' must be queries x keys"):
-        attention_exactness.errors({**settings, "tiles": ("16",)}, 0, None)
+        attention_exactness.errors({**settings, "tiles": ("16",)}, 0)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "butterfly", "segments"])
@@ -244,4 +244,4 @@ def test_static_cells_exist_where_the_figures_do(tmp_path):
     assert static_figures.cells(tmp_path) == []
     (tmp_path / "tpu_static.json").write_text('{"rows": [], "versions": {}}')
     (cell,) = static_figures.cells(tmp_path)
-    assert cell.measure(cell.settings, 0, tmp_path) == {"rows": [], "versions": {}}
+    assert cell.measure(cell.settings, 0) == {"rows": [], "versions": {}}

@@ -2,10 +2,10 @@
 
 import pytest
 
+from tilescan.configs.common import SCALES
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.papers import h3
-from tilescan.experiments.papers.h3 import tables as h3_tables
+from tilescan.experiments.papers.h3 import cells, claims
 
 
 def record(kind, model, seed=0, **fields):
@@ -21,7 +21,7 @@ def record(kind, model, seed=0, **fields):
 
 
 def status(records, name):
-    found = h3_tables.claims(Records(records))
+    found = claims.claims(Records(records))
     return next(claim.status for claim in found if claim.name == name)
 
 
@@ -82,13 +82,10 @@ def test_an_order_of_perplexities_must_hold_with_every_seed():
 
 
 def test_cells_build_the_models_that_the_table_names():
-    config = papers.load_config("h3", "cpu")
-    hybrid = h3.model_keys("hybrid", 4, config.text)
+    hybrid = cells.model_keys("hybrid", 4, 96, 4)
     assert hybrid["model.pattern"] == ("h3", "mlp", "attention", "mlp", "h3", "mlp", "h3", "mlp")
     assert hybrid["model.repeats"] == 1 and hybrid["model.position"] == "none"
-    assert h3.model_keys("s4d", 4, config.text)["model.repeats"] == 4
-    with pytest.raises(ValueError, match="model='h4' is unknown"):
-        h3.model_keys("h4", 2, config.text)
-    for scale in papers.SCALES:
-        cells = h3.cells(papers.load_config("h3", scale))
-        assert len({cell.id for cell in cells}) == len(cells)
+    assert cells.model_keys("s4d", 4, 96, 4)["model.repeats"] == 4
+    for scale in SCALES:
+        made = cells.cells(papers.load_config("h3", scale))
+        assert len({cell.id for cell in made}) == len(made)

@@ -6,7 +6,7 @@ import pytest
 
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.measurements import tasks as task_cells
+from tilescan.experiments.measurements import training as measurements
 from tilescan.experiments.papers.mamba_free_lunch import copy_theory
 from tilescan.experiments.papers.mamba_free_lunch import tables as mamba_free_lunch_tables
 
@@ -27,7 +27,7 @@ def test_required_scores_follow_the_theorems():
 
 def test_a_state_recalls_all_items_while_keys_are_orthogonal():
     settings = {"state_dim": 8, "vocab": 5, "items": (8, 64), "trials": 4, "sharpness": 50.0}
-    found = copy_theory.recall(settings, 0, None)
+    found = copy_theory.recall(settings, 0)
     assert found[copy_theory.STATE][0] == 1.0
     assert found[copy_theory.STATE][1] < 0.9  # 64 items in 8 dimensions interfere
     assert found[copy_theory.ATTENTION][0] == 1.0
@@ -42,7 +42,7 @@ def test_state_size_counts_every_layer():
         "model.mixers.mamba2.head_dim": 8,
     }
     conv = 3 * (32 + 2 * 4)  # the last 3 inputs of x, B and C
-    assert task_cells.state_size(keys) == 3 * (32 * 4 + conv)
+    assert measurements.state_size(keys) == 3 * (32 * 4 + conv)
 
 
 def record(model, seed, exact, n_max=8, halfway=0.0, **settings):

@@ -39,7 +39,7 @@ def test_cells_are_unique_and_heads_limit_tensor_parallelism():
 def test_compiled_layers_send_what_the_formulas_say():
     # On two devices a ring is one message, which the compiler sends once for both passes.
     settings = {"devices": 4, "batch": 1, "length": 16, "width": 16, "heads": 4}
-    found = record("traffic", ring_self_attention_cells.traffic(settings, 0, None), **settings)
+    found = record("traffic", ring_self_attention_cells.traffic(settings, 0), **settings)
     for name in ("tensor", "RSA, all-reduce", "RSA, reduce-scatter", "ring", "ulysses"):
         assert tables_of.sent(found, name) == tables_of.formula(found, name), name
     assert tables_of.formula(found, "tensor") == 8 * 3 * 4 * 4 * 16
@@ -49,7 +49,7 @@ def test_compiled_layers_send_what_the_formulas_say():
 def test_memory_is_flat_for_a_device_with_as_much_work():
     settings = {"way": "ring_self_attention", "length": 64, **MODEL}
     one, two = (
-        ring_self_attention_cells.memory({**settings, "devices": n, "batch": 4 * n}, 0, None)
+        ring_self_attention_cells.memory({**settings, "devices": n, "batch": 4 * n}, 0)
         for n in (2, 4)  # one has nothing to receive
     )
     assert abs(two["total"] / one["total"] - 1) < 0.1  # at such sizes buffers are rounded
@@ -59,15 +59,15 @@ def test_memory_is_flat_for_a_device_with_as_much_work():
 def test_the_largest_batch_fits_and_one_more_does_not():
     settings = {"way": "ring_self_attention", "devices": 2, "length": 16, "vary": "batch", **MODEL}
     settings |= {"gib": 0.0004, "tolerance": 0.0}
-    found = ring_self_attention_cells.largest(settings, 0, None)
-    size = lambda batch: ring_self_attention_cells.memory({**settings, "batch": batch}, 0, None)
+    found = ring_self_attention_cells.largest(settings, 0)
+    size = lambda batch: ring_self_attention_cells.memory({**settings, "batch": batch}, 0)
     budget = settings["gib"] * 2**30
     assert found["bytes"]["total"] <= budget < size(found["value"] + 1)["total"]
 
 
 def test_exactness_is_measured_against_dense_attention():
     settings = {"devices": 2, "length": 8, "heads": 2, "dim": 4}
-    found = ring_self_attention_cells.exactness(settings, 0, None)
+    found = ring_self_attention_cells.exactness(settings, 0)
     assert set(found) == set(ring_self_attention_cells.ATTENTION)
     assert max(e for errors in found.values() for e in errors.values()) < 1e-14
 

@@ -9,7 +9,7 @@ from scipy import signal
 from tilescan.data import tasks
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.measurements import tasks as task_cells
+from tilescan.experiments.measurements import training as measurements
 from tilescan.experiments.measurements.training import training_config
 from tilescan.experiments.papers import s4
 from tilescan.experiments.papers.s4 import claims as s4_claims
@@ -54,7 +54,7 @@ def test_the_dense_kernel_is_scipys_impulse_response():
 
 def test_exactness_is_measured_by_the_largest_difference():
     settings = {"length": 24, "channels": 2, "state_dim": 4, "batch": 1}
-    found = s4_kernels.exactness(settings, 0, None)
+    found = s4_kernels.exactness(settings, 0)
     assert found["kernel"]["Cauchy, float64"] < 1e-11
     assert 1e-9 < found["kernel"]["Cauchy, float32"] < 1e-3
     assert all(0 < error < 1e-5 for error in found["mixer"].values())
@@ -91,7 +91,7 @@ def test_transformers_have_as_many_parameters(scale):
         else:
             data = tasks.get(section.task).config_keys
         counts = [
-            task_cells.parameters(
+            measurements.parameters(
                 training_config({**data, **s4_training.model_keys(model, section)}, 0)
             )
             for model in ("s4", "attention")

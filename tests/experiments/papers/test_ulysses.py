@@ -29,7 +29,7 @@ def test_cells_are_unique_at_every_scale():
 @pytest.mark.parametrize("kind", ["full", "gqa", "alibi", "sparse", "ssd"])
 def test_exactness_is_measured_for_any_attention(kind):
     settings = {"attention": kind, "devices": 2, "length": 64, "heads": 2, "dim": 8}
-    found = ulysses_cells.exactness(settings, 0, None)
+    found = ulysses_cells.exactness(settings, 0)
     # Whole heads may come out to the same bits on one device and on two.
     assert 0 <= found["output"] < 1e-5 and 0 <= found["gradients"] < 1e-5
 
@@ -43,22 +43,20 @@ def test_exactness_sees_a_wrong_way(monkeypatch):
 
     monkeypatch.setattr(ulysses_cells, "_attention", wrong)
     settings = {"attention": "full", "devices": 2, "length": 32, "heads": 2, "dim": 8}
-    found = ulysses_cells.exactness(settings, 0, None)
+    found = ulysses_cells.exactness(settings, 0)
     assert found["output"] > 1e-3 and found["gradients"] > 1e-3
 
 
 def test_unknown_attention_is_named():
     settings = {"attention": "dense", "devices": 2, "length": 32, "heads": 2, "dim": 8}
     with pytest.raises(ValueError, match="attention='dense' is unknown"):
-        ulysses_cells.exactness(settings, 0, None)
+        ulysses_cells.exactness(settings, 0)
 
 
 def test_compiled_layers_send_what_the_formulas_say():
     settings = {"devices": 2, "length": 32, "width": 16, "heads": 2}
     ways = ["ulysses", "megatron_sp"]
-    found = record(
-        "traffic", ulysses_cells.traffic({**settings, "ways": ways}, 0, None), **settings
-    )
+    found = record("traffic", ulysses_cells.traffic({**settings, "ways": ways}, 0), **settings)
     for way in ways:
         assert ulysses_tables.sent(found, way) == ulysses_tables.formula(found, way)
     assert ulysses_tables.sent(found, "ulysses") == 4 * 4 * 32 * 16 / 4

@@ -32,7 +32,7 @@ def test_cells_are_unique_at_every_scale():
 @pytest.mark.parametrize(("P", "K"), [(2, 4), (4, 4), (8, 2)])
 def test_all_scan_alone_is_counted(P, K):
     settings = {"devices": P, "blocks": K, "heads": 2, "dim": 8}
-    found = zeco_counts.blocks(settings, 0, None)
+    found = zeco_counts.blocks(settings, 0)
     state = 4 * 2 * 8 * 8
     assert found["state_bytes"] == found["useful_bytes"] == state
     assert found["messages"] == P + K - 2
@@ -48,7 +48,7 @@ def test_a_device_needs_to_send_each_block_once():
 def test_schedules_are_exact_by_their_largest_difference():
     settings = {"devices": 2, "length": 16, "heads": 1, "dim": 4}
     settings |= {"decays": ["scalar"], "dtypes": ["float64"]}
-    found = zeco_counts.exactness(settings, 0, None)
+    found = zeco_counts.exactness(settings, 0)
     errors = [e for kind in found["float64 scalar"].values() for e in kind.values()]
     assert len(errors) == 8 and max(errors) < 1e-13
 

@@ -1,0 +1,90 @@
+"""What every paper's config begins with, and the parts that several of them share."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+SCALES = ("smoke", "cpu", "accelerator")
+
+
+def check_scale(scale: str) -> str:
+    """Returns `scale` itself if it is one of SCALES.
+
+    Raises:
+      ValueError: it is not; the message names the nearest.
+    """
+    if scale not in SCALES:
+        near = difflib.get_close_matches(scale, SCALES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"scale={scale!r} is unknown; {hint}it must be one of {', '.join(SCALES)}")
+    return scale
+
+
+def paper(name: str, scale: str) -> ConfigDict:
+    """Returns the beginning of a paper's config: its name and the scale.
+
+    Raises:
+      ValueError: an unknown scale.
+    """
+    return ConfigDict({"paper": name, "scale": check_scale(scale)})
+
+
+def section(**values: Any) -> ConfigDict:
+    """Returns one section of a paper's config."""
+    return ConfigDict(values)
+
+
+def training(
+    *, steps: int, learning_rate: float, batch_size: int, eval_batches: int, **data: Any
+) -> ConfigDict:
+    """Returns a part of `training.config.default_config()`, with the schedule small runs share.
+
+    The warm-up is a tenth of the steps, validation comes ten times, and b2 is 0.999.
+
+    Args:
+      steps: optimizer steps.
+      learning_rate: its peak.
+      batch_size: sequences a step.
+      eval_batches: batches of a validation or a test.
+      **data: other keys of the section data, such as sources and seq_len.
+    """
+    return ConfigDict(
+        {
+            "data": {"batch_size": batch_size, **data},
+            "train": {
+                "steps": steps,
+                "log_every": steps,
+                "eval_every": max(1, steps // 10),
+                "eval_batches": eval_batches,
+            },
+            "optimizer": {
+                "learning_rate": learning_rate,
+                "warmup_steps": steps // 10,
+                "b2": 0.999,
+            },
+        }
+    )
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Returns {"data.batch_size": 8, ...}: what the settings of a cell hold."""
+    return {f"{part}.{key}": value for part, keys in config.items() for key, value in keys.items()}
+
+
+def smoke(config: ConfigDict, *, models: Sequence[str], seeds: Sequence[int] = (0,)) -> None:
+    """Shrinks every section that trains to sizes that show nothing and need no download."""
+    for part in config.values():
+        if isinstance(part, ConfigDict) and "train" in part:
+            part.update(models=models, seeds=seeds, d_model=16)
+            part.train.data.batch_size = 8
+            set_steps(part.train, 2, eval_batches=1)
+            if "sources" in part.train.data:
+                part.train.data.update(sources=("python_stdlib",), tokenizer="byte", seq_len=16)
+
+
+def set_steps(config: ConfigDict, steps: int, **train: Any) -> None:
+    """Sets the number of steps of a `training` part, and the schedule that follows from it."""
+    config.train.update(steps=steps, log_every=steps, eval_every=max(1, steps // 10), **train)
+    config.optimizer.warmup_steps = steps // 10

@@ -1,0 +1,90 @@
+"""A paper as values: its cells (independent measurements) and pure functions of their records."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from tilescan.experiments.harness.claims import Claim
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.tables import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One independent measurement.
+
+    Attributes:
+      id: unique in its paper, and a file's name: letters, digits and "._-=".
+      measure: `measure(settings, seed) -> numbers`, or `measure(settings, seed, workspace)` for
+        measurements that keep files or share trained models: see `workspace.Workspace`.
+      settings: all that the result depends on, as plain values; they decide whether a finished
+        record still holds.
+      seed: random seed.
+      seconds: rough duration, for the estimate of the time left.
+    """
+
+    id: str
+    measure: Callable[..., Mapping[str, Any]]
+    settings: Mapping[str, Any]
+    seed: int = 0
+    seconds: float = 1.0
+
+    def __post_init__(self):
+        if not self.id or not all(c.isalnum() or c in "._-=" for c in self.id):
+            raise ValueError(f"id={self.id!r} is not a file name of letters, digits and '._-='")
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """A paper: how to measure its cells and how to read their records.
+
+    Attributes:
+      name: its folder's and its config's name.
+      title: the paper's title, with its source.
+      summary: two sentences for a reader of the results.
+      cells: the measurements that a config asks for.
+      tables, claims, figures: pure functions of the records; figures gives {name: SVG text}.
+    """
+
+    name: str
+    title: str
+    summary: str
+    cells: Callable[[ml_collections.ConfigDict], Sequence[Cell]]
+    tables: Callable[[Records], Sequence[Table]]
+    claims: Callable[[Records], Sequence[Claim]]
+    figures: Callable[[Records], Mapping[str, str]] = lambda records: {}
+
+
+def sweep(
+    cell_id: str,
+    measure: Callable[..., Mapping[str, Any]],
+    settings: Mapping[str, Any] | Callable[..., Mapping[str, Any]],
+    *,
+    seeds: Sequence[int] = (0,),
+    seconds: float | Callable[..., float] = 1.0,
+    **axes: Sequence[Any],
+) -> list[Cell]:
+    """Makes a cell for each point of the grid of `axes` and each seed.
+
+    Args:
+      cell_id: format string of the axes and "seed", e.g. "mqar{pairs}-{model}-seed{seed}".
+      measure: see `Cell`.
+      settings: what is the same at every point, or a function of the axes (by name) that returns
+        it; the point itself is added, so that tables can select and group by it.
+      seeds: a cell each.
+      seconds: rough duration of a cell, or a function of the axes.
+      **axes: {name: values}; the last one varies fastest.
+    """
+    made = []
+    for values in itertools.product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        own = settings(**point) if callable(settings) else settings
+        cost = seconds(**point) if callable(seconds) else seconds
+        made += [
+            Cell(cell_id.format(**point, seed=seed), measure, {**own, **point}, seed, cost)
+            for seed in seeds
+        ]
+    return made
