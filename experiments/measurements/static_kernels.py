@@ -38,7 +38,7 @@ def cells(folder: pathlib.Path = FOLDER) -> list[Cell]:
         path = folder / f"{name}_static.json"
         if path.exists():
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            measure = lambda settings, seed, scratch, copy=copy, path=path: copy(path)
+            measure = lambda settings, seed, copy=copy, path=path: copy(path)
             settings = {"kind": f"static-{name}", "sha256": sha256}
             settings["keys"] = {"tpu": _TPU_KEYS, "gpu": _GPU_KEYS}[name]
             made.append(Cell(f"static-{name}", measure, settings))

@@ -1,4 +1,4 @@
-"""Committed records are those that today's configs ask for: same cells, same settings, same seeds."""
+"""Committed records are those that configs ask for: same cells, same settings, same seeds."""
 
 import json
 import pathlib

@@ -44,7 +44,7 @@ def test_spread_is_the_sample_standard_deviation():
 
 def test_ratio_of_missing_values_is_missing():
     assert statistics.ratio(3, 2) == 1.5
-    assert statistics.ratio(None, 2) is None and tables.ratio(1, 0) is None
+    assert statistics.ratio(None, 2) is None and statistics.ratio(1, 0) is None
     assert statistics.ratio("out of memory", 2) is None
 
 

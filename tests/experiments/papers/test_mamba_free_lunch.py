@@ -13,14 +13,12 @@ from tilescan.experiments.papers.mamba_free_lunch import tables as mamba_free_lu
 
 def test_required_scores_follow_the_theorems():
     settings = {"lengths": (3, 9, 20), "tolerance": 0.1}
-    attention = copy_theory.required_score(
-        {**settings, "mechanism": copy_theory.ATTENTION}, 0, None
-    )
+    attention = copy_theory.required_score({**settings, "mechanism": copy_theory.ATTENTION}, 0)
     assert attention["scores"] == pytest.approx(
         [math.log(n * (2 / 0.1 - 1)) for n in (3, 9, 20)], rel=1e-3
     )
     state = copy_theory.required_score(
-        {**settings, "mechanism": copy_theory.STATE, "decay": 0.5}, 0, None
+        {**settings, "mechanism": copy_theory.STATE, "decay": 0.5}, 0
     )
     assert state["scores"] == pytest.approx([0.9 * 2.0**n for n in (3, 9, 20)], rel=1e-3)
 
