@@ -99,10 +99,9 @@ def run(
 def _measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Record:
     folder = _scratch(workdir, cell, digest)
     start = time.perf_counter()
-    arguments = [cell.settings, cell.seed]
-    if len(inspect.signature(cell.measure).parameters) > 2:
-        arguments.append(Workspace(folder))
-    result = records_lib.plain(cell.measure(*arguments))
+    wants = "workspace" in inspect.signature(cell.measure).parameters
+    options = {"workspace": Workspace(folder)} if wants else {}
+    result = records_lib.plain(cell.measure(cell.settings, cell.seed, **options))
     if not records_lib.is_finite(result):
         raise FloatingPointError(f"a measured number is not finite: {result}")
     return Record(
