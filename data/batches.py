@@ -33,10 +33,15 @@ class BatchDataset(grain.IterDataset):
     Attributes:
         steps: number of batches; None without end.
         fingerprint: name -> value of all that the batches depend on, the number of hosts excepted.
+        vocab_size: V; every token and target is below it. None where tokens are real numbers.
     """
 
     def __init__(
-        self, make: Callable[[int], Batch], steps: int | None, fingerprint: Mapping[str, Any]
+        self,
+        make: Callable[[int], Batch],
+        steps: int | None,
+        fingerprint: Mapping[str, Any],
+        vocab_size: int | None = None,
     ):
         # Batches are cut out of arrays in memory, far below a step's time: no reading threads.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -44,6 +49,7 @@ class BatchDataset(grain.IterDataset):
         super().__init__(self._by_step)
         self.steps = steps
         self.fingerprint = dict(fingerprint)
+        self.vocab_size = vocab_size
         self._make = make
 
     def batch(self, step: int) -> Batch:

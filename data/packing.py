@@ -66,7 +66,8 @@ class TokenizedCorpus:
         tokenizer: see `data.tokenizers`.
 
     Raises:
-        ValueError: no documents, or two with one id.
+        ValueError: no documents, two with one id, or ids outside the tokenizer's vocabulary.
+        TypeError: ids that are not integers.
     """
 
     def __init__(self, documents: Sequence[Document], tokenizer: Tokenizer):
@@ -80,7 +81,7 @@ class TokenizedCorpus:
         parts = []
         for document in documents:
             parts += [tokenizer.encode(document.text), eos]
-        self.tokens = np.concatenate(parts).astype(np.int32)
+        self.tokens = _checked_ids(np.concatenate(parts), tokenizer)
         self.lengths = np.asarray([len(part) + 1 for part in parts[::2]], np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
         self.pad_id = tokenizer.pad_id
@@ -130,6 +131,19 @@ class TokenizedCorpus:
         known = min(piece.length, left)
         batch["targets"][row, column : column + known] = self.tokens[first + 1 : first + 1 + known]
         batch["weights"][row, column + piece.context : column + known] = 1.0
+
+
+def _checked_ids(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """A tokenizer's ids as int32, all of them in its vocabulary, padding's as well."""
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"tokenizer {tokenizer.name!r}: encode must give integers, got {ids.dtype}")
+    low, high = (int(f([f(ids), tokenizer.pad_id])) for f in (np.min, np.max))
+    if low < 0 or high >= tokenizer.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name!r}: ids run from {low} to {high}, with padding's, but its "
+            f"vocab_size is {tokenizer.vocab_size}"
+        )
+    return ids.astype(np.int32)
 
 
 def epoch_order(count: int, shuffle: bool, seed: int, *key: int) -> np.ndarray:

@@ -115,7 +115,7 @@ def lm_dataset(
         "shuffle": shuffle,
         "num_epochs": num_epochs,
     }
-    return BatchDataset(make, steps, fingerprint)
+    return BatchDataset(make, steps, fingerprint, tokenizer.vocab_size)
 
 
 def evaluation_batches(
@@ -169,7 +169,8 @@ def evaluation_batches(
         "batch_size": batch_size,
         "stride": stride,
     }
-    return BatchDataset(make, -(-len(windows) // batch_size), fingerprint)
+    steps = -(-len(windows) // batch_size)
+    return BatchDataset(make, steps, fingerprint, tokenizer.vocab_size)
 
 
 def classification_dataset(
@@ -244,4 +245,5 @@ def classification_dataset(
         "shuffle": shuffle,
         "num_epochs": num_epochs,
     }
-    return BatchDataset(make, None if total is None else -(-total // batch_size), fingerprint)
+    steps = None if total is None else -(-total // batch_size)
+    return BatchDataset(make, steps, fingerprint, tokenizer.vocab_size)

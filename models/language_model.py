@@ -153,7 +153,7 @@ class LanguageModel(nn.Module):
         """Reads T tokens.
 
         Args:
-          tokens: ids below vocab_size; beyond it the output is NaN. With `input_features`, real
+          tokens: ids in [0, vocab_size); outside it the output is NaN. With `input_features`, real
             numbers [B, T, F].
           state: from `init_state` or an earlier call.
           positions: default: counted from the state on, anew in each segment.
@@ -166,6 +166,7 @@ class LanguageModel(nn.Module):
         Raises:
           ValueError: for shapes that are not [B, T] (or [B, T, F]), or more tokens than learned
             positions.
+          TypeError: for positions or segment_ids that are not integers.
         """
         x, state = self.backbone(tokens, state=state, positions=positions, segment_ids=segment_ids)
         return self.logits(x), state
@@ -286,6 +287,8 @@ def _check(config: LanguageModelConfig, tokens, **per_token) -> None:
             raise ValueError(
                 f"{name} must be [batch, time] = {tokens.shape[:2]} like tokens, got {value.shape}"
             )
+        if value is not None and not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(f"{name} must be integers [batch, time], got {value.dtype}")
     if config.position == "learned" and tokens.shape[1] > config.max_len:
         raise ValueError(
             f"{tokens.shape[1]} tokens, but there are learned positions for max_len="

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from tilescan.ops.token_ids import bounded_ids
+
 LOGICAL_AXES = (
     "vocab",
     "embed",
@@ -199,7 +201,9 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, shape, self.param_dtype)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        """Rows of the table; NaN for a token beyond the vocabulary, never a wrong vector."""
+        """Looks up rows of the table; NaN for ids outside [0, V), never a wrong vector."""
+        # "fill" counts negative ids from the table's end, and fills beyond it alone.
+        tokens = bounded_ids(tokens, self.vocab_size, outside=self.vocab_size)
         rows = jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan)
         return rows.astype(self.dtype)
 

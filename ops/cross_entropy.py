@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tilescan.ops.attention_xla import varying
+from tilescan.ops.token_ids import bounded_ids, check_ids, counted_ids
 
 
 def chunked_cross_entropy(
@@ -38,7 +39,8 @@ def chunked_cross_entropy(
       hidden: what the head reads.
       head: the head's matrix [E, V], or with `tied` the embedding [V, E]; it is cast to hidden's
         dtype, and products are accumulated in float32.
-      targets: ids below V; any number where the weight is 0.
+      targets: ids in [0, V), of any integer dtype. Where the weight is 0 they are never looked
+        at; elsewhere one that is no token makes the loss and its gradients NaN.
       weights: of the tokens.
       chunk: positions per chunk, C; T need not be a multiple.
       z_loss: "loss" has + z_loss * logsumexp(logits)^2 per token.
@@ -52,10 +54,13 @@ def chunked_cross_entropy(
 
     Raises:
       ValueError: shapes that do not fit, or a chunk below 1.
+      TypeError: targets that are not integers.
     """
     objective = functools.partial(_cross_entropy, z_loss=z_loss)
-    counted = weights != 0
-    per_token = {"targets": jnp.where(counted, targets, 0), "weights": weights}
+    check_ids("targets", targets)
+    _check(hidden, head, tied, chunk, {"targets": targets, "weights": weights})
+    targets = counted_ids(targets, weights, _vocabulary(head, tied))
+    per_token = {"targets": targets, "weights": weights}
     loss, sums = sum_over_chunks(
         objective, hidden, head, per_token, chunk=chunk, tied=tied,
         logit_scale=logit_scale, logit_cap=logit_cap,
@@ -79,9 +84,12 @@ def chunked_log_probabilities(
     """log softmax(logits / temperature)[target] of every token, by chunks; float32.
 
     For losses that are not a sum over tokens: the backward pass takes any cotangent, for which it
-    computes each chunk's logits again. Arguments as in `chunked_cross_entropy`.
+    computes each chunk's logits again. Arguments and errors as in `chunked_cross_entropy`. A target
+    that is no token gives NaN, and a NaN gradient unless its cotangent is 0.
     """
+    check_ids("targets", targets)
     _check(hidden, head, tied, chunk, {"targets": targets})
+    targets = bounded_ids(targets, _vocabulary(head, tied), -1)
     options = _Options(tied, logit_scale, logit_cap, temperature, chunk)
     hidden, head, targets = varying((hidden, head, targets), (hidden, head, targets))
     return _log_probabilities(options, hidden, head, targets)
@@ -119,16 +127,18 @@ def sum_over_chunks(
 
 
 def log_probabilities_of(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> tuple:
-    """(log softmax(logits)[target], logsumexp(logits)); NaN for targets that are no token.
+    """Returns (log softmax(logits)[target], logsumexp(logits)) [*B].
 
-    The target is picked by comparison: its gradient is elementwise where that of a gather would
-    be a scatter.
+    The first is NaN, and so is its gradient, for targets outside [0, V). The target is picked by
+    comparison: its gradient is elementwise where that of a gather would be a scatter.
     """
+    targets = bounded_ids(targets, logits.shape[-1], -1)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), axis=-1)
-    known = (targets >= 0) & (targets < logits.shape[-1])
-    return jnp.where(known, picked - log_z, jnp.nan), log_z
+    # A factor, and not a choice, so that the gradient is NaN as well.
+    known = jnp.where(targets < 0, jnp.nan, 1).astype(logits.dtype)
+    return (picked - log_z) * known, log_z
 
 
 def count_hits(
@@ -157,6 +167,7 @@ def whole_rows(sums: dict[str, Array]) -> dict[str, Array]:
 
 
 def _cross_entropy(logits, x, z_loss):
+    # -sum_t w_t log p_t, and z_loss sum_t w_t log(Z_t)^2
     targets, weights = x["targets"], x["weights"].astype(logits.dtype)
     log_p, log_z = log_probabilities_of(logits, targets)
     nll = jnp.sum(weights * -log_p)
@@ -270,6 +281,7 @@ def _log_probabilities_fwd(options, hidden, head, targets):
 
 def _log_probabilities_bwd(options, residuals, g):
     hidden, head, targets = residuals
+    targets = jnp.where(g != 0, targets, 0)  # what the loss left out is not looked at
 
     def weighted(logits, x):
         return jnp.sum(x["g"] * log_probabilities_of(logits, x["targets"])[0]), ()
@@ -310,6 +322,10 @@ def _zeros(one, cut):
     shapes = jax.eval_shape(one, jnp.int32(0))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return varying(zeros, cut.hidden)
+
+
+def _vocabulary(head, tied) -> int:
+    return head.shape[0 if tied else 1]
 
 
 def _check(hidden, head, tied, chunk, per_token):

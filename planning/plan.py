@@ -131,9 +131,11 @@ def plan(config, topology: str | None = None, *, memory: float | None = None) ->
     sizes = {
         name: _bytes_of_a_device(tree)
         for name, tree in (
-            ("parameters", state.params), ("optimizer", state.opt_state), ("batch", batch)
+            ("parameters", state.params),
+            ("optimizer", (state.opt_state, state.masters)),
+            ("batch", batch),
         )
-    }  # fmt: skip
+    }
     chip = machines.CHIPS.get(machines.generation(topology))
     memory = memory if memory is not None else chip and chip.memory
     compiled, refusal, start = None, None, time.perf_counter()

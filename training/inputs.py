@@ -92,17 +92,74 @@ def _warn_of_empty_parts(parts: dict[str, list], fractions: tuple[float, ...]) -
 
 def make_model(c: Settings, datasets: dict | None = None) -> nn.Module:
     """The model of `c.model`: a language model or, for task "classification", a classifier."""
-    vocab_size = c.model.get("vocab_size") or tokenizers.get_tokenizer(c.data.tokenizer).vocab_size
+    vocab_size = c.model.get("vocab_size")
+    if vocab_size is None:
+        vocab_size = tokenizers.get_tokenizer(c.data.tokenizer).vocab_size
     config = c.model_config(vocab_size)
     if c.task == "language_model":
         return LanguageModel(config)
     n_classes = c.classifier.n_classes
+    found = getattr((datasets or {}).get("train"), "fingerprint", {}).get("labels")
     if n_classes is None:
-        found = getattr((datasets or {}).get("train"), "fingerprint", {}).get("labels")
         if found is None:
             raise ConfigError("classifier.n_classes is needed: the data do not say it")
         n_classes = len(found)
+    elif found is not None and n_classes < len(found):
+        raise ConfigError(
+            f"classifier.n_classes = {n_classes} is below the {len(found)} labels of the data: "
+            f"set it to {len(found)} or leave it out"
+        )
     return SequenceClassifier(config, n_classes, c.classifier.pooling)
+
+
+def check_vocabulary(model: nn.Module, dataset) -> None:
+    """Raises ConfigError if the data's vocabulary, where it is known, exceeds the model's.
+
+    Args:
+      dataset: any iterable of batches; those of `data` have a `vocab_size`, and say in their
+        `fingerprint` whose it is.
+    """
+    have, need = _vocab_size(model), getattr(dataset, "vocab_size", None)
+    if have is None or need is None or need <= have:
+        return
+    known = getattr(dataset, "fingerprint", {})
+    whose = next((f"{key} {known[key]!r}" for key in ("tokenizer", "task") if key in known), "data")
+    raise ConfigError(
+        f"model.vocab_size = {have} is below the {need} tokens of the {whose}: ids from {have} on "
+        f"would have no embedding. Set model.vocab_size to {need} or more"
+    )
+
+
+def id_limits(model: nn.Module) -> dict[str, int]:
+    """Returns how many ids there are of each kind that a batch may hold, as far as models say."""
+    sizes = {name: _vocab_size(model) for name in ("tokens", "targets")}
+    sizes["labels"] = getattr(model, "n_classes", None)
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+
+
+def check_ids(batch: dict[str, np.ndarray], limits: dict[str, int]) -> None:
+    """Raises ValueError for ids outside [0, limit) in a batch on the host.
+
+    Targets and labels of weight 0 are not looked at. On devices such ids would give NaN.
+    """
+    for name, size in limits.items():
+        ids = batch.get(name)
+        if ids is None or not np.issubdtype(ids.dtype, np.integer):
+            continue
+        low, high = ids.min(initial=0), ids.max(initial=0)
+        if (low < 0 or high >= size) and name != "tokens" and "weights" in batch:
+            counted = ids[np.asarray(batch["weights"]) != 0]
+            low, high = counted.min(initial=0), counted.max(initial=0)
+        if low < 0 or high >= size:
+            key = "classifier.n_classes" if name == "labels" else "model.vocab_size"
+            raise ValueError(
+                f"{name} of a batch run from {low} to {high}, but the model has ids 0 to "
+                f"{size - 1} ({key} = {size})"
+            )
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "vocab_size", None)
 
 
 def labels(documents) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from tilescan.ops.cross_entropy import (
     sum_over_chunks,
     whole_rows,
 )
+from tilescan.ops.token_ids import check_ids
 from tilescan.training.steps import Sums
 
 
@@ -50,7 +51,8 @@ def grpo(
 
     Args:
       hidden, head: of the policy; see `ops.cross_entropy.chunked_cross_entropy`.
-      targets, mask: tokens and whether they belong to an answer (1) or not (0).
+      targets, mask: tokens and whether they belong to an answer (1) or not (0). What does not is
+        never looked at; a target of an answer that is no token makes the loss NaN.
       advantages: A of each row: its reward, less the mean over its group, over the deviation.
       old_log_probs: of the policy that wrote the answers, at the same temperature.
       reference_log_probs: of the reference; may be None where kl_weight is 0.
@@ -66,7 +68,9 @@ def grpo(
 
     Raises:
       ValueError: an unknown normaliser, no reference for the KL term.
+      TypeError: targets that are not integers.
     """
+    check_ids("targets", targets)
     if kl_weight and reference_log_probs is None:
         raise ValueError(f"kl_weight={kl_weight} needs reference_log_probs")
     mask = (mask > 0).astype(jnp.promote_types(hidden.dtype, jnp.float32))
@@ -90,8 +94,9 @@ def grpo(
         "old": old_log_probs,
         "reference": old_log_probs if reference_log_probs is None else reference_log_probs,
     }
-    # Only of the answers: elsewhere log probabilities may be anything, and 0 times infinity is NaN.
-    per_token |= {k: jnp.where(mask > 0, per_token[k], 0) for k in ("old", "reference")}
+    # Only of the answers: elsewhere these may be anything, and 0 times infinity is NaN.
+    others = ("advantages", "old", "reference")
+    per_token |= {k: jnp.where(mask > 0, per_token[k], 0) for k in others}
     objective = functools.partial(_grpo, low=1 - clip_low, high=1 + clip_high, kl_weight=kl_weight)
     loss, sums = sum_over_chunks(
         objective, hidden, head, per_token, chunk=chunk, temperature=temperature, **head_options
@@ -133,8 +138,8 @@ def dpo(
 
     Args:
       hidden, head: of the policy; see `ops.cross_entropy.chunked_cross_entropy`.
-      targets, mask: tokens and whether they belong to an answer (1) or not (0). Rows 0 .. P - 1 are
-        chosen, row P + p is what was rejected for row p; B = 2 P.
+      targets, mask: tokens and whether they belong to an answer (1) or not (0), as in `grpo`. Rows
+        0 .. P - 1 are chosen, row P + p is what was rejected for row p; B = 2 P.
       reference_log_probs: of the same tokens, from the reference.
       chunk: positions per chunk.
       beta: how dear it is to leave the reference.
@@ -146,7 +151,9 @@ def dpo(
 
     Raises:
       ValueError: an odd number of rows.
+      TypeError: targets that are not integers.
     """
+    check_ids("targets", targets)
     if hidden.shape[0] % 2:
         raise ValueError(
             f"{hidden.shape[0]} rows are no pairs: the first half is chosen, the second rejected"

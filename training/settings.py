@@ -150,7 +150,9 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    param_dtype: str = "float32"  # of the parameters; the optimizer's moments are always float32
+    # Of the parameters. Moments are always float32, and for bfloat16 so are the master copies that
+    # updates are added to (4 bytes more a parameter): small updates are never rounded away.
+    param_dtype: str = "float32"
     compute_dtype: str = "float32"  # of activations; bfloat16 on accelerators. Loss: always float32
 
     def __post_init__(self):
@@ -241,8 +243,9 @@ class Settings:
 
     def model_config(self, vocab_size: int) -> LanguageModelConfig:
         """The model's configuration; `vocab_size` is used if config.model has none."""
+        set_ = self.model.get("vocab_size")
         return LanguageModelConfig(
-            **self.model | {"vocab_size": self.model.get("vocab_size") or vocab_size},
+            **self.model | {"vocab_size": vocab_size if set_ is None else set_},
             dtype=self.precision.compute_dtype,
             param_dtype=self.precision.param_dtype,
         )

@@ -10,6 +10,9 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from tilescan.ops.cross_entropy import log_probabilities_of
+from tilescan.ops.token_ids import check_ids, counted_ids
+
 # Sums over tokens: "loss", "nll", "correct", "weight"; over rows: "exact", "rows".
 Sums = dict[str, Any]
 
@@ -22,22 +25,52 @@ class TrainState:
     params: Any
     opt_state: Any
     key: Array  # uint32 key data; update t uses fold_in(key, t)
+    masters: Any = None  # see `masters_of`
 
 
 def init_state(model: nn.Module, tx, batch: dict, seed: int) -> TrainState:
     """Initialises parameters from the seed; leaves are still boxed with their logical axis names.
 
     Moments are float32 whatever the parameters are: a second moment with decay 0.999 does not move
-    in bfloat16.
+    in bfloat16. Nor does a parameter by less than 1/256 of itself: see `masters_of`.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     params = model.init(init_key, **model_inputs(batch))["params"]
-    opt_state = tx.init(float32(nn.meta.unbox(params)))
-    return TrainState(jnp.zeros([], jnp.int32), params, opt_state, jax.random.key_data(run_key))
+    values = nn.meta.unbox(params)
+    opt_state, key = tx.init(float32(values)), jax.random.key_data(run_key)
+    return TrainState(jnp.zeros([], jnp.int32), params, opt_state, key, masters_of(values))
 
 
 def float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def masters_of(params):
+    """Returns float32 copies of the parameters that are narrower than float32, or None.
+
+    Updates are added up in these masters, and the parameters are the masters rounded. Added to
+    bfloat16 itself, of 8 bits, most updates at a small learning rate would round to nothing. The
+    tree is that of params with None for wide leaves; if all are wide it is None as a whole.
+    """
+    if not any(is_narrow(x) for x in jax.tree.leaves(params)):
+        return None
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_narrow(x) else None, params)
+
+
+def is_narrow(x) -> bool:
+    """Whether a parameter has fewer bits than float32."""
+    return jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+
+
+def _exact_params(state: TrainState):
+    """The parameters as they are updated: masters where there are, and else themselves."""
+    if state.masters is None:
+        return float32(state.params)
+    return jax.tree.map(
+        lambda x, master: x.astype(jnp.float32) if master is None else master,
+        state.params,
+        state.masters,
+    )
 
 
 def model_inputs(batch: dict) -> dict:
@@ -51,17 +84,28 @@ def cross_entropy(
     weights: Float[Array, "*B"],
     z_loss: float = 0.0,
 ) -> Sums:
-    """Sums of weighted -log softmax(logits)[target], in float32 whatever the logits are.
+    """Sums weighted -log softmax(logits)[target], in float32 whatever the logits are.
+
+    Targets are ids in [0, V) of any integer dtype. Where the weight is 0 they are never looked at;
+    elsewhere one that is no token (-100, V) makes "loss" and "nll", and their gradients, NaN.
 
     With z_loss, "loss" has + z_loss * logsumexp(logits)^2 per token, which holds the normaliser
     near 1 (PaLM, Chowdhery et al. 2022, section 5); "nll" is without it. "rows" counts the rows
     (the last axis) with any weight and "exact" those whose weighted tokens are all right: as greedy
     decoding would write them, since up to the first mistake it reads the targets.
+
+    Raises:
+      ValueError: targets or weights that do not have the shape of the logits without V.
+      TypeError: targets that are not integers.
     """
+    check_ids("targets", targets)
+    for name, x in (("targets", targets), ("weights", weights)):
+        if x.shape != logits.shape[:-1]:
+            raise ValueError(f"{name} must be {logits.shape[:-1]} like logits, got {x.shape}")
     logits = logits.astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = log_z - picked
+    targets = counted_ids(targets, weights, logits.shape[-1])
+    log_p, log_z = log_probabilities_of(logits, targets)
+    nll = -log_p
     hit = jnp.argmax(logits, axis=-1) == targets
     counts = weights > 0
     by_row = lambda a: a if a.ndim < 2 else jnp.any(a, axis=-1)
@@ -159,8 +203,14 @@ def make_train_step(loss: Callable, tx, rate: Callable, microbatches: int = 1) -
         grads, sums = summed_gradients(loss, state.params, batch, key, microbatches)
         scale = per_token(sums)
         grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, float32(state.params))
-        params = optax.apply_updates(state.params, updates)
+        exact = _exact_params(state)
+        updates, opt_state = tx.update(grads, state.opt_state, exact)
+        if state.masters is None:
+            params, masters = optax.apply_updates(state.params, updates), None
+        else:
+            exact = optax.apply_updates(exact, updates)
+            params = jax.tree.map(lambda x, p: x.astype(p.dtype), exact, state.params)
+            masters = jax.tree.map(lambda p, x: x if is_narrow(p) else None, params, exact)
         metrics = means(sums) | {
             "weight": sums["weight"],
             "grad_norm": optax.tree.norm(grads),
@@ -168,7 +218,8 @@ def make_train_step(loss: Callable, tx, rate: Callable, microbatches: int = 1) -
             "param_norm": optax.tree.norm(float32(params)),
             "learning_rate": rate(state.step),
         }
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        state = TrainState(state.step + 1, params, opt_state, state.key, masters)
+        return state, metrics
 
     return train_step
 

@@ -55,7 +55,9 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
         {"step": ..., "<split>/<metric>": ...}: the last row of metrics.jsonl of every split.
 
     Raises:
-        ConfigError: an unknown key or a value that makes no sense.
+        ConfigError: an unknown key or a value that makes no sense, such as a model.vocab_size below
+            that of the data.
+        ValueError: a batch with tokens, targets or labels that the model does not have.
         FloatingPointError: the loss or the gradient is not finite; the last checkpoint is from
             before.
         CheckpointError: a checkpoint cannot be read or written, or belongs to another
@@ -80,6 +82,9 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
 
     # Model.
     model = model if model is not None else inputs.make_model(c, datasets)
+    inputs.check_vocabulary(model, datasets["train"])
+    limits = inputs.id_limits(model)
+    inputs.check_ids(example, limits)
     tx, rate = make_optimizer(c.optimizer, c.train.steps)
     loss = make_loss(model, c)
 
@@ -117,6 +122,7 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
                 return
             sums: dict[str, float] = {}
             for batch in inputs.eval_batches(datasets[split], rows, c.train.eval_batches):
+                inputs.check_ids(batch, limits)
                 part = jax.device_get(
                     eval_step(state.params, sharding.put_batch(batch, mesh, c.balance))
                 )
@@ -146,6 +152,7 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
             evaluate(0, "validation")
         for step in range((restored or 0) + 1, c.train.steps + 1):
             batch = _next(iterator, step, c.train.steps)
+            inputs.check_ids(batch, limits)
             batch = sharding.put_batch(batch, mesh, c.balance)
             state, metrics = train_step(state, batch)
             finish_pending()
@@ -201,11 +208,15 @@ def sharded_init(
     params = nn.meta.unbox(boxed.params)
     where = sharding.param_shardings(boxed.params, mesh, rules)
     everywhere = sharding.replicated(mesh)
+    masters = None
+    if boxed.masters is not None:  # each lies where its parameter lies
+        masters = jax.tree.map(lambda p, at: at if steps.is_narrow(p) else None, params, where)
     shardings = steps.TrainState(
         step=everywhere,
         params=where,
         opt_state=sharding.optimizer_shardings(tx, params, where, mesh),
         key=everywhere,
+        masters=masters,
     )
     abstract = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),

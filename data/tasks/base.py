@@ -137,12 +137,13 @@ class Task:
         else:
             make = fresh
         known = {**fingerprint, "seed": seed, "train_examples": train_examples}
-        datasets = {"train": BatchDataset(make, None, known)}
+        datasets = {"train": BatchDataset(make, None, known, self.vocab_size)}
         for split, number in _HELD_OUT.items():
             key = (number, 0x5EED)
             rows = self.rows(split, batch_size * eval_batches, key, hard=True, distinct=distinct)
             once = _once(rows, batch_size, shard_index, shard_count)
-            datasets[split] = BatchDataset(once, eval_batches, {**fingerprint, "split": split})
+            known = {**fingerprint, "split": split}
+            datasets[split] = BatchDataset(once, eval_batches, known, self.vocab_size)
         return datasets
 
 
@@ -215,7 +216,8 @@ class FixedTask:
                 steps, known = -(-count // batch_size), {"split": split}
                 steps = min(steps, eval_batches) if eval_batches else steps
             shown = lambda step, make=make: self._shown(make(step))
-            datasets[split] = BatchDataset(shown, steps, {**fingerprint, **known})
+            vocab_size = self.vocab_size if self.n_features is None else None
+            datasets[split] = BatchDataset(shown, steps, {**fingerprint, **known}, vocab_size)
         return datasets
 
     def _shown(self, batch: Batch) -> Batch:

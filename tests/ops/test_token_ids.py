@@ -1,0 +1,168 @@
+"""Ids outside the vocabulary, targets without weight, narrow dtypes: one rule in every loss."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from tilescan.models import LanguageModel, LanguageModelConfig, SequenceClassifier
+from tilescan.ops.cross_entropy import chunked_cross_entropy, chunked_log_probabilities
+from tilescan.ops.token_ids import bounded_ids
+from tilescan.training import stream_bp
+from tilescan.training.preference_losses import dpo, grpo
+from tilescan.training.steps import cross_entropy
+
+B, T, E, V = 2, 6, 4, 300
+WEIGHTS = jnp.asarray([[1, 0, 1, 1, 0, 1], [0, 1, 1, 0, 1, 1]], jnp.float32)
+
+
+def whole(hidden, head, targets, weights):
+    return cross_entropy(hidden @ head, targets, weights, z_loss=0.01)
+
+
+def chunked(hidden, head, targets, weights):
+    return chunked_cross_entropy(hidden, head, targets, weights, chunk=4, z_loss=0.01)
+
+
+def policy(hidden, head, targets, weights):
+    others = jnp.where(weights > 0, -1.0, jnp.nan)
+    return grpo(hidden, head, targets, weights, jnp.asarray([1.0, -2.0]), others, chunk=4)
+
+
+def preference(hidden, head, targets, weights):
+    return dpo(hidden, head, targets, weights, jnp.where(weights > 0, -1.0, jnp.nan), chunk=4)
+
+
+def own_sum(hidden, head, targets, weights):
+    log_p = chunked_log_probabilities(hidden, head, targets, chunk=4)
+    return {"loss": -jnp.sum(jnp.where(weights > 0, log_p, 0))}
+
+
+LOSSES = [whole, chunked, policy, preference, own_sum]
+
+
+@functools.cache
+def inputs():
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(B, T, E)), rng.normal(size=(E, V))
+    return jnp.float32(hidden), jnp.float32(head), jnp.asarray(rng.integers(0, 120, (B, T)))
+
+
+@functools.cache
+def compiled(loss):
+    def value(hidden, head, targets):
+        sums = loss(hidden, head, targets, WEIGHTS)
+        return sums["loss"], sums
+
+    return jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_targets_of_every_integer_dtype_are_the_same_targets(loss):
+    """V = 300 is more than int8 and uint8 can count to."""
+    hidden, head, targets = inputs()
+    want = compiled(loss)(hidden, head, targets.astype(jnp.int32))
+    assert np.isfinite(want[0][0])
+    for dtype in ("int8", "uint8"):
+        got = compiled(loss)(hidden, head, targets.astype(dtype))
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("ignored", [-100, -1, V, 2**31 - 1])
+def test_targets_of_weight_zero_are_never_looked_at(loss, ignored):
+    hidden, head, targets = inputs()
+    want = compiled(loss)(hidden, head, targets)
+    got = compiled(loss)(hidden, head, jnp.where(WEIGHTS > 0, targets, ignored))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("unknown", [-100, -1, V, 2**31 - 1])
+def test_a_target_with_weight_that_is_no_token_is_nan_with_its_gradients(loss, unknown):
+    hidden, head, targets = inputs()
+    (value, sums), (to_hidden, to_head) = compiled(loss)(
+        hidden, head, targets.at[1, 2].set(unknown)
+    )
+    assert np.isnan(value)
+    assert loss in (own_sum, preference) or np.isnan(sums["nll"])  # DPO's is of chosen tokens
+    assert np.isnan(to_hidden[1, 2]).all() and np.isnan(to_head).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bool_])
+def test_targets_that_are_not_integers_are_refused_by_name(loss, dtype):
+    hidden, head, targets = inputs()
+    with pytest.raises(TypeError, match="targets must be .* integers.*got (float32|bool)"):
+        loss(hidden, head, targets.astype(dtype), WEIGHTS)
+
+
+def test_targets_of_another_shape_are_refused():
+    hidden, head, targets = inputs()
+    with pytest.raises(ValueError, match=r"targets must be \(2, 6\) like logits, got \(2, 1\)"):
+        whole(hidden, head, targets[:, :1], WEIGHTS)
+
+
+def test_ids_of_every_dtype_are_compared_as_what_they_are():
+    for dtype in ("int8", "uint8", "int16", "uint16", "uint32", "int32"):
+        got = bounded_ids(jnp.asarray([3, 127, 0], dtype), 300, -7)
+        np.testing.assert_array_equal(got, [3, 127, 0], strict=False)
+        assert got.dtype == jnp.int32
+    with jax.enable_x64(True):
+        ids = jnp.asarray([3, 2**32 + 3, -(2**32) + 3, 300, -1], jnp.int64)
+        np.testing.assert_array_equal(bounded_ids(ids, 300, -7), [3, -7, -7, -7, -7])
+    got = bounded_ids(jnp.asarray([3, 2**32 - 1, 2**31], jnp.uint32), 300, -7)
+    np.testing.assert_array_equal(got, [3, -7, -7])
+
+
+MODEL = dict(vocab_size=20, d_model=8, n_heads=2, repeats=1, position="learned", max_len=9)
+CALLS = {
+    "whole": lambda model, params, x, **a: model.apply({"params": params}, x, **a)[0],
+    "a state": lambda model, params, x, **a: model.apply(
+        {"params": params}, x, state=model.init_state(1, 9), **a
+    )[0],
+    "streamed": lambda model, params, x, **a: stream_bp.stream_hidden(
+        model, params, x, chunks=2, **a
+    ),
+}
+
+
+@functools.cache
+def small_model():
+    model = LanguageModel(LanguageModelConfig(**MODEL))
+    return model, nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_ids_outside_the_vocabulary_are_nan(call):
+    """Token -1 is not the table's last row; nor is position -1."""
+    model, params = small_model()
+    run = jax.jit(functools.partial(CALLS[call], model, params))
+    tokens, positions = jnp.asarray([[3, 5, 7, 19]]), jnp.arange(4)[None]
+    assert np.isfinite(run(tokens, positions=positions)).all()
+    for unknown in (-1, -20, -100, 20, 2**31 - 1, -(2**31)):
+        bad = run(tokens.at[0, 3].set(unknown), positions=positions)
+        assert np.isnan(bad[0, 3]).all()
+    for unknown in (-1, -9, 9):
+        bad = run(tokens, positions=positions.at[0, 3].set(unknown))
+        assert np.isnan(bad[0, 3]).all()
+    bad = run(tokens.astype(jnp.int8).at[0, 3].set(-1), positions=positions)
+    assert np.isnan(bad[0, 3]).all()
+
+
+def test_a_classifier_gives_nan_for_an_unknown_token():
+    model = SequenceClassifier(LanguageModelConfig(**MODEL), 3)
+    tokens = jnp.asarray([[3, 5], [3, -1]])
+    scores = model.apply(model.init(jax.random.key(0), tokens), tokens)
+    assert np.isfinite(scores[0]).all() and np.isnan(scores[1]).all()
+
+
+@pytest.mark.parametrize("name", ["positions", "segment_ids"])
+def test_integers_of_a_token_that_are_no_integers_are_refused_by_name(name):
+    model, params = small_model()
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(TypeError, match=f"{name} must be integers .* got float32"):
+        model.apply({"params": params}, tokens, **{name: jnp.zeros((1, 4))})
