@@ -35,7 +35,8 @@ class LanguageModelConfig:
       mask: what a query of "attention" sees, instead of Causal() or Full().
       window: "local_attention": a query sees itself and the window - 1 tokens before it.
       sinks: "local_attention": the first tokens, which everybody behind them sees too.
-      position: a kind of POSITION_KINDS.
+      position: a kind of POSITION_KINDS. Rotary angles hold to any length; "alibi" loses precision
+        beyond some hundred thousand tokens (`models.positions.alibi_bias`).
       rope_theta, rope_scaling: base of the rotary frequencies, and their stretching: a
         RopeScaling or a mapping of its fields.
       qk_norm: RMSNorm of queries and keys.

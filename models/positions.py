@@ -110,15 +110,17 @@ def apply_rope(
     """Turns pairs of channels by an angle that grows with the position.
 
     Half-split pairs channel i with i + D/2 (Hugging Face's Llama); interleaved pairs 2i with
-    2i + 1 (the paper, GGUF files). Angles are float32, the result has x's dtype.
+    2i + 1 (the paper, GGUF files). Angles are those of `rope_angles`, good to 4e-7 at any length; the
+    result has x's dtype.
 
     Raises:
       ValueError: if D is odd.
+      TypeError: positions that are not integers.
     """
-    freq = jnp.asarray(rope_frequencies(x.shape[-1], theta, scaling), jnp.float32)
-    angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    x32 = x.astype(jnp.float32)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    angle = rope_angles(positions, rope_frequencies(x.shape[-1], theta, scaling), wide)
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    x32 = x.astype(wide)
     if interleaved:
         a, b = x32[..., 0::2], x32[..., 1::2]
         turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
@@ -126,6 +128,48 @@ def apply_rope(
         a, b = jnp.split(x32, 2, axis=-1)
         turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return turned.astype(x.dtype)
+
+
+def rope_angles(
+    positions: Int[Array, "B T"], frequencies: Float[np.ndarray, "D/2"], dtype: Any = jnp.float32
+) -> Float[Array, "B T D/2"]:
+    """Returns positions times frequencies, less whole turns in float32: angles in [-pi, pi].
+
+    A product in float32 is off by 2^-25 of itself, 0.3 at ten million. Here angles are integers,
+    in units of 2^-32 of a turn: the product with a frequency's 32 leading bits drops whole turns as
+    it overflows and is exact, and one in float32 with the bits after them adds what is left, which
+    is small. Cosines and sines are off by at most 4e-7 up to 2^24 positions, most of it float32's
+    own, and by 1e-6 for all of int32.
+
+    Args:
+      positions: any integers of int32; beyond it, where their dtype is wider, angles are NaN.
+      frequencies: in radians per position, NumPy's float64: `rope_frequencies`.
+      dtype: of the result; float64 takes the product in float64.
+
+    Raises:
+      TypeError: positions that are not integers.
+    """
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"positions must be integers, got {positions.dtype}")
+    if jnp.dtype(dtype) == jnp.float64:
+        return positions.astype(dtype)[..., None] * frequencies.reshape(1, 1, -1)
+
+    # The turn of one step in units of 2^-32: a whole number of them, modulo 2^32, and the rest.
+    units = np.mod(frequencies / (2 * np.pi), 1.0) * 2.0**32
+    whole = np.floor(units)
+    rest = (units - whole).astype(np.float32).reshape(1, 1, -1)
+    whole = whole.astype(np.uint32).view(np.int32).reshape(1, 1, -1)
+
+    at = positions.astype(jnp.int32)[..., None]
+    turned = at * whole + jnp.rint(at.astype(jnp.float32) * rest).astype(jnp.int32)
+    angle = turned.astype(dtype) * np.asarray(2 * np.pi / 2**32, dtype)
+    info = jnp.iinfo(positions.dtype)
+    if info.max <= 2**31 - 1:
+        return angle
+    outside = positions > 2**31 - 1
+    if info.min < 0:
+        outside |= positions < -(2**31)
+    return jnp.where(outside[..., None], jnp.nan, angle)
 
 
 def alibi_slopes(n_heads: int) -> Float[np.ndarray, " H"]:
@@ -151,13 +195,18 @@ def alibi_bias(
     If a query sees only its past, |i - j| = i - j, and softmax ignores the part -slope * i that
     all keys of a query share: slope * j, [1, H, 1, S], says the same in O(S) memory. If it
     also sees its future the whole [1, H, T, S] must be built.
+
+    The cheap form has a limit: float32 logits that it is added to are rounded to 2^-24 of
+    slope * j, by up to 0.003 at 100,000 keys and 0.03 at a million for a slope of 1/2. Beyond some
+    hundred thousand tokens use rotary positions.
     """
     slopes = jnp.asarray(alibi_slopes(n_heads))[None, :, None, None]
-    k_index = jnp.arange(S, dtype=jnp.float32)[None, None, None, :]
+    k_index = jnp.arange(S, dtype=jnp.int32)[None, None, None, :]
     if causal:
-        return slopes * k_index
-    q_index = (q_offset + jnp.arange(T)).astype(jnp.float32)[None, None, :, None]
-    return -slopes * jnp.abs(q_index - k_index)
+        return slopes * k_index.astype(jnp.float32)
+    # Subtracted as integers: floats would be rounded from 2^24 on.
+    q_index = (q_offset + jnp.arange(T, dtype=jnp.int32))[None, None, :, None]
+    return -slopes * jnp.abs(q_index - k_index).astype(jnp.float32)
 
 
 def token_positions(

@@ -54,6 +54,82 @@ def test_scalings_of_the_frequencies():
     assert (np.diff(llama3) < 0).all()
 
 
+SCALINGS = [
+    None,
+    P.RopeScaling("linear", 8.0),
+    P.RopeScaling("linear", 0.2),  # above one radian per position
+    P.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_is_exact_at_sixteen_million_and_beyond(scaling, interleaved):
+    """A float32 product of position and frequency is off by 0.5 radians there."""
+    ends = (64, 131_072, 10**7, 16_800_000, 2**27)
+    positions = np.concatenate([[*range(end - 40, end), *range(-end, 2 - end)] for end in ends])
+    x = np.random.default_rng(0).normal(size=(1, len(positions), 1, 64)).astype(np.float32)
+    options = dict(theta=500000.0, scaling=scaling, interleaved=interleaved)
+    rotate = jax.jit(lambda x, at: P.apply_rope(x, at, **options))
+    got = rotate(x, jnp.asarray(positions)[None])
+    frequencies = P.rope_frequencies(64, 500000.0, scaling)
+    turn = np.exp(1j * positions.astype(np.longdouble)[:, None] * frequencies)[None, :, None]
+    if interleaved:
+        want = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
+        ours = got[..., 0::2] + 1j * got[..., 1::2]
+    else:
+        want = (x[..., :32] + 1j * x[..., 32:]) * turn
+        ours = got[..., :32] + 1j * got[..., 32:]
+    assert np.abs(np.asarray(ours) - want).max() < 5e-7 * np.abs(want).max()
+
+
+def test_rope_of_counted_positions_is_exact_at_ten_million():
+    """Positions as a state counts them, from 10^7 on; a score depends on the distance alone."""
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 64))
+
+    @jax.jit
+    def scores(start):
+        at = P.token_positions(1, 5, start=start[None])
+        keys = P.apply_rope(jnp.broadcast_to(k, (1, 5, 1, 64)), at)
+        return jnp.sum(P.apply_rope(q, at[:, 4:]) * keys, axis=-1)
+
+    want = scores(jnp.int32(0))
+    for start in (10**6, 10**7, 2**31 - 6):
+        np.testing.assert_allclose(scores(jnp.int32(start)), want, atol=2e-5)
+
+
+def test_rope_takes_positions_of_every_integer_dtype():
+    frequencies = P.rope_frequencies(16)
+    want = P.rope_angles(jnp.asarray([[3, 100]], jnp.int32), frequencies)
+    for dtype in ("int8", "uint8", "int16", "uint16", "uint32"):
+        got = P.rope_angles(jnp.asarray([[3, 100]], dtype), frequencies)
+        np.testing.assert_array_equal(got, want)
+    beyond = P.rope_angles(jnp.asarray([[3, 2**31]], jnp.uint32), frequencies)
+    np.testing.assert_array_equal(beyond[:, 0], want[:, 0])
+    assert np.isnan(beyond[:, 1]).all()
+    with jax.enable_x64(True):
+        wide = P.rope_angles(jnp.asarray([[3, -(2**31) - 1]], jnp.int64), frequencies)
+        np.testing.assert_array_equal(wide[:, 0], want[:, 0])
+        assert wide.dtype == jnp.float32 and np.isnan(wide[:, 1]).all()
+    with pytest.raises(TypeError, match="positions must be integers, got float32"):
+        P.apply_rope(jnp.ones((1, 2, 1, 16)), jnp.ones((1, 2)))
+
+
+def test_rope_of_float64_is_float64():
+    with jax.enable_x64(True):
+        x = jnp.ones((1, 1, 1, 8), jnp.float64)
+        got = P.apply_rope(x, jnp.asarray([[10**7]]), interleaved=True)
+        turn = np.exp(1j * 1e7 * P.rope_frequencies(8)) * (1 + 1j)
+        np.testing.assert_allclose(got[0, 0, 0, 0::2], turn.real, atol=1e-8)
+        np.testing.assert_allclose(got[0, 0, 0, 1::2], turn.imag, atol=1e-8)
+
+
+def test_alibi_distances_are_whole_beyond_what_float32_counts():
+    got = P.alibi_bias(2, 2, 4, 2**24 + 1, causal=False)[0, :, :, 3]
+    slopes = P.alibi_slopes(2)[:, None]
+    np.testing.assert_array_equal(got, -slopes * np.float32([[2**24 - 2, 2**24 - 1]]))
+
+
 def test_alibi_slopes_are_the_papers():
     np.testing.assert_allclose(P.alibi_slopes(8), 2.0 ** -np.arange(1, 9))
     np.testing.assert_allclose(P.alibi_slopes(16)[:2], [2**-0.5, 2**-1.0])
