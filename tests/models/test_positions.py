@@ -59,6 +59,7 @@ SCALINGS = [
     P.RopeScaling("linear", 8.0),
     P.RopeScaling("linear", 0.2),  # above one radian per position
     P.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+    P.RopeScaling("per_frequency", factors=tuple(np.linspace(0.5, 9.0, 32))),
 ]
 
 
