@@ -18,10 +18,10 @@ _COMMON = """
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens max_new_tokens
     chunk_size_feed_forward gradient_checkpointing finetuning_task task_specific_params
     id2label label2id num_labels problem_type tokenizer_class prefix tf_legacy_loss
-    initializer_range is_decoder tie_encoder_decoder
+    initializer_range is_decoder tie_encoder_decoder _num_labels output_past
 """
 _GPT2 = """
-    resid_pdrop embd_pdrop attn_pdrop n_ctx reorder_and_upcast_attn predict_special_tokens
+    resid_pdrop embd_pdrop attn_pdrop n_ctx reorder_and_upcast_attn predict_special_tokens n_special
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
 """
 # max_sequence_length: of the first Llamas, beside max_position_embeddings.

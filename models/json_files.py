@@ -8,6 +8,7 @@ from tilescan.models.checkpoint_errors import CheckpointError, MissingFileError,
 
 # The index of a model of a trillion parameters takes about 10 MB.
 MOST_BYTES = 32 * 2**20
+MOST_LEVELS = 64
 
 
 def read_json(file: pathlib.Path, what: str) -> dict[str, Any]:
@@ -47,6 +48,8 @@ def parse_json(content: bytes, wrong: str) -> dict[str, Any]:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{wrong}: {error}") from error
+    if _levels(value) > MOST_LEVELS:
+        raise CheckpointError(f"{wrong}: it is nested more than {MOST_LEVELS} levels deep")
     if not isinstance(value, dict):
         raise CheckpointError(f"{wrong}: it must be a JSON object, not {short(value)}")
     return value
@@ -59,3 +62,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(key for key in values if keys.count(key) > 1)
         raise ValueError(f"the key {short(repeated)} stands there twice")
     return values
+
+
+def _levels(value: Any) -> int:
+    """How deep lists and objects are nested, up to MOST_LEVELS + 1."""
+    level = [value] if isinstance(value, dict | list) else []
+    found = 0
+    while level and found <= MOST_LEVELS:
+        containers = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for inner in containers for v in inner if isinstance(v, dict | list)]
+        found += 1
+    return found

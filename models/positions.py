@@ -55,7 +55,7 @@ class RopeScaling:
         for name, value in [*positive.items(), *(("factors", f) for f in self.factors or ())]:
             if not 0 < value < math.inf:
                 raise ValueError(
-                    f"rope_scaling.{name} must be positive, got {value}; e.g. 1.0, any finite one"
+                    f"rope_scaling.{name} must be positive, got {value}; any finite number above 0"
                 )
         if not self.low_freq_factor < self.high_freq_factor < math.inf:
             raise ValueError(

@@ -92,6 +92,7 @@ def _existing(folder: pathlib.Path, names: list[str]) -> list[pathlib.Path]:
     if absent:
         raise MissingFileError(f"{folder} lacks {', '.join(absent)}")
     for name in names:
+        # A link may lead elsewhere: that is how download caches store files.
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is no file")
     return [folder / name for name in names]

@@ -9,72 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from checkpoint_samples import (
+    CONFIGS,
+    GGUF,
+    GPT2,
+    LLAMA,
+    MAMBA,
+    MAMBA2,
+    TOKENS,
+    random_params,
+    rewrite,
+    write_gguf,
+)
 
-from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.models import LanguageModel
 from tilescan.models.checkpoints import load_pretrained, save_pretrained
-from tilescan.models.weight_names import CheckpointError, gguf_llama_entries
-
-LLAMA = LanguageModelConfig(
-    vocab_size=40, d_model=32, repeats=2, n_heads=4, n_kv_heads=2, mlp_dim=64, max_len=128
-)
-GPT2 = LanguageModelConfig(
-    vocab_size=40,
-    d_model=32,
-    repeats=2,
-    n_heads=4,
-    position="learned",
-    norm="layernorm",
-    mlp="gelu_tanh",
-    attention_bias=True,
-    mlp_bias=True,
-)
-MAMBA = LanguageModelConfig(
-    vocab_size=40,
-    d_model=32,
-    repeats=2,
-    pattern=("mamba",),
-    position="none",
-    mixers=dict(mamba=dict(state_dim=4)),
-)
-MAMBA2 = dataclasses.replace(
-    MAMBA, pattern=("mamba2",), mixers=dict(mamba2=dict(state_dim=4, head_dim=8, n_groups=2))
-)
-CONFIGS = {
-    "mamba": MAMBA,
-    "mamba-untied-bias-rank": dataclasses.replace(
-        MAMBA,
-        tie_embeddings=False,
-        norm_eps=1e-4,
-        mixers=dict(mamba=dict(dt_rank=5, expand=3, conv_width=3, use_bias=True, conv_bias=False)),
-    ),
-    "mamba2": MAMBA2,
-    "mamba2-untied-bias-limit": dataclasses.replace(
-        MAMBA2,
-        tie_embeddings=False,
-        mixers=dict(mamba2=dict(head_dim=16, use_bias=True, dt_limit=(0.1, 2.0))),
-    ),
-    "llama": LLAMA,
-    "llama-untied-bias-scaled": dataclasses.replace(
-        LLAMA,
-        tie_embeddings=False,
-        attention_bias=True,
-        mlp_bias=True,
-        rope_theta=500.0,
-        rope_scaling=dict(kind="llama3", factor=8.0),
-    ),
-    "gpt2": GPT2,
-    "gpt2-untied": dataclasses.replace(GPT2, tie_embeddings=False),
-}
-TOKENS = jnp.arange(12).reshape(2, 6) * 3
-
-
-def random_params(config):
-    shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), TOKENS)["params"]
-    rng = np.random.default_rng(0)
-    draw = lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32)
-    return jax.tree.map(draw, nn.unbox(shapes))
+from tilescan.models.weight_names import CheckpointError
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -135,13 +85,6 @@ def test_fields_of_absent_blocks_and_ways_to_run_stop_no_export(tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     with pytest.raises(CheckpointError, match="mamba2 layout has no place for position='learned'"):
         save_pretrained(tmp_path, dataclasses.replace(config, position="learned"), {})
-
-
-def rewrite(folder, change):
-    file = folder / "model.safetensors"
-    tensors = safetensors.numpy.load_file(file)
-    change(tensors)
-    safetensors.numpy.save_file(tensors, file)
 
 
 def test_names_without_prefix_and_buffers_are_understood(tmp_path):
@@ -291,37 +234,6 @@ def test_only_models_that_fit_a_layout_are_exported(tmp_path):
 
 
 # GGUF
-
-
-def write_gguf(path, config, params, quantize=False, **fields):
-    """A llama file as llama.cpp's converter writes it (the parts that are read)."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.repeats)
-    writer.add_context_length(config.max_len)
-    writer.add_embedding_length(config.d_model)
-    writer.add_feed_forward_length(config.mlp_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_token_list([f"token{i}" for i in range(config.vocab_size)])
-    flat = {"/".join(p): v for p, v in flatten_dict(params).items()}
-    for entry in gguf_llama_entries(config):
-        for i in range(config.repeats if entry.per_layer else 1):
-            tensor = entry.write([flat[p][i] if entry.per_layer else flat[p] for p in entry.paths])
-            if quantize and tensor.ndim == 2:
-                kind = gguf.GGMLQuantizationType.Q8_0
-                data = gguf.quantize(tensor, kind)
-                writer.add_tensor(entry.name.format(i), data, raw_dtype=kind)
-            else:
-                writer.add_tensor(entry.name.format(i), tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-GGUF = dataclasses.replace(LLAMA, position="rope_interleaved", rope_theta=100.0, norm_eps=0.5)
 
 
 @pytest.mark.parametrize("tied", [True, False])

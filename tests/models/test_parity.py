@@ -109,6 +109,18 @@ CASES = {
         "5GB",
     ),
     "llama3-rope": ("llama", LLAMA | dict(rope_parameters=LLAMA3_ROPE), "5GB"),
+    "mamba2-defaults": (
+        "mamba2",
+        dict(hidden_size=256, num_heads=8, num_hidden_layers=2, vocab_size=101),
+        "5GB",
+        "float32",
+        ("head_dim", "n_groups", "state_size", "expand", "conv_kernel", "use_bias", "use_conv_bias")
+        + ("layer_norm_epsilon", "hidden_act", "time_step_limit", "tie_word_embeddings"),
+    ),
+    "gpt2-float16": ("gpt2", GPT2, "5GB", "float16"),
+    "llama-float16": ("llama", LLAMA, "5GB", "float16"),
+    "mamba-float16": ("mamba", MAMBA, "5GB", "float16"),
+    "mamba2-float16": ("mamba2", MAMBA2, "5GB", "float16"),
 }
 
 
@@ -147,6 +159,20 @@ def test_logits_are_those_of_transformers(case, folder):
     print(f"{case}: largest error {error:.1e} of logits up to {np.abs(logits).max():.1f}")
     assert error < 1e-4
     assert np.abs(expected["logits"]).max() > 1  # the weights say something
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("float16")])
+def test_float16_files_agree_to_the_error_of_float16(case, folder):
+    """`transformers` computes them in float16; here `dtype` says what does."""
+    expected = np.load(folder / case / "expected.npz")
+    error_of_float16 = np.abs(expected["of_dtype"] - expected["logits"]).max()
+    assert 1e-3 < error_of_float16 < 1e-2
+    for dtype in ("float32", "float16"):
+        config, params = load_pretrained(folder / case, dtype=dtype, param_dtype=dtype)
+        logits, _ = LanguageModel(config).apply({"params": params}, jnp.asarray(expected["tokens"]))
+        error = np.abs(np.asarray(logits, np.float32) - expected["of_dtype"]).max()
+        print(f"{case}, {dtype}: {error:.1e}, of float16 itself {error_of_float16:.1e}")
+        assert error < 3 * error_of_float16
 
 
 def test_shards_are_read_through_their_index(folder):

@@ -168,3 +168,30 @@ def test_odd_heads_and_unknown_scalings_are_refused():
         P.rope_frequencies(5)
     with pytest.raises(ValueError, match="factor must be positive, got 0"):
         P.RopeScaling("linear", 0)
+
+
+def test_each_frequency_may_have_its_own_factor():
+    plain = P.rope_frequencies(8)
+    scaled = P.rope_frequencies(8, scaling=P.RopeScaling("per_frequency", factors=[1, 2, 4, 8]))
+    np.testing.assert_allclose(scaled, plain / [1, 2, 4, 8], rtol=1e-15)
+    both = P.RopeScaling("per_frequency", 3.0, factors=[1, 2, 4, 8])
+    np.testing.assert_allclose(P.rope_frequencies(8, scaling=both), scaled / 3, rtol=1e-15)
+    with pytest.raises(ValueError, match="factors are 4, but head_dim=6 has 3 frequencies"):
+        P.rope_frequencies(6, scaling=both)
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        (dict(factor=float("nan")), "factor must be positive, got nan"),
+        (dict(factor=float("inf")), "factor must be positive, got inf"),
+        (dict(kind="llama3", low_freq_factor=4.0), "high_freq_factor=4.0 must be .* above low"),
+        (dict(kind="llama3", original_max_len=0), "original_max_len must be positive, got 0"),
+        (dict(factors=(1.0,)), "kind='linear': 'per_frequency' needs them"),
+        (dict(kind="per_frequency"), "factors=None with kind='per_frequency'"),
+        (dict(kind="per_frequency", factors=(1.0, 0.0)), "factors must be positive, got 0.0"),
+    ],
+)
+def test_scalings_that_would_give_no_numbers_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        P.RopeScaling(**fields)
