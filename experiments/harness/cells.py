@@ -65,6 +65,7 @@ def sweep(
     *,
     seeds: Sequence[int] = (0,),
     seconds: float | Callable[..., float] = 1.0,
+    where: Callable[..., bool] = lambda **point: True,
     **axes: Sequence[Any],
 ) -> list[Cell]:
     """Makes a cell for each point of the grid of `axes` and each seed.
@@ -76,11 +77,14 @@ def sweep(
         it; the point itself is added, so that tables can select and group by it.
       seeds: a cell each.
       seconds: rough duration of a cell, or a function of the axes.
+      where: function of the axes (by name): False leaves a point out.
       **axes: {name: values}; the last one varies fastest.
     """
     made = []
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
+        if not where(**point):
+            continue
         own = settings(**point) if callable(settings) else settings
         cost = seconds(**point) if callable(seconds) else seconds
         made += [

@@ -5,7 +5,7 @@ no criterion stands twice, in words and in code.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tilescan.experiments.harness.records import Records
@@ -122,3 +122,9 @@ def within(value: float | None, low: float, high: float) -> bool | None:
 def grows(values: Sequence[float]) -> bool | None:
     """Returns whether the last of at least two values is above the first."""
     return values[-1] > values[0] if len(values) > 1 else None
+
+
+def every(conditions: Iterable[bool]) -> bool | None:
+    """Returns whether all conditions hold; None if there are none: nothing was measured."""
+    conditions = list(conditions)
+    return all(conditions) if conditions else None

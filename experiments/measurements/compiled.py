@@ -37,48 +37,49 @@ def compiled_memory(function: Callable, *arguments: Any) -> dict[str, float]:
     }
 
 
-def longest_within(
-    need: Callable[[int], float], budget: float, start: int, step: int, tolerance: float = 0.02
+def largest_within(
+    need: Callable[[int], float], budget: float, start: int, step: int = 1, tolerance: float = 0.0
 ) -> tuple[int, dict[int, float]]:
-    """The greatest multiple of `step` whose need is within the budget, and all needs asked for.
+    """Returns the largest multiple of `step` whose need is within the budget, by few calls.
 
-    Needs are taken to grow with the length, about linearly: each length to try is where the line
-    through the two nearest ones meets the budget, between one that fits and one that does not.
+    Needs grow with the size, about linearly: each size to try is where the line through the two
+    nearest needs meets the budget, or the middle where lines keep ending on one side of it.
 
     Args:
-      need: of a length, a positive multiple of step.
+      need: bytes, say, of a size: a length or a batch, a positive multiple of step.
       budget: the most that is allowed.
-      start: the first length to try.
-      step: lengths are multiples of it.
-      tolerance: stop where the two ends are nearer than that share of the length.
+      start: the first size to try.
+      step: sizes are multiples of it.
+      tolerance: stop where the next size to try would be larger by that share and a step at most.
 
     Returns:
-      (length, {length: need}); the length is 0 if not even one step fits.
+      (size, {size: need} of all that were tried); the size is 0 if not even one step fits.
     """
-    known: dict[int, float] = {}
-    length = max(step, start // step * step)
+    known: dict[int, float] = {}  # by multiples of step, as all numbers below
+    n, fitting, failing, sides = max(1, start // step), 0, None, []
     while True:
-        known[length] = need(length)
-        fits = max((n for n, bytes_ in known.items() if bytes_ <= budget), default=0)
-        fails = min((n for n, bytes_ in known.items() if bytes_ > budget), default=None)
-        gap = max(step, int(tolerance * fits) // step * step)
-        if fails is not None and fails - fits <= gap:
-            return fits, known
-        length = _guess(known, budget, step)
-        length = max(length, fits + gap)
-        if fails is not None:
-            length = min(length, fails - gap)
-        length = max(step, length, fits + step)
+        known[n] = need(n * step)
+        sides.append(known[n] <= budget)
+        fitting, failing = (n, failing) if sides[-1] else (fitting, n)
+        gap = 1 + int(tolerance * fitting)
+        if failing is not None and failing - fitting <= gap:
+            return fitting * step, {m * step: bytes_ for m, bytes_ in known.items()}
+
+        # Every new size takes at least the gap from what is left.
+        if failing is None:
+            n = min(max(_on_line(known, budget), fitting + gap), 4 * fitting)
+        else:
+            stuck = fitting and len(sides) > 3 and len(set(sides[-3:])) == 1
+            n = (fitting + failing) // 2 if stuck else _on_line(known, budget)
+            n = min(max(n, fitting + gap), max(failing - gap, fitting + 1))
 
 
-def _guess(known: dict[int, float], budget: float, step: int) -> int:
-    if len(known) == 1:
-        ((n, bytes_),) = known.items()
-        slope, n0, bytes0 = bytes_ / n, n, bytes_
-    else:
-        nearest = sorted(known, key=lambda n: abs(known[n] - budget))[:2]
-        n0, n1 = sorted(nearest)
-        bytes0, slope = known[n0], (known[n1] - known[n0]) / (n1 - n0)
-    if slope <= 0:
-        return 2 * max(known)
-    return int(min(n0 + (budget - bytes0) / slope, 4 * max(known))) // step * step
+def _on_line(known: dict[int, float], budget: float) -> int:
+    """Returns where the line through the two needs nearest to the budget meets it.
+
+    With one need alone, the line is that through 0.
+    """
+    nearest = sorted(known, key=lambda n: abs(known[n] - budget))[:2]
+    a, b = sorted(nearest if len(nearest) == 2 else [0, *nearest])
+    low = known.get(a, 0.0)
+    return a + int((budget - low) / max(known[b] - low, 1) * (b - a))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from tilescan.experiments.measurements import timing
-from tilescan.experiments.measurements.compiled import compiled_memory, longest_within
+from tilescan.experiments.measurements.compiled import compiled_memory, largest_within
 from tilescan.experiments.papers.stream_bp.losses import (
     CHECKPOINT,
     SFT,
@@ -45,7 +45,7 @@ def longest(settings: Mapping[str, Any], seed: int) -> dict:
         return compiled_memory(jax.grad(loss, has_aux=True), params, batch)["temp_bytes"]
 
     budget = settings["budget_gb"] * GB
-    length, tried = longest_within(need, budget, settings["start"], settings["step"])
+    length, tried = largest_within(need, budget, settings["start"], settings["step"], 0.02)
     return {
         "length": length,
         "tried": sorted(tried.items()),

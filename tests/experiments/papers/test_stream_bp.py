@@ -7,7 +7,7 @@ import pytest
 
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.measurements.compiled import compiled_memory, longest_within
+from tilescan.experiments.measurements.compiled import compiled_memory, largest_within
 from tilescan.experiments.papers import stream_bp
 from tilescan.experiments.papers.stream_bp import claims as stream_bp_claims
 from tilescan.experiments.papers.stream_bp import losses as stream_bp_losses
@@ -45,10 +45,10 @@ def test_the_longest_length_is_found_in_few_steps(start):
         asked.append(n)
         return 40 + 3.0 * n + 1e-4 * n * n
 
-    length, known = longest_within(need, 3100.0, start, 10)
+    length, known = largest_within(need, 3100.0, start, 10, 0.02)
     assert length == 980 or need(length + 20) > 3100.0 >= need(length)
     assert len(known) <= 7 and all(n % 10 == 0 for n in known)
-    assert longest_within(lambda n: 1e9, 3100.0, 640, 10)[0] == 0
+    assert largest_within(lambda n: 1e9, 3100.0, 640, 10)[0] == 0
 
 
 def test_memory_is_the_compilers():
