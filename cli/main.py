@@ -227,7 +227,7 @@ def _list(options) -> int:
         measured = [
             scale
             for scale in papers.SCALES
-            if root and (root / name / scale / "tables.md").exists()
+            if root and (root / name / scale / "tables.json").exists()
         ]
         cells = " / ".join(map(str, counts))
         table.add_row(name, paper.title, cells, ", ".join(measured) or "not yet")

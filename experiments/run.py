@@ -11,8 +11,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from tilescan.experiments import report
+from tilescan.experiments.harness import publish as publish_lib
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import runner as harness
+from tilescan.experiments.harness.results import collect
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/PAPER.py:SCALE")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records [runs/PAPER/SCALE].")
@@ -29,12 +31,13 @@ def measure(config, workdir=None, only="", publish=False) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished cells are in {workdir}; the same command goes on there.")
         return 130
-    report.write(paper, workdir)
-    report.show(paper, workdir)
+    results = collect(paper, workdir)
+    publish_lib.write(results, workdir)
+    report.show(results, workdir)
     for cell, reason in outcome.failed.items():
         print(f"FAILED {cell}: {reason}\n  {workdir / 'errors' / cell}.txt", file=sys.stderr)
     if publish:
-        report.publish(paper, workdir, pathlib.Path("results"))
+        publish_lib.publish(paper, workdir, pathlib.Path("results"))
     return 1 if outcome.failed else 0
 
 

@@ -11,6 +11,21 @@ from tilescan.experiments.harness.claims import Claim
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.tables import Table
 
+# In the order in which results list them.
+FAMILIES = (
+    "kernels",
+    "state space models",
+    "sequence parallelism",
+    "architectures",
+    "training dynamics",
+    "decoding",
+    "retrieval",
+    "memorization",
+    "speech",
+    "translation",
+    "proteins",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -45,6 +60,7 @@ class Paper:
       name: its folder's and its config's name.
       title: the paper's title, with its source.
       summary: two sentences for a reader of the results.
+      family: under which RESULTS.md lists it: one of FAMILIES.
       cells: the measurements that a config asks for.
       tables, claims, figures: pure functions of the records; figures gives {name: SVG text}.
     """
@@ -56,6 +72,16 @@ class Paper:
     tables: Callable[[Records], Sequence[Table]]
     claims: Callable[[Records], Sequence[Claim]]
     figures: Callable[[Records], Mapping[str, str]] = lambda records: {}
+    family: str = "kernels"
+
+    @property
+    def short_title(self) -> str:
+        """The title without its subtitle and its source."""
+        return self.title.partition(":")[0].partition("(")[0].strip()
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"family={self.family!r} is not one of {', '.join(FAMILIES)}")
 
 
 def sweep(

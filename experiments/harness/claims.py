@@ -5,6 +5,7 @@ no criterion stands twice, in words and in code.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ class Claim:
       criterion: the predicate with its threshold, in words that match the code.
       status: "shown", "not shown", or "needs scale: ..." when these runs cannot decide.
       evidence: the measured numbers that decided.
+      why: of a claim that is not shown, what is known of the cause, in one sentence.
+      effect: the published and the measured size of the effect, where both are numbers.
     """
 
     name: str
@@ -32,10 +35,49 @@ class Claim:
     criterion: str
     status: str
     evidence: str
+    why: str = ""
+    effect: "Effect | None" = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the claim as plain values, without what it does not say."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """An effect in numbers: how far the measured one goes of the published one.
+
+    Attributes:
+      published: its size in the paper.
+      measured: its size here, a number for each seed or round (one where there is one).
+      kind: "ratio", where 1 is no effect, or "difference", where 0 is.
+    """
+
+    published: float
+    measured: Sequence[float]
+    kind: str = "ratio"
+
+    def __post_init__(self):
+        if self.kind not in ("ratio", "difference"):
+            raise ValueError(f"kind={self.kind!r} is neither 'ratio' nor 'difference'")
+
+    def shares(self) -> list[float]:
+        """Returns the measured effects on an axis where 0 is none and 1 is the published one."""
+        if self.kind == "ratio":
+            return [math.log(value) / math.log(self.published) for value in self.measured]
+        return [value / self.published for value in self.measured]
 
 
 def judge(
-    name: str, statement: str, criterion: str, holds: bool | None, evidence: str, needs: str = ""
+    name: str,
+    statement: str,
+    criterion: str,
+    holds: bool | None,
+    evidence: str,
+    needs: str = "",
+    *,
+    why: str = "",
+    effect: Effect | None = None,
 ) -> Claim:
     """Claim whose status is what the predicate `holds` came to.
 
@@ -47,13 +89,17 @@ def judge(
       evidence: the numbers.
       needs: the scale that would decide, for `holds=None` of claims out of this scale's reach;
         without it a missing measurement counts as not shown.
+      why: what is known of the cause, should the claim not be shown.
+      effect: its size, published and measured.
     """
     if holds is None:
         status = f"{NEEDS}{needs}" if needs else NOT_SHOWN
         evidence = evidence or "its measurements are missing"
     else:
         status = SHOWN if holds else NOT_SHOWN
-    return Claim(name, statement, criterion, status, evidence)
+    return Claim(
+        name, statement, criterion, status, evidence, why if status == NOT_SHOWN else "", effect
+    )
 
 
 def undecided(claim: Claim, needs: str) -> Claim:
@@ -69,11 +115,20 @@ class Verdict(NamedTuple):
     criterion: str
     holds: bool | None
     evidence: str
+    effect: Effect | None = None
 
 
-def claim(name: str, statement: str, verdict: Verdict | tuple, needs: str = "") -> Claim:
-    """Returns the claim whose criterion, status and evidence come from one predicate."""
-    return judge(name, statement, *verdict, needs=needs)
+def claim(name: str, statement: str, verdict: Verdict, needs: str = "", why: str = "") -> Claim:
+    """Returns the claim whose criterion, status and evidence come from one predicate.
+
+    Args:
+      name: short name.
+      statement: what the paper says.
+      verdict: of the predicate.
+      needs, why: as of `judge`.
+    """
+    criterion, holds, evidence, effect = verdict
+    return judge(name, statement, criterion, holds, evidence, needs, why=why, effect=effect)
 
 
 def not_run(name: str, statement: str, criterion: str, needs: str) -> Claim:

@@ -123,6 +123,25 @@ def line_figure(
     return line_chart({"": shown}, x_label=x, y_label=y, log_x=True, log_y=log, dashed=dashed)
 
 
+def effects_chart(effects: Mapping[str, Sequence[float]]) -> str:
+    """Returns an SVG with a row an effect: dots where measured, on an axis from none to published.
+
+    Args:
+      effects: {name: measured effects as shares of the published one, a number for each seed}.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(9, 0.9 + 0.28 * len(effects)))
+        for place, shares in enumerate(reversed(effects.values())):
+            shown = [min(max(share, -1.0), 3.0) for share in shares]  # an outlier stays on the edge
+            axis.plot(shown, [place] * len(shown), MARKERS[0], color=COLOURS[0], alpha=0.8)
+        axis.set_yticks(range(len(effects)), list(reversed(effects)))
+        axis.set_ylim(-0.7, len(effects) - 0.3)
+        for value, style in ((0.0, "-"), (1.0, "--")):
+            axis.axvline(value, color=_INK, linestyle=style, linewidth=1)
+        axis.set_xlabel("measured effect; 0: none, 1: as published")
+        return _to_svg(figure)
+
+
 def _short(value: float) -> str:
     """16384 as 16k: tick labels must not touch."""
     return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"

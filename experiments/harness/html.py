@@ -1,9 +1,11 @@
-"""results/index.html: one static page that needs no network and no script."""
+"""Results as pages that need no network and no script: an overview, and a page for each paper."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from tilescan.experiments.harness.claims import NOT_SHOWN, SHOWN
+from tilescan.experiments.harness import markdown, matrix
+from tilescan.experiments.harness.claims import NOT_SHOWN, SHOWN, Claim
+from tilescan.experiments.harness.records import Record
 from tilescan.experiments.harness.results import Results, provenance
 from tilescan.experiments.harness.tables import LABEL, Table
 
@@ -50,93 +52,208 @@ tbody tr:hover { background: var(--box); }
 .claims td.status { font-weight: 650; }
 .shown { color: var(--good); }
 .refuted { color: var(--bad); }
+.family th { text-align: left; padding-top: 1.1rem; border-bottom: 1px solid var(--soft); }
+.symbols a { text-decoration: none; font-weight: 650; padding: 0 .1rem; }
+svg.curve { width: 6rem; height: 1.4rem; vertical-align: middle; }
+svg.curve polyline { fill: none; stroke: var(--published); stroke-width: 1.5; }
+tr:target { background: var(--box); outline: 2px solid var(--published); }
 """.strip()
 
+_KINDS = """<span class="published">Published</span> columns stand in the paper,
+<span class="measured">measured</span> ones were measured by this code on the machine that is named,
+<span class="static">static</span> ones come from a compiler or a formula, without running."""
 
-def render(found: Sequence[Results]) -> str:
-    """The page for all results."""
-    links = "".join(
-        f'<a href="#{_anchor(r)}">{_text(r.paper.title.partition("(")[0].strip())} · {r.scale}</a>'
-        for r in found
+
+def overview(found: Sequence[Results], code: Mapping[str, str]) -> str:
+    """Returns the page of all papers: the matrix, the effects, and what did not come out."""
+    figure = ""
+    if matrix.effects(found):
+        figure = (
+            "<h2>Effects</h2>\n<p>Measured effects on an axis where 0 is no effect and 1 the "
+            'published one; a dot a seed.</p>\n<figure><img src="effects.svg" alt="effects" />'
+            "</figure>"
+        )
+    items = "\n".join(
+        f'<li><a href="{_claim_link(r, c)}">{_text(r.paper.short_title)}: {_text(c.name)}</a> '
+        f"({_text(c.evidence)}): {_text(c.why or 'the cause is not known')}.</li>"
+        for r, c in matrix.not_shown(found)
     )
+    return _page(
+        "Tilescan: results",
+        f"""<header>
+<h1>Tilescan: results</h1>
+<p>Every claim has a criterion that the numbers can fail. {_text(matrix.LEGEND)}</p>
+</header>
+<main>
+{_matrix(found, code)}
+{figure}
+<h2>Where it did not come out</h2>
+<ul>
+{items}
+</ul>
+</main>""",
+    )
+
+
+def paper_page(found: Sequence[Results]) -> str:
+    """Returns the page of a paper: each of its scales, and the records that its numbers are of."""
+    paper = found[0].paper
     sections = "\n".join(_section(results) for results in found)
+    return _page(
+        paper.title,
+        f"""<header>
+<p><a href="../index.html">All papers</a></p>
+<h1>{_text(paper.title)}</h1>
+<p>{_text(paper.summary)}</p>
+<p class="soft">{_KINDS} Every claim has a criterion that the numbers can fail; it was fixed before
+them, unless its row says which run it was chosen on.</p>
+</header>
+<main>
+{sections}
+</main>""",
+    )
+
+
+def _page(title: str, body: str) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8" />
 <meta name="viewport" content="width=device-width, initial-scale=1" />
-<title>Tilescan: results</title>
+<link rel="icon" href="data:," />
+<title>{_text(title)}</title>
 <style>
 {_CSS}
 </style>
 </head>
 <body>
-<header>
-<h1>Tilescan: results</h1>
-<p><span class="published">Published</span> columns stand in the papers,
-<span class="measured">measured</span> ones were measured by this code on the machine that is named,
-<span class="static">static</span> ones come from a compiler or a formula, without running.
-Every claim has a criterion that the numbers can fail; it was fixed before them, unless its row says
-which run it was chosen on.</p>
-<nav>{links}</nav>
-</header>
-<main>
-{sections}
-</main>
+{body}
 </body>
 </html>
 """
 
 
+def _matrix(found: Sequence[Results], code: Mapping[str, str]) -> str:
+    titles = ("paper", "claims", "shown", "seeds", "minutes", "machine", "measured", "code")
+    head = "".join(f'<th class="label">{title}</th>' for title in titles)
+    lines, family = [], ""
+    for row in matrix.rows(found, code):
+        if row.paper.family != family:
+            family = row.paper.family
+            lines.append(f'<tr class="family"><th colspan="{len(titles)}">{family}</th></tr>')
+        link = f"{row.folder}/index.html"
+        symbols = "".join(
+            f'<a class="{_style(c)}" href="{link}#{row.scale}-{_anchor(c.name)}" '
+            f'title="{_text(c.name)}: {_text(c.status)}">{matrix.symbol(c)}</a>'
+            for c in row.claims
+        )
+        scale = "" if row.scale == "cpu" else f" ({row.scale})"
+        cells = (row.shown, row.seeds, f"{row.minutes:.0f}", row.machine, row.measured, row.code)
+        lines.append(
+            f'<tr><td class="label"><a href="{link}">{_text(row.paper.short_title)}</a>{scale}</td>'
+            f'<td class="label symbols">{symbols}</td>'
+            + "".join(f'<td class="label">{_text(str(cell))}</td>' for cell in cells)
+            + "</tr>"
+        )
+    return _wrap("Papers", "matrix", head, lines, "")
+
+
 def _section(results: Results) -> str:
+    scale = results.scale
     figures = "\n".join(
-        f'<figure><img src="{results.folder}/figures/{name}.svg" alt="{_text(name)}" />'
+        f'<figure><img src="{scale}/figures/{name}.svg" alt="{_text(name)}" />'
         f"<figcaption>{_text(name.replace('-', ' '))}</figcaption></figure>"
         for name in results.figures
     )
-    tables = "\n".join(_table(table) for table in results.tables)
+    tables = "\n".join(_table(table, scale) for table in results.tables)
     links = " · ".join(
-        f'<a href="{results.folder}/{path}">{text}</a>'
+        f'<a href="{scale}/{path}">{text}</a>'
         for path, text in (("tables.json", "tables as JSON"), ("config.json", "config"))
     )
-    about = _text(f"Scale {results.scale} · {provenance(results.records)}")
-    return f"""<section id="{_anchor(results)}">
-<h2>{_text(results.paper.title)}</h2>
-<p>{_text(results.paper.summary)}</p>
-<p class="soft">{about} · {links}</p>
+    return f"""<section id="{scale}">
+<h2>Scale {scale}</h2>
+<p class="soft">{_text(provenance(results.records))} · {links}</p>
 {_claims(results)}
 {figures}
 {tables}
+{_records(results)}
 </section>"""
 
 
 def _claims(results: Results) -> str:
     rows = []
     for claim in results.claims:
-        style = {SHOWN: "shown", NOT_SHOWN: "refuted"}.get(claim.status, "soft")
         cells = (claim.name, claim.statement, claim.criterion)
         body = "".join(f'<td class="label">{_text(cell)}</td>' for cell in cells)
+        why = f'<br /><span class="soft">{_text(claim.why)}.</span>' if claim.why else ""
         rows.append(
-            f'<tr>{body}<td class="label status {style}">{_text(claim.status)}</td>'
-            f'<td class="label">{_text(claim.evidence)}</td></tr>'
+            f'<tr id="{results.scale}-{_anchor(claim.name)}">{body}'
+            f'<td class="label status {_style(claim)}">{_text(claim.status)}</td>'
+            f'<td class="label">{_text(claim.evidence)}{why}</td></tr>'
         )
     titles = ("claim", "what the paper says", "criterion", "status", "evidence")
     head = "".join(f'<th class="label">{title}</th>' for title in titles)
     return _wrap("Claims", "claims", head, rows, "")
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, scale: str) -> str:
+    """A table; the label of a row leads to the first of the records that it was computed of."""
     head = []
     for column in table.columns:
         unit = f" ({column.unit})" if column.unit else ""
         kind = "" if column.kind == LABEL else f"<small>{column.kind}</small>"
         head.append(f'<th class="{column.kind}">{_text(column.title + unit)}{kind}</th>')
     rows = []
-    for row in table.texts():
-        cells = zip(row, table.columns, strict=True)
-        body = "".join(f'<td class="{column.kind}">{_text(text)}</td>' for text, column in cells)
-        rows.append(f"<tr>{body}</tr>")
+    sources = table.sources or [()] * len(table.rows)
+    for row, cells in zip(table.texts(), sources, strict=True):
+        body = [
+            f'<td class="{column.kind}">{_text(text)}</td>'
+            for text, column in zip(row, table.columns, strict=True)
+        ]
+        if cells:
+            about = _text(f"from {', '.join(cells)}")
+            link = f'<a href="#{scale}-record-{cells[0]}" title="{about}">{_text(row[0])}</a>'
+            body[0] = f'<td class="{table.columns[0].kind}">{link}</td>'
+        rows.append(f"<tr>{''.join(body)}</tr>")
     return _wrap(table.title, table.name, "".join(head), rows, table.note)
+
+
+def _records(results: Results) -> str:
+    """What each number hangs on: a row a cell, with its command and its training's curve."""
+    titles = ("record", "seed", "seconds", "commit", "machine", "finished", "data", "loss")
+    head = "".join(f'<th class="label">{title}</th>' for title in titles)
+    rows = []
+    for record in results.records:
+        machine = matrix.short_device(record.environment["device"])
+        finished = record.environment["finished"][:16].replace("T", " ")
+        commit, data = markdown.commit(record), markdown.data(record)
+        cells = (record.seed, f"{record.seconds:.1f}", commit, machine, finished, data)
+        command = f"tilescan rerun {record.paper} {record.cell}"
+        link = f"{results.scale}/cells/{record.cell}.json"
+        rows.append(
+            f'<tr id="{results.scale}-record-{record.cell}"><td class="label">'
+            f'<a href="{link}" title="{_text(command)}">{_text(record.cell)}</a></td>'
+            + "".join(f'<td class="label">{_text(str(cell))}</td>' for cell in cells)
+            + f'<td class="label">{_curve(record)}</td></tr>'
+        )
+    note = "A record holds settings, numbers and curve; `tilescan rerun PAPER RECORD` repeats it."
+    return _wrap("Records", "records", head, rows, note)
+
+
+def _curve(record: Record) -> str:
+    """The loss over the steps of a training, as a small drawing."""
+    if not record.curve or len(record.curve["loss"]) < 2:
+        return ""
+    steps, loss = record.curve["steps"], record.curve["loss"]
+    low, high = min(loss), max(loss)
+    x = [100 * (s - steps[0]) / max(1, steps[-1] - steps[0]) for s in steps]
+    y = [20 - 18 * (v - low) / ((high - low) or 1) for v in loss]
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    return (
+        f'<svg class="curve" viewBox="0 0 100 22" preserveAspectRatio="none" role="img">'
+        f"<title>loss {loss[0]:.3g} to {loss[-1]:.3g}</title>"
+        f'<polyline points="{points}" /></svg>'
+    )
 
 
 def _wrap(title: str, style: str, head: str, rows: Sequence[str], note: str) -> str:
@@ -150,8 +267,16 @@ def _wrap(title: str, style: str, head: str, rows: Sequence[str], note: str) -> 
 </tbody></table></div>{caption}"""
 
 
-def _anchor(results: Results) -> str:
-    return results.folder.replace("/", "-")
+def _style(claim: Claim) -> str:
+    return {SHOWN: "shown", NOT_SHOWN: "refuted"}.get(claim.status, "soft")
+
+
+def _claim_link(results: Results, claim: Claim) -> str:
+    return f"{results.paper.name}/index.html#{results.scale}-{_anchor(claim.name)}"
+
+
+def _anchor(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 def _text(value: str) -> str:

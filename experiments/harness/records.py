@@ -30,7 +30,9 @@ class Record:
       seed: random seed.
       result: the measured numbers.
       seconds: wall time of the cell.
-      environment: versions, device and commit, see `environment`.
+      environment: versions, device and commit, see `environment`; when it was finished; "code" and
+        "data", see `provenance`.
+      curve: {"steps", "loss"} of the cell's training, None where there is none.
     """
 
     paper: str
@@ -41,10 +43,14 @@ class Record:
     result: Mapping[str, Any]
     seconds: float
     environment: Mapping[str, Any]
+    curve: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """The record as text; `from_json` of it gives the same record back."""
-        return dumps({"schema": SCHEMA, **dataclasses.asdict(self)})
+        fields = dataclasses.asdict(self)
+        if self.curve is None:
+            del fields["curve"]
+        return dumps({"schema": SCHEMA, **fields})
 
     @classmethod
     def from_json(cls, text: str) -> "Record":

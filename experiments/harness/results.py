@@ -1,6 +1,7 @@
 """What is shown of one paper at one scale, computed from its records alone."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,46 +15,53 @@ from tilescan.experiments.harness.tables import Table
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All that is shown of one paper at one scale; `folder` is relative to results/."""
+    """All that is shown of one paper at one scale, computed from its records when asked for.
+
+    Attributes:
+      paper: how to read the records.
+      scale: of the config.
+      folder: relative to results/.
+      records: what was measured.
+    """
 
     paper: Paper
     scale: str
     folder: str
     records: Records
-    tables: Sequence[Table]
-    claims: Sequence[Claim]
-    figures: Mapping[str, str]
+
+    @functools.cached_property
+    def tables(self) -> Sequence[Table]:
+        """The paper's tables."""
+        return self.paper.tables(self.records)
+
+    @functools.cached_property
+    def claims(self) -> Sequence[Claim]:
+        """The paper's claims; at scale smoke, whose sizes show nothing, they are not decided."""
+        claims = self.paper.claims(self.records)
+        return [undecided(claim, "cpu") for claim in claims] if self.scale == "smoke" else claims
+
+    @functools.cached_property
+    def figures(self) -> Mapping[str, str]:
+        """The paper's figures, {name: SVG text}."""
+        return self.paper.figures(self.records)
 
 
 def collect(paper: Paper, folder: pathlib.Path, name: str = "") -> Results:
-    """Computes tables, claims and figures of the records in `folder`.
-
-    Scale smoke runs the code on sizes that show nothing: its claims are not decided.
+    """Returns the results whose records lie in `folder`; `name` is the folder's in results/.
 
     Raises:
       ValueError: the folder has no config.json, or a broken record.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-    except (OSError, KeyError, ValueError) as error:
+        scale = config["scale"]
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is no folder of results: config.json: {error}") from error
-    records = records_lib.load(folder)
-    claims = paper.claims(records)
-    if config["scale"] == "smoke":
-        claims = [undecided(claim, "cpu") for claim in claims]
-    return Results(
-        paper=paper,
-        scale=config["scale"],
-        folder=name,
-        records=records,
-        tables=paper.tables(records),
-        claims=claims,
-        figures=paper.figures(records),
-    )
+    return Results(paper, scale, name, records_lib.load(folder))
 
 
 def provenance(records: Records) -> str:
-    """Where the numbers come from, in one line: cells, time, device, versions, commit."""
+    """Returns where the numbers come from, in one line: cells, time, device, versions, commit."""
     if not len(records):
         return "nothing measured yet"
     environments = [record.environment for record in records]

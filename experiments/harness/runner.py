@@ -17,6 +17,7 @@ import ml_collections
 import rich.console
 import rich.progress
 
+from tilescan.experiments.harness import provenance
 from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.harness.records import Record
@@ -102,6 +103,7 @@ def _measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Re
     wants = "workspace" in inspect.signature(cell.measure).parameters
     options = {"workspace": Workspace(folder)} if wants else {}
     result = records_lib.plain(cell.measure(cell.settings, cell.seed, **options))
+    seconds = round(time.perf_counter() - start, 3)
     if not records_lib.is_finite(result):
         raise FloatingPointError(f"a measured number is not finite: {result}")
     return Record(
@@ -111,8 +113,14 @@ def _measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Re
         settings=records_lib.plain(cell.settings),
         seed=cell.seed,
         result=result,
-        seconds=round(time.perf_counter() - start, 3),
-        environment={**records_lib.environment(), "finished": records_lib.now()},
+        seconds=seconds,
+        environment={
+            **records_lib.environment(),
+            "finished": records_lib.now(),
+            "code": _keep_code(workdir, provenance.code_of(cell.measure)),
+            "data": provenance.data_checksums(cell.settings),
+        },
+        curve=provenance.training_curve(folder),
     )
 
 
@@ -125,6 +133,15 @@ def _keep(workdir: pathlib.Path, cell_id: str, record: Record) -> None:
             f"({error.strerror}); the cells before it are kept: make room, then run the same "
             "command to go on"
         ) from error
+
+
+def _keep_code(workdir: pathlib.Path, code: Mapping[str, str]) -> str:
+    """Adds the files that a measurement hangs on to `workdir`/code.json; returns their digest."""
+    path, digest = workdir / "code.json", provenance.digest(code)
+    known = records_lib.json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if digest not in known:
+        records_lib.write_atomically(path, records_lib.dumps({**known, digest: code}))
+    return digest
 
 
 def _shortened(text: str, most: int = 1000) -> str:

@@ -50,13 +50,18 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A named table; a cell is a string, a number, a `Spread`, or None for "not measured"."""
+    """A named table; a cell is a string, a number, a `Spread`, or None for "not measured".
+
+    Attributes:
+      sources: for each row the ids of the paper's cells that it was computed of, where known.
+    """
 
     name: str
     title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
     note: str = ""
+    sources: Sequence[Sequence[str]] = ()
 
     def __post_init__(self):
         for row in self.rows:
@@ -109,8 +114,10 @@ def table(
     name: str, title: str, rows: Iterable[Any], columns: Sequence[Column], note: str = ""
 ) -> Table:
     """Returns the table whose columns compute their values (`Column.of`) for each of the rows."""
+    rows = list(rows)
     values = [[column.of(row) for column in columns] for row in rows]
-    return Table(name, title, columns, values, note)
+    sources = [tuple(r.cell for r in getattr(row, "records", ())) for row in rows]
+    return Table(name, title, columns, values, note, sources if any(sources) else ())
 
 
 def percent(value: Spread | float | None) -> str:

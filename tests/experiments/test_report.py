@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 import types
 import xml.etree.ElementTree
 
@@ -10,9 +11,10 @@ import pytest
 
 from tilescan.experiments import report
 from tilescan.experiments.harness import cells as cells_lib
-from tilescan.experiments.harness import claims, figures, tables
+from tilescan.experiments.harness import claims, figures, publish, tables
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import runner as harness
+from tilescan.experiments.harness.results import collect
 from tilescan.experiments.harness.tables import Column, Table
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -42,7 +44,7 @@ def toy(monkeypatch):
     """A paper named toy that `papers` knows."""
 
     def cells(config):
-        measure = lambda settings, seed, folder: {"value": settings["x"] ** 2}
+        measure = lambda settings, seed: {"value": settings["x"] ** 2}
         return [cells_lib.Cell(f"x{x}", measure, {"x": x}) for x in (1, 2)]
 
     paper = cells_lib.Paper(
@@ -50,7 +52,10 @@ def toy(monkeypatch):
     )
     monkeypatch.setattr(papers, "NAMES", ("toy",))
     module = types.SimpleNamespace(PAPER=paper)
-    monkeypatch.setitem(__import__("sys").modules, "tilescan.experiments.papers.toy", module)
+    monkeypatch.setitem(sys.modules, "tilescan.experiments.papers.toy", module)
+    config = ml_collections.ConfigDict({"paper": "toy", "scale": "cpu"})
+    of_config = types.SimpleNamespace(get_config=lambda scale: config)
+    monkeypatch.setitem(sys.modules, "tilescan.configs.toy", of_config)
     return paper
 
 
@@ -64,15 +69,21 @@ def test_publish_writes_tables_figures_and_pages(toy, tmp_path, capsys):
     written = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert written == {
         "config.json", "cells/x1.json", "cells/x2.json",
-        "tables.json", "tables.md", "figures/values.svg",
+        "code.json", "tables.json", "figures/values.svg",
     }  # fmt: skip
     assert json.loads((folder / "tables.json").read_text())["claims"][0]["status"] == "shown"
-    markdown = (tmp_path / "RESULTS.md").read_text()
-    assert "| 2 | 1.00 | 4 |" in markdown and "results/toy/cpu/figures/values.svg" in markdown
-    page = (root / "index.html").read_text()
-    assert "Values &lt;of x&gt;" in page and 'src="toy/cpu/figures/values.svg"' in page
-    assert "http" not in page and "<script" not in page
-    xml.etree.ElementTree.fromstring(page.split("\n", 1)[1])  # every tag is closed
+    overview = (tmp_path / "RESULTS.md").read_text()
+    assert "| [Toy & paper](results/toy/README.md) | ✓ | 1 of 1 | 1 |" in overview
+    markdown = (root / "toy" / "README.md").read_text()
+    assert "| 2 | 1.00 | 4 |" in markdown and "](cpu/figures/values.svg)" in markdown
+    assert "| [x2](cpu/cells/x2.json) | 0 |" in markdown
+    page = (root / "toy" / "index.html").read_text()
+    assert "Values &lt;of x&gt;" in page and 'src="cpu/figures/values.svg"' in page
+    assert 'href="toy/index.html#cpu-grows"' in (root / "index.html").read_text()
+    for page in (root / "index.html", root / "toy" / "index.html"):
+        text = page.read_text()
+        assert "http" not in text and "<script" not in text
+        xml.etree.ElementTree.fromstring(text.split("\n", 1)[1])  # every tag is closed
 
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert report.main(["--results", str(root)]) == 0
@@ -81,8 +92,9 @@ def test_publish_writes_tables_figures_and_pages(toy, tmp_path, capsys):
 
 def test_show_prints_tables_and_claims(toy, tmp_path, capsys):
     harness.run(toy, ml_collections.ConfigDict({"paper": "toy", "scale": "cpu"}), tmp_path)
-    report.write(toy, tmp_path)
-    report.show(toy, tmp_path)
+    results = collect(toy, tmp_path)
+    publish.write(results, tmp_path)
+    report.show(results, tmp_path)
     out = capsys.readouterr().out
     assert "Values" in out and "published" in out and "largest y 4" in out
 
@@ -103,7 +115,7 @@ def test_claims_can_go_three_ways():
 
 def test_scale_smoke_decides_no_claim(toy, tmp_path, capsys):
     harness.run(toy, ml_collections.ConfigDict({"paper": "toy", "scale": "smoke"}), tmp_path)
-    report.write(toy, tmp_path)
+    publish.write(collect(toy, tmp_path), tmp_path)
     (claim,) = json.loads((tmp_path / "tables.json").read_text())["claims"]
     assert claim["status"] == "needs scale: cpu" and claim["evidence"] == "largest y 4"
     decided = claims.judge("n", "s", "c", None, "e", "8 GPUs")
@@ -124,7 +136,8 @@ def test_figure_is_deterministic_svg_with_every_line():
 
 
 def test_committed_results_are_exactly_what_the_committed_records_give():
-    made = report.rebuild(ROOT / "results")
+    code = json.loads((ROOT / "results" / "code.json").read_text("utf-8"))
+    made = publish.rebuild(ROOT / "results", code)
     wrong = [
         str(path.relative_to(ROOT))
         for path, text in made.items()
@@ -132,7 +145,7 @@ def test_committed_results_are_exactly_what_the_committed_records_give():
         if not path.exists() or (path.suffix != ".svg" and path.read_text("utf-8") != text)
     ]
     assert not wrong, f"run `python -m tilescan.experiments.report`: {wrong}"
-    folders = [results for results in report.gather(ROOT / "results")]
+    folders = [results for results in publish.gather(ROOT / "results")]
     for results in folders:
         on_disk = {p.stem for p in (ROOT / "results" / results.folder / "figures").glob("*.svg")}
         assert on_disk == set(results.figures)

@@ -17,4 +17,5 @@ PAPER = Paper(
     tables=tables.tables,
     claims=claims.claims,
     figures=tables.figures,
+    family="state space models",
 )

@@ -153,4 +153,5 @@ PAPER = Paper(
     tables=mamba_free_lunch_tables.tables,
     claims=mamba_free_lunch_tables.claims,
     figures=mamba_free_lunch_tables.figures,
+    family="state space models",
 )

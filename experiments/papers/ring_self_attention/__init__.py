@@ -151,4 +151,5 @@ PAPER = Paper(
     tables=ring_self_attention_tables.tables,
     claims=ring_self_attention_claims.claims,
     figures=ring_self_attention_tables.figures,
+    family="sequence parallelism",
 )

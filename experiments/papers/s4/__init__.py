@@ -172,4 +172,5 @@ PAPER = Paper(
     tables=s4_tables.tables,
     claims=s4_claims.claims,
     figures=s4_tables.figures,
+    family="state space models",
 )

@@ -135,4 +135,5 @@ PAPER = Paper(
     tables=stream_bp_tables.tables,
     claims=stream_bp_claims.claims,
     figures=stream_bp_tables.figures,
+    family="sequence parallelism",
 )

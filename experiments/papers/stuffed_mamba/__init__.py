@@ -209,4 +209,5 @@ PAPER = Paper(
     tables=stuffed_mamba_tables.tables,
     claims=stuffed_mamba_claims.claims,
     figures=stuffed_mamba_tables.figures,
+    family="state space models",
 )

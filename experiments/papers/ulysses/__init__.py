@@ -103,4 +103,5 @@ PAPER = Paper(
     tables=ulysses_tables.tables,
     claims=ulysses_claims.claims,
     figures=ulysses_tables.figures,
+    family="sequence parallelism",
 )

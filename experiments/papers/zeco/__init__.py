@@ -100,4 +100,5 @@ PAPER = Paper(
     tables=zeco_tables.tables,
     claims=zeco_claims.claims,
     figures=zeco_tables.figures,
+    family="sequence parallelism",
 )

@@ -1,0 +1,104 @@
+"""All papers on one page: a row a paper, a symbol a claim, and what did not come out."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from tilescan.experiments.harness.cells import FAMILIES, Paper
+from tilescan.experiments.harness.claims import NOT_SHOWN, SHOWN, Claim
+from tilescan.experiments.harness.results import Results
+
+SYMBOLS = {SHOWN: "✓", NOT_SHOWN: "✗"}
+NEEDS_SCALE = "○"
+# What became of the code under a paper's records since they were measured.
+UNCHANGED, CHANGED, UNKNOWN = "unchanged", "changed", "unknown"
+LEGEND = (
+    f"{SYMBOLS[SHOWN]} shown, {SYMBOLS[NOT_SHOWN]} not shown, {NEEDS_SCALE} needs a larger scale; "
+    "in the order of the paper's page. Code: whether the code under the records changed since they "
+    "were measured (unknown: measured before records kept that)."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One paper at one scale.
+
+    Attributes:
+      paper: what it is.
+      folder: of its page, relative to results/.
+      scale: of its records.
+      claims: in the order of its page.
+      seeds: how many different ones its cells have.
+      minutes: that its cells took.
+      machine: names of devices.
+      measured: the date of the last record.
+      code: UNCHANGED, CHANGED or UNKNOWN.
+    """
+
+    paper: Paper
+    folder: str
+    scale: str
+    claims: Sequence[Claim]
+    seeds: int
+    minutes: float
+    machine: str
+    measured: str
+    code: str
+
+    @property
+    def shown(self) -> str:
+        """How many of the claims that were decided are shown."""
+        decided = [claim for claim in self.claims if claim.status in SYMBOLS]
+        return f"{sum(claim.status == SHOWN for claim in decided)} of {len(decided)}"
+
+
+def symbol(claim: Claim) -> str:
+    """Returns the sign of a claim's status."""
+    return SYMBOLS.get(claim.status, NEEDS_SCALE)
+
+
+def rows(found: Sequence[Results], code: Mapping[str, str]) -> list[Row]:
+    """Returns a row for each paper and scale, by family.
+
+    Args:
+      found: all results.
+      code: {folder: UNCHANGED, CHANGED or UNKNOWN}.
+    """
+    made = []
+    for results in sorted(found, key=lambda r: FAMILIES.index(r.paper.family)):
+        environments = [record.environment for record in results.records]
+        made.append(
+            Row(
+                paper=results.paper,
+                folder=results.paper.name,
+                scale=results.scale,
+                claims=results.claims,
+                seeds=len({record.seed for record in results.records}),
+                minutes=sum(record.seconds for record in results.records) / 60,
+                machine=", ".join(sorted({short_device(e["device"]) for e in environments})),
+                measured=max((e["finished"][:10] for e in environments), default=""),
+                code=code.get(results.folder, UNKNOWN),
+            )
+        )
+    return made
+
+
+def short_device(name: str) -> str:
+    """Returns a processor's name without its trademarks and counts."""
+    for noise in ("(R)", "(TM)", " Processor", " CPU"):
+        name = name.replace(noise, "")
+    return " ".join(name.partition("@")[0].split())
+
+
+def not_shown(found: Sequence[Results]) -> list[tuple[Results, Claim]]:
+    """Returns the claims that measurements refute, with their papers."""
+    return [(r, c) for r in found for c in r.claims if c.status == NOT_SHOWN]
+
+
+def effects(found: Sequence[Results]) -> dict[str, list[float]]:
+    """Returns {"paper: claim": measured effects as shares of the published one}."""
+    return {
+        f"{r.paper.short_title}: {c.name}": c.effect.shares()
+        for r in found
+        for c in r.claims
+        if c.effect and c.effect.measured
+    }
