@@ -161,6 +161,11 @@ def _build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", default="", help="measure the cells whose id contains this")
     sub.add_argument("--publish", action="store_true", help="copy the records to results/")
 
+    from tilescan.cli import rerun
+
+    sub = add("rerun", _rerun, "measure one committed record again", rerun.DESCRIPTION)
+    rerun.add_arguments(sub)
+
     sub = add("report", _report, "rebuild RESULTS.md and results/index.html", _REPORT)
     sub.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"))
     sub.add_argument("--from", dest="source", type=pathlib.Path, help="publish this workdir first")
@@ -249,6 +254,12 @@ def _run(options) -> int:
 
     config = papers.load_config(options.paper, options.scale, options.overrides)
     return run.measure(config, options.workdir, options.only, options.publish)
+
+
+def _rerun(options) -> int:
+    from tilescan.cli import rerun
+
+    return rerun.run(options, _results_folder())
 
 
 def _report(options) -> int:

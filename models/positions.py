@@ -110,8 +110,8 @@ def apply_rope(
     """Turns pairs of channels by an angle that grows with the position.
 
     Half-split pairs channel i with i + D/2 (Hugging Face's Llama); interleaved pairs 2i with
-    2i + 1 (the paper, GGUF files). Angles are those of `rope_angles`, good to 4e-7 at any length; the
-    result has x's dtype.
+    2i + 1 (the paper, GGUF files). Angles are those of `rope_angles`, good to 4e-7 at any length;
+    the result has x's dtype.
 
     Raises:
       ValueError: if D is odd.

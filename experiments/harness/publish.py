@@ -1,6 +1,5 @@
 """From records to what is read: tables, figures and pages, the same bytes for the same records."""
 
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.harness.records import write_atomically
 from tilescan.experiments.harness.results import Results, collect
+from tilescan.experiments.harness.runner import kept_config
 
 
 def files(results: Results) -> dict[str, str]:
@@ -120,9 +120,9 @@ def paper_of(source: pathlib.Path) -> str:
       ValueError: it is no workdir.
     """
     try:
-        return json.loads((source / "config.json").read_text(encoding="utf-8"))["paper"]
-    except (OSError, ValueError, TypeError, LookupError) as error:
+        return kept_config(source)["paper"]
+    except ValueError as error:
         raise ValueError(
-            f"--from={source} is not the workdir of a run: its config.json cannot be read "
-            f"({error}); give the folder that `tilescan run` named, e.g. runs/flash_attention/cpu"
+            f"--from={source} is not the workdir of a run: {error}; give the folder that "
+            "`tilescan run` named, e.g. runs/flash_attention/cpu"
         ) from error

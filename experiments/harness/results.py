@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +9,7 @@ from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.harness.claims import Claim, undecided
 from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.runner import kept_config
 from tilescan.experiments.harness.tables import Table
 
 
@@ -52,12 +52,7 @@ def collect(paper: Paper, folder: pathlib.Path, name: str = "") -> Results:
     Raises:
       ValueError: the folder has no config.json, or a broken record.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-        scale = config["scale"]
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is no folder of results: config.json: {error}") from error
-    return Results(paper, scale, name, records_lib.load(folder))
+    return Results(paper, kept_config(folder)["scale"], name, records_lib.load(folder))
 
 
 def provenance(records: Records) -> str:

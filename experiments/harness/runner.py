@@ -12,6 +12,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_collections
 import rich.console
@@ -80,7 +81,7 @@ def run(
         for cell in pending:
             progress.update(bar, cell=cell.id)
             try:
-                record = _measure(paper, cell, digests[cell.id], workdir)
+                record = measure(paper, cell, digests[cell.id], workdir)
             except Exception as error:  # one bad cell must not cost the others
                 reason = _shortened(f"{type(error).__name__}: {error}")
                 failed[cell.id] = reason
@@ -97,7 +98,12 @@ def run(
     return Outcome(tuple(done), tuple(cell.id for cell in kept), failed)
 
 
-def _measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Record:
+def measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Record:
+    """Measures one cell; its scratch folder is under `workdir`.
+
+    Raises:
+      FloatingPointError: a measured number is not finite.
+    """
     folder = _scratch(workdir, cell, digest)
     start = time.perf_counter()
     wants = "workspace" in inspect.signature(cell.measure).parameters
@@ -175,12 +181,9 @@ def _prepare(workdir: pathlib.Path, paper: Paper, config: ml_collections.ConfigD
         previous = workdir / "config.json"
         if previous.exists():
             try:
-                other = records_lib.json.loads(previous.read_text(encoding="utf-8"))["paper"]
-            except (ValueError, TypeError, LookupError) as error:
-                raise ValueError(
-                    f"{previous} is not the config of a run ({error}); remove it, or give "
-                    "another workdir"
-                ) from error
+                other = kept_config(workdir)["paper"]
+            except ValueError as error:
+                raise ValueError(f"{error}; remove it, or give another workdir") from error
             if other != paper.name:
                 raise ValueError(
                     f"workdir={str(workdir)!r} holds records of {other!r}, not of {paper.name!r}; "
@@ -192,6 +195,20 @@ def _prepare(workdir: pathlib.Path, paper: Paper, config: ml_collections.ConfigD
             f"workdir={str(workdir)!r} cannot be written ({error.strerror}); "
             f"give a folder that you may write, e.g. --workdir=runs/{paper.name}"
         ) from error
+
+
+def kept_config(workdir: pathlib.Path) -> Mapping[str, Any]:
+    """Returns the config that a run keeps beside its records.
+
+    Raises:
+      ValueError: there is none, or it cannot be read; the message names the file.
+    """
+    path = workdir / "config.json"
+    try:
+        config = records_lib.json.loads(path.read_text(encoding="utf-8"))["config"]
+        return {"paper": config["paper"], "scale": config["scale"], **config}
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{path} is not the config of a run ({error})") from error
 
 
 def _retire_stale(workdir: pathlib.Path, digests: Mapping[str, str]) -> set[str]:

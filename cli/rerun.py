@@ -1,0 +1,32 @@
+"""`tilescan rerun`: measures one committed number again."""
+
+import argparse
+import pathlib
+
+DESCRIPTION = """\
+Measure one committed record again, with today's code, and print the old and the new numbers.
+
+  tilescan rerun h3 text-h3-seed0                          of results/h3/cpu/cells
+  tilescan rerun h3 text-h3-seed0 --workdir=runs/h3/cpu    of a run of yours
+
+The page of a paper (results/PAPER/README.md) lists its records. Nothing in results/ changes.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("paper", help="its name, see `tilescan list`")
+    parser.add_argument("cell", help="id of the record, see results/PAPER/README.md")
+    parser.add_argument("--scale", default="cpu", help="of the record [cpu]")
+    parser.add_argument("--workdir", type=pathlib.Path, help="of the record [results/PAPER/SCALE]")
+
+
+def run(options: argparse.Namespace, results: pathlib.Path | None) -> int:
+    """Runs the command; `results` is the folder of results, None where there is none."""
+    from tilescan.experiments import rerun
+    from tilescan.experiments.harness import registry
+
+    registry.load(options.paper)
+    root = results or pathlib.Path("results")
+    folder = options.workdir or root / options.paper / options.scale
+    return rerun.rerun(options.paper, options.cell, folder)

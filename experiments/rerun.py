@@ -1,0 +1,94 @@
+"""Measures one committed number again, and shows the old and the new ones beside each other."""
+
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import rich.console
+import rich.table
+
+from tilescan.experiments.harness import records as records_lib
+from tilescan.experiments.harness import registry, runner
+from tilescan.experiments.harness.tables import format_value
+
+
+def rerun(paper: str, cell: str, folder: pathlib.Path) -> int:
+    """Measures a cell again in a folder of its own and prints both; returns the exit status.
+
+    Args:
+      paper: its name.
+      cell: id of the record.
+      folder: of the records: results/PAPER/SCALE or the workdir of a run.
+
+    Raises:
+      ValueError: no such paper or record, or a record of settings that the config no longer has.
+    """
+    old = _record(folder, cell)
+    scale = runner.kept_config(folder)["scale"]
+    config = registry.load_config(paper, scale)
+    cells = {c.id: c for c in registry.load(paper).cells(config)}
+    if cell not in cells:
+        raise ValueError(f"cell={cell!r} is no cell of {paper} at scale {scale} any more")
+    again = cells[cell]
+    digest = records_lib.digest(paper, cell, again.settings, again.seed)
+    if digest != old.digest:
+        print(f"The settings of {cell} changed since: the numbers are of different measurements.")
+    with tempfile.TemporaryDirectory(prefix="tilescan-rerun-") as workdir:
+        new = runner.measure(registry.load(paper), again, digest, pathlib.Path(workdir))
+    show(old, new)
+    return 0
+
+
+def show(old: records_lib.Record, new: records_lib.Record) -> None:
+    """Prints the numbers of two records of one cell beside each other."""
+    table = rich.table.Table(title=f"{old.paper}: {old.cell}", title_justify="left")
+    for heading in ("number", "recorded", "again", "difference"):
+        table.add_column(heading, justify="left" if heading == "number" else "right")
+    before, after = dict(numbers(old.result)), dict(numbers(new.result))
+    same = 0
+    for name in [*before, *(name for name in after if name not in before)]:
+        a, b = before.get(name), after.get(name)
+        same += a == b
+        table.add_row(name, format_value(a, 6), format_value(b, 6), _difference(a, b))
+    console = rich.console.Console()
+    console.print(table)
+    console.print(f"{same} of {table.row_count} numbers are equal in every digit.")
+    for record, word in ((old, "recorded"), (new, "again")):
+        e = record.environment
+        commit = (e["commit"] or "unknown")[:10] + ("+changes" if e["modified"] else "")
+        console.print(
+            f"{word}: {record.seconds:.1f} s on {e['device']}, JAX {e['packages']['jax']}, "
+            f"commit {commit}, {e['finished']}",
+            highlight=False,
+        )
+
+
+def numbers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, number or text) of everything in a nested result."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from numbers(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from numbers(item, f"{name}[{index}]")
+    else:
+        yield name, value
+
+
+def _difference(old: Any, new: Any) -> str:
+    if old == new:
+        return "equal"
+    if not isinstance(old, int | float) or not isinstance(new, int | float) or not old:
+        return "differs"
+    return f"{(new - old) / abs(old):+.1e}"
+
+
+def _record(folder: pathlib.Path, cell: str) -> records_lib.Record:
+    path = folder / "cells" / f"{cell}.json"
+    if path.exists():
+        return records_lib.Record.from_json(path.read_text(encoding="utf-8"))
+    known = sorted(p.stem for p in (folder / "cells").glob("*.json"))
+    if not known:
+        raise ValueError(f"{folder} holds no records; give --workdir=FOLDER of a run")
+    raise ValueError(f"there is no record {cell!r} in {folder}; {registry.nearest(cell, known)}")
