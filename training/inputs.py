@@ -40,11 +40,15 @@ def make_datasets(c: Settings, shard_index: int = 0, shard_count: int = 1) -> di
 
     "train" repeats without end in an order that the seed gives; "validation" and "test" pass once.
     """
-    documents = [document for name in c.data.sources for document in sources.load(name)]
-    documents = documents[: c.data.max_documents]
+    documents = sources.load_all(c.data.sources)[: c.data.max_documents]
     parts = pipelines.split_documents(
         documents, c.data.split_seed, c.data.fractions, balanced=c.task == "classification"
     )
+    if c.task == "classification" and not labels(documents):
+        raise ConfigError(
+            f"task = 'classification' needs documents with labels; data.sources = "
+            f"{c.data.sources} have none"
+        )
     _warn_of_empty_parts(parts, c.data.fractions)
     tokenizer = tokenizers.get_tokenizer(c.data.tokenizer)
     common = dict(
@@ -164,4 +168,4 @@ def _vocab_size(model: nn.Module) -> int | None:
 
 def labels(documents) -> tuple[str, ...]:
     """The classes of a corpus, in the order of their numbers."""
-    return tuple(sorted({document.label for document in documents}))
+    return tuple(sorted({document.label for document in documents} - {None}))

@@ -25,6 +25,12 @@ def _splits(source: str, validate_on_test: bool) -> dict[str, Batch]:
         parts["validation"] = parts["test"]
     splits = {}
     for split, documents in parts.items():
+        other = next((d for d in documents if d.label not in LABELS), None)
+        if other is not None:
+            raise ValueError(
+                f"source={source!r}: {other.id} has the label {other.label!r}; reviews have "
+                f"{' or '.join(LABELS)}"
+            )
         tokens = np.empty(len(documents), object)
         for i, document in enumerate(documents):
             tokens[i] = np.frombuffer(document.text.encode(), np.uint8)
