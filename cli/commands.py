@@ -1,10 +1,10 @@
 """What `tilescan plan`, `data`, `generate` and `train` do; heavy imports stay inside."""
 
 import math
-import runpy
 import sys
 
 import rich.console
+import rich.markup
 
 
 def list_data() -> int:
@@ -44,7 +44,7 @@ def show_data(name: str, offline: bool = False) -> int:
     )
     if labels:
         print(f"labels: {', '.join(labels)}")
-    rich.console.Console().rule(documents[0].id)
+    rich.console.Console().rule(rich.markup.escape(documents[0].id))
     print(documents[0].text[:600])
     return 0
 
@@ -101,31 +101,11 @@ def train(overrides: list[str], workdir: str, file: str | None = None) -> int:
 def _training_config(overrides: list[str], file: str | None = None):
     """The default configuration or that of a file, "PATH" or "PATH:ARGUMENT", with overrides."""
     from tilescan.training import config as config_lib
+    from tilescan.training import config_files
 
-    config = config_lib.default_config() if file is None else _config_of(file)
+    config = config_lib.default_config() if file is None else config_files.load(file)
     for assignment in overrides:
         config_lib.override(config, assignment)
-    return config
-
-
-def _config_of(file: str):
-    """What get_config(), or get_config(ARGUMENT), of a Python file returns."""
-    path, colon, argument = file.partition(":")
-    try:
-        names = runpy.run_path(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"--config={file}: there is no file {path!r}") from error
-    if "get_config" not in names:
-        raise ValueError(
-            f"--config={file}: {path} has no get_config(); it should return a "
-            "training.config.default_config(), edited"
-        )
-    config = names["get_config"](*([argument] if colon else []))
-    if not {"model", "data", "mesh"} <= set(config):
-        raise ValueError(
-            f"--config={file} is no training configuration: its get_config() should return a "
-            f"training.config.default_config(), edited, not one of {', '.join(config)}"
-        )
     return config
 
 

@@ -48,7 +48,12 @@ The text there is: what it holds, its licence, how large it is; fetch it to the 
   tilescan data                     list the sources
   tilescan data fetch shakespeare   download it once, checked against its checksum
   tilescan data show shakespeare    documents, sizes, and the beginning of the first one
+  tilescan data show mytext.txt     the same of a text of yours, before you train on it
   tilescan data add imdb FILE       keep a file of yours as the source that no package has
+
+A source is one of these names; the path of a .txt, .jsonl (plain, .gz, .xz, .bz2) or .parquet file
+or of a folder of them, with :FIELD behind it if the text is not in "text"; or hf:OWNER/NAME, a data
+set at Hugging Face, [:COLUMN] likewise.
 """
 
 _GENERATE = """\
@@ -64,6 +69,7 @@ stopped goes on in its workdir to the same numbers.
 
   tilescan train --workdir=runs/first                          the default config
   tilescan train --workdir=runs/first --config.train.steps=200 any value of it
+  tilescan train --workdir=runs/mine --config.data.sources=mytext.txt,shakespeare
 """
 
 _PLAN = """\
@@ -82,16 +88,24 @@ class _Parser(argparse.ArgumentParser):
     """Errors name the nearest known option and end with a command that helps."""
 
     def error(self, message: str):
-        hint = ""
+        near = self.nearest(message)
+        self.refuse(message, [near] if near else [])
+
+    def refuse(self, message: str, meant: Sequence[str]):
+        """Ends with the message and what may have been meant."""
+        hint = f"\ndid you mean {' or '.join(map(repr, meant))}?" if meant else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}\nsee: {self.prog} --help\n")
+
+    def nearest(self, message: str, cutoff: float = 0.6) -> str | None:
+        """The option, subcommand or choice that a word of the message is nearest to."""
         known = [*self._option_string_actions, *self._choices()]
         for word in message.replace("'", " ").replace(",", " ").replace(":", " ").split():
             name = word.split("=")[0]
             begun = [k for k in known if len(name) > 2 and k.startswith(name)]
-            match = begun or difflib.get_close_matches(name, known, n=1)
+            match = begun or difflib.get_close_matches(name, known, 1, cutoff)
             if match and name not in known:
-                hint = f"\ndid you mean {match[0]!r}?"
-                break
-        self.exit(2, f"{self.prog}: error: {message}{hint}\nsee: {self.prog} --help\n")
+                return match[0]
+        return None
 
     def _choices(self) -> list[str]:
         """The subcommands, and the words that arguments may be."""
@@ -103,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _leave_absent_tpus_alone()
     parser = _build_parser()
     options, rest = parser.parse_known_args(argv)
-    wrong = [word for word in rest if not (options.overridable and word.startswith("--config."))]
+    wrong = [word for word in _joined(rest) if not (options.overridable and _is_override(word))]
     if wrong:
-        options.parser.error(f"unrecognized argument: {' '.join(wrong)}")
+        _refuse(options, wrong)
     options.overrides = rest
     try:
         return options.command(options)
@@ -119,6 +133,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """["--a", "5", "--b=6"] as ["--a 5", "--b=6"]: an option and its value are one word."""
+    joined: list[str] = []
+    for word in words:
+        bare = joined and joined[-1].startswith("-") and not set("= ") & set(joined[-1])
+        if bare and not word.startswith("--"):
+            joined[-1] += f" {word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _is_override(word: str) -> bool:
+    name, equals, _ = word.partition("=")
+    return name.startswith("--config.") and bool(equals) and " " not in name
+
+
+def _refuse(options, wrong: Sequence[str]) -> None:
+    """Ends with what is not known on a command line, and what may have been meant."""
+    message = f"unrecognized argument: {' '.join(wrong)}"
+    keys = _config_keys(options) if options.overridable else []
+    if keys:
+        from tilescan.training.config import assignments_meant
+
+        words = [word.replace(" ", "=", 1) for word in wrong]
+        meant = [key for word in words for key in assignments_meant(word, keys)]
+        if not meant and options.parser.nearest(message, cutoff=0.8) is None:
+            meant = [key for word in words for key in assignments_meant(word, keys, near=True)]
+        if meant:
+            options.parser.refuse(message, meant)
+    options.parser.error(message)
+
+
+def _config_keys(options) -> list[str]:
+    """The keys that a command's --config.KEY=VALUE may set, as far as it is known of what."""
+    from tilescan.experiments.harness import registry as papers
+    from tilescan.training import config as config_lib
+    from tilescan.training import config_files
+
+    try:
+        if hasattr(options, "paper"):
+            config = papers.load_config(options.paper, options.scale)
+            return [key for key in config_lib.known_keys(config) if "." in key]
+        file = options.config
+        return config_lib.known_keys(file and config_files.load(file))
+    except ValueError:  # a paper or a file that is wrong as well
+        return []
 
 
 def _leave_absent_tpus_alone() -> None:
@@ -186,7 +249,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
     sub = add("data", _data, "list, fetch and show the sources of text", _DATA)
     sub.add_argument("action", nargs="?", default="list", choices=("list", "fetch", "show", "add"))
-    sub.add_argument("source", nargs="?", help="its name, see `tilescan data`")
+    sub.add_argument("source", nargs="?", help="its name, see `tilescan data`; show: or a path")
     sub.add_argument("file", nargs="?", help="add: a file of yours, copied to the cache")
     sub.add_argument("--offline", action="store_true", help="never download")
 
@@ -203,7 +266,8 @@ def _build_parser() -> argparse.ArgumentParser:
 
     sub = add("train", _train, "train a language model", _TRAIN, overridable=True)
     _add_config(sub)
-    sub.add_argument("--workdir", required=True, help="folder of checkpoints and metrics")
+    # Checked in _train: argparse would name its absence before anything that is mistyped.
+    sub.add_argument("--workdir", help="folder of checkpoints and metrics (required)")
     sub.add_argument(
         "--distributed",
         nargs="?",
@@ -308,6 +372,8 @@ def _generate(options) -> int:
 def _train(options) -> int:
     from tilescan.cli import commands
 
+    if options.workdir is None:
+        options.parser.error("the following arguments are required: --workdir")
     if options.distributed:
         commands.join_processes(options.distributed)
     return commands.train(options.overrides, options.workdir, options.config)

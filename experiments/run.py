@@ -15,6 +15,8 @@ from tilescan.experiments.harness import publish as publish_lib
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import runner as harness
 from tilescan.experiments.harness.results import collect
+from tilescan.training import config_files
+from tilescan.training.config import assignments_meant, known_keys
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/PAPER.py:SCALE")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records [runs/PAPER/SCALE].")
@@ -42,27 +44,32 @@ def measure(config, workdir=None, only="", publish=False) -> int:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, after the overrides were checked: absl meets a wrong one with a traceback."""
-    overrides = [word for word in argv if word.startswith("--config.") and "=" in word]
-    config = _config_alone(argv) if overrides else None
-    if config is not None:
+    """absl's parser, after the config's file and the flags were checked.
+
+    absl meets a wrong file or value with a traceback, and does not know that --steps=5 means
+    --config.curves.steps=5.
+    """
+    files = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    if files:
         try:
-            papers.apply_overrides(config, overrides)
+            _check_flags(files[-1], argv[1:])
         except ValueError as error:
             sys.exit(f"error: {error}")
     return app.parse_flags_with_usage(argv)
 
 
-def _config_alone(argv: list[str]):
-    """The config that --config names, without overrides; None if it cannot be loaded."""
-    values = flags.FlagValues()
-    words = [word for word in argv if not word.startswith("--config.")]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
-    try:
-        values(words, known_only=True)
-        return values.config
-    except (flags.Error, OSError):  # absl will tell what is wrong with the file
-        return None
+def _check_flags(file: str, words: list[str]) -> None:
+    """Raises ValueError for a file that gives no paper's config, a wrong override or flag."""
+    config = config_files.load_any(file)
+    if "paper" not in config:
+        raise ValueError(f"--config={file} is no paper's configuration, as configs/s4.py's is")
+    overrides = [word for word in words if word.startswith("--config.") and "=" in word]
+    papers.apply_overrides(config, overrides)
+    for word in words:
+        known = word.removeprefix("--").partition("=")[0] in flags.FLAGS
+        meant = assignments_meant(word, known_keys(config))
+        if word.startswith("--") and not word.startswith("--config.") and not known and meant:
+            raise ValueError(f"unknown flag {word}; did you mean {' or '.join(meant)}?")
 
 
 def main(argv) -> int:

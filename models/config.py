@@ -14,6 +14,7 @@ from tilescan.models.positions import POSITION_KINDS, RopeScaling
 from tilescan.ops import masks
 from tilescan.ops.sequence_parallel.kinds import BALANCES, kinds
 
+HEADS = 8  # where a model doesn't say
 REMAT_KINDS = ("none", "full", "dots", "dots_no_batch", "offload")
 
 
@@ -30,7 +31,8 @@ class LanguageModelConfig:
         modules. Those that have their default value are left out.
       input_features: F of inputs [B, T, F] of real numbers, which a linear map takes to E in
         place of an embedding; None for tokens.
-      n_heads, n_kv_heads, head_dim: H, G (default H) and D (default E / H).
+      n_heads, n_kv_heads, head_dim: H (default 8, or the most below it that E, G and `position`
+        allow), G (default H) and D (default E / H).
       causal: False lets "attention" see the whole text and "local_attention" both sides.
       mask: what a query of "attention" sees, instead of Causal() or Full().
       window: "local_attention": a query sees itself and the window - 1 tokens before it.
@@ -68,7 +70,7 @@ class LanguageModelConfig:
     repeats: int = 6
     mixers: Mapping[str, Mapping[str, Any]] = FrozenDict()
     input_features: int | None = None
-    n_heads: int = 8
+    n_heads: int | None = None
     n_kv_heads: int | None = None
     head_dim: int | None = None
     causal: bool = True
@@ -108,8 +110,13 @@ class LanguageModelConfig:
         pattern = self.pattern
         set_("pattern", (pattern,) if isinstance(pattern, str) else tuple(pattern))
         set_("rope_scaling", RopeScaling.of(self.rope_scaling))
-        for name in ("vocab_size", "d_model", "repeats", "n_heads", "max_len"):
+        for name in ("vocab_size", "d_model", "repeats", "max_len"):
             _positive(name, getattr(self, name))
+        if self.n_heads is None:
+            follows = self._attends and self.head_dim is None
+            n_heads = default_heads(self.d_model, self.n_kv_heads, self.position)
+            set_("n_heads", n_heads if follows else HEADS)
+        _positive("n_heads", self.n_heads)
         if self.n_kv_heads is None:
             set_("n_kv_heads", self.n_heads)
         if self.head_dim is None:
@@ -158,8 +165,12 @@ class LanguageModelConfig:
         if self._attends and self.position.startswith("rope") and self.head_dim % 2:
             raise ValueError(
                 f"position={self.position!r} turns pairs of channels, but "
-                f"head_dim={self.head_dim} is odd"
+                f"head_dim={self.head_dim} is odd (d_model={self.d_model}, n_heads={self.n_heads})"
             )
+        for name in ("attention_logit_cap", "logit_cap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be positive, or None for no cap")
         if "local_attention" in self.pattern and self.window is None:
             raise ValueError("'local_attention' in pattern needs window, e.g. window=256")
         if self.window is not None:
@@ -196,6 +207,20 @@ class LanguageModelConfig:
     @property
     def n_blocks(self) -> int:
         return len(self.pattern) * self.repeats
+
+
+def default_heads(d_model: int, n_kv_heads: int | None, position: str) -> int:
+    """Returns the heads of a model that doesn't say how many: at most HEADS.
+
+    They divide d_model, are a multiple of n_kv_heads, and leave pairs of channels to rope; HEADS
+    itself where no number does all that.
+    """
+
+    def fits(n: int) -> bool:
+        pairs = str(position).startswith("rope")
+        return not (d_model % n or n % (n_kv_heads or 1) or (pairs and d_model // n % 2))
+
+    return next(filter(fits, range(HEADS, 0, -1)), HEADS)
 
 
 def _float_dtype(name: str, value: Any) -> jnp.dtype:

@@ -66,6 +66,10 @@ class RopeScaling:
     @classmethod
     def of(cls, value: "RopeScaling | Mapping[str, Any] | None") -> "RopeScaling | None":
         """Accepts what a config file can hold: None, a mapping of fields, or the thing itself."""
+        if not isinstance(value, Mapping | RopeScaling | None):
+            raise ValueError(
+                f"rope_scaling={value!r} must hold fields, e.g. {{'kind': 'linear', 'factor': 2.0}}"
+            )
         return cls(**dict(value)) if isinstance(value, Mapping) else value
 
 

@@ -31,14 +31,18 @@ from tilescan.training.settings import (
     OptimizerConfig,
     ParamGroup,
     Settings,
+    default_max_len,
+    warmup_steps,
 )
 
 __all__ = [
     "ConfigError",
     "as_dict",
+    "assignments_meant",
     "check_keys",
     "default_config",
     "differing_keys",
+    "keys_named",
     "known_keys",
     "nearest_key",
     "override",
@@ -92,7 +96,7 @@ def default_config() -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "task": "language_model",
-            "model": model | {"mixers": mixers},
+            "model": model | {"max_len": config_dict.placeholder(int), "mixers": mixers},
             **{name: _section(cls) for name, cls in SECTIONS.items()},
         }
     )
@@ -109,6 +113,36 @@ def known_keys(config: ml_collections.ConfigDict | None = None) -> list[str]:
                 yield from keys(value, f"{prefix}{key}.")
 
     return list(keys(default_config() if config is None else config))
+
+
+def keys_named(name: str, known: list[str], near: bool = False) -> list[str]:
+    """The known keys that `name` is, or is the last part of; "-" stands for "_" as well.
+
+    With `near`, where there is none, those that begin with it (batch: data.batch_size) or are
+    spelled alike.
+    """
+    name = name.replace("-", "_")
+    last = {key: key.rsplit(".", 1)[-1] for key in known}
+    found = [name] if name in known else [key for key in known if last[key] == name]
+    if found or not near:
+        return found
+    name = name.rsplit(".", 1)[-1]
+    begun = [key for key in known if len(name) > 2 and last[key].startswith(f"{name}_")]
+    alike = difflib.get_close_matches(name, set(last.values()), 1, 0.8)
+    return begun or [key for key in known if last[key] in alike]
+
+
+def assignments_meant(word: str, known: list[str], near: bool = False) -> list[str]:
+    """["--config.train.steps=5"] of a mistaken "--steps=5": up to four, the shortest paths first.
+
+    Args:
+        word: what stands on a command line; "train.steps=5" and "--config.steps=5" mean it too.
+        known: the dotted keys of its configuration.
+        near: see `keys_named`.
+    """
+    name, equals, text = word.lstrip("-").removeprefix("config.").partition("=")
+    keys = sorted(keys_named(name, known, near), key=lambda key: key.count("."))
+    return [f"--config.{key}={text if equals else 'VALUE'}" for key in keys[:4]]
 
 
 def nearest_key(key: str, known: list[str]) -> str:
@@ -153,7 +187,12 @@ def override(config: ml_collections.ConfigDict, assignment: str) -> None:
         raise ConfigError(f"{assignment!r} is not of the form section.key=value")
     known = known_keys(config)
     if key not in known:
-        raise ConfigError(f"unknown key {key!r}; did you mean {nearest_key(key, known)!r}?")
+        near, written = [nearest_key(key, known)], ""
+        if "." not in key:  # a name without its section
+            near += [other for other in keys_named(key, known) if other not in near][:3]
+            written = f" Write --config.{near[0]}={text}"
+        words = " or ".join(map(repr, near))
+        raise ConfigError(f"unknown key {key!r}; did you mean {words}?{written}")
     *parents, name = key.split(".")
     section = functools.reduce(lambda section, parent: section[parent], parents, config)
     if isinstance(section[name], ml_collections.ConfigDict):
@@ -161,9 +200,11 @@ def override(config: ml_collections.ConfigDict, assignment: str) -> None:
         raise ConfigError(f"{key!r} is a section: set one of its keys, e.g. {key}.{example}")
     old, kind = section[name], section.get_type(name)
     value = text if kind is str else _literal(text)
+    kinds = {type(item) for item in old} if kind is tuple else set()
+    if kinds == {str} and isinstance(value, str) and value == text:
+        value = _words(text)
     if kind is tuple and not isinstance(value, tuple | list):
         value = (value,)
-    kinds = {type(item) for item in old} if kind is tuple else set()
     try:
         # ConfigDict takes a bool for a number, and anything for an item of a tuple.
         if value is not None and not _fits(value, kind):
@@ -180,8 +221,14 @@ def _literal(text: str):
     """What a Python literal says; other text is itself."""
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """a,b or (a,b), whose quotes a shell has eaten: bare words with commas between them."""
+    inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+    return tuple(word.strip() for word in inner.split(",") if word.strip())
 
 
 def _fits(value, kind: type) -> bool:
@@ -247,7 +294,7 @@ def differing_keys(ours: dict, theirs: dict) -> dict[str, tuple]:
     """{dotted key: (ours, theirs)} of the leaves in which two `as_dict`s differ.
 
     A key that one of them lacks, because it was written before there was such a key, has its
-    default.
+    default; of two keys of which one is None, what it then follows counts.
     """
 
     def flat(tree, prefix=""):
@@ -259,7 +306,30 @@ def differing_keys(ours: dict, theirs: dict) -> dict[str, tuple]:
 
     default = dict(flat(as_dict(settings(default_config()))))
     a, b = default | dict(flat(ours)), default | dict(flat(theirs))
+    for key, follow in _FOLLOWING.items():
+        if (a[key] is None) != (b[key] is None):
+            a[key], b[key] = (x[key] if x[key] is not None else follow(x) for x in (a, b))
     return {k: (a.get(k), b.get(k)) for k in sorted(a | b) if a.get(k) != b.get(k)}
+
+
+def _warmup(flat: dict) -> int:
+    names = ("schedule", "decay_steps")
+    options = {name: flat[f"optimizer.{name}"] for name in names}
+    return warmup_steps(OptimizerConfig(**options), flat["train.steps"])
+
+
+def _heads(flat: dict) -> int:
+    names = ("d_model", "pattern", "n_kv_heads", "head_dim", "position")
+    options = {name: flat[f"model.{name}"] for name in names}
+    return LanguageModelConfig(vocab_size=1, window=1, **options).n_heads
+
+
+# Keys that follow others where they are None: what they are then, by all keys.
+_FOLLOWING = {
+    "optimizer.warmup_steps": _warmup,
+    "model.n_heads": _heads,
+    "model.max_len": lambda flat: default_max_len(flat["data.seq_len"]),
+}
 
 
 def _jsonable(value):

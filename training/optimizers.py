@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tilescan.training.settings import OptimizerConfig, ParamGroup
+from tilescan.training.settings import OptimizerConfig, ParamGroup, warmup_steps
 
 RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
@@ -36,23 +36,18 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable:
 
         constant       1
         linear         1 - (1 - f) x
-        cosine         f + (1 - f) (1 + cos(pi x)) / 2            (Loshchilov and Hutter 2017,
-        without restarts) wsd            1, then linear from 1 to f over the last `decay_steps`  (Hu
-        et al. 2024, MiniCPM) inverse_sqrt   sqrt(max(w, 1) / max(t, w, 1))             (Vaswani et
-        al. 2017, section 5.3)
+        cosine         f + (1 - f) (1 + cos(pi x)) / 2
+        wsd            1, then linear from 1 to f over the last `decay_steps`
+        inverse_sqrt   sqrt(max(w, 1) / max(t, w, 1))
+
+    Sources: Loshchilov and Hutter 2017 without restarts (cosine), Hu et al. 2024, MiniCPM (wsd),
+    Vaswani et al. 2017, section 5.3 (inverse_sqrt).
+
+    Raises:
+        ConfigError: see `training.settings.warmup_steps`.
     """
-    peak, w, f = config.learning_rate, config.warmup_steps, config.final_fraction
-    if w >= steps and config.schedule in ("linear", "cosine"):
-        raise ValueError(
-            f"optimizer.warmup_steps = {w} leaves nothing of train.steps = {steps} for the "
-            f"{config.schedule!r} schedule: warm up for fewer than {steps} steps"
-        )
+    peak, w, f = config.learning_rate, warmup_steps(config, steps), config.final_fraction
     decay = config.decay_steps
-    if config.schedule == "wsd" and w + decay > steps:
-        raise ValueError(
-            f"optimizer.warmup_steps = {w} and optimizer.decay_steps = {decay} together exceed "
-            f"train.steps = {steps}"
-        )
 
     def rate(t):
         t = jnp.asarray(t, jnp.float32)

@@ -17,6 +17,7 @@ from tilescan.ops.sequence_parallel import layouts
 TASKS = ("language_model", "classification")
 OPTIMIZERS = ("adamw", "adam", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
+ENDLESS = ("constant", "inverse_sqrt")  # schedules that don't look at a run's end
 PACKINGS = ("packed", "whole", "contiguous")
 
 
@@ -41,7 +42,8 @@ def _at_least(section: str, config, low: int | float, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    sources: tuple[str, ...] = ("python_stdlib",)  # names in data.sources; no download here
+    # Names in data.sources (this one needs no download), paths of texts (data.files), or hf:NAME.
+    sources: tuple[str, ...] = ("python_stdlib",)
     tokenizer: str = "byte"  # name in data.tokenizers
     seq_len: int = 256  # tokens per row (T)
     batch_size: int = 16  # rows per update, over all devices and microbatches
@@ -64,6 +66,13 @@ class DataConfig:
                 f"data.fractions = {parts} must be three numbers >= 0 with sum 1: of train, "
                 "validation and test"
             )
+        if not parts[0]:
+            raise ConfigError(f"data.fractions = {parts} leaves no documents to train on")
+        if self.eval_stride is not None and self.eval_stride > self.seq_len:
+            raise ConfigError(
+                f"data.eval_stride = {self.eval_stride} must be at most data.seq_len = "
+                f"{self.seq_len}: windows further apart would leave tokens out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +94,15 @@ class OptimizerConfig:
     name: str = "adamw"  # adamw, adam (adamw that must not decay), sgd, lion
     learning_rate: float = 3e-4  # the peak
     schedule: str = "cosine"  # constant, linear, cosine, wsd, inverse_sqrt
-    warmup_steps: int = 100  # updates until the peak
+    # Updates until the peak; None: a tenth of train.steps, 100 where the schedule has no end.
+    warmup_steps: int | None = None
     decay_steps: int = 0  # wsd alone: length of the decay that ends the run, in updates
     final_fraction: float = 0.1  # of the peak, where linear, cosine and wsd end
     b1: float = 0.9  # decay of the first moment; sgd's momentum
     b2: float = 0.95  # decay of the second moment: language models' habit; optax has 0.999
     eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = 0.1  # decoupled: p -= learning rate * weight_decay * p
+    # Decoupled: p -= learning rate * weight_decay * p. None: 0.1, for adam 0.
+    weight_decay: float | None = None
     clip_norm: float = 1.0  # bound on the global norm of the gradient; 0: no clipping
     # The first group that matches a parameter holds. Scales, biases and what a recurrence is made
     # of are not decayed. A rate of its own: ParamGroup(RECURRENCE, 0.1, 0.0) in front.
@@ -103,6 +114,8 @@ class OptimizerConfig:
     def __post_init__(self):
         _one_of("optimizer.name", self.name, OPTIMIZERS)
         _one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        if self.weight_decay is None:
+            object.__setattr__(self, "weight_decay", 0.0 if self.name == "adam" else 0.1)
         positive = ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_norm")
         _at_least("optimizer", self, 0, *positive, "final_fraction", "eps")
         for name in ("b1", "b2"):
@@ -123,6 +136,33 @@ class OptimizerConfig:
             )
         if self.schedule == "wsd" and not self.decay_steps:
             raise ConfigError("optimizer.schedule = 'wsd' needs optimizer.decay_steps > 0")
+
+
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+    """Returns the updates until the peak in a run of `steps` updates.
+
+    Where the schedule has no end, the default is not a share of the steps: a run that is continued
+    for longer is the same run.
+
+    Raises:
+        ConfigError: the warm-up that was set, or the decay, does not fit into the steps.
+    """
+    w, decay = config.warmup_steps, config.decay_steps if config.schedule == "wsd" else 0
+    if decay > steps:
+        raise ConfigError(f"optimizer.decay_steps = {decay} exceeds train.steps = {steps}")
+    if w is None:
+        return 100 if config.schedule in ENDLESS else min(steps // 10, steps - decay)
+    if w >= steps and config.schedule in ("linear", "cosine"):
+        raise ConfigError(
+            f"optimizer.warmup_steps = {w} leaves nothing of train.steps = {steps} for the "
+            f"{config.schedule!r} schedule: warm up for fewer than {steps} steps"
+        )
+    if w + decay > steps and config.schedule == "wsd":
+        raise ConfigError(
+            f"optimizer.warmup_steps = {w} and optimizer.decay_steps = {decay} together exceed "
+            f"train.steps = {steps}"
+        )
+    return w
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,12 +239,18 @@ SECTIONS = {
 }
 
 
+def default_max_len(seq_len: int) -> int:
+    """Returns model.max_len where it is None: LanguageModelConfig's, or more if rows are longer."""
+    return max(LanguageModelConfig.max_len, seq_len)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """A checked configuration.
 
     `model` holds the fields of models.LanguageModelConfig but dtype and param_dtype, which are
-    `precision`'s; its vocab_size may be None, which means the tokenizer's.
+    `precision`'s; its vocab_size may be None, which means the tokenizer's, and its max_len, which
+    means data.seq_len or the model's own default, whichever is more.
     """
 
     seed: int  # of parameters, data order, dropout: the run's only source of chance
@@ -219,6 +265,9 @@ class Settings:
 
     def __post_init__(self):
         _one_of("task", self.task, TASKS)
+        if self.seed < 0:
+            raise ConfigError(f"seed = {self.seed} must be at least 0")
+        warmup_steps(self.optimizer, self.train.steps)
         for name in ("logit_chunk", "stream_chunks"):
             if getattr(self.train, name) and self.task != "language_model":
                 raise ConfigError(f"train.{name} is for task = 'language_model', not {self.task!r}")
@@ -231,10 +280,21 @@ class Settings:
             model = self.model_config(vocab_size=1)
             if self.train.stream_chunks:
                 check_streamed(model, self.train.stream_chunks, self.mesh.sequence)
-            if self.mesh.sequence > 1:
-                layouts.check(self.data.seq_len, self.mesh.sequence, self.balance)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model: {error}") from error
+        length = self.data.seq_len
+        if (self.train.stream_chunks or 0) > length:
+            raise ConfigError(
+                f"train.stream_chunks = {self.train.stream_chunks} must be at most data.seq_len = "
+                f"{length}"
+            )
+        if self.mesh.sequence > 1:
+            try:
+                layouts.check(length, self.mesh.sequence, self.balance)
+            except ValueError as error:
+                raise ConfigError(
+                    f"mesh.sequence = {self.mesh.sequence} with data.seq_len = {length}: {error}"
+                ) from error
 
     @property
     def balance(self) -> str:
@@ -244,8 +304,11 @@ class Settings:
     def model_config(self, vocab_size: int) -> LanguageModelConfig:
         """The model's configuration; `vocab_size` is used if config.model has none."""
         set_ = self.model.get("vocab_size")
+        model = self.model | {"vocab_size": vocab_size if set_ is None else set_}
+        if model.get("max_len") is None:
+            model["max_len"] = default_max_len(self.data.seq_len)
         return LanguageModelConfig(
-            **self.model | {"vocab_size": vocab_size if set_ is None else set_},
+            **model,
             dtype=self.precision.compute_dtype,
             param_dtype=self.precision.param_dtype,
         )

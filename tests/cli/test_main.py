@@ -77,6 +77,87 @@ def test_wrong_flag_names_the_nearest(capsys):
     assert "unrecognized argument: --scal=cpu" in err and "did you mean '--scale'?" in err
 
 
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        ("train --steps=5", "'--config.train.steps=5'"),
+        ("train --steps 5", "'--config.train.steps=5'"),
+        ("train --workdir=x --steps", "'--config.train.steps=VALUE'"),
+        ("train --config.train.steps 5", "'--config.train.steps=5'"),
+        ("train --train.steps=5", "'--config.train.steps=5'"),
+        ("train train.steps=5", "'--config.train.steps=5'"),
+        ("train --step=5", "'--config.train.steps=5'"),
+        ("train --batch=5", "'--config.data.batch_size=5'"),
+        ("train --seq-len=5 --seed=1", "'--config.data.seq_len=5' or '--config.seed=1'"),
+        ("plan --learning_rate=5", "'--config.optimizer.learning_rate=5'"),
+        ("plan --state-dim=5", "'--config.model.mixers.mamba.state_dim=5'"),
+        ("run flash_attention --steps=5", "'--config.curves.steps=5'"),
+        ("run flash_attention --only=a --lengths=(5,)", "'--config.runtime.lengths=(5,)'"),
+        ("train --wrkdir=5", "'--workdir'?"),
+        ("run flash_attention --scal=cpu", "'--scale'?"),
+        ("run no_such_paper --steps=5", "see: tilescan run --help"),
+    ],
+)
+def test_a_flag_that_is_a_key_of_the_config_names_the_whole_key(capsys, argv, meant):
+    status, err = fails(capsys, *argv.split())
+    assert status == 2 and "unrecognized argument: " in err and meant in err
+
+
+def test_a_key_without_its_section_is_named_whole(capsys, tmp_path):
+    workdir = f"--workdir={tmp_path}/run"
+    _, err = fails(capsys, "train", "--config.steps=5", workdir)
+    assert "unknown key 'steps'; did you mean 'train.steps'? Write --config.train.steps=5" in err
+    _, err = fails(capsys, "run", "flash_attention", "--config.steps=5", workdir)
+    assert "Write --config.curves.steps=5" in err and "'documents.steps'" in err
+
+
+def test_train_needs_a_workdir(capsys):
+    status, err = fails(capsys, "train", "--config.train.steps=5")
+    assert status == 2 and "the following arguments are required: --workdir" in err
+
+
+@pytest.fixture
+def own_texts(monkeypatch, tmp_path):
+    """mine.txt and mine.jsonl, whose field is "body", in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"Line {i} of a text that a user wrote.\n" for i in range(120)]
+    (tmp_path / "mine.txt").write_text("".join(lines))
+    records = (json.dumps({"body": "".join(lines[i : i + 9])}) + "\n" for i in range(9))
+    (tmp_path / "mine.jsonl").write_text("".join(records))
+    return tmp_path
+
+
+def test_a_text_of_the_users_own_is_shown(capsys, own_texts):
+    assert cli.main(["data", "show", "./mine.txt"]) == 0
+    out = capsys.readouterr().out
+    assert "./mine.txt: 4 documents" in out and "mine.txt:1" in out and "Line 0 of a text" in out
+    assert cli.main(["data", "show", f"{own_texts}/mine.jsonl:body"]) == 0
+    assert "mine.jsonl:body: 9 documents" in capsys.readouterr().out
+    (own_texts / "mine.jsonl").write_text('{"body": "a"}\n{"body": \n')
+    for argv in (
+        ["data", "show", "mine.jsonl:body"],
+        ["train", "--workdir=run", "--config.data.sources=mine.txt,mine.jsonl:body"],
+    ):
+        status, err = fails(capsys, *argv)
+        assert status == 1 and "mine.jsonl, line 2: no JSON object" in err
+
+
+@pytest.mark.slow
+def test_a_text_of_the_users_own_is_trained_on_and_resumed(capsys, own_texts):
+    tiny = ["data.sources=mine.txt,mine.jsonl:body", "data.seq_len=16", "data.batch_size=8"]
+    tiny += ["model.d_model=8", "model.repeats=1", "train.eval_batches=1", "train.eval_every=9"]
+    tiny += ["train.tensorboard=false", "train.log_every=1", "optimizer.schedule=constant"]
+    argv = ["train", "--workdir=run", *(f"--config.{key}" for key in tiny)]
+    assert cli.main([*argv, "--config.train.steps=1"]) == 0
+    assert "validation/loss" in capsys.readouterr().out
+    assert cli.main([*argv, "--config.train.steps=2"]) == 0  # goes on
+    assert "step                         2" in capsys.readouterr().out
+    with open(own_texts / "mine.jsonl", "a") as file:
+        file.write('{"body": "one more"}\n')
+    status, err = fails(capsys, *argv, "--config.train.steps=3")
+    assert status == 1 and "is of another data set: corpus was" in err
+
+
 def test_wrong_command_names_the_nearest(capsys):
     status, err = fails(capsys, "rnu")
     assert status == 2 and "did you mean 'run'?" in err

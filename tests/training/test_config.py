@@ -112,6 +112,24 @@ def test_override_reads_literals_words_and_tuples():
         override(config, "train.steps")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.txt", ("a.txt",)),
+        ("~/my texts/a.txt", ("~/my texts/a.txt",)),
+        ("shakespeare,/data/a.jsonl.gz:body", ("shakespeare", "/data/a.jsonl.gz:body")),
+        ("(a,b)", ("a", "b")),
+        ("('a,b.txt','c')", ("a,b.txt", "c")),
+        ("['a']", ("a",)),
+        ("hf:a/b:c", ("hf:a/b:c",)),
+    ],
+)
+def test_tuples_of_words_need_no_quotes(text, expected):
+    config = default_config()
+    override(config, f"data.sources={text}")
+    assert settings(config).data.sources == expected
+
+
 def test_values_that_make_no_sense_are_refused():
     for assignment, message in {
         "train.steps=0": r"train.steps = 0 must be at least 1",
