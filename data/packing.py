@@ -66,7 +66,8 @@ class TokenizedCorpus:
         tokenizer: see `data.tokenizers`.
 
     Raises:
-        ValueError: no documents, two with one id, or ids outside the tokenizer's vocabulary.
+        ValueError: no documents, two with one id, a text that is no Unicode, or ids outside the
+            tokenizer's vocabulary.
         TypeError: ids that are not integers.
     """
 
@@ -80,7 +81,10 @@ class TokenizedCorpus:
         eos = np.asarray([tokenizer.eos_id], np.int32)
         parts = []
         for document in documents:
-            parts += [tokenizer.encode(document.text), eos]
+            try:
+                parts += [tokenizer.encode(document.text), eos]
+            except ValueError as error:  # what is no Unicode text
+                raise ValueError(f"document {document.id!r}: {error}") from error
         self.tokens = _checked_ids(np.concatenate(parts), tokenizer)
         self.lengths = np.asarray([len(part) + 1 for part in parts[::2]], np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])

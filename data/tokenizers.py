@@ -27,6 +27,19 @@ from tilescan.data.sources import fetch
 
 NAMES = ("byte", "gpt2", "cl100k", "smollm2")
 
+# How published vocabularies spell the end of a text, and the end of a turn in a conversation.
+TEXT_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
+TURN_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<|end_of_turn|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|end|>",
+    "<|eot|>",
+)
+
 
 class Tokenizer(Protocol):
     """What pipelines and decoding need of a tokenizer.
@@ -35,19 +48,48 @@ class Tokenizer(Protocol):
         name: identifies the vocabulary.
         vocab_size: V; every id is below it.
         eos_id: ends a document.
+        end_ids: where generation stops: eos_id, and what ends a turn of a conversation.
         pad_id: fills batches; may equal eos_id, for segment ids and weights tell padding apart.
     """
 
     name: str
     vocab_size: int
     eos_id: int
+    end_ids: tuple[int, ...]
     pad_id: int
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
-        """str -> int32 [n], without an end-of-document token."""
+        """str -> int32 [n], without an end-of-document token.
+
+        Raises:
+            TypeError: no str.
+            ValueError: a lone surrogate in it, which no encoding of Unicode has.
+        """
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """int [n] -> str; bytes that are not UTF-8 become U+FFFD."""
+
+
+def utf8(text: str, name: str = "text") -> bytes:
+    """Returns a text's UTF-8 bytes.
+
+    Args:
+        text: to encode.
+        name: what errors call it: an argument or a file.
+
+    Raises:
+        TypeError: no str.
+        ValueError: a lone surrogate, as a wrong decoding or half of an escaped pair leaves it.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a str, got {type(text).__name__}")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds a lone surrogate, U+{ord(text[error.start]):04X}, at character "
+            f"{error.start}: it is no Unicode text; was it decoded wrongly, or cut?"
+        ) from error
 
 
 def _checked(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
@@ -64,12 +106,13 @@ class ByteTokenizer:
 
     name = "byte"
     eos_id = 256
+    end_ids = (256,)
     pad_id = 257
     vocab_size = 258
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
         del allow_special  # the special ids have no spelling
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+        return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """int [n] -> str; end of document and padding are left out."""
@@ -111,8 +154,10 @@ class TiktokenTokenizer:
         )
         self.vocab_size = self.encoding.n_vocab
         self.eos_id = self.pad_id = special["<|endoftext|>"]
+        self.end_ids = (self.eos_id,)
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        utf8(text)  # tiktoken would replace lone surrogates
         if allow_special:
             ids = self.encoding.encode(text, allowed_special="all")
         else:
@@ -128,11 +173,17 @@ class GGUFTokenizer:
 
     Known pre-tokenizers: "gpt-2", and "smollm" (GPT-2's after splitting every digit off).
 
+    Generation stops at the file's tokens for the end of text, turn and message (eos, eot and eom),
+    and at control tokens that are spelled like one (TEXT_ENDS, TURN_ENDS).
+
+    Attributes:
+        bos_id: what prompts begin with, if the file asks for it (add_bos_token); else None.
+
     Args:
         path: a GGUF file whose tokenizer.ggml.model is "gpt2".
 
     Raises:
-        ValueError: another kind of tokenizer; names it.
+        ValueError: another kind of tokenizer, fields that are missing or no tokens; names them.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -153,23 +204,56 @@ class GGUFTokenizer:
                 f"{path} has a tokenizer of model {model!r} with pre-tokenizer {pre!r}; "
                 f"known: model 'gpt2' with 'gpt-2' or 'smollm'"
             )
-        tokens = content("tokens")
-        merges = [tuple(merge.split(" ")) for merge in content("merges")]
+        tokens, merges = content("tokens"), content("merges")
+        for key, value in (("tokens", tokens), ("merges", merges)):
+            if not isinstance(value, list):
+                raise ValueError(f"{path}: tokenizer.ggml.{key} is missing, or no list")
         vocabulary = {token: index for index, token in enumerate(tokens)}
-        self._bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+        try:
+            bpe = models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges])
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(
+                f"{path}: tokenizer.ggml.merges don't fit its tokens: {error}"
+            ) from error
+        self._bpe = tokenizers.Tokenizer(bpe)
         steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
         if pre == "smollm":
             steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence(steps)
         self._bpe.decoder = decoders.ByteLevel()
-        control = [t for t, kind in zip(tokens, content("token_type"), strict=True) if kind == 3]
+        kinds = content("token_type") or [1] * len(tokens)
+        if len(kinds) != len(tokens):
+            raise ValueError(
+                f"{path}: tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} "
+                "tokens"
+            )
+        control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
         self._bpe.add_special_tokens(control)
         self.vocab_size = len(tokens)
-        self.eos_id = int(content("eos_token_id"))
-        pad_id = content("padding_token_id")
-        self.pad_id = self.eos_id if pad_id is None else int(pad_id)
+
+        def token(key: str) -> int | None:
+            index = content(key)
+            if index is None or (type(index) is int and 0 <= index < len(tokens)):
+                return index
+            raise ValueError(
+                f"{path}: tokenizer.ggml.{key}={index!r} must be one of the tokens "
+                f"0..{len(tokens) - 1}"
+            )
+
+        ends = [token(key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
+        ends += [vocabulary[t] for t in control if t in TEXT_ENDS + TURN_ENDS]
+        self.end_ids = tuple(dict.fromkeys(end for end in ends if end is not None))
+        if not self.end_ids:
+            raise ValueError(
+                f"{path} names no token that ends a text: tokenizer.ggml.eos_token_id is missing"
+            )
+        self.eos_id = self.end_ids[0]
+        pad_id = token("padding_token_id")
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.bos_id = token("bos_token_id") if content("add_bos_token") else None
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        utf8(text)
         self._bpe.encode_special_tokens = not allow_special
         return np.asarray(self._bpe.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 

@@ -1,5 +1,6 @@
 """From text to text: a published checkpoint, its tokenizer and sampling, in one call."""
 
+import itertools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,11 @@ import jax
 import numpy as np
 
 from tilescan.data.sources import fetch
-from tilescan.data.tokenizers import GGUFTokenizer, get_tokenizer
+from tilescan.data.tokenizers import GGUFTokenizer, Tokenizer, utf8
+from tilescan.decoding.arguments import check_max_new_tokens
+from tilescan.decoding.filters import check_integer, check_temperature, check_top_k, check_top_p
+from tilescan.decoding.folder_tokenizers import load_tokenizer
+from tilescan.decoding.pieces import text_pieces
 from tilescan.decoding.sampling import stream
 from tilescan.models import LanguageModel
 from tilescan.models.checkpoints import load_pretrained
@@ -19,11 +24,15 @@ PRETRAINED = ("smollm2",)
 
 
 class Writer(NamedTuple):
-    """A model ready to write: what `load_writer` returns."""
+    """A model ready to write: what `load_writer` returns.
+
+    ends: the tokens that end a text; None leaves it to the tokenizer (end_ids, or eos_id alone).
+    """
 
     model: LanguageModel
     params: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
+    ends: tuple[int, ...] | None = None
 
 
 class GeneratedText(NamedTuple):
@@ -40,7 +49,10 @@ class GeneratedText(NamedTuple):
 
 
 def load_writer(path_or_source: str | pathlib.Path, *, dtype: str = "float32") -> Writer:
-    """Loads a checkpoint with its tokenizer.
+    """Loads a checkpoint with its tokenizer and the tokens that end its texts.
+
+    These are the end-of-text and end-of-turn tokens that the files name; see
+    `folder_tokenizers.read_ends` and `data.tokenizers.GGUFTokenizer`.
 
     Args:
       path_or_source: "smollm2", a .gguf file, or a folder with config.json, safetensors and
@@ -60,77 +72,65 @@ def load_writer(path_or_source: str | pathlib.Path, *, dtype: str = "float32") -
             f"of a source that is fetched: {', '.join(PRETRAINED)}"
         )
     config, params = load_pretrained(path, dtype=dtype, param_dtype=dtype)
-    tokenizer = _tokenizer(path, config.vocab_size)
-    return Writer(LanguageModel(config), jax.device_put(params), tokenizer)
-
-
-def _tokenizer(path: pathlib.Path, vocab_size: int):
     if path.suffix == ".gguf":
-        return GGUFTokenizer(path)
-    if (path / "tokenizer.json").exists():
-        return _HuggingFaceTokenizer(path / "tokenizer.json")
-    gpt2 = get_tokenizer("gpt2")
-    if vocab_size != gpt2.vocab_size:
-        raise FileNotFoundError(
-            f"{path} has no tokenizer.json, and its vocabulary of {vocab_size} is not GPT-2's "
-            f"{gpt2.vocab_size}"
-        )
-    return gpt2
-
-
-class _HuggingFaceTokenizer:
-    """A folder's tokenizer.json behind the encode/decode of data.tokenizers."""
-
-    def __init__(self, path: pathlib.Path):
-        import tokenizers  # only folders need it
-
-        try:
-            self._inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
-        known = ("<|endoftext|>", "</s>", "<|end_of_text|>")
-        ids = [i for i in map(self._inner.token_to_id, known) if i is not None]
-        self.eos_id = ids[0] if ids else None
-
-    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
-        return np.asarray(self._inner.encode(text).ids, np.int32)
-
-    def decode(self, ids) -> str:
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
+        tokenizer = GGUFTokenizer(path)
+        ends = tokenizer.end_ids
+    else:
+        tokenizer, ends = load_tokenizer(path, config.vocab_size)
+    return Writer(LanguageModel(config), jax.device_put(params), tokenizer, ends)
 
 
 def stream_text(
     writer: Writer, prompt: str, *, max_new_tokens: int = 64, seed: int = 0, **sampling
 ) -> Iterator[str]:
-    """Pieces of the continuation, one per token, "" while a character is not whole yet.
+    """Yields pieces of the continuation, one per token, "" while a character is not whole yet.
 
-    `sampling` goes to `decoding.sampling.stream`: temperature, top_k, top_p.
+    Together they are what follows the prompt's text; see `decoding.pieces`. The token that ends the
+    text is none of it. `sampling` goes to `decoding.sampling.stream`: temperature, top_k, top_p.
+
+    Raises:
+      TypeError, ValueError, FloatingPointError: see `generate_text`.
     """
-    tokenizer = writer.tokenizer
-    ids = tokenizer.encode(prompt, allow_special=True)
-    if not len(ids):
-        raise ValueError("prompt is empty; give it a word at least")
-    drawn, written = [], 0
-    eos = tokenizer.eos_id
-    for token in stream(
+    ids = _prompt_ids(writer.tokenizer, prompt)
+    ends = _ends(writer)
+    drawn = stream(
         writer.model,
         writer.params,
         ids[None],
         max_new_tokens=max_new_tokens,
-        key=jax.random.key(seed),
-        eos=eos,
+        key=_key(seed),
+        eos=ends,
         **sampling,
-    ):
-        if int(token[0]) == eos:
-            break
-        drawn.append(int(token[0]))
-        text = tokenizer.decode(drawn)
-        # A character may take several tokens; until it is whole it decodes to U+FFFD.
-        whole = not text.endswith("\ufffd")
-        yield text[written:] if whole else ""
-        written = len(text) if whole else written
-    if drawn and not whole:
-        yield tokenizer.decode(drawn)[written:]
+    )
+    text = itertools.takewhile(lambda token: token not in ends, (int(row[0]) for row in drawn))
+    yield from text_pieces(writer.tokenizer, ids, text)
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    utf8(prompt, "prompt")
+    ids = tokenizer.encode(prompt, allow_special=True)
+    first = getattr(tokenizer, "bos_id", None)
+    if first is not None and first not in ids[:1]:
+        ids = np.concatenate([[first], ids]).astype(np.int32)
+    if not len(ids):
+        raise ValueError("prompt is empty; give it a word at least")
+    return ids
+
+
+def _ends(writer: Writer) -> tuple[int, ...]:
+    """The tokens that end a text; those that the model can't draw end none."""
+    ends = writer.ends
+    if ends is None:
+        eos = writer.tokenizer.eos_id
+        ends = getattr(writer.tokenizer, "end_ids", () if eos is None else (eos,))
+    return tuple(end for end in ends if end < writer.model.config.vocab_size)
+
+
+def _key(seed: int) -> jax.Array:
+    seed = check_integer("seed", seed)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} must fit into 64 bits: -2**63 to 2**63 - 1")
+    return jax.random.key(seed)
 
 
 def generate_text(
@@ -148,12 +148,25 @@ def generate_text(
 
     Args:
       path_or_source: see `load_writer`, or what it returned.
-      prompt: the text to continue; special tokens such as "<|im_start|>" are read as such.
+      prompt: the text to continue; special tokens such as "<|im_start|>" are read as such, and
+        the token that begins a text is added where the tokenizer's file says so.
       max_new_tokens: at most so many; fewer if the model ends the text.
       temperature, top_k, top_p: see `decoding.sampling`; temperature 0 is greedy.
       seed: of the random draws.
       write: is called with each new piece of text, e.g. functools.partial(print, end="").
+
+    Raises:
+      TypeError, ValueError: see `load_writer` and `decoding.sampling.generate`; a prompt that is
+        empty or no Unicode text.
+      FloatingPointError: the model's scores hold NaN or inf.
     """
+    # What is wrong in itself is said before a model is loaded.
+    utf8(prompt, "prompt")
+    check_max_new_tokens(max_new_tokens)
+    check_temperature(temperature, (1,))
+    check_top_k(top_k)
+    check_top_p(top_p, (1,))
+    _key(seed)
     writer = path_or_source if isinstance(path_or_source, Writer) else load_writer(path_or_source)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     pieces, times = [], [time.perf_counter()]

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilescan.data import tokenizers
+from tilescan.data.documents import Document
+from tilescan.data.packing import TokenizedCorpus
 from tilescan.data.tokenizers import ByteTokenizer, GGUFTokenizer, TiktokenTokenizer, get_tokenizer
 
 BYTE = ByteTokenizer()
@@ -121,3 +123,28 @@ def test_without_ranks_the_error_tells_the_command(monkeypatch, tmp_path):
         tokenizers._cl100k()
     with pytest.raises(tokenizers.SourceError, match="pip download .*openai-whisper==20250625"):
         tokenizers._gpt2()
+
+
+def surrogate_free_tokenizers(tmp_path):
+    gguf_file(tmp_path / "toy.gguf")
+    return BYTE, small_bpe(), GGUFTokenizer(tmp_path / "toy.gguf")
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ab\udfff", "\ud83d\ude42", "\udcff\n"])
+def test_lone_surrogates_are_named(tmp_path, text):
+    at = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
+    message = rf"text holds a lone surrogate, U\+{ord(text[at]):04X}, at character {at}: "
+    for tokenizer in surrogate_free_tokenizers(tmp_path):
+        for special in (False, True):
+            with pytest.raises(ValueError, match=message):
+                tokenizer.encode(text, allow_special=special)
+        with pytest.raises(ValueError, match=f"document 'novel': {message}"):
+            TokenizedCorpus([Document("novel", text)], tokenizer)
+        assert tokenizer.decode(tokenizer.encode("a\U0001f642")) == "a\U0001f642"
+
+
+@pytest.mark.parametrize("text", [b"ab", None, 3, ["a"]])
+def test_what_is_no_text_is_named(tmp_path, text):
+    for tokenizer in surrogate_free_tokenizers(tmp_path):
+        with pytest.raises(TypeError, match="text must be a str, got "):
+            tokenizer.encode(text)

@@ -1,0 +1,73 @@
+"""Text that grows with every token: what each one adds, in whole characters.
+
+A token is no piece of text by itself. A character may take several tokens; and many decoders treat
+the first token in a way of their own: Llama 2's takes the space before a word away.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from tilescan.data.tokenizers import Tokenizer
+
+# What a decoder gives for bytes that are no character, or none yet.
+_UNFINISHED = "\ufffd"
+# How many tokens are decoded again with each new one, at most, and how many before them.
+_WINDOW, _CONTEXT = 256, 64
+
+
+def text_pieces(
+    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]
+) -> Iterator[str]:
+    """Yields what each token adds to the text of the prompt and the tokens before it.
+
+    Args:
+      tokenizer: whose `decode` is used.
+      prompt: the tokens that come first, whose text is not given again.
+      tokens: those that follow, one after another.
+
+    Yields:
+      One piece per token, "" as long as a character is not whole; at the end, as one piece more,
+      an unfinished character if there is one. Together they are the text that follows the prompt's.
+    """
+    before, new = [int(t) for t in prompt[-_CONTEXT:]], []
+    settled, written, head = 0, "", None
+    for token in tokens:
+        new.append(int(token))
+        text, head = _following(tokenizer, before, new, head)
+        if not text.startswith(written):
+            # Bytes that are no character can change how a decoder reads those before them, whose
+            # text is out: go on behind it.
+            before, new = (before + new[:settled])[-_CONTEXT:], new[settled:]
+            settled, written = 0, ""
+            text, head = _following(tokenizer, before, new, None)
+        if text.endswith(_UNFINISHED):
+            yield ""
+            continue
+        yield text[len(written) :]
+        settled, written = len(new), text
+        if settled >= _WINDOW:
+            before, new, settled, written, head = new[-_CONTEXT:], [], 0, "", None
+    if len(new) > settled:
+        yield _following(tokenizer, before, new, head)[0][len(written) :]
+
+
+def _following(
+    tokenizer: Tokenizer, before: list[int], new: list[int], head: tuple[str, int] | None
+) -> tuple[str, tuple[str, int] | None]:
+    """(the text of `new` behind `before`, its head).
+
+    The head is what the place changes at the start of the text: characters to add (a space that
+    the decoder takes from what it holds for the first token), and how many to drop (a mark of what
+    goes on with a word). None: it has not shown yet.
+    """
+    text = tokenizer.decode(new)
+    if head is None and before and not text.endswith(_UNFINISHED):
+        context, both = tokenizer.decode(before), tokenizer.decode(before + new)
+        there = both[len(context) :] if both.startswith(context) else text
+        if there.endswith(text) and there:
+            head = there[: len(there) - len(text)], 0
+        elif there and text.endswith(there):
+            head = "", len(text) - len(there)
+        elif text:
+            head = "", 0
+    add, drop = head or ("", 0)
+    return add + text[drop:], head
