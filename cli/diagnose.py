@@ -41,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lengths", help="where to look, e.g. 1024,8192,32768 [1/2, 1, 2, 4, 8 training lengths]")
     add("--tokens", type=pathlib.Path, help="ids of long texts: a .npy file, [T] or [B, T]")
     add("--tokenizer", help="instead of --tokens: byte, gpt2, cl100k or smollm2")
-    add("--source", default="shakespeare", help="text for --tokenizer, see `tilescan data`")
+    add(
+        "--source",
+        default="shakespeare",
+        help="text for --tokenizer, see `tilescan data`, or a path",
+    )
     add("--rows", type=int, default=4, help="documents read at once [4]")
     add("--newline", type=int, default=10, help="id of the newline [10; 187 in GPT-NeoX's]")
     add("--decay-scale", type=float, default=1.0, help="factor of every decay, at most 1")

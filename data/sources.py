@@ -205,6 +205,9 @@ def main_list(console: Console | None = None) -> None:
     console = console or Console()
     console.print(table)
     console.print(made)
+    console.print(
+        f"Sources are also: the path of {files.READ}; hf:NAME, a data set at Hugging Face."
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -114,6 +114,7 @@ def test_the_listing(capsys):
     text = console.export_text()
     for name in sources.SOURCES:
         assert name in text
+    assert "Sources are also: the path of a .txt, .jsonl" in text and "hf:NAME" in text
     assert "5.4 MB" in text and "public domain" in text
     for name in tasks.summaries():
         assert name in text
