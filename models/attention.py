@@ -246,6 +246,8 @@ class Attention(nn.Module):
             add = lambda a: None if a is None else a[None]
             return self._attend(add(q), add(k), add(v), add(ids), add(kv_ids), start)[0]
 
+        if q.shape[0] == 0:  # without rows there is no start
+            return self._attend(q, k, v, ids, kv_ids, 0)
         if q.shape[0] == 1:
             return together()
         return jax.lax.cond(

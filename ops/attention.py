@@ -20,6 +20,7 @@ from tilescan.ops import attention_xla, masks
 from tilescan.ops.decode_attention import decode_attention, merge_partials
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.mask_placed import is_placed
+from tilescan.ops.sizes import check_sizes
 
 __all__ = ["attention", "decode_attention", "merge_partials"]
 
@@ -222,8 +223,7 @@ def _validate(q, k, v, bias, logit_cap, implementation):
         raise ValueError(f"q has batch {B}, k and v have {k.shape[0]}; {expected}")
     if D != k.shape[3]:
         raise ValueError(f"q has head dim {D}, k has {k.shape[3]}; {expected}")
-    if min(T, H, D, S, G, v.shape[3]) == 0:
-        raise ValueError(f"empty arrays: q {q.shape}, k {k.shape}, v {v.shape}; {expected}")
+    check_sizes(q=(q, "B, T, H, D"), k=(k, "B, S, G, D"), v=(v, "B, S, G, P"))
     if H % G:
         hint = _swapped(q, k, expected)
         raise ValueError(f"q has {H} heads, which k's {G} heads do not divide; {hint}")

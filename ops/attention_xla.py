@@ -206,7 +206,7 @@ class _Tiles:
         n_live = (kinds != masks.EMPTY).sum(-1)
         order = xp.argsort(-kinds, axis=-1, stable=True).astype(np.int32)
         if xp is np:
-            order = order[:, :, : max(1, n_live.max())]
+            order = order[:, :, : n_live.max(initial=1)]
         return order, (kinds == masks.FULL).sum(-1), n_live
 
     def ids(self, mask):

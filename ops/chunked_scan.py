@@ -234,7 +234,7 @@ def _ratios(d):
 
 
 def _mild(d):
-    return jnp.min(d.coarse) > -MILD
+    return jnp.min(d.coarse, initial=0.0) > -MILD
 
 
 def _mild_scores(q, k, d):
@@ -379,7 +379,7 @@ class Chunks(NamedTuple):
         G = min(x.shape[2] for x in (q, k, v))
         C = min(chunk, -(-T // SUBCHUNK) * SUBCHUNK)
         N = -(-T // C)
-        M = max(1, CACHED // (B * H * C * C)) if cached else N
+        M = max(1, CACHED // max(B * H * C * C, 1)) if cached else N
         M = -(-N // -(-N // M))
         return cls(T, G, H // G, C, M, -(-N // M))
 
@@ -421,7 +421,7 @@ class Chunks(NamedTuple):
 
         xs = jnp.arange(self.blocks), starts
         (S, results), before = jax.lax.scan(step, carry, xs, reverse=reverse)
-        S = S.reshape(S.shape[0], -1, *S.shape[3:])
+        S = S.reshape(S.shape[0], self.G * self.R, *S.shape[3:])
         return S, [x[:, : self.T] for x in results], before
 
     def _split(self, x):
@@ -430,5 +430,5 @@ class Chunks(NamedTuple):
         return x.reshape(B, self.M, self.C, G, heads // G, F).transpose(1, 0, 3, 4, 2, 5)
 
     def _join(self, x):
-        _, B, G, R, _, F = x.shape
-        return x.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, G * R, F)
+        M, B, G, R, C, F = x.shape
+        return x.transpose(1, 0, 4, 2, 3, 5).reshape(B, M * C, G * R, F)

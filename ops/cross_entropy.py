@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tilescan.ops.attention_xla import varying
+from tilescan.ops.sizes import check_sizes
 from tilescan.ops.token_ids import bounded_ids, check_ids, counted_ids
 
 
@@ -336,6 +337,7 @@ def _check(hidden, head, tied, chunk, per_token):
         raise ValueError(
             f"head must be {letters} with E = {hidden.shape[2]} (tied={tied}), got {head.shape}"
         )
+    check_sizes(hidden=(hidden, "B, T, E"), head=(head, letters[1:-1]))
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
     for path, x in jax.tree.leaves_with_path(per_token):

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from tilescan.ops import masks
 from tilescan.ops.attention_xla import varying
+from tilescan.ops.sizes import check_sizes
 
 
 def merge_partials(o1, lse1, o2, lse2):
@@ -68,6 +69,8 @@ def decode_attention(
             f"q {q.shape}, k_cache {k_cache.shape} and v_cache {v_cache.shape} do not fit; "
             "decode_attention takes q [B, T, H, D], k_cache [B, S, G, D], v_cache [B, S, G, P]"
         )
+    caches = dict(k_cache=(k_cache, "B, S, G, D"), v_cache=(v_cache, "B, S, G, P"))
+    check_sizes(q=(q, "B, T, H, D"), **caches)
     if H % G:
         raise ValueError(f"q has {H} heads, which k_cache's {G} heads do not divide")
     lengths = jnp.asarray(lengths)

@@ -74,7 +74,7 @@ def gated_linear_attention(
                 f"log_decay must be [B, T, H] = {(B, T, H)} or [B, T, H, D] = {(B, T, H, D)}, "
                 f"got shape {log_decay.shape}"
             )
-        log_decay = log_decay.reshape(B, T, H, -1).astype(dtype)
+        log_decay = log_decay.reshape(B, T, H, *log_decay.shape[3:] or (1,)).astype(dtype)
     initial_state = check_state(initial_state, (B, H, D, P), "B, H, D, P", dtype)
     scale = D**-0.5 if scale is None else scale
     log_decay = forget_at_starts(log_decay, segment_ids)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Inexact, Int
 
 from tilescan.ops import diagonal_scan
 from tilescan.ops.recurrence_arguments import check_shape, check_time
+from tilescan.ops.sizes import check_sizes
 
 
 def linear_recurrence(
@@ -61,6 +62,7 @@ def linear_recurrence(
     if b.ndim < 2:
         raise ValueError(f"b must be [B, T, *D], got shape {b.shape}")
     B, T, *D = b.shape
+    check_sizes(b=(b, "B, T, *D"))
     check_time(b=b)
     a = _aligned(a, b.shape)
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)

@@ -29,6 +29,7 @@ from tilescan.ops.recurrence_arguments import (
     check_shape,
     check_time,
 )
+from tilescan.ops.sizes import check_sizes
 
 __all__ = ["long_convolution"]
 
@@ -156,7 +157,7 @@ def _forward(x, kernel, *, method, block):
         y = transform.inverse(_multiply(transform(x), transform(kernel[None])), T + K - 1)
         return y[:, :T], y[:, T:]
 
-    return _by_channels(one, block // (x.shape[0] * transform.M), x, kernel)
+    return _by_channels(one, block // max(x.shape[0] * transform.M, 1), x, kernel)
 
 
 def _backward(x, kernel, dy, *, method, block):
@@ -171,7 +172,7 @@ def _backward(x, kernel, dy, *, method, block):
         dk = jax.tree.map(lambda z: z.sum(0, keepdims=True), dk)
         return dx, transform.inverse(dk, K)[0]
 
-    return _by_channels(one, block // (x.shape[0] * transform.M), x, kernel, dy)
+    return _by_channels(one, block // max(x.shape[0] * transform.M, 1), x, kernel, dy)
 
 
 def _by_channels(function, e, *arrays):
@@ -268,9 +269,8 @@ class _Matmul:
         return dot(a, re) - dot(b, im), dot(a, im) + dot(b, re)
 
     def __call__(self, x):
-        split = lambda a: (
-            a if a is None else a.reshape(a.shape[0], len(self.first[0]), -1, a.shape[2])
-        )
+        N1 = len(self.first[0])
+        split = lambda a: a if a is None else a.reshape(a.shape[0], N1, self.M // N1, a.shape[2])
         z = tuple(split(a) for a in _fold(x, self.M))
         z = self._apply("kn,bnme->bkme", self.first, z)
         z = _multiply(z, self.factor)
@@ -280,7 +280,7 @@ class _Matmul:
         z = self._apply("lm,bkle->bkme", _conjugate(self.second), z)
         z = _multiply(z, _conjugate(self.factor))
         z = self._apply("kn,bkme->bnme", _conjugate(self.first), z)
-        re, im = (a.reshape(a.shape[0], self.M, -1) / self.M for a in z)
+        re, im = (a.reshape(a.shape[0], self.M, a.shape[3]) / self.M for a in z)
         return _unfold(re, im, length)
 
 
@@ -308,10 +308,11 @@ def _validate(u, kernel, D, pre_gate, post_gate, initial_state, method, implemen
     named = dict(u=u, kernel=kernel, D=D, initial_state=initial_state)
     named |= dict(pre_gate=pre_gate, post_gate=post_gate)
     check_floating(**named)
-    if u.ndim != 3 or 0 in u.shape:
-        raise ValueError(f"u must be [B, T, E], none of them 0, got shape {u.shape}")
+    if u.ndim != 3:
+        raise ValueError(f"u must be [B, T, E], got shape {u.shape}")
     B, T, E = u.shape
-    if kernel.ndim != 2 or kernel.shape[0] == 0 or kernel.shape[1] != E:
+    check_sizes(u=(u, "B, T, E"), kernel=(kernel, "K, E"))
+    if kernel.ndim != 2 or kernel.shape[1] != E:
         raise ValueError(f"kernel must be [K, E] with u's E = {E}, got shape {kernel.shape}")
     K = kernel.shape[0]
     shapes = dict(D=(E,), initial_state=(B, K - 1, E), pre_gate=u.shape, post_gate=u.shape)

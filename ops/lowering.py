@@ -28,6 +28,9 @@ def choose_when_lowered(pick: Callable, like: Callable, *arguments):
     """
     flat, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, arguments))  # NumPy's have no device
     jaxpr, shapes = jax.make_jaxpr(like, return_shape=True)(*arguments)
+    if any(0 in x.shape for x in flat):
+        # An empty batch, which kernels don't take, and for which there is nothing to choose.
+        return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(jaxpr)(*flat))
 
     def pick_flat(platform):
         function = pick(platform)

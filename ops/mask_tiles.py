@@ -32,8 +32,8 @@ def segment_bounds(ids, block: int):
     """Least and greatest segment id of each tile: ids [B, T] -> two arrays [B, ceil(T/block)]."""
     xp = array_module(ids)
     batch, length = ids.shape
-    padding = -length % block
-    tiles = xp.pad(ids, ((0, 0), (0, padding)), mode="edge").reshape(batch, -1, block)
+    n = -(-length // block)
+    tiles = xp.pad(ids, ((0, 0), (0, n * block - length)), mode="edge").reshape(batch, n, block)
     return tiles.min(axis=-1), tiles.max(axis=-1)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from tilescan.ops.chunked_scan import SUBCHUNK
 from tilescan.ops.diagonal_scan import resets
+from tilescan.ops.sizes import check_sizes
 
 
 def check_implementation(op, implementation):
@@ -36,10 +37,8 @@ def check_shape(name, x, letters, shape):
 
 
 def check_time(**arrays):
-    """Arrays [B, T, ...] have steps, and none that an offset of 32 bits cannot reach."""
+    """Arrays [B, T, ...] have no step that an offset of 32 bits cannot reach."""
     for name, x in arrays.items():
-        if x.shape[1] == 0:
-            raise ValueError(f"{name} must have from 1 step on, got shape {x.shape}")
         count = math.prod(x.shape[1:])
         if count >= 2**31:
             raise ValueError(
@@ -61,13 +60,14 @@ def check_heads(q, k, v):
             "q [B, T, H, D], k [B, T, G, D] and v [B, T, G, P] must agree in B, T, G and D, "
             f"got {q.shape}, {k.shape} and {v.shape}"
         )
+    check_sizes(q=(q, "B, T, H, D"), v=(v, "B, T, G, P"))
     check_groups("q's heads", H, "k's and v's", G)
     check_time(q=q, k=k, v=v)
     return B, T, H, D, P
 
 
 def check_groups(heads, H, groups, G):
-    if G == 0 or H % G:
+    if H % G:
         raise ValueError(f"{heads} must be a multiple of {groups}, got {H} and {G}")
 
 

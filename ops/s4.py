@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
+from tilescan.ops.sizes import check_sizes
+
 __all__ = [
     "dplr_discretize",
     "dplr_truncate",
@@ -96,6 +98,7 @@ def s4d_step(state, u, Abar, Bbar, C):
       u: inputs [B, H], real.
       Abar, Bbar: of `s4d_discretize`; C [H, N].
     """
+    check_sizes(state=(state, "B, H, N"))
     state = Abar[None] * state + Bbar[None] * u[..., None]
     return state, 2 * (C[None] * state).sum(-1).real
 
@@ -297,6 +300,7 @@ def _validate(log_dt, **systems):
     if log_dt.ndim != 1:
         raise ValueError(f"log_dt must be [H], got shape {log_dt.shape}")
     H, N = log_dt.shape[0], next(iter(systems.values())).shape[-1]
+    check_sizes(log_dt=(log_dt, "H"), **{name: (x, "H, N") for name, x in systems.items()})
     for name, x in systems.items():
         if not jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(

@@ -24,6 +24,7 @@ from tilescan.ops.recurrence_arguments import (
     check_shape,
     check_time,
 )
+from tilescan.ops.sizes import check_sizes
 
 # Steps of a chunk, whose states and decays exist at once in the backward pass.
 CHUNK = 64
@@ -108,12 +109,12 @@ def _by_groups(scan, G):
     """`scan`, which is `_core`, for B and C [B, T, G, N]."""
 
     def grouped(x, dt, A, B, C, h, first):
-        cut = lambda v: v.reshape(*v.shape[:-1], G, -1)
+        cut = lambda v: v.reshape(*v.shape[:-1], G, v.shape[-1] // G)
         axes = 2, 2, 1, 2, 2, 2, None
         y, h = jax.vmap(scan, in_axes=axes, out_axes=2)(
             cut(x), cut(dt), cut(A), B, C, cut(h), first
         )
-        return y.reshape(x.shape), h.reshape(*h.shape[:2], -1)
+        return y.reshape(x.shape), h.reshape(*h.shape[:2], x.shape[2])
 
     return grouped
 
@@ -299,11 +300,13 @@ def _validate(x, dt, A, B, C, D, z, dt_bias, initial_state):
     if x.ndim != 3:
         raise ValueError(f"x must be [B, T, E], got shape {x.shape}")
     b, T, E = x.shape
+    check_sizes(x=(x, "B, T, E"), A=(A, "E, N"))
     check_time(x=x)
     if A.ndim != 2 or A.shape[0] != E:
         raise ValueError(f"A must be [E, N] with E = {E} from x {x.shape}, got shape {A.shape}")
     N = A.shape[1]
     groups = B.shape[2:3] if B.ndim == 4 else ()
+    check_sizes(B=(B, "B, T, G, N" if groups else "B, T, N"))
     for name, v in (("B", B), ("C", C)):
         letters = "B, T, G, N" if groups else "B, T, N"
         check_shape(name, v, letters, (b, T, *groups, N))

@@ -19,6 +19,7 @@ from tilescan.ops.recurrence_arguments import (
     check_shape,
     check_time,
 )
+from tilescan.ops.sizes import check_sizes
 
 __all__ = ["short_convolution"]
 
@@ -185,7 +186,7 @@ def _sums_blocked(x, weight, runs):
         return jax.lax.fori_loop(0, W, step, zeros, unroll=UNROLL)
 
     y = jax.lax.map(block, jnp.arange(B * blocks.count))
-    return y.reshape(B, -1, E)[:, :L]
+    return y.reshape(B, blocks.count * blocks.size, E)[:, :L]
 
 
 def _products_blocked(dy, inputs, runs):
@@ -245,11 +246,12 @@ def _validate(x, weight, bias, activation, initial_state, implementation):
     if activation not in ("silu", None):
         raise ValueError(f'activation must be "silu" or None, got {activation!r}')
     check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
-    if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"x must be [B, T, E], none of them 0, got shape {x.shape}")
+    if x.ndim != 3:
+        raise ValueError(f"x must be [B, T, E], got shape {x.shape}")
     B, T, E = x.shape
+    check_sizes(x=(x, "B, T, E"), weight=(weight, "W, E"))
     check_time(x=x)
-    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != E:
+    if weight.ndim != 2 or weight.shape[1] != E:
         raise ValueError(f"weight must be [W, E] with x's E = {E}, got shape {weight.shape}")
     W = weight.shape[0]
     check_shape("bias", bias, "E", (E,))

@@ -19,6 +19,7 @@ from tilescan.ops.recurrence_arguments import (
     forget_at_starts,
     state_dtype,
 )
+from tilescan.ops.sizes import check_sizes
 
 
 def ssd(
@@ -77,6 +78,7 @@ def ssd(
         raise ValueError(
             f"B and C must be [B, T, G, N] with [B, T] = {(batch, T)}, got {B.shape} and {C.shape}"
         )
+    check_sizes(x=(x, "B, T, H, P"), B=(B, "B, T, G, N"))
     G, N = B.shape[2:]
     check_groups("x's heads", H, "B's and C's groups", G)
     check_time(x=x, B=B)

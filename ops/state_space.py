@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Complex, Float, Int
 
 from tilescan.ops import diagonal_scan, s4
+from tilescan.ops.sizes import check_sizes
 from tilescan.ops.state_space_chunks import Tables, checked_state, run, squares_of, times
 
 __all__ = [
@@ -205,11 +206,12 @@ def _parts(x, axis):
 def _checked_chunk(u, log_dt, chunk, segment_ids):
     if not jnp.issubdtype(u.dtype, jnp.floating):
         raise TypeError(f"u must be floating, got {u.dtype}")
-    if u.ndim not in (3, 4) or 0 in u.shape or u.shape[2] != log_dt.shape[0]:
+    if u.ndim not in (3, 4) or u.shape[2] != log_dt.shape[0]:
         raise ValueError(
-            f"u must be [B, T, H] or [B, T, H, R], none of them 0, with log_dt's H = "
-            f"{log_dt.shape[0]}, got shape {u.shape}"
+            f"u must be [B, T, H] or [B, T, H, R] with log_dt's H = {log_dt.shape[0]}, "
+            f"got shape {u.shape}"
         )
+    check_sizes(u=(u, "B, T, H" if u.ndim == 3 else "B, T, H, R"))
     if chunk is None:
         chunk = CHUNK if segment_ids is None else PACKED_CHUNK
     if not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1):

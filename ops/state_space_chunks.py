@@ -220,8 +220,8 @@ def _cut(u, H, R, n, C):
 
 def _joined(y, T):
     """[H, B, R, n, C] as [B, T, H R]."""
-    H, B, R = y.shape[:3]
-    y = _alone(y.reshape(H, B, R, -1)[..., :T])
+    H, B, R, n, C = y.shape
+    y = _alone(y.reshape(H, B, R, n * C)[..., :T])
     y = _alone(y.swapaxes(0, 1)).reshape(B, H * R, T)
     return _alone(y.swapaxes(1, 2))
 

@@ -18,6 +18,7 @@ from tilescan.ops import masks
 from tilescan.ops.decode_attention import merge_partials
 from tilescan.ops.mask_placed import Stretch, place, visible, with_segments
 from tilescan.ops.sequence_parallel import layouts
+from tilescan.ops.sizes import check_sizes
 
 # `ops.attention` is the function.
 attention_lib = importlib.import_module("tilescan.ops.attention")
@@ -51,6 +52,7 @@ def check(q, k, v, mask, bias, P: int, balance) -> None:
         raise ValueError(
             f"q has {T} and k {S} tokens on each device: both must be the same part of the sequence"
         )
+    check_sizes(q=(q, "B, T, H, D"), k=(k, "B, S, G, D"), v=(v, "B, S, G, P"))
     if k.shape[:3] != v.shape[:3] or (B, D) != (k.shape[0], k.shape[3]) or H % k.shape[2]:
         raise ValueError(
             f"q {q.shape}, k {k.shape} and v {v.shape} don't fit; attention takes q [B, T, H, D], "

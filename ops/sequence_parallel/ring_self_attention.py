@@ -139,7 +139,7 @@ def _attend_bwd(options, residuals, cotangents):
     do, dlse = cotangents
     B, T, H, D = q.shape
     S, G, _ = v.shape[1:]
-    grouped = lambda x: x.reshape(B, T, G, H // G, -1).astype(p.dtype)
+    grouped = lambda x: x.reshape(B, T, G, H // G, *x.shape[3:] or (1,)).astype(p.dtype)
     delta = jnp.sum(grouped(o) * grouped(do), -1) - grouped(dlse)[..., 0]
     delta = delta.transpose(0, 2, 3, 1)[..., None]
     dv = options.reduce(jnp.einsum("bgrts,btgrp->bsgp", p, grouped(do)))

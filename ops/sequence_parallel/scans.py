@@ -150,7 +150,7 @@ def gated_linear_attention(
     )  # fmt: skip
     if log_decay is None:
         log_decay = jnp.zeros((B, T, 1, 1), dtype)
-    log_decay = log_decay.astype(dtype).reshape(B, T, log_decay.shape[2], -1)
+    log_decay = log_decay.astype(dtype).reshape(*log_decay.shape[:3], *log_decay.shape[3:] or (1,))
     log_decay = forget_at_starts(log_decay, ids)
     whole = jnp.sum(log_decay, 1)[..., None]
     S_in, final = affine_scan(whole, state, axis_name, kind=kind, initial_state=initial_state)
@@ -285,7 +285,7 @@ def linear_recurrence(
     decay = decay[:, 0] ** T if decay.shape[1] == 1 else jnp.prod(decay, 1)
     if ids is not None:
         starts = jnp.any(diagonal_scan.resets(ids, b.shape[0], T, reverse), 1)
-        decay = jnp.where(starts.reshape(-1, *(1,) * (decay.ndim - 1)), 0, decay)
+        decay = jnp.where(starts.reshape(len(starts), *(1,) * (decay.ndim - 1)), 0, decay)
     split = max(range(state.ndim), key=lambda axis: state.shape[axis])
     S_in, final = factor_scan(
         decay, state, axis_name, kind=kind, split=split, initial_state=initial_state,

@@ -255,7 +255,7 @@ def test_errors_name_the_argument():
         (ValueError, "log_decay", dict(log_decay=a[:, :4])),
         (ValueError, "initial_state", dict(initial_state=S[:, :2])),
         (ValueError, "chunk", dict(chunk=10)),
-        (ValueError, "from 1 step on", dict(q=q[:, :0], k=k[:, :0], v=v[:, :0])),
+        (ValueError, "no empty axis but B", dict(q=q[:, :0], k=k[:, :0], v=v[:, :0])),
         (ValueError, "segment_ids", dict(segment_ids=jnp.zeros((1, 10), int))),
         (TypeError, "segment_ids", dict(segment_ids=jnp.zeros((1, 8)))),
         (ValueError, "heads", dict(q=q[:, :, :3])),

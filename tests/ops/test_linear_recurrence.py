@@ -291,7 +291,7 @@ def test_lowers_for_every_platform(platform):
         (dict(a=jnp.ones(3)), ValueError, "where it is shared"),
         (dict(a=jnp.ones(4, jnp.int32)), TypeError, "a must be floating or complex"),
         (dict(b=jnp.ones(5)), ValueError, r"b must be \[B, T, \*D\]"),
-        (dict(b=jnp.ones((2, 0, 4))), ValueError, "from 1 step on"),
+        (dict(b=jnp.ones((2, 0, 4))), ValueError, "no empty axis but B"),
         (dict(initial_state=jnp.ones((2, 5, 4))), ValueError, "initial_state must be"),
         (dict(initial_state=jnp.ones((2, 4), jnp.complex64)), TypeError, "cast one"),
         (dict(segment_ids=jnp.ones((2, 7), jnp.int32)), ValueError, "segment_ids must be"),

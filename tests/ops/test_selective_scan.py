@@ -310,7 +310,7 @@ def test_lowers_for_every_platform(platform):
     [
         (dict(implementation="pallas"), ValueError, 'implementation="xla"'),
         (dict(x=jnp.ones((2, 3))), ValueError, r"x must be \[B, T, E\]"),
-        (dict(x=jnp.ones((1, 0, 3))), ValueError, "from 1 step on"),
+        (dict(x=jnp.ones((1, 0, 3))), ValueError, "no empty axis but B"),
         (dict(dt=jnp.ones((1, 5, 2))), ValueError, r"dt must be \[B, T, E\]"),
         (dict(A=jnp.ones((2, 3))), ValueError, r"A must be \[E, N\]"),
         (dict(B=jnp.ones((1, 5, 4))), ValueError, r"B must be \[B, T, N\]"),
