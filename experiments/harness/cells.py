@@ -60,6 +60,7 @@ class Paper:
       name: its folder's and its config's name.
       title: the paper's title, with its source.
       summary: two sentences for a reader of the results.
+      short: what tables of many papers call it; the beginning of the title by default.
       family: under which RESULTS.md lists it: one of FAMILIES.
       cells: the measurements that a config asks for.
       tables, claims, figures: pure functions of the records; figures gives {name: SVG text}.
@@ -73,11 +74,12 @@ class Paper:
     claims: Callable[[Records], Sequence[Claim]]
     figures: Callable[[Records], Mapping[str, str]] = lambda records: {}
     family: str = "kernels"
+    short: str = ""
 
     @property
     def short_title(self) -> str:
-        """The title without its subtitle and its source."""
-        return self.title.partition(":")[0].partition("(")[0].strip()
+        """What tables of many papers call it."""
+        return self.short or self.title.partition(":")[0].partition("(")[0].strip()
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -85,7 +87,7 @@ class Paper:
 
 
 def sweep(
-    cell_id: str,
+    cell_id: str | Callable[..., str],
     measure: Callable[..., Mapping[str, Any]],
     settings: Mapping[str, Any] | Callable[..., Mapping[str, Any]],
     *,
@@ -97,7 +99,8 @@ def sweep(
     """Makes a cell for each point of the grid of `axes` and each seed.
 
     Args:
-      cell_id: format string of the axes and "seed", e.g. "mqar{pairs}-{model}-seed{seed}".
+      cell_id: format string of the axes and "seed", e.g. "mqar{pairs}-{model}-seed{seed}", or a
+        function of them (by name).
       measure: see `Cell`.
       settings: what is the same at every point, or a function of the axes (by name) that returns
         it; the point itself is added, so that tables can select and group by it.
@@ -106,6 +109,7 @@ def sweep(
       where: function of the axes (by name): False leaves a point out.
       **axes: {name: values}; the last one varies fastest.
     """
+    name = cell_id if callable(cell_id) else cell_id.format
     made = []
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
@@ -114,7 +118,6 @@ def sweep(
         own = settings(**point) if callable(settings) else settings
         cost = seconds(**point) if callable(seconds) else seconds
         made += [
-            Cell(cell_id.format(**point, seed=seed), measure, {**own, **point}, seed, cost)
-            for seed in seeds
+            Cell(name(**point, seed=seed), measure, {**own, **point}, seed, cost) for seed in seeds
         ]
     return made

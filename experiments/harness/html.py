@@ -52,6 +52,14 @@ tbody tr:hover { background: var(--box); }
 .claims td.status { font-weight: 650; }
 .shown { color: var(--good); }
 .refuted { color: var(--bad); }
+.matrix td { white-space: normal; }
+.matrix td.symbols { min-width: 11rem; }
+@media (max-width: 40rem) {
+  .claims thead { display: none; }
+  .claims tr { display: block; padding: .8rem 0; border-bottom: 1px solid var(--line); }
+  .claims td { display: block; border: 0; padding: .1rem 0; }
+  .claims td:first-child { font-weight: 650; }
+}
 .family th { text-align: left; padding-top: 1.1rem; border-bottom: 1px solid var(--soft); }
 .symbols a { text-decoration: none; font-weight: 650; padding: 0 .1rem; }
 svg.curve { width: 6rem; height: 1.4rem; vertical-align: middle; }
