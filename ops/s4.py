@@ -65,29 +65,33 @@ def s4d_kernel(
     _validate(log_dt, A=A, B=B, C=C)
     _validate_length(length)
     H, N = log_dt.shape[0], A.shape[1]
-    log_decay, angle, Bbar = _discretize(log_dt, A, B, discretization)
+    log_decay, angle, Abar, Bbar = _discretize(log_dt, A, B, discretization)
     weight = jnp.broadcast_to(C * Bbar, (H, N))
     c = 2 ** math.ceil(math.log2(length) / 2)
 
     def power(l):
-        # exp(l log Abar) in real parts; a decayed power's angle is rounded, but not its size.
-        l = jnp.asarray(l, log_decay.dtype).reshape(1, 1, -1)
-        size, turn = jnp.exp(log_decay[..., None] * l), angle[..., None] * l
-        return size * jnp.cos(turn), size * jnp.sin(turn)
+        # Abar^l as Abar exp((l - 1) log Abar), for the derivative where Abar is 0, and 1 for l = 0.
+        # A decayed power's angle is rounded, but not its size.
+        first = jnp.asarray(l == 0).reshape(1, 1, -1)
+        l = jnp.asarray(np.maximum(l - 1, 0), log_decay.dtype).reshape(1, 1, -1)
+        rest = _polar(jnp.exp(log_decay[..., None] * l), angle[..., None] * l)
+        return jnp.where(first, 1, Abar[..., None] * rest)
 
-    far_re, far_im = power(c * np.arange(-(-length // c)))
-    re, im = weight.real[..., None], weight.imag[..., None]
-    far = jnp.stack([far_re * re - far_im * im, -(far_re * im + far_im * re)])
-    near = jnp.stack(power(np.arange(c)))
+    far = power(c * np.arange(-(-length // c))) * weight[..., None]
+    far = jnp.stack([far.real, -far.imag])
+    near = power(np.arange(c))
+    near = jnp.stack([near.real, near.imag])
     kernel = 2 * jnp.einsum("phni,phnj->ijh", far, near, precision=_HIGHEST)
     return kernel.reshape(-1, H)[:length]
 
 
 def s4d_discretize(log_dt, A, B, discretization="zoh"):
-    """Abar, Bbar [H, N], complex: x_t = Abar x_(t-1) + Bbar u_t; arguments as of `s4d_kernel`."""
+    """Returns Abar, Bbar [H, N], complex: x_t = Abar x_(t-1) + Bbar u_t.
+
+    Arguments and errors as of `s4d_kernel`.
+    """
     _validate(log_dt, A=A, B=B)
-    log_decay, angle, Bbar = _discretize(log_dt, A, B, discretization)
-    return jax.lax.complex(jnp.exp(log_decay), jnp.zeros_like(angle)) * jnp.exp(1j * angle), Bbar
+    return _discretize(log_dt, A, B, discretization)[2:]
 
 
 def s4d_step(state, u, Abar, Bbar, C):
@@ -121,6 +125,10 @@ def s4_dplr_kernel(
 
       K = exp(i theta / 2) (q_CB - c q_CP q_PB / (1 + c q_PP)),
       q_vw = sum_n v_n w_n / (2 i s / dt - c Lambda_n) over both of each pair.
+
+    It needs modes that decay over L steps: where some |Abar|^L is near 1 (dt A below 1e-3 / L, or
+    dt A in the thousands, where Abar is near -1) C (I - Abar^L) cancels, and in float32 the kernel
+    loses digits, at last all. `state_space.dplr_kernel` has no such limit.
 
     Args:
       log_dt: log of each channel's step [H].
@@ -272,26 +280,74 @@ def s4d_init(N, kind="lin"):
     raise ValueError(f'kind must be "lin", "inv" or "legs", got {kind!r}')
 
 
+# Where (exp(z) - 1) / z is summed as a series: up to there, and so many terms, float64's.
+_SERIES, _TERMS = 0.5, 15
+
+
 def _discretize(log_dt, A, B, discretization):
-    """log |Abar| and arg Abar [H, N], real, and Bbar [H, N], complex."""
+    """log |Abar| and arg Abar [H, N], real, and Abar and Bbar [H, N], complex.
+
+    Values and gradients hold for any step: near 0, at the bilinear pole dt A = -2, where Abar is 0,
+    and for dt |A| so large that exp(-dt A) overflows.
+    """
+    if discretization == "zoh":
+        return _zero_order_hold(log_dt, A, B)
+    if discretization == "bilinear":
+        return _bilinear(log_dt, A, B)
+    raise ValueError(f'discretization must be "zoh" or "bilinear", got {discretization!r}')
+
+
+def _zero_order_hold(log_dt, A, B):
+    """Abar = exp(z) and Bbar = (exp(z) - 1) / A B, z = dt A."""
     dt = jnp.exp(log_dt)[:, None]
     z = dt * A
-    if discretization == "zoh":
-        # (exp(z) - 1) / z without the cancellation at small z: exp(z/2) sinh(z/2) / (z/2).
-        half = z / 2
-        sinh = jax.lax.complex(
-            jnp.sinh(half.real) * jnp.cos(half.imag), jnp.cosh(half.real) * jnp.sin(half.imag)
-        )
-        tiny = jnp.abs(half) < 1e-12
-        ratio = jnp.where(tiny, 1.0, sinh / jnp.where(tiny, 1.0, half))
-        return z.real, z.imag, jnp.exp(half) * ratio * dt * B
-    if discretization == "bilinear":
-        # |1 + z/2|^2 / |1 - z/2|^2 = 1 + 2 Re z / |1 - z/2|^2
-        below = (1 - z.real / 2) ** 2 + z.imag**2 / 4
-        log_decay = 0.5 * jnp.log1p(2 * z.real / below)
-        angle = jnp.arctan2(z.imag, 1 - (z.real**2 + z.imag**2) / 4)
-        return log_decay, angle, dt * B / (1 - z / 2)
-    raise ValueError(f'discretization must be "zoh" or "bilinear", got {discretization!r}')
+    near = jnp.maximum(jnp.abs(z.real), jnp.abs(z.imag)) < _SERIES
+
+    # Near 0 Bbar = dt B (1 + z/2 (1 + z/3 (...))): the quotient's derivative would cancel there.
+    small, series = jnp.where(near, z, 0), 1.0
+    for n in range(_TERMS, 1, -1):
+        series = 1 + small / n * series
+
+    # Elsewhere exp(z) - 1 in real parts, so that for Re z <= 0 nothing cancels in it or in its
+    # derivative: that by a large Im z vanishes with exp(Re z).
+    far_z, far_A = jnp.where(near, -1, z), jnp.where(near, -1, A)
+    x, y = far_z.real, far_z.imag
+    slow = jnp.expm1(x) * jnp.cos(y) - 2 * jnp.sin(y / 2) ** 2
+    real = jnp.where(x > -1, slow, jnp.exp(x) * jnp.cos(y) - 1)
+    quotient = jax.lax.complex(real, jnp.exp(x) * jnp.sin(y)) / far_A
+
+    Bbar = jnp.where(near, dt * series, quotient) * B
+    return z.real, z.imag, _polar(jnp.exp(z.real), z.imag), Bbar
+
+
+def _bilinear(log_dt, A, B):
+    """Abar = (2/dt + A) / (2/dt - A) and Bbar = 2 B / (2/dt - A)."""
+    # In units of the larger one, rate and A are at most 1, and their squares at most 1 as well.
+    rate = 2 * jnp.exp(-log_dt)[:, None]
+    largest = jnp.maximum(jnp.abs(A.real), jnp.abs(A.imag))
+    unit = jax.lax.stop_gradient(jnp.maximum(rate, largest))
+    rate, A = rate / unit, A / unit
+    inverse = 1 / (rate - A)
+
+    # (2/dt + A) / (2/dt - A) near 1 and near -1: derivatives of the quotient would cancel.
+    Abar = jnp.where(rate > largest / unit, 1 + 2 * A * inverse, 2 * rate * inverse - 1)
+
+    # |Abar|^2 = 1 + r, r = 4 Re A (2/dt) / |2/dt - A|^2: the logarithm of 1 + r keeps its digits
+    # where r is small, that of |2/dt + A|^2 where r is near -1. At the pole itself Abar is 0.
+    above, below, b = rate + A.real, rate - A.real, jnp.broadcast_to(A.imag, inverse.shape)
+    pole = above**2 + b**2 == 0
+    above, b = jnp.where(pole, 1, above), jnp.where(pole, 0, b)
+    squared = below**2 + b**2
+    r = 4 * A.real * rate / squared
+    small = jnp.log1p(jnp.maximum(r, -0.5))
+    log_decay = 0.5 * jnp.where(r > -0.5, small, jnp.log((above**2 + b**2) / squared))
+    log_decay = jnp.where(pole, math.log(jnp.finfo(log_dt.dtype).tiny), log_decay)
+    angle = jnp.arctan2(b, above) + jnp.arctan2(b, below)
+    return log_decay, angle, Abar, 2 * inverse / unit * B
+
+
+def _polar(size, angle):
+    return jax.lax.complex(size * jnp.cos(angle), size * jnp.sin(angle))
 
 
 def _validate(log_dt, **systems):
