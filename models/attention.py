@@ -23,7 +23,8 @@ DECODE_QUERIES = 8
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far; slot s of a row holds its s-th token.
 
-    Rows may have different lengths: setting `length` lower forgets the last tokens of a row.
+    Rows may have different lengths: setting `length` lower forgets the last tokens of a row. What
+    slots from `length` on hold, also NaN, is never seen.
     """
 
     k: Float[Array, "B S G D"]
@@ -36,6 +37,15 @@ class KVCache(NamedTuple):
         kv = jnp.zeros((batch, max_len, n_kv_heads, head_dim), dtype)
         ids = jnp.zeros((batch, max_len), jnp.int32)
         return cls(kv, kv, ids, jnp.zeros((batch,), jnp.int32))
+
+    def filled_ids(self, ids: Int[Array, "B T"] | None) -> Int[Array, "B S"]:
+        """Returns the slots' ids (1 if ids is None), empty slots having one that ids don't hold."""
+        filled = jnp.arange(self.k.shape[1])[None] < self.length[:, None]
+        if ids is None:
+            return filled.astype(jnp.int32)
+        least, most = jnp.min(ids, axis=1), jnp.max(ids, axis=1)
+        none = jnp.where(least > jnp.iinfo(ids.dtype).min, least - 1, most + 1)
+        return jnp.where(filled, self.segment_ids, none[:, None])
 
     def append(
         self, k: Float[Array, "B T G D"], v: Float[Array, "B T G D"], ids: Int[Array, "B T"]
@@ -116,8 +126,8 @@ class Attention(nn.Module):
           x: the tokens' vectors.
           state: from `init_state` or an earlier call. A row that outgrows it becomes NaN.
           positions: for the rotation; default: count on from the state.
-          segment_ids: tokens see only their own id, also in the cache, so with a state give
-            them at every call or at none.
+          segment_ids: any integers; tokens see only their own id, also in the cache, so with a
+            state give them at every call or at none.
 
         Returns:
           y and the new state (None if none was given).
@@ -178,7 +188,7 @@ class Attention(nn.Module):
             name=name,
         )
 
-    def _options(self, T: int, S: int, q_offset) -> dict[str, Any]:
+    def _options(self, T: int, S: int, q_offset: int | Array) -> dict[str, Any]:
         options = dict(scale=self.scale, logit_cap=self.logit_cap)
         if self.position == "alibi":
             options["bias"] = positions_lib.alibi_bias(
@@ -213,30 +223,33 @@ class Attention(nn.Module):
         """Attention of T new tokens to themselves and to everything in the cache."""
         (B, T), S = q.shape[:2], state.k.shape[1]
         packed = ids is not None
-        slots = ids if packed else jnp.ones((B, T), jnp.int32)
-        options = self._options(T, S, 0)
+        slots = ids.astype(jnp.int32) if packed else jnp.ones((B, T), jnp.int32)
+        ids = slots if packed else None
         if T <= DECODE_QUERIES and sequence_devices() > 1:
             caches = state.k, state.v, state.segment_ids
             o, caches = partitioned_decode(
-                q, (k, v, slots), caches, state.length, mask=self.mask, ids=ids, **options
-            )
+                q, (k, v, slots), caches, state.length, mask=self.mask, ids=ids,
+                **self._options(T, S, state.length),
+            )  # fmt: skip
             new = KVCache(*caches, state.length + T)
         elif T <= DECODE_QUERIES:
             new = state.append(k, v, slots)
             mask = self.mask & masks.Segments(ids, new.segment_ids) if packed else self.mask
+            options = self._options(T, S, state.length)
             o = decode_attention(q, new.k, new.v, lengths=new.length, mask=mask, **options)
         else:
             new = state.append(k, v, slots)
-            if not packed and not sees_only_past(self.mask):
-                ids = slots  # hides the slots still empty, whose id is 0
-            o = self._attend_rows(q, new, ids, state.length)
+            kv_ids = new.segment_ids if packed else None
+            if not sees_only_past(self.mask):
+                kv_ids, ids = new.filled_ids(ids), slots  # hides the slots still empty
+            o = self._attend_rows(q, new, ids, kv_ids, state.length)
         # Writing past the end would move the slice and give plausible, wrong numbers.
         full = (new.length > S)[:, None, None, None]
         return jnp.where(full, jnp.nan, o).astype(o.dtype), new
 
-    def _attend_rows(self, q, cache: KVCache, ids, start) -> Float[Array, "B T H D"]:
+    def _attend_rows(self, q, cache: KVCache, ids, kv_ids, start) -> Float[Array, "B T H D"]:
         """One call if all rows of the cache are equally long, else row by row."""
-        k, v, kv_ids = cache.k, cache.v, None if ids is None else cache.segment_ids
+        k, v = cache.k, cache.v
 
         def together():
             return self._attend(q, k, v, ids, kv_ids, start[0])

@@ -33,8 +33,8 @@ REMAT_POLICIES = {
 class ModelState(NamedTuple):
     """What a model carries from one stretch of tokens to the next.
 
-    layers: the mixers' states, stacked over the repeats; position: of the next token;
-    segment: of the last token (-1: there is none).
+    layers: the mixers' states, stacked over the repeats; position: of the next token, 0 before the
+    first; segment: of the last token, before the first any (nothing is carried over from there).
     """
 
     layers: tuple[Any, ...]
@@ -86,6 +86,10 @@ class Backbone(nn.Module):
         config = self.config
         _check(config, tokens, positions=positions, segment_ids=segment_ids)
         B, T = tokens.shape[:2]
+        # Whatever the call's integers are, a state's are int32.
+        positions, segment_ids = (
+            None if x is None else x.astype(jnp.int32) for x in (positions, segment_ids)
+        )
         if positions is None:
             _check_order(config)
             carried = (None, None) if state is None else (state.position, state.segment)

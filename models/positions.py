@@ -192,13 +192,14 @@ def alibi_slopes(n_heads: int) -> Float[np.ndarray, " H"]:
 
 
 def alibi_bias(
-    n_heads: int, T: int, S: int, q_offset: Int[Array, ""] | int, *, causal: bool
-) -> Float[Array, "1 H T_or_1 S"]:
+    n_heads: int, T: int, S: int, q_offset: Int[Array, "*B"] | int, *, causal: bool
+) -> Float[Array, "B_or_1 H T_or_1 S"]:
     """The bias -slope * |i - j| of ALiBi, in the cheapest form that gives the same softmax.
 
     If a query sees only its past, |i - j| = i - j, and softmax ignores the part -slope * i that
     all keys of a query share: slope * j, [1, H, 1, S], says the same in O(S) memory. If it
-    also sees its future the whole [1, H, T, S] must be built.
+    also sees its future the whole [1, H, T, S] must be built, or [B, H, T, S] where q_offset [B] is
+    one of each row.
 
     The cheap form has a limit: float32 logits that it is added to are rounded to 2^-24 of
     slope * j, by up to 0.003 at 100,000 keys and 0.03 at a million for a slope of 1/2. Beyond some
@@ -209,7 +210,8 @@ def alibi_bias(
     if causal:
         return slopes * k_index.astype(jnp.float32)
     # Subtracted as integers: floats would be rounded from 2^24 on.
-    q_index = (q_offset + jnp.arange(T, dtype=jnp.int32))[None, None, :, None]
+    q_index = jnp.reshape(q_offset, (-1, 1)) + jnp.arange(T, dtype=jnp.int32)[None]
+    q_index = q_index[:, None, :, None]
     return -slopes * jnp.abs(q_index - k_index).astype(jnp.float32)
 
 
@@ -223,7 +225,7 @@ def token_positions(
     """Positions that count up and start again at 0 wherever `segment_ids` changes.
 
     `start` is the position of the first token if it carries on what came before it; it does
-    unless its segment differs from `last_segment` (-1: nothing came before).
+    unless its segment differs from `last_segment`. Ids may be any integers.
     """
     index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     start = jnp.zeros((B,), jnp.int32) if start is None else start
@@ -232,6 +234,6 @@ def token_positions(
     if last_segment is None:
         last_segment = segment_ids[:, 0]
     previous = jnp.concatenate([last_segment[:, None], segment_ids[:, :-1]], axis=1)
-    changed = (segment_ids != previous) & (previous != -1)
+    changed = segment_ids != previous
     began = jax.lax.cummax(jnp.where(changed, index, -1), axis=1)
     return jnp.where(began < 0, index + start[:, None], index - began)

@@ -120,7 +120,7 @@ def partitioned_decode(
     *,
     mask: masks.Mask,
     ids: Int[Array, "B T"] | None,
-    bias: Float[Array, "1 H #T S"] | None = None,
+    bias: Float[Array, "#B H #T S"] | None = None,
     **options,
 ):
     """Appends to a cache that TIME_AXIS cuts and attends to it, each device to its own slots.
@@ -155,7 +155,7 @@ def partitioned_decode(
     rows = PartitionSpec(batch)
     bias_spec = None
     if bias is not None:
-        bias_spec = PartitionSpec(None, heads, None, TIME_AXIS)
+        bias_spec = PartitionSpec(batch if bias.shape[0] > 1 else None, heads, None, TIME_AXIS)
 
     def step(q, new, caches, lengths, ids, bias):
         k, v, kv_ids = (
