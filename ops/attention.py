@@ -51,9 +51,16 @@ def attention(
       q, k, v: queries [B, T, H, D], keys [B, S, G, D], values [B, S, G, P], all of one floating
         dtype. Query head h reads key-value head h // (H // G): G = H is multi-head, G = 1
         multi-query attention.
-      mask: a mask of `ops.masks`; masks compose with & and |.
+      mask: a mask of `ops.masks`; masks compose with & and |. What it hides changes nothing,
+        whatever it holds: NaN or inf in a key, value or bias never reaches the row of a query
+        that doesn't see it (nor that query's gradient), nor does NaN or inf in a query or its
+        cotangents reach the gradient of a key that the query doesn't see. A row that does see a
+        key or value which is not finite is NaN.
       bias: added to the logits after scale and cap; broadcastable to [B, H, T, S]. Its gradient
-        is summed over the dimensions that were broadcast.
+        is summed over the dimensions that were broadcast. A logit below -1e30 hides its key as
+        the mask does, but for what is not finite in it. So a bias of -inf or of float32's or
+        bfloat16's finfo.min hides, also whole rows; one of -1e9 or of float16's finfo.min is a
+        number: a row of nothing else is the average of its values.
       scale: factor of the logits, D**-0.5 when None.
       logit_cap: when given, logits become logit_cap * tanh(logits / logit_cap).
       q_offset: position of the first query among the keys; S - T when None, so that the last
@@ -65,8 +72,8 @@ def attention(
 
     Returns:
       o [B, T, H, P] in q's dtype; with return_lse also lse [B, T, H], float32. Statistics are
-      float32 whatever the inputs are (float64 for float64). A query that sees no key gets o = 0,
-      lse = -inf and no gradient.
+      float32 whatever the inputs are (float64 for float64). A query that sees no key, be they
+      hidden by the mask or by the bias, gets o = 0, lse = -inf and no gradient.
 
     Raises:
       ValueError: shapes, mask, bias or implementation that do not fit, or, when the program is

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tilescan.ops import attention_xla, masks
+from tilescan.ops.attention_operands import backward_operands, forward_operands
 
 # pallas_kernels.gpu is imported where it is called: it takes 17 MB, and most programs on CPUs are
 # of a dtype that it doesn't take.
@@ -81,6 +82,7 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False)
     """(o [B, T, H, P], lse [B, T, H] float32); arguments as in `ops.attention`."""
     from tilescan.pallas_kernels import gpu
 
+    k, v = forward_operands(k, v, mask, bias)
     T, P = q.shape[1], v.shape[3]
     options = _options("forward", q, k, v, bias, mask, q_offset, logit_cap)
     o, lse = gpu.flash_attention_forward(
@@ -103,6 +105,8 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
 
     T, D = q.shape[1], q.shape[3]
     S, P = k.shape[1], v.shape[3]
+    rest = q, k, v, o, lse, do, dlse
+    q, k, v, o, lse, do, dlse = backward_operands(*rest, mask, bias)
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
     lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * math.log2(math.e))
     args = (*map(_pad, (q, k, v, do.astype(q.dtype))), lse2.swapaxes(1, 2), delta.swapaxes(1, 2))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tilescan.ops import attention_xla, masks
+from tilescan.ops.attention_operands import backward_operands, forward_operands
 from tilescan.pallas_kernels import tiles
 from tilescan.pallas_kernels.tpu import flash_attention as kernels
 from tilescan.pallas_kernels.tpu.block_sizes import tile_for
@@ -48,6 +49,7 @@ def unsupported(q, k, v, bias, mask, q_offset):
 
 def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False):
     """(o [B, T, H, P], lse [B, T, H] float32); arguments as in `ops.attention`."""
+    k, v = forward_operands(k, v, mask, bias)
     plan = plan_for("forward", q, k, v, mask, q_offset)
     o, lse = kernels.forward(
         *plan.queries_first(q), *plan.keys_first(k, v),
@@ -63,6 +65,8 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
 
     dbias comes from the XLA implementation, which the compiler drops where dbias is not used.
     """
+    rest = q, k, v, o, lse, do, dlse
+    q, k, v, o, lse, do, dlse = backward_operands(*rest, mask, bias)
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
     lse = jnp.where(jnp.isneginf(lse), kernels.NO_KEYS, lse * math.log2(math.e))
     gradients = []

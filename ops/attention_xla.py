@@ -23,9 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tilescan.ops import masks
+from tilescan.ops.attention_operands import backward_operands, forward_operands
 from tilescan.ops.lowering import choose_when_lowered
 
 LOG2_E = math.log2(math.e)
+# Logits below it, in units of log 2 that of `ops.attention`, are hidden keys'.
+FLOOR = -1e30 * LOG2_E
 # Scores of a tile, in all heads (and sequences, where a batch is computed at once): 8 MiB where a
 # core's cache holds one of 8 heads, half of it elsewhere. Measured on caches of 2 MiB and 512 KiB.
 LARGE, SMALL = 2**21, 2**20
@@ -44,6 +47,7 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap):
     """(o [B, T, H, P] in q's dtype, lse [B, T, H]); arguments as in `ops.attention`."""
     B, T, H, D = q.shape
     S, G, P = v.shape[1:]
+    k, v = forward_operands(k, v, mask, bias)
     tiles = _Tiles.of(q, k, mask, q_offset, backward=False)
     logits = _Logits(logit_cap, tiles, H // G, mask)
     order, n_full, n_live = tiles.walk(mask)
@@ -61,12 +65,11 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap):
                 j = _at(order, i, n)
                 k_j, v_j = (_slice(a, j, J).astype(dtype) for a in (k, v))
                 s = jnp.einsum("gmd,jgd->gmj", q_i, k_j)
-                s, _ = logits(s, bias, ids, i, j, masked)
+                s, _, visible = logits(s, bias, ids, i, j, masked)
+                s = s if visible is None else jnp.where(visible, s, -jnp.inf)
                 new = jnp.maximum(peak, jnp.max(s, axis=-1))
-                # A row that has seen no key yet has no maximum: -inf - -inf would be NaN.
-                safe = jnp.where(jnp.isneginf(new), 0.0, new)
-                p = exp2(s - safe[..., None])
-                shrink = exp2(peak - safe)
+                p = exp2(s - new[..., None])
+                shrink = exp2(peak - new)
                 total = shrink * total + jnp.sum(p, axis=-1)
                 acc = shrink[..., None] * acc + jnp.einsum("gmj,jgp->gmp", p, v_j)
                 return new, total, acc
@@ -74,7 +77,8 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap):
             M = R * I
             carry = varying(
                 (
-                    jnp.full((G, M), -jnp.inf, dtype),
+                    # Not -inf, which a row without keys would subtract from itself.
+                    jnp.full((G, M), FLOOR, dtype),
                     jnp.zeros((G, M), dtype),
                     jnp.zeros((G, M, P), dtype),
                 ),
@@ -83,6 +87,8 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap):
             carry = _loop(0, _at(n_full, i), functools.partial(step, False), carry)
             carry = _loop(_at(n_full, i), _at(n_live, i), functools.partial(step, True), carry)
             peak, total, acc = carry
+            # `exp2` may lose a NaN, of which the maximum still knows.
+            total = jnp.where(jnp.isnan(peak), jnp.nan, total)
             o = acc / jnp.where(total == 0, 1.0, total)[..., None]
             lse = (peak + jnp.log2(total)) * math.log(2)
             return _time_first(o, R).astype(q.dtype), _time_first(lse, R)
@@ -99,6 +105,8 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
     """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias)."""
     B, T, H, D = q.shape
     S, G, P = v.shape[1:]
+    rest = q, k, v, o, lse, do, dlse
+    q, k, v, o, lse, do, dlse = backward_operands(*rest, mask, bias)
     tiles = _Tiles.of(q, k, mask, q_offset, backward=True)
     logits = _Logits(logit_cap, tiles, H // G, mask)
     order, n_full, n_live = tiles.walk(mask)
@@ -124,10 +132,12 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
                     _heads_first(_slice(a, i, I), G).astype(dtype) for a in (q, do, lse, delta)
                 )
                 s = jnp.einsum("gjd,gmd->gjm", k_j * (scale * logits.units), q_i)
-                s, slope = logits(s, bias, ids, i, j, masked, transposed=True)
+                s, slope, visible = logits(s, bias, ids, i, j, masked, transposed=True)
                 # The recomputed logit may differ from the saved sum's in its last bits, which
                 # at extreme values are large numbers; a weight is at most 1.
                 p = exp2(jnp.minimum(s - lse_i[:, None], 0.0))
+                # Hidden is the weight, not the logit: a row's log-sum-exp may be NaN.
+                p = p if visible is None else jnp.where(visible, p, 0.0)
                 dv += jnp.einsum("gjm,gmp->gjp", p, do_i)
                 dp = jnp.einsum("gjp,gmp->gjm", v_j, do_i)
                 ds = p * (dp - delta_i[:, None])
@@ -297,7 +307,7 @@ def _sizes(length, most):
 
 @dataclasses.dataclass(frozen=True)
 class _Logits:
-    """Turns a tile of scores into logits in units of log 2: cap, then bias, then mask.
+    """Turns a tile of scores into logits in units of log 2: cap, then bias; and asks the mask.
 
     Powers of two are cheaper than those of e: scores come scaled by `units` for that.
     """
@@ -312,11 +322,12 @@ class _Logits:
         return LOG2_E if self.logit_cap is None else 1.0
 
     def __call__(self, s, bias, ids, i, j, masked, transposed=False):
-        """(logits, d logits / d scores or None without cap) of tile i, j.
+        """(logits, d logits / d scores or None without cap, visible) of tile i, j.
 
-        s is [G, M, J], or [G, J, M] if transposed.
+        s is [G, M, J], or [G, J, M] if transposed; visible is bool [1, M, J] or transposed, None
+        if not masked.
         """
-        slope = None
+        slope = visible = None
         if self.logit_cap is not None:
             t = jnp.tanh(s / self.logit_cap)
             s, slope = (self.logit_cap * LOG2_E) * t, 1.0 - t * t
@@ -330,8 +341,8 @@ class _Logits:
             s = (s.reshape(shape) + tile).reshape(s.shape)
         if masked:
             visible = jnp.broadcast_to(self._visible(ids, i, j), (R, I, J)).reshape(R * I, J)
-            s = jnp.where((visible.T if transposed else visible)[None], s, -jnp.inf)
-        return s, slope
+            visible = (visible.T if transposed else visible)[None]
+        return s, slope, visible
 
     def _bias_tile(self, bias, i, j):
         for axis, index, size in ((1, i, self.tiles.I), (2, j, self.tiles.J)):

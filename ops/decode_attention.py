@@ -1,5 +1,8 @@
 """Attention of one or a few new queries to a long cache, split over the keys (flash-decoding)."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -26,7 +29,9 @@ def merge_partials(o1, lse1, o2, lse2):
     # Two empty sets: -inf - -inf would be NaN, and a NaN there would poison the gradient too.
     finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
     w1, w2 = jnp.exp(lse1 - finite)[..., None], jnp.exp(lse2 - finite)[..., None]
-    o = w1 * o1.astype(lse.dtype) + w2 * o2.astype(lse.dtype)
+    # Their sum is 1, but for the last bits of lse, which are large numbers where lse is.
+    total = w1 + w2
+    o = (w1 * o1.astype(lse.dtype) + w2 * o2.astype(lse.dtype)) / jnp.where(total == 0, 1.0, total)
     return o.astype(o1.dtype), lse
 
 
@@ -47,7 +52,9 @@ def decode_attention(
 
     The same numbers as `ops.attention` gives for each row with its own q_offset, lengths[b] - T.
     Keys are taken `split` at a time; splits that no query of the batch sees are not computed, so
-    a step costs the longest live length (or the window), not the size of the cache.
+    a step costs the longest live length (or the window), not the size of the cache. What stands in
+    slots from lengths[b] on, and in keys and values that the mask hides, changes nothing, NaN and
+    inf included; a key or value that is not finite makes NaN of the rows that see it.
 
     Args:
       q: the T newest queries [B, T, H, D]; query t of row b stands at lengths[b] - T + t.
@@ -63,7 +70,7 @@ def decode_attention(
     Raises:
       ValueError: shapes or mask that do not fit.
     """
-    (B, T, H, D), (S, G, P) = q.shape, v_cache.shape[1:]
+    (B, T, H, D), (S, G) = q.shape, v_cache.shape[1:3]
     if k_cache.shape != (B, S, G, D) or v_cache.shape[0] != B:
         raise ValueError(
             f"q {q.shape}, k_cache {k_cache.shape} and v_cache {v_cache.shape} do not fit; "
@@ -83,18 +90,56 @@ def decode_attention(
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
 
-    out_dtype, dtype = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
-    R, J = H // G, min(split, S)
     scale = D**-0.5 if scale is None else scale
-    q = q.reshape(B, T, G, R, D).transpose(0, 2, 3, 1, 4).astype(dtype) * scale
+    if isinstance(scale, jax.Array):
+        q, scale = q * scale.astype(q.dtype), 1.0
+    options = _Options(scale, logit_cap, min(split, S))
+    o, lse = _decode(q, k_cache, v_cache, lengths, mask, bias, options)
+    return (o, lse) if return_lse else o
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    scale: float
+    logit_cap: float | None
+    split: int
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
+def _decode(q, k_cache, v_cache, lengths, mask, bias, options):
+    """(o [B, T, H, P] in q's dtype, lse [B, T, H]).
+
+    A weight of 0 times NaN is NaN. To look for it in the result costs nothing; to keep it out
+    needs a copy of the cache, which is made only if the result shows it, or for a derivative.
+    """
+    attend = functools.partial(_attend, q, k_cache, v_cache, lengths, mask, bias, options)
+    o, lse = attend()
+    return jax.lax.cond(jnp.all(jnp.isfinite(o)), lambda: (o, lse), lambda: attend(careful=True))
+
+
+@_decode.defjvp
+def _decode_jvp(options, primals, tangents):
+    return jax.jvp(lambda *x: _attend(*x, options, careful=True), primals, tangents)
+
+
+def _attend(q, k_cache, v_cache, lengths, mask, bias, options, careful=False):
+    """`_decode`; only if careful do numbers in hidden slots need not be finite."""
+    (B, T, H, D), (S, G, P) = q.shape, v_cache.shape[1:]
+    out_dtype, dtype = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
+    R, J, logit_cap = H // G, options.split, options.logit_cap
+    q = q.reshape(B, T, G, R, D).transpose(0, 2, 3, 1, 4).astype(dtype) * options.scale
     positions = lengths[:, None] - T + jnp.arange(T)[None]
     segments = masks.segments_of(mask)
     ids = None if segments is None else tuple(map(jnp.asarray, segments.both(T, S)))
+    if careful:
+        q, q_finite = _only_finite(q)
 
     def partial(start, first):
         """Attention to the keys first <= j < start + J, by the slice that begins at start."""
         cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, J, axis)
         k, v = (cut(x, 1).astype(dtype) for x in (k_cache, v_cache))
+        if careful:
+            (k, k_finite), (v, v_finite) = _only_finite(k), _only_finite(v)
         s = jnp.einsum("bgrtd,bjgd->bgrtj", q, k)
         if logit_cap is not None:
             s = logit_cap * jnp.tanh(s / logit_cap)
@@ -102,16 +147,24 @@ def decode_attention(
             tile = cut(bias, 3) if bias.shape[3] > 1 else bias
             heads = (G, R) if tile.shape[1] > 1 else (1, 1)
             s += tile.reshape(tile.shape[0], *heads, *tile.shape[2:]).astype(dtype)
+        if careful:
+            finite = (k_finite & v_finite).swapaxes(1, 2)[:, :, None, None]
+            s = jnp.where(q_finite[..., None] & finite, s, jnp.nan)
         keys = start + jnp.arange(J)[None, None]
         pair = () if ids is None else (ids[0][:, :, None], cut(ids[1], 1)[:, None])
         seen = mask.visible(positions[:, :, None], keys, *pair)
-        seen = seen & (keys < lengths[:, None, None]) & (keys >= first)
-        s = jnp.where(seen[:, None, None], s, -jnp.inf)
-        peak = jnp.max(s, axis=-1, keepdims=True)
-        p = jnp.exp(s - jnp.where(jnp.isneginf(peak), 0.0, peak))
+        seen = (seen & (keys < lengths[:, None, None]) & (keys >= first))[:, None, None]
+        s = jnp.where(seen, s, -jnp.inf)
+        # At least the logit below which a key is hidden. The result doesn't depend on it.
+        peak = jnp.maximum(jnp.max(s, axis=-1, keepdims=True), -1e30)
+        peak = jax.lax.stop_gradient(peak)
+        p = jnp.exp(s - peak)
+        p = jnp.where(seen, p, 0.0) if careful else p
         total = jnp.sum(p, axis=-1, keepdims=True)
-        o = jnp.einsum("bgrtj,bjgp->bgrtp", p, v) / jnp.where(total == 0, 1.0, total)
-        return o, (peak + jnp.log(total))[..., 0]
+        empty = total == 0
+        total = jnp.where(empty, 1.0, total)
+        o = jnp.einsum("bgrtj,bjgp->bgrtp", p, v) / total
+        return o, jnp.where(empty, -jnp.inf, peak + jnp.log(total))[..., 0]
 
     def live(first, stop):
         """Whether any query of the batch sees a key in first <= j < stop."""
@@ -143,4 +196,10 @@ def decode_attention(
         nothing = varying(nothing, (q, k_cache, v_cache, lengths, bias, mask))
         (o, lse), _ = jax.lax.scan(step, nothing, jnp.arange(0, S, J))
     o = o.transpose(0, 3, 1, 2, 4).reshape(B, T, H, P).astype(out_dtype)
-    return (o, lse.transpose(0, 3, 1, 2).reshape(B, T, H)) if return_lse else o
+    return o, lse.transpose(0, 3, 1, 2).reshape(B, T, H)
+
+
+def _only_finite(x):
+    """(x with rows of 0 in place of those that are not finite, which are), x [..., D]."""
+    finite = jnp.all(jnp.isfinite(x), axis=-1)
+    return jnp.where(finite[..., None], x, 0.0), finite

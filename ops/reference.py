@@ -33,25 +33,31 @@ def attention(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     k, v = (jnp.repeat(x, H // G, axis=2) for x in (k, v))
+    # Logits are NaN where a query, key or value is not finite: then the mask hides that as well.
+    finite = lambda x: jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+    q_finite, k_finite = finite(q), finite(k) & finite(v)
+    q, k, v = jnp.where(q_finite, q, 0), jnp.where(k_finite, k, 0), jnp.where(k_finite, v, 0)
     logits = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest")
+    rows = lambda x: x[..., 0].swapaxes(1, 2)
+    logits = jnp.where(rows(q_finite)[..., None] & rows(k_finite)[:, :, None], logits, jnp.nan)
     logits = logits * (D**-0.5 if scale is None else scale)
     if logit_cap is not None:
         logits = logit_cap * jnp.tanh(logits / logit_cap)
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
         logits = logits + bias.astype(dtype)
-    if mask is not None:
-        visible = masks.as_array(mask, T, S, q_offset)
-        visible = visible.reshape((-1, 1, T, S))
-        logits = jnp.where(visible, logits, -jnp.inf)
-    # A row without keys has no maximum: 0 stands in, so that neither it nor its gradient is NaN.
-    peak = jnp.max(logits, axis=-1, keepdims=True)
-    peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
+    visible = masks.as_array(masks.Full() if mask is None else mask, T, S, q_offset)
+    visible = jnp.asarray(visible).reshape((-1, 1, T, S))
+    logits = jnp.where(visible, logits, -jnp.inf)
+    # A row without keys has no maximum: the least that counts stands in.
+    peak = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), -1e30)
+    peak = jax.lax.stop_gradient(peak)
     weights = jnp.exp(logits - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
-    o = jnp.einsum("bhts,bshp->bthp", weights / total, v, precision="highest")
+    weights = jnp.where(visible, weights / total, 0.0)  # also of a row whose sum is NaN
+    o = jnp.einsum("bhts,bshp->bthp", weights, v, precision="highest")
     if not return_lse:
         return o
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
@@ -86,7 +92,7 @@ def attention_and_gradients(
             np.asarray(masks.as_array(mask, T, S, q_offset)).reshape(-1, 1, T, S), s, -np.inf
         )
     with np.errstate(divide="ignore"):
-        peak = np.maximum(s.max(-1), np.finfo(np.float64).min)
+        peak = np.maximum(s.max(-1), -1e30)
         lse = peak + np.log(np.exp(s - peak[..., None]).sum(-1))
     p = np.exp(s - np.where(np.isneginf(lse), np.inf, lse)[..., None])
     o = np.einsum("bhts,bshp->bthp", p, vr)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from tilescan.ops import attention_tpu, masks
+from tilescan.ops.attention_operands import backward_operands, forward_operands
 from tilescan.ops.decode_attention import merge_partials
 from tilescan.ops.sequence_parallel import parts
 from tilescan.pallas_kernels import tiles
@@ -101,6 +102,7 @@ def forward(q, k, v, mask, *, options, transfers: Transfers):
 
     options: a ring's, `ring_attention._Options`.
     """
+    k, v = forward_operands(k, v, mask)
     ring = _Ring.of(q, k, v, mask, options, transfers, ("forward",))
 
     def attend(part, r, keys, hops):
@@ -121,6 +123,7 @@ def forward(q, k, v, mask, *, options, transfers: Transfers):
 
 def backward(q, k, v, mask, o, lse, do, dlse, *, options, transfers: Transfers):
     """(dq, dk, dv) in the shapes and dtypes of (q, k, v), from the results and their cotangents."""
+    q, k, v, o, lse, do, dlse = backward_operands(q, k, v, o, lse, do, dlse, mask)
     ring = _Ring.of(q, k, v, mask, options, transfers, ("dkv", "dq"))
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
     lse = jnp.where(jnp.isneginf(lse), kernels.NO_KEYS, lse * kernels.LOG2E)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tilescan.ops import masks
+from tilescan.ops.attention_operands import backward_operands, forward_operands
 from tilescan.ops.mask_placed import Stretch
 from tilescan.ops.sequence_parallel import layouts, parts
 from tilescan.ops.sequence_parallel.ring_attention import Ring
@@ -106,7 +107,7 @@ def _attend(q, k, v, mask, options):
 
 def _attend_fwd(q, k, v, mask, options):
     o, lse, p = _forward(q, k, v, mask, options)
-    return (o, lse), (q, k, v, o, p)
+    return (o, lse), (q, k, v, mask, o, lse, p)
 
 
 def _forward(q, k, v, mask, options):
@@ -114,6 +115,7 @@ def _forward(q, k, v, mask, options):
     S, G, P = v.shape[1:]
     n = jax.lax.axis_size(options.axis_name)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+    k, v = forward_operands(k, v, mask)
     grouped = q.reshape(B, T, G, H // G, D).astype(dtype) * options.scale
 
     def scores(rows, column, k):
@@ -122,9 +124,11 @@ def _forward(q, k, v, mask, options):
 
     rows = jnp.zeros((B, G, H // G, T, S * n), dtype)
     rows = options.round_trip(scores, rows, k, S)
-    rows = jnp.where(_visible(mask, T, S, options)[:, None, None], rows, -jnp.inf)
+    visible = _visible(mask, T, S, options)[:, None, None]
+    rows = jnp.where(visible, rows, -jnp.inf)
     lse = jax.nn.logsumexp(rows, axis=-1)
     p = jnp.exp(rows - jnp.where(jnp.isneginf(lse), 0.0, lse)[..., None])
+    p = jnp.where(visible, p, 0.0)  # also of a row that sees NaN
 
     def weigh(o, column, v):
         part = jax.lax.dynamic_slice_in_dim(p, column, S, axis=4)
@@ -135,13 +139,16 @@ def _forward(q, k, v, mask, options):
 
 
 def _attend_bwd(options, residuals, cotangents):
-    q, k, v, o, p = residuals
-    do, dlse = cotangents
+    q, k, v, mask, o, lse, p = residuals
+    q, k, v, o, lse, do, dlse = backward_operands(q, k, v, o, lse, *cotangents, mask)
     B, T, H, D = q.shape
     S, G, _ = v.shape[1:]
     grouped = lambda x: x.reshape(B, T, G, H // G, *x.shape[3:] or (1,)).astype(p.dtype)
     delta = jnp.sum(grouped(o) * grouped(do), -1) - grouped(dlse)[..., 0]
     delta = delta.transpose(0, 2, 3, 1)[..., None]
+    # Weights of rows that are not finite are NaN, but for the hidden ones.
+    undefined = jnp.isnan(grouped(lse)).transpose(0, 2, 3, 1, 4)
+    p = jnp.where(undefined & (p != 0), jnp.nan, p)
     dv = options.reduce(jnp.einsum("bgrts,btgrp->bsgp", p, grouped(do)))
 
     def slopes(ds, column, v):

@@ -17,9 +17,9 @@ SMEM_LIMIT = 232448
 # Rows of one wgmma instruction, and so of one compute warpgroup's tile.
 WG_ROWS = 64
 COMPUTE_WARPGROUPS = 2
-# Running maxima start here rather than at -inf: exp2(-inf - MASKED) is 0 and never NaN, so a row
-# without any visible key needs no special case.
-MAX_START = -1e30
+# Running maxima start here rather than at -inf: exp2(-inf - MAX_START) is 0 and never NaN, so a row
+# without any visible key, or with logits below -1e30 alone, needs no special case.
+MAX_START = -1e30 * LOG2E
 
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -212,22 +212,22 @@ def base2_logits(dots: jax.Array, scale: float, logit_cap: float | None):
     return tanh, logit_cap * LOG2E, 1.0 - tanh * tanh
 
 
-def hide(x, visible, q_start, k_start, k_length, *, q_ids=None, k_ids=None):
-    """x with -inf where the mask hides the key, or where the key is padding.
+def seen_in(shape, visible, q_start, k_start, k_length, *, q_ids=None, k_ids=None):
+    """Which keys of a tile, queries by keys, are neither padding nor hidden by the mask.
 
     Args:
-        x: a tile of logits in registers, queries by keys.
+        shape: of the tile.
         visible: callable(q_index, k_index, q_ids, k_ids) -> bool, or None for no mask.
         q_start, k_start: index of the tile's first query and key.
         k_length: number of real keys.
         q_ids, k_ids: segment ids of the tile, broadcast to the tile's shape, or None.
     """
-    k_index = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=MATRIX) + k_start
+    k_index = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX) + k_start
     seen = k_index < k_length
     if visible is not None:
-        q_index = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=MATRIX) + q_start
+        q_index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX) + q_start
         seen = seen & visible(q_index, k_index, q_ids, k_ids)
-    return jnp.where(seen, x, -jnp.inf)
+    return seen
 
 
 def load_ids(ref, batch, start, length: int, axis: int) -> jax.Array:
@@ -237,7 +237,7 @@ def load_ids(ref, batch, start, length: int, axis: int) -> jax.Array:
 
 
 def tile_ids(gmem: dict, batch, q_start, k_start, shape: tuple[int, int]) -> dict:
-    """Segment ids of a tile of queries by keys as arguments of `hide`; {} without segments."""
+    """Segment ids of a tile of queries by keys as arguments of `seen_in`; {} without segments."""
     if "q_ids" not in gmem:
         return {}
     q_ids = load_ids(gmem["q_ids"], batch, q_start, shape[0], 0)

@@ -150,7 +150,8 @@ def flash_attention_forward(
                 if masked:
                     k_start = tile_of(step) * block_k
                     ids = common.tile_ids(gmem, b, q_start, k_start, x.shape)
-                    x = common.hide(x, visible, q_start + offset, k_start, k_length, **ids)
+                    place = q_start + offset, k_start, k_length
+                    x = jnp.where(common.seen_in(x.shape, visible, *place, **ids), x, -jnp.inf)
                 new_peak = jnp.maximum(peak, x.max(axis=1) * factor)
                 shrink = jnp.exp2(peak - new_peak)
                 p = jnp.exp2(x * factor - common.along_rows(new_peak, x.shape))
@@ -179,13 +180,13 @@ def flash_attention_forward(
             )
             pl.when(wg == 0)(take_turns)
 
-            seen = total > 0
-            acc = acc * common.along_rows(jnp.where(seen, 1.0 / total, 0.0), acc.shape)
+            empty = total == 0
+            acc = acc * common.along_rows(jnp.where(empty, 0.0, 1.0 / total), acc.shape)
             lse = (peak + jnp.log2(total)) * common.LN2
             # The queries are done with, so their buffer can take the output.
             out_smem = (q_smem if o_smem is None else o_smem).at[wg]
             out_smem[...] = acc.astype(dtype)
-            lse_smem.at[wg][...] = jnp.where(seen, lse, -jnp.inf)
+            lse_smem.at[wg][...] = jnp.where(empty, -jnp.inf, lse)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem, o_ref.at[source])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, pl.ds(q_start, WG_ROWS)])

@@ -47,12 +47,19 @@ def _inputs(
     return inputs
 
 
+def _weights(logits, statistic):
+    """(p, slope) from `x_of_dots`' results; hidden are weights, since a row's lse2 may be NaN."""
+    x, factor, slope, seen = logits
+    p = jnp.exp2(x * factor - statistic)
+    return p if seen is None else jnp.where(seen, p, 0.0), slope
+
+
 def _weights_and_dp(left, right, x_of_dots, statistic, shape, overlap):
     """P and dP of a tile.
 
     Args:
         left, right: operands (a, b) in shared memory of the logits' and of dP's product.
-        x_of_dots: dots -> (x, factor, slope), base2_logits with the mask applied.
+        x_of_dots: dots -> (x, factor, slope) of base2_logits and which are seen, None for all.
         statistic: () -> lse2 of the tile, broadcast.
         overlap: have both products in flight at once. Not where a mask is computed in between: that
             wants the registers which dP would hold.
@@ -62,8 +69,7 @@ def _weights_and_dp(left, right, x_of_dots, statistic, shape, overlap):
     """
 
     def weights(dots):
-        x, factor, slope = x_of_dots(dots)
-        return jnp.exp2(x * factor - statistic()), slope
+        return _weights(x_of_dots(dots), statistic())
 
     def both(s_ref, dp_ref):
         plgpu.wgmma(s_ref, *left)
@@ -209,6 +215,7 @@ def flash_attention_dkv(
                     x, factor, slope = common.base2_logits(dots, scale, logit_cap)
                     if bias is not None:
                         x, factor = common.add_bias(x, factor, bias_smem.at[slot, wg])
+                    seen = None
                     if masked and visible is not None:
                         k_index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.MATRIX)
                         ids = (None, None)
@@ -217,8 +224,7 @@ def flash_attention_dkv(
                             ids = per_query(ids_smem), common.along_rows(k_ids, shape)
                         # Padded keys need no hiding: they are rows, which no other row sees.
                         seen = visible(per_query(index_smem), k_index + k_start, *ids)
-                        x = jnp.where(seen, x, -jnp.inf)
-                    return x, factor, slope
+                    return x, factor, slope, seen
 
                 plgpu.barrier_wait(ready.at[slot])
                 own_tile = common.unhoisted(wg, step, n_live) if wide else wg
@@ -230,15 +236,15 @@ def flash_attention_dkv(
                     return (ds if slope is None else ds * slope).astype(dtype)
 
                 if not want_dk:
-                    x, factor, _ = x_of_dots(common.matmul(*left, shape))
-                    p = jnp.exp2(x * factor - per_query(lse_smem))
+                    logits = x_of_dots(common.matmul(*left, shape))
+                    p, _ = _weights(logits, per_query(lse_smem))
                     term = (p.astype(dtype), do_smem.at[slot])
                     carry = common.accumulate_all(carry, [term], my_staging)
                 elif masked and want_dv:
                     # One product after the other, which needs the fewest registers.
                     dk, dv = carry
-                    x, factor, slope = x_of_dots(common.matmul(*left, shape))
-                    p = jnp.exp2(x * factor - per_query(lse_smem))
+                    logits = x_of_dots(common.matmul(*left, shape))
+                    p, slope = _weights(logits, per_query(lse_smem))
                     term = (p.astype(dtype), do_smem.at[slot])
                     (dv,) = common.accumulate_all((dv,), [term], my_staging)
                     term = (ds_of(p, common.matmul(*right, shape), slope), q_smem.at[slot])
@@ -409,11 +415,13 @@ def flash_attention_dq(
                         plgpu.barrier_wait(bias_bar.at[slot])
                         x, factor = common.add_bias(x, factor, bias_smem.at[slot, wg])
                         plgpu.barrier_arrive(bias_free.at[slot])
+                    seen = None
                     if masked:
                         k_start = tile_of(i) * block_k
                         ids = common.tile_ids(gmem, b, q_start, k_start, shape)
-                        x = common.hide(x, visible, q_start + offset, k_start, k_length, **ids)
-                    return x, factor, slope
+                        place = q_start + offset, k_start, k_length
+                        seen = common.seen_in(shape, visible, *place, **ids)
+                    return x, factor, slope, seen
 
                 plgpu.barrier_wait(k_bar.at[slot])
                 plgpu.barrier_wait(v_bar.at[slot])

@@ -1,4 +1,4 @@
-"""Lets these tests share their table of ops."""
+"""Lets these tests share helpers."""
 
 import pathlib
 import sys

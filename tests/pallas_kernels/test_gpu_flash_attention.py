@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hidden_values import assert_bias_hides, assert_hidden
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from tilescan.ops import attention, attention_gpu, masks
@@ -188,3 +189,35 @@ def test_unsupported_says_what_would_work():
     layout = np.eye(4, dtype=bool)
     assert "multiple of 128" in reason(mask=masks.BlockSparse(layout, 32))
     assert reason(mask=masks.BlockSparse(layout, 128)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("causal", "keys"),
+        ("packed", "queries"),
+        pytest.param("causal", "queries", marks=pytest.mark.slow),
+        pytest.param("packed", "keys", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_mask_hides_what_is_not_finite(name, where):
+    mask = {"causal": masks.Causal(), "packed": masks.Causal() & PACKED}[name]
+    options = {"scale": 0.25, "logit_cap": None, "interpret": True}
+
+    def run(q, k, v, do, dlse):
+        arrays = q, k, v, None, mask, 0
+        o, lse = attention_gpu.forward(*arrays, **options)
+        return o, lse, *attention_gpu.backward(*arrays, o, lse, do, dlse, **options)[:3]
+
+    assert_hidden(run, mask, (1, 140, 140, 2, 1, 64), where, tolerance=1e-6, dtype="bfloat16")
+
+
+def test_a_bias_hides_keys_and_whole_rows():
+    def run(q, k, v, bias, do, dlse):
+        arrays = q, k, v, bias, masks.Full(), 0
+        options = {"scale": q.shape[3] ** -0.5, "logit_cap": None, "interpret": True}
+        o, lse = attention_gpu.forward(*arrays, **options)
+        return o, lse, *attention_gpu.backward(*arrays, o, lse, do, dlse, **options)
+
+    assert_bias_hides(run, (1, 40, 40, 1, 1, 64), tolerance=0.02, dtype="bfloat16")

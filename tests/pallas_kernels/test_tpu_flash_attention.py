@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hidden_values import assert_bias_hides, assert_hidden
 
 from tilescan.ops import attention_tpu, masks, reference
 from tilescan.pallas_kernels.tpu import flash_attention as kernels
@@ -232,3 +233,28 @@ def test_a_million_tokens_need_no_tables():
         assert not plan.schedule.tables
     # Steps of a row follow the window, not the length.
     assert plan.schedule.steps <= (1000 + plan.queries.block) // plan.keys.block + 2
+
+
+@pytest.mark.parametrize("where", ["keys", "queries"])
+@pytest.mark.parametrize(
+    "name", ["causal", "window", "packed", *slowly(("lambda",), ("fine layout",))]
+)
+def test_a_mask_hides_what_is_not_finite(name, where):
+    mask, options = MASKS[name](300), {"scale": 0.25, "logit_cap": None, "interpret": True}
+
+    def run(q, k, v, do, dlse):
+        arrays = q, k, v, None, mask, 0
+        o, lse = attention_tpu.forward(*arrays, **options)
+        return o, lse, *attention_tpu.backward(*arrays, o, lse, do, dlse, **options)[:3]
+
+    assert_hidden(run, mask, (1, 300, 300, 2, 1, 16), where)
+
+
+def test_a_bias_hides_keys_and_whole_rows():
+    def run(q, k, v, bias, do, dlse):
+        arrays = q, k, v, bias, masks.Full(), 0
+        options = {"scale": q.shape[3] ** -0.5, "logit_cap": None, "interpret": True}
+        o, lse = attention_tpu.forward(*arrays, **options)
+        return o, lse, *attention_tpu.backward(*arrays, o, lse, do, dlse, **options)
+
+    assert_bias_hides(run, (1, 130, 140, 2, 1, 16))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hidden_values import assert_hidden
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -257,3 +258,28 @@ def test_errors_say_what_would_be_right(op, change, message):
             jax.shard_map(call, mesh=mesh_of(4), in_specs=time, out_specs=time, check_vma=False),
             q, q, q,
         )  # fmt: skip
+
+
+# Rings merge results and so hide twice; what they leave to `ops.attention` is tested there.
+@pytest.mark.parametrize(
+    ("kind", "balance", "where"),
+    [
+        ("ring", "zigzag", "keys"),
+        ("all_gather", "contiguous", "queries"),
+        ("ring_self_attention", "striped", "keys"),
+        ("ring_self_attention", "striped", "queries"),
+        pytest.param("ring", "zigzag", "queries", marks=pytest.mark.slow),
+        pytest.param("ulysses", "zigzag", "keys", marks=pytest.mark.slow),
+        pytest.param("usp", "striped", "queries", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mask_hides_what_is_not_finite(kind, balance, where):
+    ids = packed_ids()
+    mask = masks.Causal()
+    attend = on_devices(ATTENTION[kind], 4, balance, mask)
+
+    def run(q, k, v, do, dlse):
+        (o, lse), pull = jax.vjp(lambda *x: attend(*x, None, ids), q, k, v)
+        return o, lse, *pull((do, dlse))
+
+    assert_hidden(run, mask & masks.Segments(ids), (B, T, T, 4, 4, D), where, tolerance=1e-5)

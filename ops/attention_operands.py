@@ -1,0 +1,54 @@
+"""What attention's passes are given, so that a mask hides even numbers that are not finite.
+
+A weight of 0 times NaN is NaN, and so is a sum that holds it: NaN in a value that the mask hides
+from a query would reach the query's output through the product of weights and values. Instead of
+looking inside each tile, what is not finite is moved, once per call and in linear time, to where
+a tile's mask is applied anyway:
+
+- forward, a key or value that is not finite becomes a key of NaN with a value of 0: scores of NaN,
+  which the mask replaces where it hides and which make NaN of the rows that see them;
+- backward, arrays become finite, and a row that is not (its output, query or cotangent) gets a
+  log-sum-exp of NaN: weights of NaN, which the mask replaces by 0 where it hides.
+
+Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tilescan.ops import masks
+
+
+def forward_operands(
+    k: Float[Array, "B S G D"], v: Float[Array, "B S G P"], mask: masks.Mask, bias=None
+) -> tuple[Array, Array]:
+    """Returns k and v for a forward pass; themselves where nothing is hidden."""
+    if not hides(mask, bias):
+        return k, v
+    usable = (_finite(k) & _finite(v))[..., None]
+    return jnp.where(usable, k, jnp.nan), jnp.where(usable, v, 0.0)
+
+
+def backward_operands(q, k, v, o, lse, do, dlse, mask: masks.Mask, bias=None) -> tuple:
+    """Returns (q, k, v, o, lse, do, dlse) for a backward pass.
+
+    o, lse [B, T, H] and their cotangents are those of the forward pass. A row whose lse is -inf,
+    which sees no key, keeps it, and has no gradient whatever its cotangents are.
+    """
+    if not hides(mask, bias):
+        return q, k, v, o, lse, do, dlse
+    empty = jnp.isneginf(lse)
+    usable = _finite(q) & _finite(o) & _finite(do) & jnp.isfinite(lse) & jnp.isfinite(dlse)
+    q, o, do = (jnp.where(usable[..., None], x, 0.0) for x in (q, o, do))
+    k, v = (jnp.where(_finite(x)[..., None], x, 0.0) for x in (k, v))
+    lse = jnp.where(usable | empty, lse, jnp.nan)
+    return q, k, v, o, lse, do, jnp.where(usable, dlse, 0.0)
+
+
+def hides(mask: masks.Mask, bias=None) -> bool:
+    """Whether a mask, or a bias of -inf, may hide a key from a query."""
+    return bias is not None or not isinstance(mask, masks.Full)
+
+
+def _finite(x):
+    return jnp.all(jnp.isfinite(x), axis=-1)
