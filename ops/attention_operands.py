@@ -8,7 +8,7 @@ a tile's mask is applied anyway:
 - forward, a key or value that is not finite becomes a key of NaN with a value of 0: scores of NaN,
   which the mask replaces where it hides and which make NaN of the rows that see them;
 - backward, arrays become finite, and a row that is not (its output, query or cotangent) gets a
-  log-sum-exp of NaN: weights of NaN, which the mask replaces by 0 where it hides.
+  log-sum-exp of NaN: differences of scores and it, which the mask replaces where it hides.
 
 Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
 """

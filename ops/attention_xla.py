@@ -135,9 +135,9 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
                 s, slope, visible = logits(s, bias, ids, i, j, masked, transposed=True)
                 # The recomputed logit may differ from the saved sum's in its last bits, which
                 # at extreme values are large numbers; a weight is at most 1.
-                p = exp2(jnp.minimum(s - lse_i[:, None], 0.0))
-                # Hidden is the weight, not the logit: a row's log-sum-exp may be NaN.
-                p = p if visible is None else jnp.where(visible, p, 0.0)
+                s = jnp.minimum(s - lse_i[:, None], 0.0)
+                # Hidden only now, as a row's log-sum-exp may be NaN.
+                p = exp2(s if visible is None else jnp.where(visible, s, -jnp.inf))
                 dv += jnp.einsum("gjm,gmp->gjp", p, do_i)
                 dp = jnp.einsum("gjp,gmp->gjm", v_j, do_i)
                 ds = p * (dp - delta_i[:, None])

@@ -48,10 +48,10 @@ def _inputs(
 
 
 def _weights(logits, statistic):
-    """(p, slope) from `x_of_dots`' results; hidden are weights, since a row's lse2 may be NaN."""
+    """(p, slope) from `x_of_dots`' results; hidden is x - lse2, since a row's lse2 may be NaN."""
     x, factor, slope, seen = logits
-    p = jnp.exp2(x * factor - statistic)
-    return p if seen is None else jnp.where(seen, p, 0.0), slope
+    x = x * factor - statistic
+    return jnp.exp2(x if seen is None else jnp.where(seen, x, -jnp.inf)), slope
 
 
 def _weights_and_dp(left, right, x_of_dots, statistic, shape, overlap):

@@ -16,7 +16,7 @@ Conventions of all three kernels:
   128 times less), except the sum of weights, whose lanes are added up only at a walk's end.
 - A masked score is MASKED; the running maximum starts at FLOOR, far above it. So a weight of a
   masked score is exactly 0 even where all scores of a row are masked, with no test for that case.
-  In the backward pass the weight itself is masked: the log-sum-exp of a row that saw NaN is NaN.
+  In the backward pass score - lse is masked: the log-sum-exp of a row that saw NaN is NaN.
 - In dK/dV scores are transposed, [keys, queries]: then statistics are rows, as they are stored,
   and no product needs a transposed left side.
 
@@ -136,10 +136,10 @@ class _Walk:
         q_first, k_first = q_tile * self.tile.queries, k_tile * self.tile.keys
 
         def full():
-            compute(parts, lambda part, x, fill: x)
+            compute(parts, lambda part, x: x)
 
-        def hide(part, x, fill):
-            return self._hide(refs, tables, q_first, k_first, part, x, fill)
+        def hide(part, x):
+            return self._hide(refs, tables, q_first, k_first, part, x)
 
         def partial():
             if self.schedule.sub_kind is None or len(parts) == 1:
@@ -165,8 +165,8 @@ class _Walk:
         q_first = q_first + start
         return q_first, q_first + self.tile.compute - 1, k_first, k_last
 
-    def _hide(self, refs, tables, q_first, k_first, part, x, fill):
-        """A tile x of scores or weights, `fill` in place of what is hidden and of the padding."""
+    def _hide(self, refs, tables, q_first, k_first, part, x):
+        """A tile x of exponents, MASKED in place of what is hidden and of the padding."""
         start = part * self.tile.compute
         within = pl.ds(start, self.tile.compute)
         q_ids = k_ids = stack = None
@@ -195,7 +195,7 @@ class _Walk:
             seen.append(stack.astype(jnp.int32) != 0)
         if self.padded:
             seen.append(k_index < self.options.keys)
-        return jnp.where(functools.reduce(jnp.logical_and, seen), x, fill)
+        return jnp.where(functools.reduce(jnp.logical_and, seen), x, MASKED)
 
     def bias(self, refs, part):
         """The bias of a compute step, [rows or 1, columns or 1], or None."""
@@ -225,7 +225,7 @@ def _forward_kernel(refs, tables, walk, ids, grid):
             score, _ = _score(
                 _dot(q, refs["k"][0, 0, columns], _NT), walk.bias(refs, part), walk.options
             )
-            score = hide(part, score, MASKED)
+            score = hide(part, score)
             m_next = jnp.maximum(m, jnp.max(score, axis=1, keepdims=True))
             p = jnp.exp2(score - _lanes(m_next, score.shape[1]))
             alpha = jnp.exp2(m - m_next)
@@ -265,7 +265,7 @@ def _dq_kernel(refs, tables, walk, ids, grid):
             columns = pl.ds(part * walk.tile.compute, walk.tile.compute)
             k = refs["k"][0, 0, columns]
             score, tanh = _score(_dot(q, k, _NT), walk.bias(refs, part), walk.options)
-            p = hide(part, jnp.exp2(score - _lanes(lse_ref[...], score.shape[1])), 0.0)
+            p = jnp.exp2(hide(part, score - _lanes(lse_ref[...], score.shape[1])))
             dp = _dot(do, refs["v"][0, 0, columns], _NT)
             ds = p * (dp - _lanes(delta_ref[...], score.shape[1]))
             if tanh is not None:
@@ -296,7 +296,7 @@ def _dkv_kernel(refs, tables, walk, ids, grid):
             rows = pl.ds(part * walk.tile.compute, walk.tile.compute)
             q, do = refs["q"][0, 0, rows], refs["do"][0, 0, rows]
             score, tanh = _score(_dot(k, q, _NT), walk.bias(refs, part), walk.options)
-            p = hide(part, jnp.exp2(score - refs["lse"][0, 0, :, rows]), 0.0)
+            p = jnp.exp2(hide(part, score - refs["lse"][0, 0, :, rows]))
             dv = dv + _dot(p.astype(do.dtype), do)
             ds = p * (_dot(v, do, _NT) - refs["delta"][0, 0, :, rows])
             if tanh is not None:
