@@ -27,6 +27,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message says what still stands."""
 
 
+class UnusableCheckpoint(CheckpointError):
+    """A checkpoint that is damaged, or of another model or configuration: not to be continued."""
+
+
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether an exception, or one that caused it, says that the disk is full."""
     while error is not None:
@@ -170,7 +174,7 @@ class Checkpoints:
         return self._manager.restore(step, args=args)["meta"]
 
     def config_at(self, step: int) -> dict:
-        """The configuration a checkpoint was made with. Raises CheckpointError if unreadable."""
+        """The configuration a checkpoint was made with. Raises UnusableCheckpoint if unreadable."""
         return self._read(step, lambda: self._meta(step)["config"])
 
     def restore(self, step: int, abstract_state, iterator=None):
@@ -179,9 +183,9 @@ class Checkpoints:
         The mesh may differ from the one that saved. `iterator` is set to where it stood.
 
         Raises:
-            CheckpointError: truncated or changed files, or arrays that the model does not have; the
-                message names the path, the cause and the newest earlier checkpoint that can be
-                read.
+            UnusableCheckpoint: truncated or changed files, or arrays that the model does not have;
+                the message names the path, the cause and the newest earlier checkpoint that can
+                be read.
         """
         meta = self._read(step, lambda: self._meta(step))
         self._check_structure(step, meta["arrays"], abstract_state)
@@ -207,7 +211,7 @@ class Checkpoints:
         wrong = [p for p in sorted(ours | theirs) if ours.get(p) != theirs.get(p)]
         if wrong:
             first = wrong[0]
-            raise CheckpointError(
+            raise UnusableCheckpoint(
                 f"{self.path(step)} holds another model or optimizer: {len(wrong)} arrays differ, "
                 f"the first is {first}: "
                 f"{theirs.get(first, 'absent')} there, {ours.get(first, 'absent')} here. Use "
@@ -226,7 +230,7 @@ class Checkpoints:
                 if intact is None
                 else f"Step {intact} is intact: set train.resume_step={intact} to continue from it."
             )
-            raise CheckpointError(
+            raise UnusableCheckpoint(
                 f"{self.path(step)} is damaged ({type(error).__name__}: {cause}). {advice}"
             ) from error
 

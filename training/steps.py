@@ -41,6 +41,40 @@ def init_state(model: nn.Module, tx, batch: dict, seed: int) -> TrainState:
     return TrainState(jnp.zeros([], jnp.int32), params, opt_state, key, masters_of(values))
 
 
+def start_from(state: TrainState, params, shardings: TrainState) -> TrainState:
+    """Returns a state just initialised with other parameters, copied, in its own dtypes.
+
+    Args:
+      state: as `init_state` makes it, without boxes.
+      params: arrays in the tree of state.params; masters take their values as they are.
+      shardings: where the leaves of the state lie.
+
+    Raises:
+      ValueError: params of another model; names the first parameter that differs.
+    """
+    params = nn.meta.unbox(params)
+    ours, theirs = (
+        {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (state.params, params)
+    )
+    for path in sorted(ours | theirs):
+        if ours.get(path) != theirs.get(path):
+            raise ValueError(
+                f"params to start from are of another model: {path} has shape "
+                f"{theirs.get(path, 'absent')}, and the model's is {ours.get(path, 'absent')}"
+            )
+
+    # Copies: updates donate their buffers.
+    def put(x, like, where):
+        return None if like is None else jax.device_put(jnp.array(x, like.dtype, copy=True), where)
+
+    started = jax.tree.map(put, params, state.params, shardings.params)
+    masters = None
+    if state.masters is not None:
+        masters = jax.tree.map(put, params, state.masters, shardings.masters)
+    return state.replace(params=started, masters=masters)
+
+
 def float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 

@@ -24,7 +24,7 @@ from flax import linen as nn
 from tilescan.training import config as config_lib
 from tilescan.training import inputs, sharding, steps, stream_bp
 from tilescan.training import workdir as work
-from tilescan.training.checkpoints import CheckpointError, Checkpoints
+from tilescan.training.checkpoints import CheckpointError, Checkpoints, UnusableCheckpoint
 from tilescan.training.interrupts import Interrupts
 from tilescan.training.optimizers import check_groups, make_optimizer
 from tilescan.training.settings import Settings
@@ -39,7 +39,7 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 
-def train(config, workdir, *, model=None, datasets=None) -> dict:
+def train(config, workdir, *, model=None, datasets=None, params=None) -> dict:
     """Trains a model as configured and returns its final metrics.
 
     Args:
@@ -50,6 +50,8 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
             an iterable of batches (see data.pipelines). The iterator of "train" has get_state and
             set_state, JSON-able, and does not end; "validation" and "test" (evaluated once, at the
             end) are optional.
+        params: the parameters to start from instead of random ones, e.g. those of a published
+            checkpoint. A run that is continued goes on from its own.
 
     Returns:
         {"step": ..., "<split>/<metric>": ...}: the last row of metrics.jsonl of every split.
@@ -57,7 +59,8 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
     Raises:
         ConfigError: an unknown key or a value that makes no sense, such as a model.vocab_size below
             that of the data.
-        ValueError: a batch with tokens, targets or labels that the model does not have.
+        ValueError: a batch with tokens, targets or labels that the model does not have, or params
+            of another model.
         FloatingPointError: the loss or the gradient is not finite; the last checkpoint is from
             before.
         CheckpointError: a checkpoint cannot be read or written, or belongs to another
@@ -110,6 +113,8 @@ def train(config, workdir, *, model=None, datasets=None) -> dict:
         restored = step_to_restore(saver, c)
         if restored is None:
             state = initialise()
+            if params is not None:
+                state = steps.start_from(state, params, state_shardings)
         else:
             state = saver.restore(restored, abstract_state, iterator)
             saver.drop_after(restored)
@@ -239,8 +244,9 @@ def step_to_restore(saver: Checkpoints, c: Settings) -> int | None:
     """The step to continue from, or None to start afresh.
 
     Raises:
-        CheckpointError: train.resume_step has no checkpoint, or the checkpoint's configuration
-            differs in a key that changes what is computed; the keys are named with both values.
+        CheckpointError: train.resume_step has no checkpoint.
+        UnusableCheckpoint: it cannot be read, or its configuration differs in a key that changes
+            what is computed; the keys are named with both values.
     """
     saved = saver.steps()
     wanted = c.train.resume_step
@@ -262,7 +268,7 @@ def step_to_restore(saver: Checkpoints, c: Settings) -> int | None:
         if key not in free
     )
     if listed:
-        raise CheckpointError(
+        raise UnusableCheckpoint(
             f"{saver.path(step)} was written with another configuration: {listed}. Set these keys "
             "back to continue, or choose another workdir for a new run"
         )

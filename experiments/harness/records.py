@@ -33,6 +33,8 @@ class Record:
       environment: versions, device and commit, see `environment`; when it was finished; "code" and
         "data", see `provenance`.
       curve: {"steps", "loss"} of the cell's training, None where there is none.
+      models: {digest: {"settings", "seed"}} of the shared models that it read, None for none: see
+        `workspace.Workspace.trained`.
     """
 
     paper: str
@@ -44,12 +46,14 @@ class Record:
     seconds: float
     environment: Mapping[str, Any]
     curve: Mapping[str, Any] | None = None
+    models: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """The record as text; `from_json` of it gives the same record back."""
         fields = dataclasses.asdict(self)
-        if self.curve is None:
-            del fields["curve"]
+        for name in ("curve", "models"):
+            if fields[name] is None:
+                del fields[name]
         return dumps({"schema": SCHEMA, **fields})
 
     @classmethod

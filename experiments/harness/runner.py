@@ -18,7 +18,7 @@ import ml_collections
 import rich.console
 import rich.progress
 
-from tilescan.experiments.harness import provenance
+from tilescan.experiments.harness import provenance, shared_models
 from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.harness.records import Record
@@ -107,7 +107,8 @@ def measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Rec
     folder = _scratch(workdir, cell, digest)
     start = time.perf_counter()
     wants = "workspace" in inspect.signature(cell.measure).parameters
-    options = {"workspace": Workspace(folder)} if wants else {}
+    workspace = Workspace(folder, workdir / "models")
+    options = {"workspace": workspace} if wants else {}
     result = records_lib.plain(cell.measure(cell.settings, cell.seed, **options))
     seconds = round(time.perf_counter() - start, 3)
     if not records_lib.is_finite(result):
@@ -124,10 +125,25 @@ def measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Rec
             **records_lib.environment(),
             "finished": records_lib.now(),
             "code": _keep_code(workdir, provenance.code_of(cell.measure)),
-            "data": provenance.data_checksums(cell.settings),
+            "data": _data_checksums(cell, workspace),
         },
-        curve=provenance.training_curve(folder),
+        curve=_curve(folder, workspace),
+        models=workspace.used or None,
     )
+
+
+def _data_checksums(cell: Cell, workspace: Workspace) -> dict[str, str | None]:
+    """Returns the checksums of the sources of a cell and of the shared models that it read."""
+    settings = [cell.settings, *(model["settings"] for model in workspace.used.values())]
+    return {k: v for part in settings for k, v in provenance.data_checksums(part).items()}
+
+
+def _curve(folder: pathlib.Path, workspace: Workspace) -> dict[str, list[float]] | None:
+    """Returns the curve of a cell's own training, or else of the only model that it read."""
+    own = provenance.training_curve(folder)
+    if own or len(workspace.used) != 1:
+        return own
+    return provenance.training_curve(workspace.models / next(iter(workspace.used)))
 
 
 def _keep(workdir: pathlib.Path, cell_id: str, record: Record) -> None:
@@ -217,7 +233,10 @@ def _retire_stale(workdir: pathlib.Path, digests: Mapping[str, str]) -> set[str]
     for path in sorted((workdir / "cells").glob("*.json")):
         try:
             record = Record.from_json(path.read_text(encoding="utf-8"))
-            holds = digests.get(record.cell) == record.digest
+            holds = digests.get(record.cell) == record.digest and all(
+                shared_models.digest(model["settings"], model["seed"]) == digest
+                for digest, model in (record.models or {}).items()
+            )
         except ValueError:
             holds = False
         if holds:

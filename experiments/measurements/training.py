@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tilescan.data import tasks
+from tilescan.experiments.harness.shared_models import train_as_set
 from tilescan.experiments.harness.workspace import Workspace
 from tilescan.models import LanguageModel
 from tilescan.models import attention as attention_module
@@ -22,6 +23,7 @@ from tilescan.ops import reference
 from tilescan.training import config as config_lib
 from tilescan.training import inputs
 from tilescan.training.train import train
+from tilescan.training.trained import abstract_tokens
 
 STANDARD, TILED = "standard", "tiled"
 # A cell is the unit that is resumed: no checkpoints inside, and no other noise.
@@ -94,17 +96,10 @@ def measure_task(settings: Mapping[str, Any], seed: int, workspace: Workspace) -
     """
     task = tasks.get(settings["task"], **settings.get("options", {}))
     config = training_config({**task.config_keys, **settings["train"]}, seed)
-    batch_size = config.data.batch_size
-    datasets = task.datasets(
-        batch_size=batch_size,
-        seed=seed,
-        eval_batches=config.train.eval_batches,
-        train_examples=settings.get("train_examples"),
-    )
-    final = train(config, workspace.folder, datasets=datasets)
+    final = train_as_set(settings, config, workspace.folder)
     rows = metrics(workspace.folder, "validation")
     return {
-        "examples": [row["step"] * batch_size for row in rows],
+        "examples": [row["step"] * config.data.batch_size for row in rows],
         **{f"validation_{k}": [row[k] for row in rows] for k in ("exact", "accuracy")},
         **{f"test_{k}": final[f"test/{k}"] for k in ("exact", "accuracy", "loss")},
         "train_loss": final["train/loss"],
@@ -121,12 +116,8 @@ def metrics(folder: pathlib.Path, split: str) -> list[dict[str, Any]]:
 def parameters(config: ConfigDict) -> int:
     """Number of parameters of the model that a training config describes."""
     c = config_lib.settings(config)
-    model = inputs.make_model(c)
-    features = c.model.get("input_features")
-    shape = (1, 16) if features is None else (1, 16, features)
-    dtype = jnp.int32 if features is None else jnp.float32
-    tokens = jax.ShapeDtypeStruct(shape, dtype)
-    return count_params(jax.eval_shape(model.init, jax.random.key(0), tokens))
+    init = inputs.make_model(c).init
+    return count_params(jax.eval_shape(init, jax.random.key(0), abstract_tokens(c)))
 
 
 def state_size(keys: Mapping[str, Any]) -> int:
