@@ -17,6 +17,7 @@ from tilescan.models.recurrent import (
     ShortConvolution,
     carried_segments,
     check_mixer_inputs,
+    continued,
     exact_dtype,
     step_size_bias,
 )
@@ -96,6 +97,7 @@ class GatedDeltaNet(nn.Module):
         H, (D, P) = self.n_heads, self._head_dims()
         batch, T, _ = x.shape
         exact, wide = exact_dtype(self.param_dtype), jnp.promote_types(self.dtype, jnp.float32)
+        state = continued(state, segment_ids)
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
         common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 

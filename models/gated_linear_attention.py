@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from tilescan.models.layers import linear, scaled_fan_in
-from tilescan.models.recurrent import carried_segments, check_mixer_inputs
+from tilescan.models.recurrent import carried_segments, check_mixer_inputs, continued
 from tilescan.ops.gated_linear_attention import gated_linear_attention
 from tilescan.ops.sequence_parallel.on_mesh import on_mesh
 
@@ -79,6 +79,7 @@ class GatedLinearAttention(nn.Module):
         """
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         H, (D, P) = self.n_heads, self._head_dims()
+        state = continued(state, segment_ids)
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
         common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 

@@ -14,6 +14,7 @@ from tilescan.models.layers import linear
 from tilescan.models.recurrent import (
     carried_segments,
     check_mixer_inputs,
+    continued,
     uniform_fan_in,
 )
 from tilescan.models.s4 import log_steps, output_matrix, poles
@@ -94,6 +95,7 @@ class H3(nn.Module):
         H, D = self._heads(), self.head_dim
         batch, T, E = x.shape
         wide = jnp.promote_types(self.dtype, jnp.float32)
+        state = continued(state, segment_ids)
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
         common = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         q, k, v = (

@@ -16,6 +16,7 @@ from tilescan.models.recurrent import (
     ShortConvolution,
     carried_segments,
     check_mixer_inputs,
+    continued,
     exact_dtype,
     step_size_bias,
     uniform_fan_in,
@@ -92,6 +93,7 @@ class Mamba(nn.Module):
         E, N, R = self.expand * self.d_model, self.state_dim, self.rank
         named, exact = nn.with_logical_partitioning, exact_dtype(self.param_dtype)
         common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        state = continued(state, segment_ids)
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
 
         xz = linear(

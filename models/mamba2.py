@@ -19,6 +19,7 @@ from tilescan.models.recurrent import (
     carried_segments,
     check_mixer_inputs,
     check_whole_time,
+    continued,
     exact_dtype,
     step_size_bias,
     uniform_fan_in,
@@ -121,6 +122,7 @@ class Mamba2(nn.Module):
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         E, H, G, N = self._sizes()
         batch, T, P = *x.shape[:2], self.head_dim
+        state = continued(state, segment_ids)
         carried = self.init_state(batch, T) if state is None else state
         last = None if state is None else state.segment
         ids, last = carried_segments(segment_ids, last)

@@ -36,6 +36,21 @@ def check_whole_time(x, option: str) -> None:
         )
 
 
+def continued(state: Any, segment_ids: Int[Array, "B T"] | None) -> Any:
+    """Returns a mixer's state with zeros in the rows whose first token begins another segment.
+
+    Ops start there from nothing as well, but by a factor of 0, which leaves NaN what it is.
+    """
+    if state is None or segment_ids is None:
+        return state
+    same = segment_ids[:, 0].astype(state.segment.dtype) == state.segment
+
+    def keep(x):
+        return jnp.where(same.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+
+    return jax.tree.map(keep, state)._replace(segment=state.segment)
+
+
 def carried_segments(
     segment_ids: Int[Array, "B T"] | None, last: Int[Array, " B"] | None
 ) -> tuple[Int[Array, "B 1+T"] | Int[Array, "B T"] | None, Int[Array, " B"] | None]:

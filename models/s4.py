@@ -20,6 +20,7 @@ from tilescan.models.layers import linear
 from tilescan.models.recurrent import (
     carried_segments,
     check_mixer_inputs,
+    continued,
     exact_dtype,
     uniform_fan_in,
 )
@@ -104,6 +105,7 @@ class _StateSpaceLayer(nn.Module):
         if self.bidirectional and state is not None:
             raise ValueError("a bidirectional layer has no state: it reads from both ends")
         E, wide = self.d_model, jnp.promote_types(self.dtype, jnp.float32)
+        state = continued(state, segment_ids)
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
         log_dt = log_steps(self, E, self.dt_min, self.dt_max, wide) + math.log(self.rate)
         system = log_dt, *self._matrices(wide)

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from tilescan.models import LanguageModel, LanguageModelConfig
 from tilescan.models.attention import Attention
-from tilescan.models.blocks import MIXERS
+from tilescan.models.blocks import MIXERS, make_mixer
 from tilescan.models.positions import token_positions
 from tilescan.ops import masks
 
@@ -173,3 +173,24 @@ def test_positions_of_a_call_are_counted_on_from():
     np.testing.assert_allclose(got, want[:, 3:], atol=1e-5)
     with pytest.raises(TypeError, match="positions must be integers .*got float32"):
         model.apply(params, tokens, positions=jnp.zeros((1, 6)))
+
+
+@pytest.mark.parametrize(
+    "kind", ["mamba2", "h3", *slowly(*((kind,) for kind in MIXERS if kind not in ("mamba2", "h3")))]
+)
+def test_a_new_segment_forgets_even_nan(kind):
+    """What a recurrent state and its convolution's window hold of the segment before."""
+    options = {"mamba2": {"head_dim": 16, "state_dim": 8, "state_window": 5}}
+    config = LanguageModelConfig(vocab_size=20, d_model=16, n_heads=2, repeats=1, mixers=options)
+    mixer = make_mixer(config, kind)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 16)), jnp.float32)
+    params = mixer.init(jax.random.key(0), x)
+    fresh = mixer.init_state(2, 6)
+    broken = jax.tree.map(
+        lambda a: jnp.full_like(a, jnp.nan if jnp.issubdtype(a.dtype, jnp.inexact) else 3), fresh
+    )
+    call = jax.jit(lambda state, ids: mixer.apply(params, x, state=state, segment_ids=ids))
+    want, got = (call(state, jnp.full((2, 6), 4)) for state in (fresh, broken))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), got, want)
+    y, _ = call(broken, jnp.asarray([[3] * 6, [4] * 6]))  # the first row goes on
+    assert np.isnan(y[0]).any() and np.isfinite(y[1]).all()
