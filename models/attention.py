@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from tilescan.models import positions as positions_lib
 from tilescan.models.layers import RMSNorm, linear, scaled_fan_in
+from tilescan.models.module import Module
 from tilescan.ops import masks
 from tilescan.ops.attention import attention, decode_attention
 from tilescan.ops.partitioned import partitioned, partitioned_decode, sequence_devices
@@ -73,7 +74,7 @@ class KVCache(NamedTuple):
         )
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Multi-head, grouped-query or multi-query attention with any mask of `ops.masks`.
 
     Attributes:

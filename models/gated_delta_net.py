@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from tilescan.models.gated_linear_attention import HeadNorm, head_dims
 from tilescan.models.layers import linear, scaled_fan_in
+from tilescan.models.module import Module
 from tilescan.models.recurrent import (
     ShortConvolution,
     carried_segments,
@@ -33,7 +34,7 @@ class GatedDeltaNetState(NamedTuple):
     segment: Int[Array, " B"]
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Module):
     """S_t = a_t (1 - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T and o_t = S_t^T q_t / sqrt(D);
 
     q, k, v = silu(conv(W x)), q and k of length 1 in each head;  b = sigmoid(W_b x);

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from tilescan.models.layers import linear, scaled_fan_in
+from tilescan.models.module import Module
 from tilescan.models.recurrent import carried_segments, check_mixer_inputs, continued
 from tilescan.ops.gated_linear_attention import gated_linear_attention
 from tilescan.ops.sequence_parallel.on_mesh import on_mesh
@@ -23,7 +24,7 @@ class GLAState(NamedTuple):
     segment: Int[Array, " B"]
 
 
-class GatedLinearAttention(nn.Module):
+class GatedLinearAttention(Module):
     """S_t = diag(a_t) S_{t-1} + k_t v_t^T and o_t = S_t^T q_t / sqrt(D) in each head;
 
     log a = logsigmoid(W_2 W_1 x + b) / gate_normalizer;  y = W_out (RMSNorm(o) silu(W_g x)).
@@ -133,7 +134,7 @@ class GatedLinearAttention(nn.Module):
         return head_dims("gla", self.d_model, self.n_heads, self.expand_k, self.expand_v)
 
 
-class HeadNorm(nn.Module):
+class HeadNorm(Module):
     """RMSNorm(x) silu(gate) over the last axis, all heads with one scale."""
 
     eps: float = 1e-5

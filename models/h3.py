@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from tilescan.models.layers import linear
+from tilescan.models.module import Module
 from tilescan.models.recurrent import (
     carried_segments,
     check_mixer_inputs,
@@ -33,7 +34,7 @@ class H3State(NamedTuple):
     segment: Int[Array, " B"]
 
 
-class H3(nn.Module):
+class H3(Module):
     """q, k, v = W u;  o = q * SSM_diag(SSM_shift(k) * v), per channel or per head;  y = W_out o.
 
     SSM_shift(k) = k * c + D_shift k with m taps c; of heads with D > 1, SSM_diag sees the outer

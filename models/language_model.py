@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tilescan.models.blocks import REPEAT_INPUT, Repeat, init_state, make_norm
 from tilescan.models.config import LanguageModelConfig
 from tilescan.models.layers import Embedding, linear
+from tilescan.models.module import Module
 from tilescan.models.positions import token_positions
+from tilescan.ops.explicit_axes import spec
 from tilescan.ops.partitioned import sequence_devices
 
 REMAT_POLICIES = {
@@ -42,7 +45,7 @@ class ModelState(NamedTuple):
     segment: Int[Array, " B"]
 
 
-class Backbone(nn.Module):
+class Backbone(Module):
     """Tokens to normalised vectors: everything of a model but its head."""
 
     config: LanguageModelConfig
@@ -116,7 +119,7 @@ class Backbone(nn.Module):
         return x, None if state is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Module):
     """Scores of the next token at every position.
 
         config = LanguageModelConfig(vocab_size=256, d_model=128, repeats=4, n_heads=4)
@@ -193,6 +196,18 @@ class LanguageModel(nn.Module):
         return logits
 
     @nn.nowrap
+    def output_spec(self, variables, x, y) -> PartitionSpec:
+        """Logits stay cut along the vocabulary where the head is."""
+        entries = super().output_spec(variables, x, y)
+        params = nn.unbox(variables["params"])
+        vocab = spec(params["head"]["kernel"])[1] if "head" in params else None
+        if self.config.tie_embeddings:
+            vocab = spec(params["backbone"]["embed"]["embedding"])[0]
+        if y.shape[-1] != self.config.vocab_size or len(entries) >= y.ndim or vocab in entries:
+            return entries
+        return PartitionSpec(*entries, *(None,) * (y.ndim - 1 - len(entries)), vocab)
+
+    @nn.nowrap
     def init_state(self, batch: int, max_len: int) -> ModelState:
         """The state before the first token, with room for `max_len` tokens."""
         one, repeats = init_state(self.config, batch, max_len), self.config.repeats
@@ -200,7 +215,7 @@ class LanguageModel(nn.Module):
         return ModelState(layers, jnp.zeros((batch,), jnp.int32), jnp.full((batch,), -1, jnp.int32))
 
 
-class SequenceClassifier(nn.Module):
+class SequenceClassifier(Module):
     """Scores of a whole text's classes, from the same backbone.
 
     Attributes:

@@ -4,6 +4,7 @@ Letters: B batch, T time, E embedding (d_model), F feed-forward width, V vocabul
 parameter names its axes with the words of `LOGICAL_AXES`; training/sharding.py maps them to a mesh.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from tilescan.models.module import Module
 from tilescan.ops.token_ids import bounded_ids
 
 LOGICAL_AXES = (
@@ -65,7 +67,7 @@ def linear(
     )
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """x / rms(x) * scale over the last axis (Zhang & Sennrich 2019); statistics in float32."""
 
     eps: float = 1e-6
@@ -85,7 +87,7 @@ class RMSNorm(nn.Module):
         return (x * _trailing(scale, x.ndim)).astype(self.dtype)
 
 
-class GatedRMSNorm(nn.Module):
+class GatedRMSNorm(Module):
     """RMSNorm of x silu(z), the gate before the norm (Mamba-2, arXiv 2405.21060, section 7.1).
 
     Attributes:
@@ -113,7 +115,7 @@ class GatedRMSNorm(nn.Module):
         return (parts.reshape(x.shape) * _trailing(scale, x.ndim)).astype(self.dtype)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Module):
     """(x - mean) / std * scale + bias over the last axis; statistics in float32."""
 
     eps: float = 1e-5
@@ -139,17 +141,35 @@ def _trailing(vector: Float[Array, " E"], ndim: int) -> Array:
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
+
+@jax.custom_jvp
+def _erfc(x):
+    return jax.lax.erfc(x)
+
+
+@_erfc.defjvp
+def _erfc_jvp(primals, tangents):
+    """JAX's own rule fails in a `jax.shard_map` with check_vma."""
+    (x,), (dx,) = primals, tangents
+    return _erfc(x), (-2 / math.sqrt(math.pi)) * jnp.exp(-x * x) * dx
+
+
+def exact_gelu(x: Array) -> Array:
+    """x times the normal distribution's share below x: `jax.nn.gelu` with approximate=False."""
+    return 0.5 * x * _erfc(x * -math.sqrt(0.5))
+
+
 # Activation, and whether a gate multiplies it (Shazeer 2020, arXiv 2002.05202).
 MLP_KINDS: dict[str, tuple[Callable, bool]] = {
     "swiglu": (jax.nn.silu, True),
     "geglu": (lambda x: jax.nn.gelu(x, approximate=True), True),
-    "gelu": (lambda x: jax.nn.gelu(x, approximate=False), False),
+    "gelu": (exact_gelu, False),
     "gelu_tanh": (lambda x: jax.nn.gelu(x, approximate=True), False),
     "relu": (jax.nn.relu, False),
 }
 
 
-class MLP(nn.Module):
+class MLP(Module):
     """A feed-forward block; it mixes nothing over time, so its state is None.
 
     Attributes:
@@ -186,7 +206,7 @@ class MLP(nn.Module):
         return None
 
 
-class Embedding(nn.Module):
+class Embedding(Module):
     """Token vectors, and the same matrix as a head if it is tied."""
 
     vocab_size: int

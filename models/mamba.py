@@ -12,6 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from tilescan.models.layers import linear
+from tilescan.models.module import Module
 from tilescan.models.recurrent import (
     ShortConvolution,
     carried_segments,
@@ -33,7 +34,7 @@ class MambaState(NamedTuple):
     segment: Int[Array, " B"]
 
 
-class Mamba(nn.Module):
+class Mamba(Module):
     """x, z = W_in u;  x = silu(conv(x));  dt, B, C = W_x x;  y = scan(x, softplus(W_dt dt + b));
 
     out = W_out (y silu(z)), with h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t, y_t = C_t h_t + D x_t.

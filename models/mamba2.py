@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from tilescan.models.layers import GatedRMSNorm, linear
+from tilescan.models.module import Module
 from tilescan.models.recurrent import (
     ShortConvolution,
     carried_segments,
@@ -38,7 +39,7 @@ class Mamba2State(NamedTuple):
     window: StateWindow | None = None
 
 
-class Mamba2(nn.Module):
+class Mamba2(Module):
     """z, x, B, C, dt = W_in u;  x, B, C = silu(conv(x, B, C));  dt = softplus(dt + dt_bias);
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T per head;  y_t = h_t C_t + D x_t;

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from tilescan.models.module import Module
 from tilescan.ops.sequence_parallel.on_mesh import on_mesh, sequence_parts
 from tilescan.ops.short_convolution import short_convolution
 
@@ -87,7 +88,7 @@ def exact_dtype(param_dtype) -> Any:
     return jnp.promote_types(param_dtype, jnp.float32)
 
 
-class ShortConvolution(nn.Module):
+class ShortConvolution(Module):
     """`ops.short_convolution` with its weights, [W, E] and [E].
 
     Attributes:

@@ -16,7 +16,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from tilescan.models.layers import linear
+from tilescan.models.layers import exact_gelu, linear
+from tilescan.models.module import Module
 from tilescan.models.recurrent import (
     carried_segments,
     check_mixer_inputs,
@@ -40,7 +41,7 @@ class S4State(NamedTuple):
     segment: Int[Array, " B"]
 
 
-class _StateSpaceLayer(nn.Module):
+class _StateSpaceLayer(Module):
     """y = GELU(SSM(x) + D x), then a linear map with a gate. Subclasses say what the SSM is.
 
     Attributes:
@@ -122,7 +123,7 @@ class _StateSpaceLayer(nn.Module):
             y = y + jnp.flip(backward, 1)
         D_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("inner",))
         D = self.param("D", D_init, (E,), self.param_dtype)
-        y = jax.nn.gelu(y + D.astype(wide).reshape(1, 1, E) * u, approximate=False)
+        y = exact_gelu(y + D.astype(wide).reshape(1, 1, E) * u)
         y = y.astype(self.dtype)
         drop = nn.Dropout(self.dropout, broadcast_dims=(1,))
         y = drop(y, deterministic=not self.has_rng("dropout"))

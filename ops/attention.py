@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from tilescan.ops import attention_xla, masks
 from tilescan.ops.decode_attention import decode_attention, merge_partials
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.mask_placed import is_placed
 from tilescan.ops.sizes import check_sizes
@@ -32,6 +33,9 @@ _PLACED = (
 _KERNELS = {"tpu": "tilescan.ops.attention_tpu", "cuda": "tilescan.ops.attention_gpu"}
 
 
+@cut_by_letters(
+    "BTH", q="BTHD", k="BSGD", v="BSGP", mask="BT", bias=("BHTS", "HTS", "TS", "S"), q_offset=""
+)
 def attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S G D"],

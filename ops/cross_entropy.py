@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tilescan.ops.attention_xla import varying
+from tilescan.ops.explicit_axes import as_first, compiler_cuts, whole
 from tilescan.ops.sizes import check_sizes
 from tilescan.ops.token_ids import bounded_ids, check_ids, counted_ids
 
 
+@compiler_cuts(whole)
 def chunked_cross_entropy(
     hidden: Float[Array, "B T E"],
     head: Float[Array, "E V"] | Float[Array, "V E"],
@@ -71,6 +73,7 @@ def chunked_cross_entropy(
     return {"loss": loss, **whole_rows(sums)}
 
 
+@compiler_cuts(as_first(2))
 def chunked_log_probabilities(
     hidden: Float[Array, "B T E"],
     head: Float[Array, "E V"] | Float[Array, "V E"],
@@ -96,6 +99,7 @@ def chunked_log_probabilities(
     return _log_probabilities(options, hidden, head, targets)
 
 
+@compiler_cuts(whole)
 def sum_over_chunks(
     objective: Callable,
     hidden: Float[Array, "B T E"],

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from tilescan.ops import masks
 from tilescan.ops.attention_xla import varying
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.sizes import check_sizes
 
 
@@ -35,6 +36,15 @@ def merge_partials(o1, lse1, o2, lse2):
     return o.astype(o1.dtype), lse
 
 
+@cut_by_letters(
+    "BTH",
+    q="BTHD",
+    k_cache="BSGD",
+    v_cache="BSGP",
+    lengths="B",
+    mask="BT",
+    bias=("BHTS", "HTS", "TS", "S"),
+)
 def decode_attention(
     q: Float[Array, "B T H D"],
     k_cache: Float[Array, "B S G D"],

@@ -29,6 +29,7 @@ from tilescan.ops.chunked_scan import (
     scores,
     transpose,
 )
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.recurrence_arguments import (
     check_chunk,
     check_floating,
@@ -44,6 +45,15 @@ from tilescan.ops.recurrence_arguments import (
 BLOCK = 8
 
 
+@cut_by_letters(
+    ("BTHP", "BHDP"),
+    q="BTHD",
+    k="BTGD",
+    v="BTGP",
+    beta="BTH",
+    initial_state="BHDP",
+    segment_ids="BT",
+)
 def delta_rule(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T G D"],
@@ -64,6 +74,16 @@ def delta_rule(
     return _checked(q, k, v, beta, None, scale, initial_state, segment_ids, chunk)
 
 
+@cut_by_letters(
+    ("BTHP", "BHDP"),
+    q="BTHD",
+    k="BTGD",
+    v="BTGP",
+    beta="BTH",
+    log_decay="BTH",
+    initial_state="BHDP",
+    segment_ids="BT",
+)
 def gated_delta_rule(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T G D"],

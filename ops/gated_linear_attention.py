@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tilescan.ops.chunked_scan import chunked_scan
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.recurrence_arguments import (
     check_chunk,
     check_floating,
@@ -18,6 +19,15 @@ from tilescan.ops.recurrence_arguments import (
 )
 
 
+@cut_by_letters(
+    ("BTHP", "BHDP"),
+    q="BTHD",
+    k="BTGD",
+    v="BTGP",
+    log_decay="BTHD",
+    initial_state="BHDP",
+    segment_ids="BT",
+)
 def gated_linear_attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T G D"],

@@ -11,10 +11,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
 from tilescan.ops import diagonal_scan
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.recurrence_arguments import check_shape, check_time
 from tilescan.ops.sizes import check_sizes
 
 
+def _with_rank(arrays):
+    """`a` for all of time with the rank of b, where the two fit."""
+    a, b = (arrays.get(name) for name in "ab")
+    return arrays | {"a": a[None, None]} if a is not None and a.ndim == b.ndim - 2 else arrays
+
+
+@cut_by_letters(
+    ("BTE", "BE"), prepare=_with_rank, a="BTE", b="BTE", initial_state="BE", segment_ids="BT"
+)
 def linear_recurrence(
     a: Inexact[Array, "*aD"],
     b: Inexact[Array, "B T *D"],

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tilescan.ops.attention_xla import varying
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.recurrence_arguments import (
     check_floating,
@@ -40,6 +41,15 @@ _DIRECT = 16
 _CPU_BLOCK, _BLOCK = 2**18, 2**25
 
 
+@cut_by_letters(
+    ("BTE", "BKE"),
+    u="BTE",
+    kernel="KE",
+    D="E",
+    pre_gate="BTE",
+    post_gate="BTE",
+    initial_state="BKE",
+)
 def long_convolution(
     u: Float[Array, "B T E"],
     kernel: Float[Array, "K E"],

@@ -15,11 +15,22 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tilescan.ops import masks
 from tilescan.ops.cross_entropy import chunked_cross_entropy
+from tilescan.ops.explicit_axes import (
+    as_auto,
+    as_first,
+    auto_axes,
+    compiler_cuts,
+    explicit_devices,
+    explicit_mesh,
+    is_varying,
+    specs_of,
+    whole,
+)
 from tilescan.ops.sequence_parallel import ATTENTION, kinds, layouts
 from tilescan.ops.sequence_parallel.decode import sharded_append, sharded_decode_attention
 
@@ -44,11 +55,12 @@ def partitioned(
 ):
     """op(q, k, v, mask=mask, bias=bias, q_offset=q_offset, **options), cut for the mesh in use.
 
-    The mesh is that of `jax.set_mesh`; without one, on a single device, and where all its axes are
-    manual already, this is the call itself. Otherwise the batch is cut over those of BATCH_AXES
-    that divide it, and the heads over HEAD_AXIS if it divides H; what is not cut is whole on every
-    device. If HEAD_AXIS does not divide G, key-value heads are repeated, as few times as needed for
-    each device to hold those that its queries read.
+    The mesh is that of `jax.set_mesh`; without one, on a single device, where all its axes are
+    manual already, and where its axes are Explicit but for a time that is cut, this is the call
+    itself, which heeds Explicit axes (`ops.explicit_axes`). Otherwise the batch is cut over those
+    of BATCH_AXES that divide it, and the heads over HEAD_AXIS if it divides H; what is not cut is
+    whole on every device. If HEAD_AXIS does not divide G, key-value heads are repeated, as few
+    times as needed for each device to hold those that its queries read.
 
     Args:
       op: `ops.attention.attention` or a function like it.
@@ -65,19 +77,29 @@ def partitioned(
     Raises:
       ValueError: time that the devices of TIME_AXIS cannot share equally.
     """
+    given = dict(mask=mask, bias=bias, q_offset=q_offset)
+    cuts_time = sequence_parallel is not None and explicit_devices(TIME_AXIS, (q, k, v)) > 1
+    mesh = explicit_mesh((q, k, v))
+    if cuts_time or (mesh is not None and mesh.size > 1 and not hasattr(op, "cut")):
+        time = dict(sequence_parallel=sequence_parallel, balance=balance)
+        call = functools.partial(partitioned, op, **time, **options)
+        return as_auto(call, (q, k, v), given, as_first(3))
     mesh = jax.sharding.get_abstract_mesh()
-    free = _free_axes(mesh)
+    free = auto_axes(mesh)
     if not free or mesh.size == 1:
-        return op(q, k, v, mask=mask, bias=bias, q_offset=q_offset, **options)
-    batch, heads = _batch_axes(q.shape[0], free), None
+        return op(q, k, v, **given, **options)
+    cuts_time = sequence_parallel is not None and free.get(TIME_AXIS, 1) > 1
+    if not cuts_time and is_varying((q, k, v)):
+        return op(q, k, v, **given, **options)  # see `ops.explicit_axes`
+    batch, heads = batch_axes(q.shape[0], free), None
     parts = free.get(HEAD_AXIS, 1)
     if parts > 1 and q.shape[2] % parts == 0:
         heads = HEAD_AXIS
         k, v = (_repeat_heads(x, q.shape[2], parts) for x in (k, v))
 
-    time, parts = None, free.get(TIME_AXIS, 1)
-    if parts > 1 and sequence_parallel is not None:
-        _check_time(q, k, parts, balance, q_offset)
+    time = None
+    if cuts_time:
+        _check_time(q, k, free[TIME_AXIS], balance, q_offset)
         time, q_offset = TIME_AXIS, None
         kind = kinds(sequence_parallel).attention
         op = functools.partial(ATTENTION[kind], axis_name=TIME_AXIS, balance=balance)
@@ -112,6 +134,7 @@ def partitioned(
     )(arrays)
 
 
+@compiler_cuts(lambda args, kwargs, out: (as_first(3)(args, kwargs, out[0]), specs_of(args[2])))
 def partitioned_decode(
     q: Float[Array, "B T H D"],
     new: tuple[Array, ...],
@@ -141,14 +164,14 @@ def partitioned_decode(
       ValueError: S that the devices along TIME_AXIS don't divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = _free_axes(mesh)
+    free = auto_axes(mesh)
     P, S = free[TIME_AXIS], caches[0].shape[1]
     if S % P:
         raise ValueError(
             f"a cache of max_len={S} can't be cut over mesh.{TIME_AXIS} = {P} devices; use "
             f"max_len={-(-S // P) * P}"
         )
-    batch, parts = _batch_axes(q.shape[0], free), free.get(HEAD_AXIS, 1)
+    batch, parts = batch_axes(q.shape[0], free), free.get(HEAD_AXIS, 1)
     cuts = parts > 1 and q.shape[2] % parts == 0 and new[0].shape[2] % parts == 0
     heads = HEAD_AXIS if cuts else None
     whole, cut = (PartitionSpec(batch, time, heads) for time in (None, TIME_AXIS))
@@ -178,6 +201,7 @@ def partitioned_decode(
     )(q, new, caches, lengths, ids, bias)
 
 
+@compiler_cuts(whole)
 def partitioned_cross_entropy(hidden, head, targets, weights, **options) -> dict[str, Array]:
     """`ops.cross_entropy.chunked_cross_entropy`, each device for its own part of time.
 
@@ -196,16 +220,7 @@ def partitioned_cross_entropy(hidden, head, targets, weights, **options) -> dict
 
 def sequence_devices() -> int:
     """Devices along TIME_AXIS of the mesh in use; 1 where there is none or it is manual already."""
-    return _free_axes(jax.sharding.get_abstract_mesh()).get(TIME_AXIS, 1)
-
-
-def _free_axes(mesh) -> dict[str, int]:
-    """{axis: devices} of the axes that the compiler cuts over."""
-    return {
-        name: mesh.shape[name]
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto
-    }
+    return auto_axes(jax.sharding.get_abstract_mesh()).get(TIME_AXIS, explicit_devices(TIME_AXIS))
 
 
 def _check_time(q, k, P: int, balance: str, q_offset) -> None:
@@ -217,7 +232,7 @@ def _check_time(q, k, P: int, balance: str, q_offset) -> None:
         )
 
 
-def _batch_axes(B: int, sizes: dict[str, int]) -> tuple[str, ...] | None:
+def batch_axes(B: int, sizes: dict[str, int]) -> tuple[str, ...] | None:
     """Those of BATCH_AXES, the first ones first, whose product divides B."""
     axes, parts = (), 1
     for name in BATCH_AXES:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.sizes import check_sizes
 
 __all__ = [
@@ -36,6 +37,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 _NODES = 256
 
 
+@cut_by_letters("LH", log_dt="H", A="HN", B="HN", C="HN")
 def s4d_kernel(
     log_dt: Float[Array, " H"],
     A: Complex[Array, "H N"],
@@ -85,6 +87,7 @@ def s4d_kernel(
     return kernel.reshape(-1, H)[:length]
 
 
+@cut_by_letters(("HN", "HN"), log_dt="H", A="HN", B="HN")
 def s4d_discretize(log_dt, A, B, discretization="zoh"):
     """Returns Abar, Bbar [H, N], complex: x_t = Abar x_(t-1) + Bbar u_t.
 
@@ -94,6 +97,7 @@ def s4d_discretize(log_dt, A, B, discretization="zoh"):
     return _discretize(log_dt, A, B, discretization)[2:]
 
 
+@cut_by_letters(("BHN", "BH"), state="BHN", u="BH", Abar="HN", Bbar="HN", C="HN")
 def s4d_step(state, u, Abar, Bbar, C):
     """One step of the recurrence: the new state [B, H, N], and y [B, H].
 
@@ -107,6 +111,7 @@ def s4d_step(state, u, Abar, Bbar, C):
     return state, 2 * (C[None] * state).sum(-1).real
 
 
+@cut_by_letters("LH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN")
 def s4_dplr_kernel(
     log_dt: Float[Array, " H"],
     Lambda: Complex[Array, "H N"],
@@ -178,6 +183,7 @@ def s4_dplr_kernel(
     return jnp.fft.irfft(spectrum, length).T
 
 
+@cut_by_letters(("HNN", "HN"), log_dt="H", Lambda="HN", P="HN", B="HN")
 def dplr_discretize(log_dt, Lambda, P, B):
     """Abar [H, 2N, 2N] and Bbar [H, 2N], dense and bilinear, over both halves of the pairs.
 
@@ -199,6 +205,7 @@ def dplr_discretize(log_dt, Lambda, P, B):
     return solved[..., :-1], solved[..., -1]
 
 
+@cut_by_letters("HN", log_dt="H", Lambda="HN", P="HN", C="HN")
 def dplr_truncate(log_dt, Lambda, P, C, length):
     """C (I - Abar^length), [H, N]: O(N^3 log length) per channel, for once and not every step."""
     _validate(log_dt, Lambda=Lambda, P=P, C=C)
@@ -212,6 +219,7 @@ def dplr_truncate(log_dt, Lambda, P, C, length):
     return C - tail[:, : shape[1]]
 
 
+@cut_by_letters(("BHN", "BH"), state="BHN", u="BH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN")
 def s4_dplr_step(state, u, log_dt, Lambda, P, B, C):
     """One bilinear step of A = Lambda - P P*, by Woodbury: new state [B, H, N], and y [B, H].
 

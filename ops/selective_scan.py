@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from tilescan.ops import diagonal_scan
 from tilescan.ops.attention_xla import varying
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.recurrence_arguments import (
     check_floating,
     check_groups,
@@ -31,6 +32,19 @@ CHUNK = 64
 _KERNELS = {"tpu": "tilescan.ops.selective_scan_tpu"}
 
 
+@cut_by_letters(
+    ("BTE", "BEN"),
+    x="BTE",
+    dt="BTE",
+    A="EN",
+    B=("BTN", "BTGN"),
+    C=("BTN", "BTGN"),
+    D="E",
+    z="BTE",
+    dt_bias="E",
+    initial_state="BEN",
+    segment_ids="BT",
+)
 def selective_scan(
     x: Float[Array, "B T E"],
     dt: Float[Array, "B T E"],

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from tilescan.ops import diagonal_scan
 from tilescan.ops.attention_xla import varying
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.recurrence_arguments import (
     check_floating,
@@ -28,6 +29,9 @@ __all__ = ["short_convolution"]
 FEW_TAPS, BLOCK, UNROLL = 8, 2**15, 4
 
 
+@cut_by_letters(
+    ("BTE", "BWE"), x="BTE", weight="WE", bias="E", initial_state="BWE", segment_ids="BT"
+)
 def short_convolution(
     x: Float[Array, "B T E"],
     weight: Float[Array, "W E"],

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tilescan.ops.chunked_scan import chunked_scan
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.recurrence_arguments import (
     check_chunk,
     check_floating,
@@ -22,6 +23,18 @@ from tilescan.ops.recurrence_arguments import (
 from tilescan.ops.sizes import check_sizes
 
 
+@cut_by_letters(
+    ("BTHP", "BHPN"),
+    x="BTHP",
+    dt="BTH",
+    A="H",
+    B="BTGN",
+    C="BTGN",
+    D="H",
+    dt_bias="H",
+    initial_state="BHPN",
+    segment_ids="BT",
+)
 def ssd(
     x: Float[Array, "B T H P"],
     dt: Float[Array, "B T H"],

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Complex, Float, Int
 
 from tilescan.ops import diagonal_scan, s4
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.sizes import check_sizes
 from tilescan.ops.state_space_chunks import Tables, checked_state, run, squares_of, times
 
@@ -41,6 +42,16 @@ CHUNK, PACKED_CHUNK = 64, 32
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
+@cut_by_letters(
+    ("BTH", "BH"),
+    u="BTH",
+    log_dt="H",
+    A="HN",
+    B="HN",
+    C="HN",
+    initial_state="BH",
+    segment_ids="BT",
+)
 def diagonal_state_space(
     u: Float[Array, "B T H"] | Float[Array, "B T H R"],
     log_dt: Float[Array, " H"],
@@ -90,6 +101,17 @@ def diagonal_tables(u, log_dt, A, B, C, discretization, segment_ids, chunk) -> T
     return Tables(kernel, into.swapaxes(1, 2), out, squares)
 
 
+@cut_by_letters(
+    ("BTH", "BH"),
+    u="BTH",
+    log_dt="H",
+    Lambda="HN",
+    P="HN",
+    B="HN",
+    C="HN",
+    initial_state="BH",
+    segment_ids="BT",
+)
 def dplr_state_space(
     u: Float[Array, "B T H"],
     log_dt: Float[Array, " H"],
@@ -127,6 +149,7 @@ def dplr_tables(u, log_dt, Lambda, P, B, C, segment_ids, chunk) -> Tables:
     return Tables(kernel, columns[:, ::-1], rows.swapaxes(1, 2), squares)
 
 
+@cut_by_letters("LH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN")
 def dplr_kernel(
     log_dt: Float[Array, " H"],
     Lambda: Complex[Array, "H N"],

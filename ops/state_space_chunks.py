@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tilescan.ops import diagonal_scan
+from tilescan.ops.attention_xla import varying
 from tilescan.ops.short_convolution import short_convolution
 
 __all__ = ["Chunks", "Tables", "local", "outputs", "power", "run", "squares_of", "states", "times"]
@@ -59,7 +60,8 @@ def run(u, tables: Tables, initial_state, segment_ids):
       segment_ids: [B, T] or [B, 1 + T], as of `ops.state_space`; or None.
     """
     chunks = local(u, tables, segment_ids)
-    x = enter(initial_state, u, chunks)
+    # Inside shard_map a carry must vary over the devices that its inputs vary over.
+    x = varying(enter(initial_state, u, chunks), chunks)
     before, last = states(chunks, tables, u.shape[1], x)
     return outputs(chunks, tables, before, u), leave(last, u)
 

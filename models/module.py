@@ -1,0 +1,56 @@
+"""The base class of models and layers: it calls them under meshes with Explicit axes.
+
+Linear maps contract dimensions that are cut, mixers split what they project: under Explicit axes
+each would have to say how its results are cut. So `apply` and `init` leave that to the compiler
+(`ops.explicit_axes.as_auto`), and the results lie on the mesh as the inputs do.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from tilescan.ops.explicit_axes import as_auto, spec, specs_of, whole
+
+
+class Module(nn.Module):
+    """`flax.linen.Module` whose `apply` and `init` take arrays with Explicit axes.
+
+    The output's first dimensions lie as those of the first input do with which they agree, a state
+    as the one that was given; what else there is, as parameters of `init`, is whole everywhere.
+    Within a module of another class a module runs in that one's mode.
+    """
+
+    @nn.nowrap
+    def apply(self, *args, **kwargs):
+        return as_auto(super().apply, args, kwargs, self._results)
+
+    @nn.nowrap
+    def init_with_output(self, *args, **kwargs):
+        return as_auto(super().init_with_output, args, kwargs, whole)
+
+    @nn.nowrap
+    def _results(self, args, kwargs, out) -> Any:
+        """The specs of what `apply` returns: y, (y, state), or either with collections."""
+        variables, *inputs = args
+        named = (kwargs[name] for name in ("x", "tokens") if name in kwargs)
+        x = next(iter(inputs), None) if inputs else next(named, None)
+        if kwargs.get("mutable") or kwargs.get("capture_intermediates"):
+            return self._results(args, kwargs | _PLAIN, out[0]), whole(args, kwargs, out[1])
+        if x is None:
+            return whole(args, kwargs, out)
+        if not isinstance(out, tuple):
+            return self.output_spec(variables, x, out)
+        y, state = out
+        given = kwargs.get("state")
+        specs = whole(args, kwargs, state) if given is None else specs_of(given)
+        return self.output_spec(variables, x, y), specs
+
+    @nn.nowrap
+    def output_spec(self, variables, x, y) -> PartitionSpec:
+        """How the output y of the input x is cut by Explicit axes."""
+        pairs = enumerate(zip(x.shape, y.shape, strict=False))
+        return spec(x, next((i for i, (n, m) in pairs if n != m), min(x.ndim, y.ndim)))
+
+
+_PLAIN = dict(mutable=False, capture_intermediates=False)

@@ -1,0 +1,314 @@
+"""Ops under meshes with Explicit axes, where types say how every array is cut.
+
+`jax.make_mesh` makes such axes unless told otherwise. Loops, slices and reshapes within an op would
+each have to say how their results are cut, and a Pallas kernel can't be cut at all. So
+
+  - an op whose rows and heads know nothing of each other is called inside `jax.shard_map`
+    (`cut_by_letters`): each device computes the rows and heads that it holds, and nothing is sent
+    but sums of gradients that devices share;
+  - everything else, as a loss over a vocabulary that is cut, is left to the compiler
+    (`compiler_cuts`, `as_auto`): inside, the axes are Auto, and results get their types back.
+
+Without Explicit axes both call what they wrap, as it is.
+
+Letters: B batch, T query time, S key time, H heads, G groups of heads or key-value heads, E
+channels. Further letters are dimensions that stay whole.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+__all__ = [
+    "Cut",
+    "as_auto",
+    "as_first",
+    "auto_axes",
+    "compiler_cuts",
+    "cut_by_letters",
+    "explicit_devices",
+    "explicit_mesh",
+    "is_varying",
+    "of_rank",
+    "spec",
+    "specs_of",
+    "whole",
+]
+
+ROWS, TIME, HEADS = "B", "T", "HGE"
+
+
+class Cut(NamedTuple):
+    """What the dimensions of an op's arrays and results are.
+
+    Further dimensions stay whole, as do those of length 1. Arguments of more than one rank have
+    letters for each; those of a pytree are for each of its leaves.
+    """
+
+    letters: dict[str, str | tuple[str, ...]]
+    results: str | tuple[str, ...]
+    prepare: Callable[[dict], dict]
+
+    def result_specs(self, given: dict) -> PartitionSpec | tuple[PartitionSpec, ...]:
+        """Specs of results whose rows, time and heads lie as in the arguments `given`."""
+        arrays = {name: x for name, x in given.items() if name in self.letters and x is not None}
+        pairs = self.pairs(self.prepare(arrays))
+        axes = {letter: _axes_of(pairs, letter, ()) for letter in ROWS + TIME}
+        axes |= dict.fromkeys(HEADS, _axes_of(pairs, HEADS, axes[ROWS]))
+        of = lambda letters: PartitionSpec(*(axes.get(letter) or None for letter in letters))
+        return tuple(map(of, self.results)) if isinstance(self.results, tuple) else of(self.results)
+
+    def pairs(self, arrays: dict) -> list[tuple[jax.Array, str]]:
+        """Every array with its letters."""
+        return [
+            (x, of_rank(self.letters[name], x.ndim))
+            for name, tree in arrays.items()
+            for x in jax.tree.leaves(tree)
+        ]
+
+
+def cut_by_letters(results: str | tuple[str, ...], *, prepare: Callable = lambda x: x, **letters):
+    """Returns a decorator by which devices compute the rows and heads that Explicit axes give them.
+
+    Rows and heads are cut as the first argument that is cut along them; other dimensions are
+    gathered. Groups of heads that an axis does not divide are repeated, as few times as needed.
+    The results are cut in the same way. In a `jax.shard_map` with check_vma that leaves Explicit
+    axes, JAX can't differentiate a second one: there the compiler cuts.
+
+    Args:
+      results: letters of the dimensions of each result; one string if there is one result, or if
+        all begin with the same dimensions.
+      prepare: what is done to the dict of arrays first, so that the letters hold.
+      **letters: of the arguments that are arrays or pytrees of arrays.
+    """
+
+    def decorate(op):
+        names = list(inspect.signature(op).parameters)
+        cut = Cut(letters, results, prepare)
+
+        @functools.wraps(op)
+        def call(*args, **kwargs):
+            given = dict(zip(names, args, strict=False)) | kwargs
+            arrays = {n: given[n] for n in letters if given.get(n) is not None}
+            mesh = explicit_mesh(arrays)
+            if mesh is None or len(args) > len(names):
+                return op(*args, **kwargs)
+            rest = {n: x for n, x in given.items() if n not in arrays}
+            return _cut_call(op, cut, mesh, arrays, rest)
+
+        call.cut = cut
+        return call
+
+    return decorate
+
+
+def compiler_cuts(results: Callable):
+    """Returns a decorator that leaves the cuts of a function to the compiler.
+
+    Args:
+      results: from the function's (args, kwargs), and what it returned, to the specs of what it
+        returned.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            return as_auto(function, args, kwargs, results)
+
+        return call
+
+    return decorate
+
+
+def as_auto(function: Callable, args: tuple, kwargs: dict, results: Callable):
+    """function(*args, **kwargs) with Auto axes in the place of Explicit ones; see `compiler_cuts`.
+
+    Arrays may stand anywhere in args and kwargs, but not in what `function` closes over.
+    """
+    mesh = explicit_mesh((args, kwargs))
+    if mesh is None:
+        return function(*args, **kwargs)
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    places = [i for i, x in enumerate(leaves) if _is_array(x)]
+    explicit = _names(mesh, AxisType.Explicit)
+    auto = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(auto):
+        for i in places:
+            leaves[i] = jax.sharding.reshard(leaves[i], PartitionSpec())
+        new_args, new_kwargs = tree.unflatten(leaves)
+        out = function(*new_args, **new_kwargs)
+    specs = jax.tree.broadcast(results(args, kwargs, out), out)
+    return jax.tree.map(
+        lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)) if _is_array(x) else x,
+        out,
+        specs,
+    )
+
+
+def explicit_mesh(tree: Any) -> AbstractMesh | None:
+    """The mesh in use, or else that of the tree's arrays, if it has Explicit axes; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree) if _is_array(x))
+        mesh = next((m for m in meshes if not m.empty), mesh)
+    return mesh if not mesh.empty and _names(mesh, AxisType.Explicit) else None
+
+
+def explicit_devices(axis: str, tree: Any = ()) -> int:
+    """Devices along an axis of `explicit_mesh(tree)` that is Explicit; 1 if it has none."""
+    mesh = explicit_mesh(tree)
+    return mesh.shape[axis] if mesh is not None and axis in _names(mesh, AxisType.Explicit) else 1
+
+
+def auto_axes(mesh) -> dict[str, int]:
+    """The sizes of the axes that the compiler cuts over."""
+    return {name: mesh.shape[name] for name in _names(mesh, AxisType.Auto)}
+
+
+def is_varying(tree: Any) -> bool:
+    """Whether the types of arrays have manual axes: in a `jax.shard_map` with check_vma."""
+    arrays = filter(_is_array, jax.tree.leaves(tree))
+    return any(jax.typeof(x).manual_axis_type.varying for x in arrays)
+
+
+def spec(x: Any, ndim: int | None = None) -> PartitionSpec:
+    """The Explicit axes that cut the first `ndim` (default: all) dimensions of an array."""
+    ndim = np.ndim(x) if ndim is None else ndim
+    entries = tuple(jax.typeof(x).sharding.spec)[:ndim]
+    return PartitionSpec(*entries, *(None,) * (ndim - len(entries)))
+
+
+def specs_of(tree: Any) -> Any:
+    return jax.tree.map(spec, tree)
+
+
+def whole(args, kwargs, out) -> Any:
+    """For `compiler_cuts`: results that every device has."""
+    return jax.tree.map(lambda x: PartitionSpec(), out)
+
+
+def as_first(ndim: int) -> Callable:
+    """For `compiler_cuts`: results whose first `ndim` dimensions lie as the first argument's do."""
+    return lambda args, kwargs, out: jax.tree.map(lambda x: spec(args[0], min(ndim, x.ndim)), out)
+
+
+def of_rank(letters: str | tuple[str, ...], rank: int) -> str:
+    """The letters of an argument that has this rank."""
+    if isinstance(letters, str):
+        return letters
+    return next((choice for choice in letters if len(choice) == rank), letters[0])
+
+
+def _cut_call(op, cut, mesh, arrays, rest):
+    """op(**arrays, **rest), each device for its rows and heads."""
+    arrays = cut.prepare(jax.tree.map(jnp.asarray, arrays))
+    pairs = cut.pairs(arrays)
+    sizes = _sizes(pairs)
+    if sizes is None:
+        return op(**arrays, **rest)  # which says what does not fit
+    axes = _axes(pairs, sizes, mesh)
+    parts = _parts(mesh, axes["G"])
+    if sizes["G"] > 1 and sizes["G"] % parts:
+        times = _repeats(max(sizes["H"], sizes["E"]), sizes["G"], parts)
+        arrays = {n: _repeated(x, cut.letters[n], sizes["G"], times) for n, x in arrays.items()}
+
+    def spec_of(letters, shape):
+        pairs = zip(letters, shape, strict=False)
+        return PartitionSpec(*(axes.get(letter) or None if n > 1 else None for letter, n in pairs))
+
+    def in_spec(name):
+        return lambda x: spec_of(of_rank(cut.letters[name], x.ndim), x.shape)
+
+    def out_spec(letters):
+        return spec_of(letters, [sizes.get(letter, 1) for letter in letters])
+
+    specs = {name: jax.tree.map(in_spec(name), tree) for name, tree in arrays.items()}
+    several = isinstance(cut.results, tuple)
+    out_specs = tuple(map(out_spec, cut.results)) if several else out_spec(cut.results)
+    put = lambda arrays: jax.tree.map(
+        lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s)), arrays, specs
+    )
+    run = lambda arrays: op(**arrays, **rest)
+
+    if is_varying(arrays):
+        return as_auto(run, (put(arrays),), {}, lambda *_: out_specs)
+    # Without check_vma: loops in Mosaic GPU don't carry the types of manual axes. Compiled, as
+    # custom derivatives with symbolic zeros can't be called step by step under shard_map.
+    mapped = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=out_specs,
+        axis_names=set(_names(mesh, AxisType.Explicit)),
+        check_vma=False,
+    )
+    return jax.jit(lambda arrays: mapped(put(arrays)))(arrays)
+
+
+def _sizes(pairs) -> dict[str, int] | None:
+    """The sizes of rows and heads, 1 for those that there are not; None if arrays differ in one."""
+    sizes = dict.fromkeys(ROWS + HEADS, 1)
+    for x, letters in pairs:
+        for letter, n in zip(letters, x.shape, strict=False):
+            if letter in sizes and n != 1:
+                if sizes[letter] not in (1, n):
+                    return None
+                sizes[letter] = n
+    return sizes
+
+
+def _axes(pairs, sizes, mesh) -> dict[str, tuple[str, ...]]:
+    """The axes that cut rows, and those that cut heads, if they divide them."""
+    rows = _axes_of(pairs, ROWS, ())
+    heads = _axes_of(pairs, HEADS, rows)
+    parts = _parts(mesh, heads)
+    if any(sizes[letter] > 1 and sizes[letter] % parts for letter in "HE"):
+        heads = ()
+    return {ROWS: rows, **dict.fromkeys(HEADS, heads)}
+
+
+def _axes_of(pairs, letters, taken) -> tuple[str, ...]:
+    """The axes of the first array that is cut along one of `letters`, without those taken."""
+    for x, of_x in pairs:
+        for letter, entry in zip(of_x, spec(x), strict=False):
+            axes = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+            axes = tuple(axis for axis in axes if axis not in taken)
+            if letter in letters and axes:
+                return axes
+    return ()
+
+
+def _parts(mesh, axes) -> int:
+    return int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))
+
+
+def _repeats(heads, groups, parts) -> int:
+    """How often groups are repeated so that `parts` cuts them where it cuts heads."""
+    each = max(1, heads // groups)
+    return next((r for r in range(1, each + 1) if each % r == 0 and groups * r % parts == 0), 1)
+
+
+def _repeated(tree, letters, groups, times):
+    def one(x):
+        axis = of_rank(letters, x.ndim).find("G")
+        if axis < 0 or x.shape[axis] != groups or times == 1:
+            return x
+        shape = (*x.shape[: axis + 1], times, *x.shape[axis + 1 :])
+        wide = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
+        return wide.reshape(*x.shape[:axis], groups * times, *x.shape[axis + 1 :])
+
+    return jax.tree.map(one, tree)
+
+
+def _names(mesh, kind) -> list[str]:
+    return [n for n, k in zip(mesh.axis_names, mesh.axis_types, strict=True) if k == kind]
+
+
+def _is_array(x) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray))
