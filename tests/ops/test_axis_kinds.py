@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from axis_cases import CASES, CUT, Case, everything, normal
@@ -11,6 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from tilescan.ops import masks
 from tilescan.ops.attention import attention
+from tilescan.ops.linear_recurrence import linear_recurrence
+from tilescan.ops.partitioned import partitioned, partitioned_cross_entropy
+from tilescan.ops.sequence_parallel.on_mesh import on_mesh
 from tilescan.ops.short_convolution import short_convolution
 
 SPLITS = {"rows": ("data",), "heads": ("tensor",), "both": ("data", "tensor")}
@@ -166,14 +170,59 @@ def test_arrays_need_no_jit_and_no_mesh_in_use():
 @pytest.mark.slow
 @pytest.mark.parametrize("rest", [AxisType.Explicit, AxisType.Auto])
 def test_axes_that_a_checked_shard_map_leaves(rest):
-    """Rows are manual; heads are left to the types, or to the compiler."""
-    case, want = CASES["ssd"]["plain"], expected("ssd", "plain")
+    """Rows are manual; heads are left to the types, or to the compiler.
+
+    Derivatives are taken inside: JAX has none of a shard_map that leaves Explicit axes.
+    """
+    case, (out, grads) = CASES["ssd"]["plain"], expected("ssd", "plain")
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto, rest))
-    specs, out_specs = specs_of(case, want[0], ("data",))
-    heads, _ = specs_of(case, want[0], ("tensor",))
-    call = jax.shard_map(case.call, in_specs=(specs,), out_specs=out_specs, axis_names={"data"})
+    specs, out_specs = specs_of(case, out, ("data",))
+    heads, _ = specs_of(case, out, ("tensor",))
+    call = jax.shard_map(
+        functools.partial(everything, case, case.call),
+        in_specs=(specs,),
+        out_specs=(out_specs, specs),
+        axis_names={"data"},
+    )
     with jax.set_mesh(mesh):
         arrays = {
             n: jax.device_put(x, NamedSharding(mesh, heads[n])) for n, x in case.arrays.items()
         }
-        agree(jax.jit(functools.partial(everything, case, call))(arrays), want)
+        agree(jax.jit(call)(arrays), (out, grads))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", ["sequence", None])
+def test_time_that_an_explicit_axis_cuts_is_shared_like_that_of_an_auto_one(time):
+    """By `partitioned`, `on_mesh` and `partitioned_cross_entropy`; results lie as arguments do."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "tensor"))
+    cut = P("data", time, "tensor")
+    at = lambda x, spec=cut: jax.device_put(x, NamedSharding(mesh, spec))
+    q, k, v = (normal(n, 4, 8, 2, 4) for n in "qkv")
+    a, b = np.abs(normal("a", 4, 8, 4)) / 4, normal("b", 4, 8, 4)
+    hidden, head = normal("hidden", 4, 8, 6), normal("head", 6, 10)
+    ids, weights = np.arange(32).reshape(4, 8) % 10, np.ones((4, 8), np.float32)
+
+    def all_three(q, k, v, a, b, hidden, head, ids, weights):
+        o = partitioned(attention, q, k, v, mask=masks.Causal(), sequence_parallel="ring")
+        h, last = on_mesh(linear_recurrence, "chain", a, b)
+        sums = partitioned_cross_entropy(hidden, head, ids, weights, chunk=3)
+        return o, h, last, sums["loss"]
+
+    def run(*arrays):
+        real, rest = arrays[:-2], arrays[-2:]
+        loss = lambda *real: (lambda out: (sum(map(jnp.sum, map(jnp.sin, out))), out))(
+            all_three(*real, *rest)
+        )
+        return jax.grad(loss, range(len(real)), has_aux=True)(*real)
+
+    arrays = q, k, v, a, b, hidden, head, ids, weights
+    want = jax.jit(run)(*arrays)
+    specs = *(cut,) * 5, P("data", time), P(None, "tensor"), P("data", time), P("data", time)
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(*map(at, arrays, specs))
+    agree(got, want)
+    _, (o, h, last, _) = got
+    assert jax.typeof(o).sharding.spec == P("data", time, "tensor", None)
+    assert jax.typeof(h).sharding.spec == cut
+    assert jax.typeof(last).sharding.spec == P("data", "tensor")
