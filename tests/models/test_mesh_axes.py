@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tilescan.decoding.sampling import generate
 from tilescan.models import LanguageModel, LanguageModelConfig
 from tilescan.models.attention import Attention
 from tilescan.models.gated_delta_net import GatedDeltaNet
@@ -204,3 +205,18 @@ def test_a_training_step(kind, split, microbatches):
             jax.tree.leaves(got[0].params), jax.tree.leaves(specs.params), strict=True
         ):
             assert jax.typeof(x).sharding.spec == P(*spec, *(None,) * (x.ndim - len(spec)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+def test_generation(kind):
+    model, mesh = LanguageModel(CONFIG), mesh_of(kind)
+    boxes = boxes_of(model, TOKENS)
+    params = params_of(boxes)
+    want = generate(model, params, TOKENS, max_new_tokens=3)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
+        cut = put(params, mesh, specs_of(boxes, "both"))
+        got = generate(model, cut, rows, max_new_tokens=3)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    agree(got.logprobs, want.logprobs)
