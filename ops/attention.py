@@ -135,14 +135,16 @@ def _attention(q, k, v, bias, mask, q_offset, options):
 
 
 def _attention_fwd(q, k, v, bias, mask, q_offset, options):
-    o, lse = _dispatch("forward", options, q, k, v, bias, mask, q_offset)
-    return (o, lse), (q, k, v, bias, mask, q_offset, o, lse)
+    # Narrower types are rounded more than a float32 log-sum-exp.
+    exact = q.dtype in (jnp.float32, jnp.float64)
+    o, lse, *exact = _dispatch("forward", options, q, k, v, bias, mask, q_offset, exact=exact)
+    return (o, lse), (q, k, v, bias, mask, q_offset, o, lse, *exact)
 
 
 def _attention_bwd(options, residuals, cotangents):
-    q, k, v, bias = residuals[:4]
-    do, dlse = cotangents
-    dq, dk, dv, dbias = _dispatch("backward", options, *residuals, do, dlse)
+    residuals, exact = residuals[:8], residuals[8:]
+    arrays = *residuals, *cotangents, *exact
+    dq, dk, dv, dbias = _dispatch("backward", options, *arrays)
     # Masks and offsets hold integers: None is their (zero) cotangent.
     return dq, dk, dv, dbias, None, None
 
@@ -177,8 +179,11 @@ def _passes(q_offset, scale, logit_cap, implementation):
     return options, None if static else q_offset
 
 
-def _dispatch(direction, options, *arrays):
-    """Calls `direction` of one implementation, or leaves the choice to the lowering."""
+def _dispatch(direction, options, *arrays, exact=False):
+    """Calls `direction` of one implementation, or leaves the choice to the lowering.
+
+    exact: have forward give what `attention_xla` calls so, which backward takes last.
+    """
 
     def call(module, q, k, v, bias, mask, q_offset, *rest):
         q_offset = options.q_offset if q_offset is None else q_offset
@@ -188,8 +193,17 @@ def _dispatch(direction, options, *arrays):
             if reason is not None and options.implementation == "pallas":
                 raise ValueError(f'implementation="pallas": {reason}')
             module = attention_xla if reason else module
-        constants = dict(scale=options.scale, logit_cap=options.logit_cap)
-        return getattr(module, direction)(q, k, v, bias, mask, q_offset, *rest, **constants)
+        run = functools.partial(
+            getattr(module, direction), scale=options.scale, logit_cap=options.logit_cap
+        )
+        arrays = q, k, v, bias, mask, q_offset
+        if direction == "backward":
+            *rest, both = rest if len(rest) == 5 else (*rest, None)
+            return run(*arrays, *rest, **(dict(exact=both) if module is attention_xla else {}))
+        if not exact or module is attention_xla:
+            return run(*arrays, **(dict(exact=exact) if module is attention_xla else {}))
+        o, lse = run(*arrays)
+        return o, lse, [lse * attention_xla.LOG2_E, jnp.ones_like(lse)]
 
     def pick(platform):
         if platform in _KERNELS:

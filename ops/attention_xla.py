@@ -43,8 +43,13 @@ def unsupported(q, k, v, bias, mask, q_offset):
     return None
 
 
-def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap):
-    """(o [B, T, H, P] in q's dtype, lse [B, T, H]); arguments as in `ops.attention`."""
+def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False):
+    """(o [B, T, H, P] in q's dtype, lse [B, T, H]); arguments as in `ops.attention`.
+
+    With `exact` also (peak, total), each [B, T, H]: lse = (peak + log2 total) ln 2. With them
+    `backward` makes the weights of the same numbers again. A rounded lse of large logits gives
+    weights that don't add up to 1, which the sums over queries in dk and dv add up.
+    """
     B, T, H, D = q.shape
     S, G, P = v.shape[1:]
     k, v = forward_operands(k, v, mask, bias)
@@ -91,18 +96,23 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap):
             total = jnp.where(jnp.isnan(peak), jnp.nan, total)
             o = acc / jnp.where(total == 0, 1.0, total)[..., None]
             lse = (peak + jnp.log2(total)) * math.log(2)
-            return _time_first(o, R).astype(q.dtype), _time_first(lse, R)
+            rows = (lse, peak, total) if exact else (lse,)
+            return _time_first(o, R).astype(q.dtype), [_time_first(x, R) for x in rows]
 
-        o, lse = _map(row, tiles.m)
-        return None, (o.reshape(-1, H, P)[:T], lse.reshape(-1, H)[:T])
+        o, rows = _map(row, tiles.m)
+        return None, (o.reshape(-1, H, P)[:T], [x.reshape(-1, H)[:T] for x in rows])
 
     padded = (tiles.pad_q(q), tiles.pad_k(k), tiles.pad_k(v), tiles.pad_bias(bias))
     xs = (*padded, tiles.ids(mask), order, n_full, n_live)
-    return _over_batch(one, None, xs, B, H * I * J)[1]
+    o, (lse, *both) = _over_batch(one, None, xs, B, H * I * J)[1]
+    return (o, lse, both) if exact else (o, lse)
 
 
-def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap):
-    """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias)."""
+def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, exact=None):
+    """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias).
+
+    exact: as `forward` gives it, or None.
+    """
     B, T, H, D = q.shape
     S, G, P = v.shape[1:]
     rest = q, k, v, o, lse, do, dlse
@@ -116,6 +126,12 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
     delta = jnp.sum(o.astype(dtype) * do.astype(dtype), axis=-1) - dlse
     # A row without visible keys: exp(logits - inf) = 0 for all of them.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2_E
+    if exact is not None:
+        # Weights are 2^(logit - peak) / total; what comes after is linear in do and delta.
+        peak, total = exact
+        factor = jnp.where(total > 0, 1 / total, 0.0)
+        lse = jnp.where(jnp.isfinite(lse), peak, lse)
+        do, delta = (do * factor[..., None]).astype(do.dtype), delta * factor
 
     def one(dbias, x):
         q, k, v, do, lse, delta, bias, ids, order, n_full, n_live = x
@@ -131,7 +147,10 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
                 q_i, do_i, lse_i, delta_i = (
                     _heads_first(_slice(a, i, I), G).astype(dtype) for a in (q, do, lse, delta)
                 )
-                s = jnp.einsum("gjd,gmd->gjm", k_j * (scale * logits.units), q_i)
+                # Scaled as forward does, for logits of the same bits: a row's weights then add
+                # up to 1, whatever the rounding of large logits.
+                q_i = q_i * (scale * logits.units)
+                s = jnp.einsum("gjd,gmd->gjm", k_j, q_i)
                 s, slope, visible = logits(s, bias, ids, i, j, masked, transposed=True)
                 # The recomputed logit may differ from the saved sum's in its last bits, which
                 # at extreme values are large numbers; a weight is at most 1.
@@ -156,7 +175,7 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
             carry = _loop(0, _at(n_full, j), functools.partial(step, False), carry)
             carry = _loop(_at(n_full, j), _at(n_live, j), functools.partial(step, True), carry)
             dq, dk, dv, dbias = carry
-            dk = (jnp.swapaxes(dk, 0, 1) * scale).astype(k.dtype)
+            dk = (jnp.swapaxes(dk, 0, 1) / logits.units).astype(k.dtype)
             return (dq, dbias), (dk, jnp.swapaxes(dv, 0, 1).astype(v.dtype))
 
         dq = varying(jnp.zeros((tiles.m, G, D, R * I), dtype), x)
