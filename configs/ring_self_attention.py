@@ -13,122 +13,72 @@ Counts and the compiler's plan of buffers need no accelerator, and XLA's buffers
 CUDA's: growth compares, not megabytes. Tokens per second cannot be measured on one machine.
 """
 
-import ml_collections
+from ml_collections import ConfigDict
 
-SCALES = ("smoke", "cpu", "accelerator")
+from tilescan.configs.common import paper, section
 
 
-def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-    """The paper's config; every number may be overridden by --config.section.key=value."""
-    if scale not in SCALES:
-        raise ValueError(f"scale={scale!r} is unknown; it must be one of {', '.join(SCALES)}")
-    config = ml_collections.ConfigDict()
-    config.paper = "ring_self_attention"
-    config.scale = scale
-
-    # Both reductions, and the other ways, against one device's attention.
-    exactness = config.exactness = ml_collections.ConfigDict()
-    exactness.devices = (1, 2, 4, 8)
-    exactness.length = 64
-    exactness.heads = 8
-    exactness.dim = 16
-
+def get_config(scale: str = "cpu") -> ConfigDict:
+    """Returns the paper's config; --config.section.key=value overrides any of its values."""
+    config = paper("ring_self_attention", scale)
+    # Both reductions, and the other strategies, against one device's attention.
+    config.exactness = section(devices=(1, 2, 4, 8), seq_len=64, n_heads=8, head_dim=16)
     # What a layer sends. (On two devices a ring is one message, which the compiler sends once for
     # both passes.)
-    traffic = config.traffic = ml_collections.ConfigDict()
-    traffic.devices = (4, 12, 64)
-    traffic.batch = 4
-    traffic.length = 768
-
+    config.traffic = section(devices=(4, 12, 64), batch_size=4, seq_len=768)
     # The model whose training step is compiled: BERT-Base.
-    model = config.model = ml_collections.ConfigDict()
-    model.layers = 12
-    model.width = 768
-    model.heads = 12
-    model.vocab_size = 30_528
-
+    config.model = section(n_layers=12, d_model=768, n_heads=12, vocab_size=30_528)
     # Table 4: memory when batch or length grow with the devices.
-    weak = config.weak = ml_collections.ConfigDict()
-    weak.devices = (1, 2, 4, 8)
-    weak.ways = ("tensor", "ring_self_attention", "ring", "ulysses")
-    weak.batch = 64  # of a device, at `length`; of the whole at `short` tokens a device
-    weak.length = 512
-    weak.short = 256
-
-    # The largest batch and the longest text.
-    largest = config.largest = ml_collections.ConfigDict()
-    largest.devices = (1, 4, 12, 16, 64)
-    largest.ways = ("tensor", "ring_self_attention")
-    largest.gib = 32.0
-    largest.length = 512
-    largest.batch = 64
-    largest.tolerance = 0.01
-
-    # The longest text with Linformer's attention.
-    linformer = config.linformer = ml_collections.ConfigDict()
-    linformer.devices = (1, 4, 32)
-    linformer.batch = 4
-    linformer.rows = 256
-
+    config.weak = section(
+        devices=(1, 2, 4, 8),
+        strategies=("tensor", "ring_self_attention", "ring", "ulysses"),
+        batch_size=64,  # of a device, at `seq_len`; of the whole at `short` tokens a device
+        seq_len=512,
+        short=256,
+    )
+    # The largest batch, at `seq_len`, and the longest sequence, at `batch_size`.
+    config.largest = section(
+        devices=(1, 4, 12, 16, 64),
+        strategies=("tensor", "ring_self_attention"),
+        gib=32.0,
+        seq_len=512,
+        batch_size=64,
+        tolerance=0.01,
+    )
+    # The longest sequence with Linformer's attention.
+    config.linformer = section(devices=(1, 4, 32), batch_size=4, rows=256)
     # An MLP alone: B L by which sequence parallelism needs less.
-    crossover = config.crossover = ml_collections.ConfigDict()
-    crossover.devices = (2, 4, 8)
-    crossover.tokens = (4, 8, 16, 24, 40, 64, 128)  # B L / H
-
-    # The same model, data and seed on one device and with time cut over several.
-    training = config.training = ml_collections.ConfigDict()
-    training.parts = 4
-    training.dtypes = ("float64", "float32")
-    training.layers = 2
-    training.d_model = 64
-    training.heads = 4
-    training.vocab_size = 65
-    training.batch = 8
-    training.length = 64
-    training.steps = 300
-    training.rate = 1e-3
-
+    config.crossover = section(devices=(2, 4, 8), tokens=(4, 8, 16, 24, 40, 64, 128))  # B L / H
+    # The same model, data and seed on one device and with time sharded over several.
+    config.training = section(
+        devices=4,
+        dtypes=("float64", "float32"),
+        n_layers=2,
+        d_model=64,
+        n_heads=4,
+        vocab_size=65,
+        batch_size=8,
+        seq_len=64,
+        steps=300,
+        learning_rate=1e-3,
+    )
     if scale == "smoke":
-        exactness.devices = (2,)
-        exactness.length = 16
-        exactness.heads = 2
-        exactness.dim = 4
-        traffic.devices = (4,)
-        traffic.batch = 1
-        traffic.length = 16
-        model.layers = 2
-        model.width = 16
-        model.heads = 4
-        model.vocab_size = 32
-        weak.devices = (1, 2)
-        weak.ways = ("tensor", "ring_self_attention")
-        weak.batch = 2
-        weak.length = 32
-        weak.short = 16
-        largest.devices = (2,)
-        largest.gib = 0.0005
-        largest.length = 16
-        largest.batch = 2
-        largest.tolerance = 0.5
-        linformer.devices = (1, 2)
-        linformer.batch = 1
-        linformer.rows = 4
-        crossover.devices = (2,)
-        crossover.tokens = (4, 64)
-        training.dtypes = ("float64",)
-        training.parts = 2
-        training.layers = 1
-        training.d_model = 16
-        training.heads = 2
-        training.vocab_size = 17
-        training.batch = 1
-        training.length = 32
-        training.steps = 3
+        config.exactness.update(devices=(2,), seq_len=16, n_heads=2, head_dim=4)
+        config.traffic.update(devices=(4,), batch_size=1, seq_len=16)
+        config.model.update(n_layers=2, d_model=16, n_heads=4, vocab_size=32)
+        config.weak.update(
+            devices=(1, 2),
+            strategies=("tensor", "ring_self_attention"),
+            batch_size=2,
+            seq_len=32,
+            short=16,
+        )
+        config.largest.update(devices=(2,), gib=0.0005, seq_len=16, batch_size=2, tolerance=0.5)
+        config.linformer.update(devices=(1, 2), batch_size=1, rows=4)
+        config.crossover.update(devices=(2,), tokens=(4, 64))
+        config.training.update(devices=2, dtypes=("float64",), n_layers=1, d_model=16, n_heads=2)
+        config.training.update(vocab_size=17, batch_size=1, seq_len=32, steps=3)
     elif scale == "accelerator":
-        exactness.length = 4096
-        training.d_model = 768
-        training.layers = 12
-        training.heads = 12
-        training.length = 512
-        training.steps = 1000
+        config.exactness.seq_len = 4096
+        config.training.update(n_layers=12, d_model=768, n_heads=12, seq_len=512, steps=1000)
     return config

@@ -13,96 +13,68 @@ Counts and the compiler's plan of buffers need no accelerator. Throughput on man
 measured on one machine.
 """
 
-import ml_collections
+from ml_collections import ConfigDict
 
-SCALES = ("smoke", "cpu", "accelerator")
+from tilescan.configs.common import paper, section
 
 
-def get_config(scale: str = "cpu") -> ml_collections.ConfigDict:
-    """The paper's config; every number may be overridden by --config.section.key=value."""
-    if scale not in SCALES:
-        raise ValueError(f"scale={scale!r} is unknown; it must be one of {', '.join(SCALES)}")
-    config = ml_collections.ConfigDict()
-    config.paper = "ulysses"
-    config.scale = scale
-
+def get_config(scale: str = "cpu") -> ConfigDict:
+    """Returns the paper's config; --config.section.key=value overrides any of its values."""
+    config = paper("ulysses", scale)
     # "Any attention": each against one device, forward and gradients.
-    exactness = config.exactness = ml_collections.ConfigDict()
-    exactness.devices = (2, 4, 8)
-    exactness.kinds = ("full", "causal", "gqa", "alibi", "window", "sparse", "ssd")
-    exactness.length = 128  # of the whole sequence
-    exactness.heads = 8
-    exactness.dim = 16
-
+    config.exactness = section(
+        devices=(2, 4, 8),
+        kinds=("full", "causal", "gqa", "alibi", "window", "sparse", "ssd"),
+        seq_len=128,  # of the whole sequence
+        n_heads=8,
+        head_dim=16,
+    )
     # What a layer sends.
-    traffic = config.traffic = ml_collections.ConfigDict()
-    traffic.lengths = (1024, 4096, 16384)
-    traffic.devices = (2, 4, 8)
-    traffic.weak_length = 1024  # of a device, when it grows with the devices
-    traffic.weak_devices = (2, 4, 8, 16, 64)
-    traffic.ways = ("ulysses", "megatron_sp", "ring_self_attention", "ring")
-    traffic.width = 2048
-    traffic.heads = 64
-
-    # The longest text of a model of 1.2B parameters.
-    memory = config.memory = ml_collections.ConfigDict()
-    memory.devices = (1, 2, 4, 8, 16, 64)
-    memory.ways = ("ulysses", "megatron_sp")
-    memory.layers = 24
-    memory.width = 2048
-    memory.heads = 64
-    memory.vocab_size = 50_304
-    memory.unit = 1024  # lengths are multiples of so many tokens a device
-    memory.gib = 40.0
-    memory.tolerance = 0.02
-
-    # The same model, data and seed on one device and with time cut over several.
-    training = config.training = ml_collections.ConfigDict()
-    training.parts = (2, 4, 8)
-    training.dtypes = ("float64", "float32")
-    training.layers = 2
-    training.d_model = 64
-    training.heads = 8
-    training.vocab_size = 65
-    training.batch = 4
-    training.length = 128
-    training.steps = 150
-    training.rate = 3e-3
-
+    config.traffic = section(
+        seq_lens=(1024, 4096, 16384),
+        devices=(2, 4, 8),
+        weak_seq_len=1024,  # of a device, when it grows with the devices
+        weak_devices=(2, 4, 8, 16, 64),
+        strategies=("ulysses", "megatron_sp", "ring_self_attention", "ring"),
+        d_model=2048,
+        n_heads=64,
+    )
+    # The longest sequence of a model of 1.2B parameters.
+    config.memory = section(
+        devices=(1, 2, 4, 8, 16, 64),
+        strategies=("ulysses", "megatron_sp"),
+        n_layers=24,
+        d_model=2048,
+        n_heads=64,
+        vocab_size=50_304,
+        unit=1024,  # lengths are multiples of so many tokens a device
+        gib=40.0,
+        tolerance=0.02,
+    )
+    # The same model, data and seed on one device and with time sharded over several.
+    config.training = section(
+        devices=(2, 4, 8),
+        dtypes=("float64", "float32"),
+        n_layers=2,
+        d_model=64,
+        n_heads=8,
+        vocab_size=65,
+        batch_size=4,
+        seq_len=128,
+        steps=150,
+        learning_rate=3e-3,
+    )
     if scale == "smoke":
-        exactness.devices = (2,)
-        exactness.kinds = ("causal", "ssd")
-        exactness.length = 32
-        exactness.heads = 2
-        exactness.dim = 8
-        traffic.lengths = (64,)
-        traffic.devices = (2,)
-        traffic.weak_length = 32
-        traffic.weak_devices = (2, 4)
-        traffic.ways = ("ulysses", "megatron_sp")
-        traffic.width = 32
-        traffic.heads = 4
-        memory.devices = (1, 2)
-        memory.layers = 2
-        memory.width = 32
-        memory.heads = 2
-        memory.vocab_size = 64
-        memory.unit = 32
-        memory.gib = 0.0005
-        memory.tolerance = 0.5
-        training.parts = (2,)
-        training.dtypes = ("float64",)
-        training.layers = 1
-        training.d_model = 16
-        training.heads = 2
-        training.vocab_size = 17
-        training.batch = 1
-        training.length = 32
-        training.steps = 3
+        config.exactness.update(
+            devices=(2,), kinds=("causal", "ssd"), seq_len=32, n_heads=2, head_dim=8
+        )
+        config.traffic.update(seq_lens=(64,), devices=(2,), weak_seq_len=32, weak_devices=(2, 4))
+        config.traffic.update(strategies=("ulysses", "megatron_sp"), d_model=32, n_heads=4)
+        config.memory.update(devices=(1, 2), n_layers=2, d_model=32, n_heads=2, vocab_size=64)
+        config.memory.update(unit=32, gib=0.0005, tolerance=0.5)
+        config.training.update(devices=(2,), dtypes=("float64",), n_layers=1, d_model=16, n_heads=2)
+        config.training.update(vocab_size=17, batch_size=1, seq_len=32, steps=3)
     elif scale == "accelerator":
-        exactness.length = 4096
-        training.d_model = 512
-        training.layers = 6
-        training.length = 4096
-        training.steps = 500
+        config.exactness.seq_len = 4096
+        config.training.update(n_layers=6, d_model=512, seq_len=4096, steps=500)
     return config

@@ -183,3 +183,23 @@ def every(conditions: Iterable[bool]) -> bool | None:
     """Returns whether all conditions hold; None if there are none: nothing was measured."""
     conditions = list(conditions)
     return all(conditions) if conditions else None
+
+
+def near(values: Iterable[float], target: float, tolerance: float) -> bool | None:
+    """Returns whether all values are the target within a relative tolerance; None without any."""
+    return every(abs(value / target - 1) <= tolerance for value in values)
+
+
+def at_most(
+    criterion: str, found: Mapping[Any, float], bound: float, text: str = "{} {:.1e}"
+) -> Verdict:
+    """Returns whether all numbers found are at most `bound`.
+
+    Args:
+      criterion: the predicate in words.
+      found: {name: number}.
+      bound: the greatest that is allowed.
+      text: evidence of a name and its number.
+    """
+    evidence = ", ".join(text.format(name, value) for name, value in found.items())
+    return Verdict(criterion, every(value <= bound for value in found.values()), evidence)

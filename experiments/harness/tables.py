@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import rich.table
 
+from tilescan.experiments.harness.records import Record
 from tilescan.experiments.harness.statistics import Spread
 
 LABEL, PUBLISHED, MEASURED, STATIC = "label", "published", "measured", "static"
@@ -110,14 +111,32 @@ class Table:
         return table
 
 
+def columns(
+    kind: str, named: Mapping[str, Callable[[Any], Any]], unit: str = "", digits: int = 3
+) -> list[Column]:
+    """Returns columns that share all but {title: how the value is computed of a row}."""
+    return [Column(title, kind, unit, digits, of) for title, of in named.items()]
+
+
 def table(
     name: str, title: str, rows: Iterable[Any], columns: Sequence[Column], note: str = ""
 ) -> Table:
-    """Returns the table whose columns compute their values (`Column.of`) for each of the rows."""
+    """Returns the table whose columns compute their values (`Column.of`) for each of the rows.
+
+    A row is a `Group`, a record, a tuple with one of them, or anything else that has no source.
+    """
     rows = list(rows)
     values = [[column.of(row) for column in columns] for row in rows]
-    sources = [tuple(r.cell for r in getattr(row, "records", ())) for row in rows]
+    sources = [_cells(row) for row in rows]
     return Table(name, title, columns, values, note, sources if any(sources) else ())
+
+
+def _cells(row: Any) -> tuple[str, ...]:
+    """Returns the ids of the cells that a row of `table` shows."""
+    if isinstance(row, tuple):
+        return tuple(cell for item in row for cell in _cells(item))
+    records = (row,) if isinstance(row, Record) else getattr(row, "records", ())
+    return tuple(record.cell for record in records)
 
 
 def percent(value: Spread | float | None) -> str:

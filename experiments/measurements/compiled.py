@@ -6,6 +6,26 @@ from typing import Any
 
 import jax
 
+# Buffers and collectives are XLA's, planned before LLVM sees a program: programs that nobody runs
+# need no optimized machine code.
+NOT_RUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def compiled(function: Callable, *arguments: Any) -> jax.stages.Compiled:
+    """Returns the program of a function for these arguments, compiled and not to be run."""
+    return jax.jit(function).lower(*arguments).compile(NOT_RUN)
+
+
+def memory(program: jax.stages.Compiled) -> dict[str, int]:
+    """Returns a device's bytes: arguments, results that are not arguments, temporary, total."""
+    m = program.memory_analysis()
+    parts = {
+        "arguments": m.argument_size_in_bytes,
+        "results": m.output_size_in_bytes - m.alias_size_in_bytes,
+        "temporary": m.temp_size_in_bytes,
+    }
+    return parts | {"total": sum(parts.values())}
+
 
 def compiled_memory(function: Callable, *arguments: Any) -> dict[str, float]:
     """Bytes of a function as XLA plans them.

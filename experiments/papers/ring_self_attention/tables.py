@@ -1,371 +1,307 @@
-"""RSA's published numbers, and the tables and figures of its records."""
+"""RSA's tables and figures."""
 
 from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import ratio
-from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, STATIC, Column, Table
-from tilescan.experiments.measurements import devices as cells
-from tilescan.experiments.papers.ring_self_attention.measure import TRAFFIC
+from tilescan.experiments.harness.tables import (
+    LABEL,
+    PUBLISHED,
+    STATIC,
+    Column,
+    Table,
+    columns,
+    table,
+)
+from tilescan.experiments.measurements.exactness import exactness_table
+from tilescan.experiments.measurements.sharded_training import training_table
+from tilescan.experiments.measurements.traffic import MIB, sent_bytes
+from tilescan.experiments.papers.ring_self_attention.cells import TRAFFIC
+from tilescan.experiments.papers.ring_self_attention.published import LARGEST, MEMORY, SPARSE
 
-WAYS = {
-    "tensor": "tensor parallelism",
-    "ring_self_attention": "RSA",
-    "ring": "ring attention",
+TENSOR, RSA = "tensor", "ring_self_attention"
+NAMES = {
+    TENSOR: "tensor parallelism",
+    RSA: "RSA",
+    "rsa_all_reduce": "RSA, all-reduce",
+    "rsa_reduce_scatter": "RSA, reduce-scatter",
     "ulysses": "Ulysses",
-    "linformer": "Linformer, time cut",
+    "ring": "ring attention",
 }
-# Table 4, BERT-Base on P100s of 16 GB: MB and tokens/s a device of tensor parallelism, and of RSA;
-# batches of 64 N at 512 tokens, and 64 texts of 256 N tokens (the latter and the speeds recalled).
-PUBLISHED_WEAK = {
-    ("batch", 1): (8477.28, 9946.15, 8477.53, 9261.04),
-    ("batch", 2): (9520.47, 15510.19, 8478.76, 13938.22),
-    ("batch", 4): (12232.52, 20701.96, 8481.26, 21269.91),
-    ("batch", 8): (None, None, 8490.75, 26401.64),
-    ("length", 1): (3707.39, 9752.61, 3707.01, 9340.13),
-    ("length", 2): (4993.43, 14195.17, 4670.64, 13144.16),
-    ("length", 4): (8175.93, 19879.27, 6601.88, 18243.82),
-    ("length", 8): (14862.09, 22330.5, 10536.38, 21625.51),
-}
-# RSA on 64 devices over tensor parallelism on 12, as many as BERT-Base has heads.
-PUBLISHED_LARGEST = {"batch": 13.7, "length": 3.0}
-PUBLISHED_SPARSE = 27.0  # the longest text with sparse attention, 32 devices over one
+STEPS = (TENSOR, RSA, "ring", "ulysses")  # as Table 4 lists them
 BYTES = 4
 
 
 def tables(records: Records) -> list[Table]:
-    """Table 4, the largest batches and texts, the crossover, bytes, exactness, training."""
+    """Returns Table 4, the largest sizes, the crossover, bytes, exactness, and training."""
     return [
-        _weak_table(records, "batch"),
-        _weak_table(records, "length"),
-        _largest_table(records),
-        _sparse_table(records),
-        _crossover_table(records),
-        _traffic_table(records),
-        _exactness_table(records),
-        _training_table(records),
+        weak_table(records, "batch"),
+        weak_table(records, "length"),
+        largest_table(records),
+        sparse_table(records),
+        crossover_table(records),
+        traffic_table(records),
+        exactness_table(
+            "Attention over devices against dense attention of one",
+            ("devices", "way"),
+            [
+                ((str(g.key), NAMES[name]), g.first.result[name], g)
+                for g in by(records.select(kind="exactness"), "devices")
+                for name in NAMES
+                if name in g.first.result
+            ],
+            "Float64, bidirectional; the largest difference as a part of the largest value.",
+        ),
+        training_table(
+            records,
+            "Convergence: guessing hidden tokens with time cut over devices by RSA",
+            first(
+                records.select(kind="training"),
+                "{model[repeats]} layers, width {model[d_model]}, {batch} texts of {length} tokens "
+                "of a Markov chain, 15% hidden, {steps} steps. ",
+            )
+            + "The largest distance of the two curves; in float32 it is rounding that training "
+            "lets grow. Published: curves of BERT-Large over 50,000 steps, beside tensor "
+            "parallelism's.",
+            differences={"farthest from one device": None},
+        ),
     ]
 
 
-def weak(records: Records, grows: str, way: str) -> dict[int, int]:
-    """{devices: bytes of a device}."""
-    found = records.select(kind="weak", grows=grows, way=way)
-    return _sorted({r.settings["devices"]: r.result["total"] for r in found})
+def weak(records: Records, grows: str, strategy: str) -> dict[int, int]:
+    """Returns {devices: bytes of a device} where the batch or the length grows with them."""
+    found = records.select(kind="weak", grows=grows, way=strategy)
+    return {g.key: g.first.result["total"] for g in by(found, "devices")}
 
 
-def largest(records: Records, vary: str, way: str, kind: str = "largest") -> dict[int, int]:
-    """{devices: the largest batch or length}."""
-    found = records.select(kind=kind, vary=vary, way=way)
-    return _sorted({r.settings["devices"]: r.result["value"] for r in found})
+def over_one_device(sizes: dict[int, float]) -> dict[int, float]:
+    """Returns {devices: a size over that of the fewest}."""
+    return {n: size / sizes[min(sizes)] for n, size in sizes.items()}
 
 
-def _sorted(pairs: dict) -> dict:
-    return dict(sorted(pairs.items()))
+def largest(records: Records, vary: str, strategy: str, kind: str = "largest") -> dict[int, int]:
+    """Returns {devices: the largest batch or length}."""
+    found = records.select(kind=kind, vary=vary, way=strategy)
+    return {g.key: g.first.result["value"] for g in by(found, "devices")}
 
 
 def crossings(records: Records, what: str) -> dict[int, float | None]:
-    """{devices: B L / H from which sequence parallelism needs less}, between measured ones."""
+    """Returns {devices: B L / H from which sequence parallelism needs less}, interpolated."""
     found = {}
-    for n in records.select(kind="crossover").values("devices"):
+    for group in by(records.select(kind="crossover"), "devices"):
         points = sorted(
             (r.settings["tokens"], r.result["tensor"][what] - r.result["sequence"][what])
-            for r in records.select(kind="crossover", devices=n)
+            for r in group.records
         )
-        found[n] = None
+        found[group.key] = None
         for (x, y), (x2, y2) in zip(points, points[1:], strict=False):
             if y <= 0 < y2:
-                found[n] = x + (x2 - x) * -y / (y2 - y)
+                found[group.key] = x + (x2 - x) * -y / (y2 - y)
     return found
 
 
-def traffic(records: Records) -> list[Record]:
-    return sorted(records.select(kind="traffic"), key=lambda r: r.settings["devices"])
-
-
-def sent(record: Record, name: str, passes: str = "both") -> float | None:
-    """Bytes that a device sends."""
-    found = record.result.get(name)
-    return None if found is None else cells.total_bytes(found[passes])
-
-
 def formula(record: Record, name: str) -> float:
-    """Bytes of both passes; the paper's 8 (N - 1) B Z (L / N) A elements, and those of others."""
+    """Returns bytes of both passes: the paper's 8 (N - 1) B Z (L / N) A elements, and others'."""
     s = record.settings
     N = s["devices"]
-    part = BYTES * s["batch"] * s["length"] // N * s["width"]
+    shard = BYTES * s["batch"] * s["length"] // N * s["width"]
     return {
-        "tensor": 8 * (N - 1) * part,
-        "RSA, all-reduce": 8 * (N - 1) * part,
-        "RSA, reduce-scatter": 6 * (N - 1) * part,
-        "ring": (4 * (N - 1) + 2 * N) * part,
-        "ulysses": 8 * (N - 1) / N * part,
+        "tensor": 8 * (N - 1) * shard,
+        "rsa_all_reduce": 8 * (N - 1) * shard,
+        "rsa_reduce_scatter": 6 * (N - 1) * shard,
+        "ring": (4 * (N - 1) + 2 * N) * shard,
+        "ulysses": 8 * (N - 1) / N * shard,
     }[name]
 
 
-def parity(records: Records, dtype: str) -> float | None:
-    """The largest distance of the two loss curves."""
-    found = list(records.select(kind="training", dtype=dtype))
-    if len(found) < 2:
-        return None
-    return cells.apart(*(r.result["losses"] for r in found[:2]))
+def weak_table(records: Records, grows: str) -> Table:
+    """Returns Table 4 for batches, or lengths, that grow with the devices."""
+    records = records.select(kind="weak", grows=grows)
+    shown = [
+        Column("devices N", of=lambda g: str(g.key)),
+        Column("batch", of=lambda g: g.first.settings["batch"]),
+        Column("tokens", of=lambda g: g.first.settings["length"]),
+    ]
 
+    def add(strategy: str, kind: str, unit: str, sizes: dict[int, float]) -> None:
+        name = NAMES[strategy]
+        shown.append(Column(name, kind, unit, 6, lambda g: sizes.get(g.key)))
+        one = lambda g: ratio(sizes.get(g.key), sizes.get(1))
+        shown.append(Column(f"{name}, over N = 1", kind, of=one))
 
-def _weak_table(records: Records, grows: str) -> Table:
-    rows, about = [], ""
-    found = {way: weak(records, grows, way) for way in WAYS}
-    found = {way: sizes for way, sizes in found.items() if sizes}
-    for record in list(records.select(kind="weak", grows=grows))[:1]:
-        s = record.settings
-        about = (
-            f"{s['layers']} layers of width {s['width']}, {s['heads']} heads, {s['vocab_size']:,} "
-            "tokens in the vocabulary, float32."
-        )
-    for n in sorted({n for sizes in found.values() for n in sizes}):
-        record = next(r for r in records.select(kind="weak", grows=grows, devices=n))
-        s = record.settings
-        row = [str(n), s["batch"], s["length"]]
-        one = PUBLISHED_WEAK[grows, 1]
-        for i in (0, 2):
-            row += [PUBLISHED_WEAK.get((grows, n), (None,) * 4)[i]]
-            row += [ratio(row[-1], one[i])]
-        for sizes in found.values():
-            row += [sizes[n] / 2**20 if n in sizes else None, ratio(sizes.get(n), sizes.get(1))]
-        rows.append(row)
-    columns = [Column("devices N"), Column("batch"), Column("tokens")]
-    for name in ("tensor parallelism", "RSA"):
-        columns += [
-            Column(name, PUBLISHED, "MB", digits=6),
-            Column(f"{name}, over N = 1", PUBLISHED),
-        ]
-    for way in found:
-        columns += [Column(WAYS[way], STATIC, "MiB", digits=6)]
-        columns += [Column(f"{WAYS[way]}, over N = 1", STATIC)]
+    for strategy, sizes in MEMORY[grows].items():
+        add(strategy, PUBLISHED, "MB", sizes)
+    for strategy in STEPS:
+        if sizes := weak(records, grows, strategy):
+            add(strategy, STATIC, "MiB", {n: size / MIB for n, size in sizes.items()})
+    about = first(
+        records,
+        "{layers} layers of width {width}, {heads} heads, {vocab_size:,} tokens in the vocabulary, "
+        "float32. ",
+    )
     what = "batches" if grows == "batch" else "texts"
-    return Table(
+    return table(
         f"weak-{grows}",
         f"Table 4: memory of a device when {what} grow with the devices",
-        columns,
-        rows,
-        note=f"A training step, planned by the compiler for CPUs and Adam's moments added; nothing "
-        f"was run. {about} Tensor parallelism and RSA keep all weights of attention, the other two "
-        "work in tiles. Published on P100s, half precision: growth compares, not megabytes. Heads "
-        "limit tensor parallelism and Ulysses to divisors of 12.",
+        by(records, "devices"),
+        shown,
+        f"A training step, planned by the compiler for CPUs and Adam's moments added; nothing was "
+        f"run. {about}Tensor parallelism and RSA keep all weights of attention, the other two work "
+        "in tiles. Published on P100s, half precision: growth compares, not megabytes. Heads limit "
+        "tensor parallelism and Ulysses to divisors of 12.",
     )
 
 
-def _largest_table(records: Records) -> Table:
-    rows, about = [], ""
-    for vary in ("batch", "length"):
-        tensor, ours = (largest(records, vary, way) for way in ("tensor", "ring_self_attention"))
-        most = max(tensor, default=None)
-        for record in list(records.select(kind="largest", vary=vary))[:1]:
-            s = record.settings
-            given = f"{s['length']} tokens" if vary == "batch" else f"batch {s['batch']}"
-            about += f" {s['gib']:g} GiB a device, {given}, to {s['tolerance']:.0%}."
-        for n in sorted({*tensor, *ours}):
-            is_published = n == 64 and most == 12
-            rows.append(
-                [
-                    vary,
-                    str(n),
-                    tensor.get(n),
-                    ours.get(n),
-                    ratio(ours.get(n), tensor.get(n)),
-                    ratio(ours.get(n), tensor.get(most)),
-                    PUBLISHED_LARGEST[vary] if is_published else None,
-                ]
-            )
-    return Table(
+def largest_table(records: Records) -> Table:
+    """Returns figures 3 and 4: a row for what varies and the devices."""
+    sizes = {(v, s): largest(records, v, s) for v in LARGEST for s in (TENSOR, RSA)}
+    most = {vary: max(sizes[vary, TENSOR], default=None) for vary in LARGEST}
+    given = {"batch": "{length} tokens", "length": "batch {batch}"}
+    about = "".join(
+        first(
+            records.select(kind="largest", vary=vary),
+            " {gib:g} GiB a device, " + given[vary] + ", to {tolerance:.0%}.",
+        )
+        for vary in LARGEST
+    )
+
+    def size(g: Group, strategy: str) -> int | None:
+        return sizes[g.key[0], strategy].get(g.key[1])
+
+    def over_most(g: Group) -> float | None:
+        return ratio(size(g, RSA), sizes[g.key[0], TENSOR].get(most[g.key[0]]))
+
+    def published(g: Group) -> float | None:
+        return LARGEST[g.key[0]] if g.key[1] == 64 and most[g.key[0]] == 12 else None
+
+    static = {
+        NAMES[TENSOR]: lambda g: size(g, TENSOR),
+        NAMES[RSA]: lambda g: size(g, RSA),
+        "RSA / tensor, as many devices": lambda g: ratio(size(g, RSA), size(g, TENSOR)),
+        "RSA / tensor on its most devices": over_most,
+    }
+    return table(
         "largest",
         "Figures 3 and 4: the largest batch and the longest text of BERT-Base",
+        by(records.select(kind="largest"), "vary", "devices"),
         [
-            Column("what"),
-            Column("devices"),
-            Column("tensor parallelism", STATIC),
-            Column("RSA", STATIC),
-            Column("RSA / tensor, as many devices", STATIC),
-            Column("RSA / tensor on its most devices", STATIC),
-            Column("RSA / tensor on its most devices", PUBLISHED),
+            *columns(LABEL, {"what": lambda g: g.key[0], "devices": lambda g: str(g.key[1])}),
+            *columns(STATIC, static),
+            Column("RSA / tensor on its most devices", PUBLISHED, of=published),
         ],
-        rows,
-        note=f"By the compiler's plan of a training step's buffers; nothing was run.{about} Tensor "
+        f"By the compiler's plan of a training step's buffers; nothing was run.{about} Tensor "
         "parallelism takes as many devices as divide 12 heads. RSA as published makes gradients "
         "of the keys of all tokens, B L H, on each device before it sums them: they do not shrink "
         "with N.",
     )
 
 
-def _sparse_table(records: Records) -> Table:
-    sparse, dense = (
-        largest(records, "length", way, "sparse") for way in ("linformer", "ring_self_attention")
-    )
-    rows = [
-        [
-            str(n),
-            sparse[n],
-            ratio(sparse[n], sparse.get(1)),
-            PUBLISHED_SPARSE if n == 32 else None,
-            dense.get(n),
-            ratio(dense.get(n), dense.get(1)),
-        ]
-        for n in sparse
-    ]
-    about = ""
-    for record in list(records.select(kind="sparse"))[:1]:
-        s = record.settings
-        about = f"Batch {s['batch']}, {s['gib']:g} GiB a device, {s['rows']} rows."
-    return Table(
+def sparse_table(records: Records) -> Table:
+    """Returns figure 5: lengths with Linformer's attention, and with RSA beside it."""
+    sparse, dense = (largest(records, "length", s, "sparse") for s in ("linformer", RSA))
+    records = records.select(kind="sparse")
+    over_one = lambda g, sizes: ratio(sizes.get(g.key), sizes.get(1))
+    return table(
         "sparse",
         "Figure 5: the longest text with attention to a few projected rows",
+        by(records, "devices"),
         [
-            Column("devices N"),
-            Column("Linformer", STATIC, "tokens"),
-            Column("over N = 1", STATIC),
-            Column("over N = 1", PUBLISHED),
-            Column("RSA", STATIC, "tokens"),
-            Column("RSA over N = 1", STATIC),
+            Column("devices N", of=lambda g: str(g.key)),
+            Column("Linformer", STATIC, "tokens", of=lambda g: sparse.get(g.key)),
+            Column("over N = 1", STATIC, of=lambda g: over_one(g, sparse)),
+            Column("over N = 1", PUBLISHED, of=lambda g: SPARSE if g.key == 32 else None),
+            Column("RSA", STATIC, "tokens", of=lambda g: dense.get(g.key)),
+            Column("RSA over N = 1", STATIC, of=lambda g: over_one(g, dense)),
         ],
-        rows,
-        note=f"{about} By the compiler's plan of a training step's buffers. Published: more than "
-        "114,000 tokens on 32 P100s. The projections, as long as the text, are cut with it.",
+        first(records, "Batch {batch}, {gib:g} GiB a device, {rows} rows. ")
+        + "By the compiler's plan of a training step's buffers. Published: more than 114,000 "
+        "tokens on 32 P100s. The projections, as long as the text, are cut with it.",
     )
 
 
-def _crossover_table(records: Records) -> Table:
-    rows = []
-    for n in records.select(kind="crossover").values("devices"):
-        found = records.select(kind="crossover", devices=n)
-        for record in sorted(found, key=lambda r: r.settings["tokens"]):
-            s, r = record.settings, record.result
-            unit = BYTES * s["width"] ** 2 * (1 - 1 / n)
-            gap = [(r["tensor"][k] - r["sequence"][k]) / unit for k in ("kept", "total")]
-            rows.append([str(n), str(s["tokens"]), s["tokens"] - 32, *gap])
-    return Table(
+def crossover_table(records: Records) -> Table:
+    """Returns by how much an MLP needs more memory under tensor parallelism."""
+
+    def gap(g: Group, what: str) -> float:
+        unit = BYTES * g.first.settings["width"] ** 2 * (1 - 1 / g.key[0])
+        return (g.first.result["tensor"][what] - g.first.result["sequence"][what]) / unit
+
+    return table(
         "crossover",
         "An MLP alone: tensor parallelism's memory beyond sequence parallelism's",
+        by(records.select(kind="crossover"), "devices", "tokens"),
         [
-            Column("devices N"),
-            Column("B L / H"),
-            Column("B L / H - 32", PUBLISHED),
-            Column("kept between the passes", STATIC),
-            Column("planned in all", STATIC),
+            Column("devices N", of=lambda g: str(g.key[0])),
+            Column("B L / H", of=lambda g: str(g.key[1])),
+            Column("B L / H - 32", PUBLISHED, of=lambda g: g.key[1] - 32),
+            Column("kept between the passes", STATIC, of=lambda g: gap(g, "kept")),
+            Column("planned in all", STATIC, of=lambda g: gap(g, "total")),
         ],
-        rows,
-        note="In units of (1 - 1/N) H² elements, in which the paper's formulas differ by "
+        "In units of (1 - 1/N) H² elements, in which the paper's formulas differ by "
         "B L / H - 32: above 0, sequence parallelism needs less. Kept: four times the weights, and "
         "what the traced program reads again in its backward pass. Planned: by the compiler, with "
         "the gradient of the input and what lives in passing.",
     )
 
 
-def _traffic_table(records: Records) -> Table:
-    rows, about = [], ""
-    for record in traffic(records):
-        s = record.settings
-        about = f"Batch {s['batch']}, {s['length']} tokens, width {s['width']}, float32."
-        for name in TRAFFIC:
-            if name in record.result:
-                both, want = sent(record, name), formula(record, name)
-                forward = sent(record, name, "forward")
-                rows.append(
-                    [str(s["devices"]), WAYS.get(name, name), forward / 2**20, both / 2**20,
-                     want / 2**20, both / want]
-                )  # fmt: skip
-    return Table(
+def traffic_table(records: Records) -> Table:
+    """Returns what a device sends: a row for the devices and the strategy."""
+    records = records.select(kind="traffic")
+    counted = {
+        "forward": lambda row: sent_bytes(*row) / MIB,
+        "forward and backward": lambda row: sent_bytes(*row, "both") / MIB,
+        "formula": lambda row: formula(*row) / MIB,
+    }
+    share = lambda row: sent_bytes(*row, "both") / formula(*row)
+    return table(
         "traffic",
         "What a device sends for a layer",
+        [(g.first, s) for g in by(records, "devices") for s in TRAFFIC if s in g.first.result],
         [
-            Column("devices N"),
-            Column("way"),
-            Column("forward", STATIC, "MiB"),
-            Column("forward and backward", STATIC, "MiB"),
-            Column("formula", STATIC, "MiB"),
-            Column("counted / formula", STATIC),
+            Column("devices N", of=lambda row: str(row[0].settings["devices"])),
+            Column("way", of=lambda row: NAMES[row[1]]),
+            *columns(STATIC, counted, "MiB"),
+            Column("counted / formula", STATIC, of=share),
         ],
-        rows,
-        note=f"{about} Counts of compiled programs without gradients of weights; none was run. The "
-        "paper's formula, for tensor parallelism and RSA, is 8 (N - 1) B Z (L / N) A elements. A "
+        first(records, "Batch {batch}, {length} tokens, width {width}, float32. ")
+        + "Counts of compiled programs without gradients of weights; none was run. The paper's "
+        "formula, for tensor parallelism and RSA, is 8 (N - 1) B Z (L / N) A elements. A "
         "reduce-scatter in place of the paper's all-reduce takes 6. Ring attention takes "
         "4 (N - 1) + 2 N, Ulysses 8 (N - 1) / N.",
     )
 
 
-def _exactness_table(records: Records) -> Table:
-    rows = []
-    for record in sorted(records.select(kind="exactness"), key=lambda r: r.settings["devices"]):
-        n = str(record.settings["devices"])
-        rows += [[n, way, e["output"], e["gradients"]] for way, e in record.result.items()]
-    return Table(
-        "exactness",
-        "Attention over devices against dense attention of one",
-        [
-            Column("devices"),
-            Column("way"),
-            Column("output", MEASURED),
-            Column("gradients", MEASURED),
-        ],
-        rows,
-        note="Float64, bidirectional; the largest difference as a part of the largest value.",
-    )
-
-
-def _training_table(records: Records) -> Table:
-    rows, about = [], ""
-    for record in records.select(kind="training"):
-        s, losses = record.settings, record.result["losses"]
-        m = s["model"]
-        about = (
-            f"{m['repeats']} layers, width {m['d_model']}, {s['batch']} texts of {s['length']} "
-            f"tokens of a Markov chain, 15% hidden, {s['steps']} steps."
-        )
-        apart = parity(records, s["dtype"]) if s["parts"] > 1 else None
-        rows.append([str(s["parts"]), s["dtype"], losses[0], losses[-1], apart])
-    return Table(
-        "training",
-        "Convergence: guessing hidden tokens with time cut over devices by RSA",
-        [
-            Column("devices"),
-            Column("numbers"),
-            Column("first loss", MEASURED, digits=5),
-            Column("last loss", MEASURED, digits=5),
-            Column("farthest from one device", MEASURED),
-        ],
-        rows,
-        note=f"{about} The largest distance of the two curves; in float32 it is rounding that "
-        "training lets grow. Published: curves of BERT-Large over 50,000 steps, beside tensor "
-        "parallelism's.",
-    )
-
-
 def figures(records: Records) -> dict[str, str]:
-    """Table 4's memory over that of one device, and the largest batches and texts."""
-    made, panels, dashed = {}, {}, []
-    for grows in ("batch", "length"):
-        lines = {}
-        for way in ("tensor", "ring_self_attention", "ring", "ulysses"):
-            sizes = weak(records, grows, way)
-            if sizes:
-                lines[WAYS[way]] = (list(sizes), [n / sizes[min(sizes)] for n in sizes.values()])
-        if lines:
-            for i, way in ((0, "tensor"), (2, "ring_self_attention")):
-                found = {n: PUBLISHED_WEAK[grows, n][i] for n in (1, 2, 4, 8)}
-                dashed.append(f"{WAYS[way]}, published")
-                ratios = [ratio(x, found[1]) for x in found.values()]
-                lines[dashed[-1]] = (list(found), ratios)
-            panels["batches grow" if grows == "batch" else "texts grow"] = lines
-    if panels:
-        made["memory-when-work-grows"] = line_chart(
-            panels, x_label="devices", y_label="memory of a device, over one device's",
-            log_x=True, dashed=dashed,
-        )  # fmt: skip
-    panels = {}
+    """Returns Table 4's memory over that of one device, and the largest batches and lengths."""
+    memory, sizes, made = {}, {}, {}
+    for grows, title in (("batch", "batches grow"), ("length", "texts grow")):
+        found = {NAMES[s]: x for s in STEPS if (x := weak(records, grows, s))}
+        if found:
+            found |= {f"{NAMES[s]}, published": x for s, x in MEMORY[grows].items()}
+            memory[title] = {name: _line(over_one_device(x)) for name, x in found.items()}
     for vary, title in (("batch", "largest batch"), ("length", "longest text")):
-        found = {way: largest(records, vary, way) for way in ("tensor", "ring_self_attention")}
-        lines = {WAYS[w]: (list(x), list(x.values())) for w, x in found.items() if x}
-        if lines:
-            panels[title] = lines
-    if panels:
+        found = {NAMES[s]: x for s in (TENSOR, RSA) if (x := largest(records, vary, s))}
+        if found:
+            sizes[title] = {name: _line(x) for name, x in found.items()}
+    if memory:
+        made["memory-when-work-grows"] = line_chart(
+            memory,
+            x_label="devices",
+            y_label="memory of a device, over one device's",
+            log_x=True,
+            dashed=[f"{NAMES[s]}, published" for s in (TENSOR, RSA)],
+        )
+    if sizes:
         made["largest"] = line_chart(
-            panels, x_label="devices", y_label="rows, or tokens", log_x=True, log_y=True,
+            sizes,
+            x_label="devices",
+            y_label="rows, or tokens",
+            log_x=True,
+            log_y=True,
             share_y=False,
-        )  # fmt: skip
+        )
     return made
+
+
+def _line(values: dict[int, float]) -> tuple[list[int], list[float]]:
+    return list(values), list(values.values())

@@ -31,3 +31,13 @@ def test_every_condition_must_hold_and_none_is_not_measured():
     assert claims.every([True, True]) is True
     assert claims.every(n < 2 for n in (1, 2)) is False
     assert claims.every([]) is None
+
+
+def test_numbers_near_a_target_and_at_most_a_bound():
+    assert claims.near([1.99, 2.01], 2, 0.01) and claims.near([], 2, 0.01) is None
+    assert claims.near([2.0, 2.03], 2, 0.01) is False
+    verdict = claims.at_most("c", {"a": 1e-6, "b": 2e-6}, 2e-6)
+    assert verdict == claims.Verdict("c", True, "a 1.0e-06, b 2.0e-06")
+    verdict = claims.at_most("c", {1: 0.5}, 0.4, "{1:.0%} on {0}")
+    assert verdict == claims.Verdict("c", False, "50% on 1")
+    assert claims.at_most("c", {}, 1.0).holds is None

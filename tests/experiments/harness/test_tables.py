@@ -5,6 +5,8 @@ import json
 import pytest
 
 from tilescan.experiments.harness import statistics, tables
+from tilescan.experiments.harness.groups import Group
+from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread
 from tilescan.experiments.harness.tables import Column, Table
 
@@ -86,3 +88,13 @@ def test_row_of_wrong_length_and_unknown_kind_are_refused():
         Table("t", "T", [Column("a")], [[1, 2]])
     with pytest.raises(ValueError, match="kind='guessed'"):
         Column("a", "guessed")
+
+
+def test_rows_know_the_cells_that_they_show():
+    made = [Record("p", f"c{n}", "", {"n": n}, 0, {"x": n}, 1.0, {}) for n in (1, 2)]
+    group = Group(0, Records(made))
+    shown = tables.columns(tables.MEASURED, {"x": lambda row: 1.0, "y": lambda row: 2.0}, "ms")
+    assert [c.heading for c in shown] == ["x (ms), measured", "y (ms), measured"]
+    rows = [made[0], group, ("label", made[1]), 8]
+    sources = tables.table("t", "T", rows, shown).sources
+    assert sources == [("c1",), ("c1", "c2"), ("c2",), ()]

@@ -1,4 +1,4 @@
-"""Layers cut over devices compute what one plain function computes, and send what formulas say."""
+"""Layers over devices compute what one plain function computes, and send what formulas say."""
 
 import dataclasses
 
@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tilescan.experiments.measurements import devices as cells
-from tilescan.experiments.measurements import sharded_transformer as layers
+from tilescan.experiments.measurements import sharded_transformer as transformer
+from tilescan.experiments.measurements.compiled import memory
+from tilescan.experiments.measurements.devices import devices
+from tilescan.experiments.measurements.exactness import difference
+from tilescan.experiments.measurements.sharded_layers import TENSOR, Shape
+from tilescan.experiments.measurements.sharded_training import markov_chains
+from tilescan.experiments.measurements.traffic import sent
 
-SHAPE = layers.Shape(2, 16, 2, 16, 4, vocab=32, rows=4)
-CUTS = [
+SHAPE = Shape(2, 16, 2, 16, 4, vocab=32, rows=4)
+SHARDED = [
     ("tensor", dict(stored=True)),
     ("megatron_sp", dict(head_chunk=2, remat=True)),
     ("ring_self_attention", dict(sharded_weights=True, causal=True)),
@@ -38,7 +43,7 @@ def filled(arguments, vocab):
     return jax.tree.map(fill, arguments)
 
 
-def plain(way, s, params, data):
+def plain(strategy, s, params, data):
     """The loss on one device, in straight lines."""
 
     def norm(x, scale):
@@ -46,7 +51,7 @@ def plain(way, s, params, data):
 
     def attend(x, w):
         q, k, v = (jnp.einsum("bte,ehd->bhtd", x, w["qkv"][:, c]) for c in range(3))
-        if way == "linformer":
+        if strategy == "linformer":
             k, v = (
                 jnp.einsum("kt,bhtd->bhkd", p, y) for p, y in zip(w["project"], (k, v), strict=True)
             )
@@ -70,99 +75,82 @@ def plain(way, s, params, data):
     return -jnp.mean(picked)
 
 
-def assert_is_plain(way, changes):
+def assert_is_plain(strategy, changes):
     s = dataclasses.replace(SHAPE, **changes)
-    step, arguments = layers.program(way, s, 4)
+    step, arguments = transformer.program(strategy, s, 4)
     params, data = filled(arguments, s.vocab)
     loss, grads, dx = jax.jit(step)(params, data)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype.kind == "f" else x, params)
         x = {k: v.astype(np.float64) if v.dtype.kind == "f" else v for k, v in data.items()}
-        want, pull = jax.value_and_grad(lambda p: plain(way, s, p, x))(wide)
+        want, pull = jax.value_and_grad(lambda p: plain(strategy, s, p, x))(wide)
         want_dx = None
         if "x" in x:
-            want_dx = jax.grad(lambda x: plain(way, s, wide, {"x": x}))(x["x"])
-    assert cells.difference(loss, want) < 1e-5
+            want_dx = jax.grad(lambda x: plain(strategy, s, wide, {"x": x}))(x["x"])
+    assert difference(loss, want) < 1e-5
     for name, g in grads.items():
-        assert cells.difference(g, pull[name]) < 2e-5, name
+        assert difference(g, pull[name]) < 2e-5, name
     if want_dx is not None:
-        assert cells.difference(dx, want_dx) < 2e-5
+        assert difference(dx, want_dx) < 2e-5
 
 
-@pytest.mark.parametrize(("way", "changes"), CUTS)
-def test_a_step_is_that_of_one_device(way, changes):
-    assert_is_plain(way, changes)
+@pytest.mark.parametrize(("strategy", "changes"), SHARDED)
+def test_a_step_is_that_of_one_device(strategy, changes):
+    assert_is_plain(strategy, changes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "changes"), MORE)
-def test_other_cuts(way, changes):
-    assert_is_plain(way, changes)
+@pytest.mark.parametrize(("strategy", "changes"), MORE)
+def test_other_strategies(strategy, changes):
+    assert_is_plain(strategy, changes)
 
 
 def test_megatron_sends_four_whole_activations_and_memory_is_split():
-    s = layers.Shape(2, 32, 1, 16, 4, stored=True)
+    s = Shape(2, 32, 1, 16, 4, stored=True)
     compiled = {
-        way: cells.compiled(*(lambda f, a: (f, *a))(*layers.program(way, s, 4, "forward")))
-        for way in layers.TENSOR
+        strategy: transformer.compile_program(strategy, s, 4, "forward") for strategy in TENSOR
     }
-    counts = {way: cells.sent(program) for way, program in compiled.items()}
+    counts = {strategy: sent(program) for strategy, program in compiled.items()}
     whole = 4 * 2 * 32 * 16
     assert counts["tensor"] == {"all-reduce": {"bytes": 2 * 2 * whole * 3 / 4, "runs": 2}}
     assert counts["megatron_sp"] == {
         "all-gather": {"bytes": 2 * whole * 3 / 4, "runs": 2},
         "reduce-scatter": {"bytes": 2 * whole * 3 / 4, "runs": 2},
     }
-    found = cells.memory(compiled["tensor"])
-    assert found["arguments"] == layers.weight_bytes("tensor", s, 4) + whole
+    found = memory(compiled["tensor"])
+    assert found["arguments"] == transformer.weight_bytes("tensor", s, 4) + whole
     assert found["results"] == whole
 
 
 def test_what_an_mlp_keeps_is_what_the_paper_counts():
     for n, tokens in ((2, 8), (4, 32)):
-        s = layers.Shape(1, tokens * 8, 1, 8, 1, blocks=("mlp",), residual=False)
+        s = Shape(1, tokens * 8, 1, 8, 1, blocks=("mlp",), residual=False)
         x, hidden = 4 * tokens * 8 * 8, 4 * tokens * 8 * 32
         # The input, and of the hidden layer what is in front of the activation and behind.
-        assert layers.kept_bytes("tensor", s, n) == x + 2 * hidden // n
-        assert layers.kept_bytes("ring", s, n) == (x + 2 * hidden) // n
+        assert transformer.kept_bytes("tensor", s, n) == x + 2 * hidden // n
+        assert transformer.kept_bytes("ring", s, n) == (x + 2 * hidden) // n
 
 
 def test_what_cannot_be_shared_is_named():
     with pytest.raises(ValueError, match="3 must divide heads=4"):
-        layers.program("ulysses", SHAPE, 3)
+        transformer.program("ulysses", SHAPE, 3)
     with pytest.raises(ValueError, match="length=16 must be a multiple of the 3"):
-        layers.program("ring", SHAPE, 3)
-    with pytest.raises(ValueError, match="way='rings' is unknown"):
-        layers.program("rings", SHAPE, 2)
+        transformer.program("ring", SHAPE, 3)
+    with pytest.raises(ValueError, match="strategy='rings' is unknown"):
+        transformer.program("rings", SHAPE, 2)
     with pytest.raises(RuntimeError, match="device_count=99999"):
-        cells.devices(99999)
+        devices(99999)
 
 
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("budget", [0, 5, 17, 1000, 123_456])
-def test_the_largest_that_fits_is_found_in_few_calls(power, budget):
-    seen = []
-
-    def size(n):
-        seen.append(n)
-        return 3 * n**power + 1
-
-    n = cells.largest(size, budget, start=4)
-    assert n == max((n for n in range(42_000) if 3 * n**power + 1 <= budget), default=0)
-    assert len(seen) == len(set(seen)) <= 20
-    about = cells.largest(size, budget, start=4, tolerance=0.02)
-    assert 0.97 * n - 1 <= about <= n
-
-
-def test_texts_are_chains_and_hide_what_is_to_be_guessed():
-    batch = next(cells.texts(9, 4, 64, False, 0))
+def test_sequences_are_chains_and_hide_what_is_to_be_guessed():
+    batch = next(markov_chains(9, 4, 64, False, 0))
     np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
     assert batch["tokens"].max() < 8 and batch["weights"].min() == 1
     follows = {}
     for a, b in zip(batch["tokens"].ravel(), batch["targets"].ravel(), strict=True):
         follows.setdefault(a, set()).add(b)
     assert all(len(found) <= 4 for found in follows.values())
-    batch = next(cells.texts(9, 4, 64, True, 0))
+    batch = next(markov_chains(9, 4, 64, True, 0))
     hidden = batch["tokens"] == 8
     np.testing.assert_array_equal(hidden, batch["weights"] == 1)
     np.testing.assert_array_equal(batch["tokens"][~hidden], batch["targets"][~hidden])

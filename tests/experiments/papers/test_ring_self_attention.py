@@ -4,12 +4,8 @@ import pytest
 
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.papers import ring_self_attention
-from tilescan.experiments.papers.ring_self_attention import claims as claims_of
-from tilescan.experiments.papers.ring_self_attention import (
-    measure as ring_self_attention_cells,
-)
-from tilescan.experiments.papers.ring_self_attention import tables as tables_of
+from tilescan.experiments.measurements.traffic import sent_bytes
+from tilescan.experiments.papers.ring_self_attention import cells, claims, tables
 
 MODEL = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 32}
 
@@ -19,19 +15,15 @@ def record(kind, result, **settings):
     return Record("ring_self_attention", cell, "", {"kind": kind, **settings}, 0, result, 1.0, {})
 
 
-def claim(records, name):
-    return {c.name: c for c in claims_of.claims(Records(records))}[name]
-
-
 def status(records, name):
-    return claim(records, name).status
+    return {c.name: c for c in claims.claims(Records(records))}[name].status
 
 
 def test_cells_are_unique_and_heads_limit_tensor_parallelism():
     for scale in papers.SCALES:
-        cells = ring_self_attention.cells(papers.load_config("ring_self_attention", scale))
-        assert len({cell.id for cell in cells}) == len(cells)
-        for cell in cells:
+        made = cells.cells(papers.load_config("ring_self_attention", scale))
+        assert len({cell.id for cell in made}) == len(made)
+        for cell in made:
             if cell.settings.get("way") in ("tensor", "ulysses"):
                 assert cell.settings["heads"] % cell.settings["devices"] == 0
 
@@ -39,17 +31,17 @@ def test_cells_are_unique_and_heads_limit_tensor_parallelism():
 def test_compiled_layers_send_what_the_formulas_say():
     # On two devices a ring is one message, which the compiler sends once for both passes.
     settings = {"devices": 4, "batch": 1, "length": 16, "width": 16, "heads": 4}
-    found = record("traffic", ring_self_attention_cells.traffic(settings, 0), **settings)
-    for name in ("tensor", "RSA, all-reduce", "RSA, reduce-scatter", "ring", "ulysses"):
-        assert tables_of.sent(found, name) == tables_of.formula(found, name), name
-    assert tables_of.formula(found, "tensor") == 8 * 3 * 4 * 4 * 16
+    found = record("traffic", cells.traffic(settings, 0), **settings)
+    for name in cells.TRAFFIC:
+        assert sent_bytes(found, name, "both") == tables.formula(found, name), name
+    assert tables.formula(found, "tensor") == 8 * 3 * 4 * 4 * 16
 
 
 @pytest.mark.slow
 def test_memory_is_flat_for_a_device_with_as_much_work():
     settings = {"way": "ring_self_attention", "length": 64, **MODEL}
     one, two = (
-        ring_self_attention_cells.memory({**settings, "devices": n, "batch": 4 * n}, 0)
+        cells.memory({**settings, "devices": n, "batch": 4 * n}, 0)
         for n in (2, 4)  # one has nothing to receive
     )
     assert abs(two["total"] / one["total"] - 1) < 0.1  # at such sizes buffers are rounded
@@ -59,16 +51,16 @@ def test_memory_is_flat_for_a_device_with_as_much_work():
 def test_the_largest_batch_fits_and_one_more_does_not():
     settings = {"way": "ring_self_attention", "devices": 2, "length": 16, "vary": "batch", **MODEL}
     settings |= {"gib": 0.0004, "tolerance": 0.0}
-    found = ring_self_attention_cells.largest(settings, 0)
-    size = lambda batch: ring_self_attention_cells.memory({**settings, "batch": batch}, 0)
+    found = cells.largest_size(settings, 0)
+    size = lambda batch: cells.memory({**settings, "batch": batch}, 0)
     budget = settings["gib"] * 2**30
     assert found["bytes"]["total"] <= budget < size(found["value"] + 1)["total"]
 
 
 def test_exactness_is_measured_against_dense_attention():
     settings = {"devices": 2, "length": 8, "heads": 2, "dim": 4}
-    found = ring_self_attention_cells.exactness(settings, 0)
-    assert set(found) == set(ring_self_attention_cells.ATTENTION)
+    found = cells.exactness(settings, 0)
+    assert set(found) == set(cells.ATTENTION)
     assert max(e for errors in found.values() for e in errors.values()) < 1e-14
 
 
@@ -125,8 +117,8 @@ def test_crossings_lie_between_the_measured_points():
         return record("crossover", result, devices=n, tokens=tokens, width=8)
 
     found = Records([at(2, 24, -8), at(2, 40, 8), at(2, 64, 32)])
-    assert tables_of.crossings(found, "kept") == {2: 32.0}
-    assert tables_of.crossings(found, "total") == {2: None}
+    assert tables.crossings(found, "kept") == {2: 32.0}
+    assert tables.crossings(found, "total") == {2: None}
     name = "an MLP's crossover at B L = 32 H: "
     assert status(list(found), name + "what is kept") == "shown"
     assert status(list(found), name + "all buffers") == "not shown"
@@ -137,15 +129,17 @@ def test_volume_exactness_and_training_can_refute():
     def sent(tensor=1.0, scattered=0.75):
         part = 4 * 2 * 8 // 2 * 16
         both = lambda x: {"both": {"all-reduce": {"bytes": x * 8 * part, "runs": 1}}}
-        result = {"tensor": both(tensor), "RSA, all-reduce": both(1.0)}
-        result["RSA, reduce-scatter"] = both(scattered)
+        result = {"tensor": both(tensor), "rsa_all_reduce": both(1.0)}
+        result["rsa_reduce_scatter"] = both(scattered)
         return [record("traffic", result, devices=2, batch=2, length=8, width=16)]
 
     same, saves = "RSA sends what tensor parallelism sends", "a reduce-scatter saves a quarter"
     assert status(sent(), same) == status(sent(), saves) == "shown"
     assert status(sent(tensor=0.5), same) == "not shown"
     assert status(sent(scattered=1.0), saves) == "not shown"
-    exact = lambda e: [record("exactness", {"RSA": {"output": e, "gradients": 0}}, devices=2)]
+    exact = lambda e: [
+        record("exactness", {"rsa_all_reduce": {"output": e, "gradients": 0}}, devices=2)
+    ]
     assert status(exact(1e-14), "RSA is exact") == "shown"
     assert status(exact(1e-9), "RSA is exact") == "not shown"
     trained = lambda apart: [

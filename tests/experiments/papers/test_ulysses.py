@@ -4,10 +4,9 @@ import pytest
 
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.papers import ulysses
-from tilescan.experiments.papers.ulysses import claims as ulysses_claims
-from tilescan.experiments.papers.ulysses import measure as ulysses_cells
-from tilescan.experiments.papers.ulysses import tables as ulysses_tables
+from tilescan.experiments.measurements.sharded_transformer import step_memory
+from tilescan.experiments.measurements.traffic import sent_bytes
+from tilescan.experiments.papers.ulysses import cells, claims, tables
 
 
 def record(kind, result, **settings):
@@ -16,56 +15,56 @@ def record(kind, result, **settings):
 
 
 def status(records, name):
-    return {c.name: c for c in ulysses_claims.claims(Records(records))}[name].status
+    return {c.name: c for c in claims.claims(Records(records))}[name].status
 
 
 def test_cells_are_unique_at_every_scale():
     for scale in papers.SCALES:
-        cells = ulysses.cells(papers.load_config("ulysses", scale))
-        assert len({cell.id for cell in cells}) == len(cells)
+        made = cells.cells(papers.load_config("ulysses", scale))
+        assert len({cell.id for cell in made}) == len(made)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "gqa", "alibi", "sparse", "ssd"])
 def test_exactness_is_measured_for_any_attention(kind):
     settings = {"attention": kind, "devices": 2, "length": 64, "heads": 2, "dim": 8}
-    found = ulysses_cells.exactness(settings, 0)
+    found = cells.exactness(settings, 0)
     # Whole heads may come out to the same bits on one device and on two.
     assert 0 <= found["output"] < 1e-5 and 0 <= found["gradients"] < 1e-5
 
 
 def test_exactness_sees_a_wrong_way(monkeypatch):
-    made = ulysses_cells._attention
+    made = cells._attention
 
     def wrong(settings, rng):
         whole, cut, arrays = made(settings, rng)
         return whole, lambda *arrays: 1.01 * cut(*arrays), arrays
 
-    monkeypatch.setattr(ulysses_cells, "_attention", wrong)
+    monkeypatch.setattr(cells, "_attention", wrong)
     settings = {"attention": "full", "devices": 2, "length": 32, "heads": 2, "dim": 8}
-    found = ulysses_cells.exactness(settings, 0)
+    found = cells.exactness(settings, 0)
     assert found["output"] > 1e-3 and found["gradients"] > 1e-3
 
 
 def test_unknown_attention_is_named():
     settings = {"attention": "dense", "devices": 2, "length": 32, "heads": 2, "dim": 8}
     with pytest.raises(ValueError, match="attention='dense' is unknown"):
-        ulysses_cells.exactness(settings, 0)
+        cells.exactness(settings, 0)
 
 
 def test_compiled_layers_send_what_the_formulas_say():
     settings = {"devices": 2, "length": 32, "width": 16, "heads": 2}
     ways = ["ulysses", "megatron_sp"]
-    found = record("traffic", ulysses_cells.traffic({**settings, "ways": ways}, 0), **settings)
+    found = record("traffic", cells.traffic({**settings, "ways": ways}, 0), **settings)
     for way in ways:
-        assert ulysses_tables.sent(found, way) == ulysses_tables.formula(found, way)
-    assert ulysses_tables.sent(found, "ulysses") == 4 * 4 * 32 * 16 / 4
+        assert sent_bytes(found, way) == tables.formula(found, way)
+    assert sent_bytes(found, "ulysses") == 4 * 4 * 32 * 16 / 4
 
 
 @pytest.mark.slow
 def test_memory_of_a_step_counts_adam_and_shrinks_with_the_devices():
-    base = {"way": "ulysses", "layers": 2, "width": 32, "heads": 2, "vocab_size": 64, "unit": 16}
-    one, two = (ulysses_cells.step_memory({**base, "devices": n}, 64) for n in (1, 2))
+    base = {"layers": 2, "width": 32, "heads": 2, "vocab_size": 64, "unit": 16}
+    one, two = (step_memory("ulysses", cells.step_shape(base, 64), n) for n in (1, 2))
     weights = 4 * (2 * (12 * 32**2 + 2 * 32) + 64 * 32)
     assert one["moments"] == 2 * weights and one["results"] >= weights
     assert two["total"] < 0.8 * one["total"]

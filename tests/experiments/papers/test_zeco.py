@@ -4,10 +4,7 @@ import pytest
 
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.papers import zeco
-from tilescan.experiments.papers.zeco import claims as zeco_claims
-from tilescan.experiments.papers.zeco import counts as zeco_counts
-from tilescan.experiments.papers.zeco import tables as zeco_tables
+from tilescan.experiments.papers.zeco import cells, claims, tables
 
 
 def record(kind, result, **settings):
@@ -15,24 +12,20 @@ def record(kind, result, **settings):
     return Record("zeco", cell, "", {"kind": kind, **settings}, 0, result, 1.0, {})
 
 
-def claim(records, name):
-    return {c.name: c for c in zeco_claims.claims(Records(records))}[name]
-
-
 def status(records, name):
-    return claim(records, name).status
+    return {c.name: c for c in claims.claims(Records(records))}[name].status
 
 
 def test_cells_are_unique_at_every_scale():
     for scale in papers.SCALES:
-        cells = zeco.cells(papers.load_config("zeco", scale))
-        assert len({cell.id for cell in cells}) == len(cells)
+        made = cells.cells(papers.load_config("zeco", scale))
+        assert len({cell.id for cell in made}) == len(made)
 
 
 @pytest.mark.parametrize(("P", "K"), [(2, 4), (4, 4), (8, 2)])
 def test_all_scan_alone_is_counted(P, K):
     settings = {"devices": P, "blocks": K, "heads": 2, "dim": 8}
-    found = zeco_counts.blocks(settings, 0)
+    found = cells.all_scan(settings, 0)
     state = 4 * 2 * 8 * 8
     assert found["state_bytes"] == found["useful_bytes"] == state
     assert found["messages"] == P + K - 2
@@ -41,14 +34,14 @@ def test_all_scan_alone_is_counted(P, K):
 
 def test_a_device_needs_to_send_each_block_once():
     for P, K in ((1, 4), (2, 1), (5, 3), (16, 4)):
-        assert zeco_counts.useful_blocks(P, K) == (K if P > 1 else 0)
+        assert cells.useful_blocks(P, K) == (K if P > 1 else 0)
 
 
 @pytest.mark.slow
 def test_schedules_are_exact_by_their_largest_difference():
     settings = {"devices": 2, "length": 16, "heads": 1, "dim": 4}
     settings |= {"decays": ["scalar"], "dtypes": ["float64"]}
-    found = zeco_counts.exactness(settings, 0)
+    found = cells.exactness(settings, 0)
     errors = [e for kind in found["float64 scalar"].values() for e in kind.values()]
     assert len(errors) == 8 and max(errors) < 1e-13
 
@@ -110,7 +103,7 @@ def test_volumes_can_refute():
 
 def test_exactness_and_training_can_refute():
     def exact(single, double):
-        errors = lambda e: {kind: {"output": e, "gradients": e / 2} for kind in zeco_tables.KINDS}
+        errors = lambda e: {kind: {"output": e, "gradients": e / 2} for kind in tables.KINDS}
         result = {"float32 vector": errors(single), "float64 vector": errors(double)}
         return [record("exactness", result, devices=4, length=8, heads=2, dim=4)]
 
@@ -136,9 +129,9 @@ def test_exactness_and_training_can_refute():
 
 def test_published_times_are_modelled_by_their_ends():
     published = {2: 10.0, 4: 20.0, 8: 30.0}
-    model = zeco_tables.modelled(published, {2: 1, 4: 3, 8: 7})
+    model = tables.modelled(published, {2: 1, 4: 3, 8: 7})
     assert model == pytest.approx({2: 10.0, 4: 10 + 2 * 20 / 6, 8: 30.0})
-    assert zeco_tables.modelled(published, {4: 3}) == {}
+    assert tables.modelled(published, {4: 3}) == {}
     name = "published seconds follow the counted steps"
     found = [traffic(P) for P in (8, 32, 128)] + [blocks(P, 128) for P in (8, 32, 128)]
     assert status(found, name) == "shown"

@@ -1,0 +1,151 @@
+"""Trainings of one small model on one device and with the sequence sharded over several."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.tables import MEASURED, Column, Table, columns, table
+from tilescan.experiments.measurements.devices import devices
+from tilescan.experiments.measurements.words import recorded
+from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.training import sharding, steps
+from tilescan.training.settings import MeshConfig
+from tilescan.training.train import sharded_init
+
+DEVICES = Column("devices", of=lambda r: str(r.settings["parts"]))
+DTYPE = Column("numbers", of=lambda r: r.settings["dtype"])
+
+
+def training_settings(section: ConfigDict, *, masked: bool = False, **model: Any) -> dict[str, Any]:
+    """Returns settings of `train`, but for "parts" and "dtype".
+
+    Args:
+      section: of a paper's config, with training's keys.
+      masked: see `train`.
+      **model: fields of LanguageModelConfig but for those of the section.
+    """
+    fields = {"vocab_size": section.vocab_size, "d_model": section.d_model}
+    return recorded(
+        section,
+        *("batch_size", "seq_len", "steps", "learning_rate"),
+        kind="training",
+        masked=masked,
+        model={**fields, "repeats": section.n_layers, **model},
+    )
+
+
+def train(settings: Mapping[str, Any], seed: int) -> dict:
+    """Trains a small model with its sequences sharded over devices: {"losses": of every step}.
+
+    Settings: "model", fields of LanguageModelConfig; "parts", devices along time; "batch",
+    "length", "steps", Adam's learning "rate"; "masked", True for guessing hidden tokens and False
+    for the next ones; "dtype" of parameters and layers (gradients and Adam's moments are float32).
+    """
+    s = settings
+    mesh = sharding.make_mesh(MeshConfig(data=1, sequence=s["parts"]), devices(s["parts"]))
+    with jax.enable_x64(s["dtype"] == "float64"):
+        return {"losses": list(_losses(s, seed, mesh))}
+
+
+def _losses(s, seed, mesh) -> Iterator[float]:
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in s["model"].items()}
+    fields |= {"dtype": s["dtype"], "param_dtype": s["dtype"]}
+    model = LanguageModel(LanguageModelConfig(**fields))
+    batches = markov_chains(s["model"]["vocab_size"], s["batch"], s["length"], s["masked"], seed)
+    tx = optax.adam(s["rate"])
+    where, _, initialise = sharded_init(model, tx, next(batches), seed, mesh)
+    loss = steps.make_loss(model, "language_model")
+    step = jax.jit(
+        steps.make_train_step(loss, tx, lambda _: s["rate"]),
+        out_shardings=(where, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    with sharding.use(mesh):
+        state = initialise()
+        for _ in range(s["steps"]):
+            state, metrics = step(state, sharding.put_batch(next(batches), mesh))
+            yield float(metrics["loss"])
+
+
+def markov_chains(vocab: int, batch: int, length: int, masked: bool, seed: int) -> Iterator[dict]:
+    """Yields batches of a Markov chain in which a token has four successors.
+
+    With `masked`, 15% of the tokens are replaced by the last token, which the chain lacks, and
+    count; else all do, and targets are the next tokens.
+    """
+    rng = np.random.default_rng(seed)
+    words = vocab - 1
+    successors = rng.integers(0, words, (words, 4))
+    odds = np.cumsum(rng.dirichlet(np.ones(4), words), axis=1)
+    while True:
+        rows = np.empty((batch, length + 1), np.int32)
+        rows[:, 0] = rng.integers(0, words, batch)
+        draws = rng.random((batch, length))
+        for t in range(length):
+            now = rows[:, t]
+            choice = np.minimum((draws[:, t, None] > odds[now]).sum(1), 3)
+            rows[:, t + 1] = successors[now, choice]
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        weights = np.ones((batch, length), np.float32)
+        if masked:
+            hidden = rng.random((batch, length)) < 0.15
+            tokens, targets = np.where(hidden, words, tokens), tokens
+            weights = hidden.astype(np.float32)
+        yield {"tokens": tokens.astype(np.int32), "targets": targets, "weights": weights}
+
+
+def parity(
+    records: Records, dtype: str, setting: str = "parts", steps: int | None = None
+) -> dict[Any, float]:
+    """Returns {value of a setting: max abs. difference of its losses from those of one device}.
+
+    Args:
+      records: of all kinds.
+      dtype: of the trainings to compare.
+      setting: in which trainings over devices differ.
+      steps: the first so many alone; None: all.
+    """
+    found = records.select(kind="training", dtype=dtype)
+    alone = found.one(parts=1)
+    curve = lambda r: r.result["losses"][:steps]
+    return {
+        r.settings[setting]: max(abs(a - b) for a, b in zip(curve(r), curve(alone), strict=True))
+        for r in sorted(found, key=lambda r: r.settings[setting])
+        if alone is not None and r is not alone
+    }
+
+
+def training_table(
+    records: Records,
+    title: str,
+    note: str,
+    *,
+    labels: Sequence[Column] = (DEVICES, DTYPE),
+    differences: Mapping[str, int | None],
+    setting: str = "parts",
+) -> Table:
+    """Returns the table of first and last losses, and of differences from one device.
+
+    Args:
+      records: of all kinds.
+      title, note: the paper's.
+      labels: what names a training.
+      differences: {heading: the first so many steps, None for all}.
+      setting: see `parity`.
+    """
+
+    def difference(r: Record, steps: int | None) -> float | None:
+        return parity(records, r.settings["dtype"], setting, steps).get(r.settings[setting])
+
+    losses = {
+        "first loss": lambda r: r.result["losses"][0],
+        "last loss": lambda r: r.result["losses"][-1],
+    }
+    apart = {name: lambda r, n=n: difference(r, n) for name, n in differences.items()}
+    shown = [*labels, *columns(MEASURED, losses, digits=5), *columns(MEASURED, apart)]
+    return table("training", title, records.select(kind="training"), shown, note)
