@@ -147,7 +147,7 @@ def check_eos(eos: Any, vocab_size: int) -> tuple[int, ...]:
     if is_traced(eos):
         raise TypeError("eos is traced; it must be known beforehand")
     if isinstance(eos, tuple | list | set | frozenset | range) or np.ndim(eos) == 1:
-        ends = tuple(dict.fromkeys(_end(token, eos) for token in eos))
+        ends = tuple(sorted({_end(token, eos) for token in eos}))
     else:
         ends = (_end(eos, eos),)
     for token in ends:

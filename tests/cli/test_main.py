@@ -268,6 +268,23 @@ def test_hints_are_for_what_was_meant(capsys):
     assert "argument --seed: invalid int value: 'abc'" in err and "did you mean" not in err
 
 
+@pytest.mark.parametrize(
+    "option,message",
+    [
+        ("--prompt=a\udcff", "prompt holds a lone surrogate, U+DCFF, at character 1"),
+        ("--temperature=nan", "temperature=nan must be 0 (greedy) or more, and finite"),
+        ("--temperature=-1", "temperature=-1.0 must be 0 (greedy) or more"),
+        ("--top-p=1.5", "top_p=1.5 must be in (0, 1]"),
+        ("--top-k=0", "top_k=0 must be at least 1"),
+        ("--max-new-tokens=0", "max_new_tokens=0 must be at least 1"),
+        (f"--seed={2**80}", "must fit into 64 bits"),
+    ],
+)
+def test_generate_refuses_settings_before_it_looks_for_a_model(capsys, option, message):
+    status, err = fails(capsys, "generate", "--checkpoint=gone", "--prompt=a", option)
+    assert status == 1 and message in err
+
+
 def test_generate_prints_the_prompt_with_the_text_and_not_with_an_error(capsys, tmp_path):
     assert cli.main(["generate", "--prompt=Once", f"--checkpoint={tmp_path}/gone"]) == 1
     done = capsys.readouterr()

@@ -122,8 +122,10 @@ def test_settings_may_be_traced(free):
     assert np.isnan(wrong.logprobs).all()
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-@pytest.mark.parametrize("settings", [{}, dict(temperature=1e-3, top_k=3, key=jax.random.key(0))])
+@pytest.mark.parametrize(
+    "bad,settings",
+    [(jnp.nan, {}), (jnp.inf, dict(temperature=1e-3, top_k=3, key=jax.random.key(0)))],
+)
 def test_scores_that_are_no_numbers_are_named(free, bad, settings):
     """A token whose vector is not finite: from it on its row has no scores, the others have."""
     once = [(row, i) for row, i in np.ndindex(3, N - 2) if (free == free[row, i]).sum() == 1]

@@ -29,7 +29,7 @@ def test_the_nucleus_of_a_large_vocabulary_is_that_of_float64():
     # Also where p is known only to the running program.
     traced = jax.jit(lambda x, p: filter_logits(x, 1.0, None, p))(logits, 1.0)
     assert np.isfinite(traced).all()
-    for whole in ((1.0, None, 1.0), (1.0, None, 1), (1.0, 50_257), (1.0, 50_257, 1.0)):
+    for whole in ((1.0, None, 1), (1.0, 50_257, 1.0)):
         assert kept(logits, *whole).all()
 
 
