@@ -13,8 +13,9 @@
 # with what happens to a state that was never taught to forget.
 
 # %%
-import functools
 import os
+import pathlib
+import tempfile
 import time
 
 import jax
@@ -23,7 +24,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
+from tilescan.experiments.harness.workspace import Workspace
 from tilescan.experiments.measurements import state_collapse
+from tilescan.experiments.measurements.training import metrics
 from tilescan.experiments.papers.stuffed_mamba import training as stuffed_training
 from tilescan.ops import s4
 from tilescan.ops.diagonal_scan import combine
@@ -249,10 +252,12 @@ for axis, image, title in ((axes[0], L, "decays L"), (axes[1], jnp.abs(scores), 
 
 # %%
 TRAINED, LONG = 16, 64 if SMALL else 256
-rows = stuffed_training.make_rows("stream", {"keys": 64, "values": 16, "window": 4})
+DATA = {"keys": 64, "values": 16, "window": 4}
+rows = stuffed_training.make_rows("stream", DATA)
+folder = pathlib.Path(tempfile.mkdtemp(prefix="tilescan-notebook-"))
+workspace = Workspace(folder, folder / "models")  # each model is trained once
 
 
-@functools.cache
 def trained(state_dim, length=TRAINED):
     keys = {
         "model.pattern": ("mamba2",), "model.repeats": 2, "model.d_model": 16 if SMALL else 64,
@@ -260,27 +265,34 @@ def trained(state_dim, length=TRAINED):
         "model.mixers.mamba2.state_dim": state_dim,
         "model.mixers.mamba2.head_dim": 16 if SMALL else 32,
         "data.seq_len": length, "data.batch_size": 1024 // length,
-        "train.steps": 3 if SMALL else 400, "optimizer.learning_rate": 1e-2,
-        "optimizer.warmup_steps": 1 if SMALL else 40, "optimizer.weight_decay": 0.01,
+        "train.steps": 3 if SMALL else 400, "train.log_every": 1,
+        "optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 1 if SMALL else 40,
+        "optimizer.weight_decay": 0.01,
     }
-    config, params, losses = stuffed_training.train(keys, rows, seed=2)
+    settings = {"data": "stream", "rows": DATA, "carry": 1, "train": keys}
+    return stuffed_training.trained(workspace, settings, seed=2)
+
+
+def show_losses(state_dim, length=TRAINED):
+    losses = [row["loss"] for row in metrics(trained(state_dim, length).folder, "train")]
     print(f"{state_dim} state dims, rows of {length}: training loss",
-          ", ".join(f"{loss:.2f}" for loss in losses[::3]))
-    return config, params
+          ", ".join(f"{part.mean():.2f}" for part in np.array_split(losses, 10)[::3] if part.size))
 
 
 batch = rows("test", 16 if SMALL else 512, LONG, (1,))
 
 
 def loss_by_position(state_dim, length=TRAINED, **mitigation):
-    config, params = trained(state_dim, length)
-    config = state_collapse.with_mixer(config, **mitigation)
-    found = state_collapse.read(config, params, batch["tokens"], batch["targets"], chunk=16)
+    model = trained(state_dim, length)
+    config = state_collapse.with_mixer(model.config, **mitigation)
+    found = state_collapse.read(config, model.params, batch["tokens"], batch["targets"], chunk=16)
     losses = state_collapse.by_position(found["nll"], batch["weights"], 8)
     return np.array(losses), found
 
 
 small, large = (4, 8) if SMALL else (8, 128)
+for sizes in ((small,), (large,), (large, 64)):
+    show_losses(*sizes)
 curves = {
     f"{small} state dims": loss_by_position(small),
     f"{large} state dims": loss_by_position(large),

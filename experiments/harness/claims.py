@@ -131,9 +131,11 @@ def claim(name: str, statement: str, verdict: Verdict, needs: str = "", why: str
     return judge(name, statement, criterion, holds, evidence, needs, why=why, effect=effect)
 
 
-def not_run(name: str, statement: str, criterion: str, needs: str) -> Claim:
+def not_run(
+    name: str, statement: str, criterion: str, needs: str, evidence: str = "not run"
+) -> Claim:
     """Returns a claim that no scale here measures; `needs` says what would decide it."""
-    return judge(name, statement, criterion, None, "not run", needs=needs)
+    return judge(name, statement, criterion, None, evidence, needs=needs)
 
 
 def lower_every_seed(

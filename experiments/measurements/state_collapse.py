@@ -1,7 +1,7 @@
-"""Where a Mamba-2 language model breaks behind its training length: the diagnosis of
+"""Where a Mamba-2 language model breaks beyond its training length: the diagnosis of
 "Stuffed Mamba" (Chen et al. 2024, arXiv 2410.07145), for any model of `models.LanguageModel`.
 
-Letters: B batch, T time, L layers, H heads, P head dim, N state dim.
+Dimensions: B batch, T time, L layers, H heads, P head dim, N state dim.
 """
 
 import dataclasses
@@ -24,29 +24,19 @@ COLLAPSE = 2.0  # times the greatest loss within the training length
 
 
 def state_elements(config: LanguageModelConfig) -> int:
-    """N_S: numbers in the recurrent state of one sequence, the convolutions' inputs included."""
+    """Returns N_S: numbers in the recurrent state of a sequence, convolutions' inputs included."""
     state = jax.eval_shape(lambda: LanguageModel(config).init_state(1, 1)).layers
     kept = [leaf for layer in state for leaf in (layer.ssm, layer.conv)]
     return sum(math.prod(leaf.shape) for leaf in kept)
 
 
-def published_t_forget(n_s: float) -> float:
-    """Training length in tokens from which forgetting is learnt (arXiv 2410.07145, figure 9)."""
-    return 1e3 * (5.172 * n_s / 1e6 - 4.469)
-
-
-def published_t_recall(n_s: float) -> float:
-    """Longest prompt in tokens whose passkey is recalled (arXiv 2410.07145, figure 11)."""
-    return 1e3 * (4.756 * (1.365 ** (n_s / 1e6) - 1) - 0.742)
-
-
 @functools.lru_cache(maxsize=64)
 def reader(config: LanguageModelConfig):
-    """Compiled `read(params, state, tokens, targets, limit) -> (parts, state)`.
+    """Returns the compiled `read(params, state, tokens, targets, limit) -> (parts, state)`.
 
     parts: nll and hit (whether the target is the likeliest) [B, T], log_decay [L, B, H]
-    (the sum over the stretch), state_mean and state_variance [L, B, H] behind it. `limit`
-    [L, H] bounds the norm of each head's state behind the stretch; infinity leaves it.
+    (the sum over the chunk), state_mean and state_variance [L, B, H] after it. `limit`
+    [L, H] bounds the norm of each head's state after the chunk; infinity leaves it.
     """
     model = LanguageModel(config)
 
@@ -75,7 +65,7 @@ def reader(config: LanguageModelConfig):
 
 
 def _bounded(state: ModelState, limit) -> ModelState:
-    """h <- h min(1, limit / |h|) for each head."""
+    """Returns the state with h min(1, limit / |h|) for each head's h."""
     layers, start = [], 0
     for layer in state.layers:
         norm = jnp.sqrt(jnp.sum(layer.ssm**2, axis=(-2, -1), keepdims=True))
@@ -101,8 +91,8 @@ def read(
       config: of a model whose pattern holds nothing but "mamba2".
       params: its parameters.
       tokens, targets: the next token of each.
-      chunk: tokens a call; it divides T. States are looked at behind each of these.
-      limit: bound of the norm of each head's state, applied behind each chunk alone.
+      chunk: tokens a call; it divides T. States are looked at after each of these.
+      limit: bound of the norm of each head's state, applied after each chunk alone.
 
     Returns:
       {"nll", "hit" [B, T]; "log_decay", "state_mean", "state_variance" [T / chunk, L, B, H]}, with
@@ -140,12 +130,12 @@ def check_mamba2(config: LanguageModelConfig) -> None:
 
 
 def state_norms(found: Mapping[str, np.ndarray], size: int) -> np.ndarray:
-    """[T / chunk, L, B, H]: norms of states of `size` numbers a head, of what `read` returned."""
+    """Returns the norms of states of `size` numbers a head [T / chunk, L, B, H], of a reading."""
     return np.sqrt(size * (found["state_variance"] + found["state_mean"] ** 2))
 
 
 def by_position(values: np.ndarray, weights: np.ndarray, width: int) -> list[float]:
-    """Weighted means of [B, T] over buckets of `width` positions, all rows together.
+    """Returns weighted means of [B, T] over buckets of `width` positions, all rows together.
 
     Raises:
       ValueError: a bucket has no weight.
@@ -162,7 +152,7 @@ class Collapse:
     """What the losses by position say.
 
     Attributes:
-      ratio: greatest loss behind the training length over the greatest one within.
+      ratio: greatest loss beyond the training length over the greatest one within.
       collapsed: ratio >= COLLAPSE, the paper's criterion.
       position: end of the first bucket with such a loss; None if there is none.
     """
@@ -173,15 +163,15 @@ class Collapse:
 
 
 def judge_collapse(losses: list[float], width: int, train_length: int) -> Collapse:
-    """The criterion of section 3.1, on means over buckets of `width` positions.
+    """Applies the criterion of section 3.1 to means over buckets of `width` positions.
 
     Raises:
-      ValueError: no bucket lies within the training length, or none behind it.
+      ValueError: no bucket lies within the training length, or none beyond it.
     """
     within = train_length // width
     if not 0 < within < len(losses):
         raise ValueError(
-            f"{len(losses)} buckets of {width} tokens don't reach from within to behind "
+            f"{len(losses)} buckets of {width} tokens don't reach from within to beyond "
             f"train_length={train_length}"
         )
     bound = max(losses[:within])
@@ -192,6 +182,6 @@ def judge_collapse(losses: list[float], width: int, train_length: int) -> Collap
 
 
 def with_mixer(config: LanguageModelConfig, **options: Any) -> LanguageModelConfig:
-    """The model with other options of its Mamba-2 mixers; the same parameters fit."""
+    """Returns the config with other options of its Mamba-2 mixers; the same parameters fit."""
     mixers = {**config.mixers, "mamba2": {**config.mixers.get("mamba2", {}), **options}}
     return dataclasses.replace(config, mixers=mixers)

@@ -1,4 +1,4 @@
-"""Tables and figures of "Stuffed Mamba".
+"""Stuffed Mamba's tables and figures.
 
 Of the paper's figures only the two fitted laws are numbers in print; they stand beside what was
 measured at sizes a thousand times smaller, where they say nothing (below 0.9M state elements the
@@ -10,103 +10,52 @@ import math
 import numpy as np
 
 from tilescan.experiments.harness.figures import line_chart
-from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.groups import Group, by
+from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.statistics import Spread, spread
-from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, STATIC, Column, Table
-from tilescan.experiments.measurements.state_collapse import (
-    COLLAPSE,
-    judge_collapse,
-    published_t_forget,
-    published_t_recall,
-)
+from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, STATIC, Column, Table, table
+from tilescan.experiments.measurements.state_collapse import COLLAPSE
+from tilescan.experiments.papers.stuffed_mamba import cells, published
+from tilescan.experiments.papers.stuffed_mamba import quantities as q
+from tilescan.experiments.papers.stuffed_mamba.training import STREAM, TEXT
 
-NONE = "none"
-FORGET = "forget more, remember less"
-WINDOW = "sliding window by state difference"
-NORM = "state normalisation"
-HALF_STEP = "half step size"
-TBPTT = "training: state carried over rows"
-LONGER = "training: rows four times as long"
-RECALLED = 0.95  # share of right answers that counts as recalled, as in the paper
-CUT = 0.5  # of the excess loss
-# Parameters, layers and width of the paper's models, all with 128 state dims and heads of 64.
-SIZES = (
-    ("36M", 6, 512),
-    ("47M", 12, 512),
-    ("85M", 12, 768),
-    ("130M", 24, 768),
-    ("370M", 48, 1024),
-    ("780M", 48, 1536),
-)
-
-
-def mamba2_state_elements(
-    layers: int, d_model: int, state_dim: int = 128, conv_width: int = 4
-) -> int:
-    """N_S: L (2 E N + (W - 1) (2 E + 2 N)), with E the model's width and one group."""
-    inner = 2 * d_model
-    return layers * (inner * state_dim + (conv_width - 1) * (inner + 2 * state_dim))
+NAMES = {
+    cells.NONE: "none",
+    cells.FORGET: "forget more, remember less",
+    cells.WINDOW: "sliding window by state difference",
+    cells.NORM: "state normalisation",
+    cells.HALF_STEP: "half step size",
+    q.CARRIED: "training: state carried over rows",
+    q.LONGER: "training: rows four times as long",
+}
+LAWS = {"T_forget": published.t_forget, "T_recall": published.t_recall}
 
 
 def tables(records: Records) -> list[Table]:
-    """Collapse, training lengths that are enough, mitigations, heads, the published laws."""
+    """Returns collapse, enough training lengths, recall, mitigations, heads, published laws."""
     made = [
-        _collapse_table(records, "stream", "collapse", "a stream of recalls"),
-        _collapse_table(records, "text", "collapse-text", "plain text"),
-        _laws_table(records),
-        _recall_table(records),
-        _mitigation_table(records),
-        _heads_table(records),
-        _published_table(),
+        _collapse(q.read(records, STREAM), "collapse", "a stream of recalls"),
+        _collapse(q.read(records, TEXT), "collapse-text", "plain text"),
+        _laws(records),
+        _recall(q.recalls(records)),
+        _mitigations(records),
+        _heads(records),
+        _published(),
     ]
-    return [table for table in made if table.rows]
+    return [one for one in made if one.rows]
 
 
-def runs(records: Records, kind: str, elements: int, length: int, carry: int = 1) -> list[Record]:
-    found = records.select(kind=kind, state_elements=elements, train_length=length, carry=carry)
-    return list(found)
-
-
-def ratio_of(record: Record) -> float:
-    return judge_collapse(
-        record.result["loss"], record.result["width"], record.settings["train_length"]
-    ).ratio
-
-
-def within_of(record: Record) -> float:
-    """The greatest loss within the training length."""
-    return max(record.result["loss"][: record.settings["train_length"] // record.result["width"]])
-
-
-def sizes_of(records: Records, kind: str) -> tuple[list[int], list[int]]:
-    """(state elements, training lengths) of the records of a kind, sorted."""
-    found = records.select(kind=kind)
-    return found.values("state_elements"), found.values("train_length")
-
-
-def name_of(records: Records, elements: int) -> str:
-    s = next(iter(records.select(state_elements=elements))).settings
-    return f"{s['layers']} layers, width {s['d_model']}, N={s['state_dim']}"
-
-
-def _collapse_table(records: Records, kind: str, name: str, title: str) -> Table:
-    sizes, lengths = sizes_of(records, kind)
-    rows = []
-    for n_s in sizes:
-        row = [name_of(records, n_s), n_s]
-        for length in lengths:
-            found = runs(records, kind, n_s, length)
-            row += [spread(map(within_of, found)), spread(map(ratio_of, found))]
-        rows.append(row)
-    columns = [Column("model"), Column("state elements N_S", STATIC)]
-    for length in lengths:
-        columns.append(Column(f"trained at {length}: loss within", MEASURED, "nats"))
-        columns.append(Column(f"trained at {length}: behind / within", MEASURED))
-    return Table(
+def _collapse(readings: Records, name: str, title: str) -> Table:
+    columns = [Column("model", of=q.name_of), Column("state elements N_S", STATIC, of=_key)]
+    for n in readings.values("train_length"):
+        within, ratio = (q.mean_of(of, train_length=n) for of in (q.within_of, q.ratio_of))
+        columns.append(Column(f"trained at {n}: loss within", MEASURED, "nats", of=within))
+        columns.append(Column(f"trained at {n}: behind / within", MEASURED, of=ratio))
+    return table(
         name,
         f"State collapse on {title}: the greatest loss behind the training length",
+        by(readings, "state_elements"),
         columns,
-        rows,
         note="Loss is a mean over half a training length; the greatest one behind the "
         "training length, as far as rows are read, is divided by the greatest one within. "
         f"From {COLLAPSE:g} on the model collapses, by the paper's criterion. All training lengths "
@@ -114,188 +63,96 @@ def _collapse_table(records: Records, kind: str, name: str, title: str) -> Table
     )
 
 
-def safe_length(records: Records, elements: int, seed: int) -> float | None:
-    """The smallest training length from which on no longer one collapses; inf: there is none.
-
-    None without measurements.
-    """
-    _, lengths = sizes_of(records, "stream")
-    found = {
-        n: [r for r in runs(records, "stream", elements, n) if r.seed == seed] for n in lengths
-    }
-    if not all(found.values()):
-        return None
-    safe = math.inf
-    for length in reversed(lengths):
-        if ratio_of(found[length][0]) >= COLLAPSE:
-            break
-        safe = length
-    return safe
+def _key(group: Group) -> int:
+    return group.key
 
 
-def recall_length(record: Record) -> int:
-    """The longest prompt that, as all shorter ones, has RECALLED of its answers right; 0: none."""
-    longest = 0
-    for length, share in sorted((int(n), share) for n, share in record.result["recall"].items()):
-        if share < RECALLED:
-            break
-        longest = length
-    return longest
+def _laws(records: Records) -> Table:
+    stream = records.select(kind=STREAM, carry=1)
+    longest = max(stream.values("train_length"), default=0)
+    safe = q.safe_lengths(records)
 
+    def listed(group: Group) -> str | None:
+        found = [f"> {longest}" if math.isinf(x) else str(x) for x in safe.get(group.key, ())]
+        return ", ".join(found) or None
 
-def safe_lengths(records: Records) -> dict[int, dict[int, float]]:
-    """{state elements: {seed: safe length}} of the seeds that are complete."""
-    sizes, _ = sizes_of(records, "stream")
-    seeds = sorted({r.seed for r in records.select(kind="stream")})
-    found = {n: {s: safe_length(records, n, s) for s in seeds} for n in sizes}
-    return {n: {s: x for s, x in row.items() if x is not None} for n, row in found.items()}
+    def recalled(group: Group) -> Spread | None:
+        return spread(map(q.recall_length, q.recalls(group.select(train_length=longest).records)))
 
+    def by_law(name: str) -> Column:
+        of = lambda group: LAWS[name](group.key)
+        return Column(f"{name} by the published law", PUBLISHED, "tokens", of=of)
 
-def _laws_table(records: Records) -> Table:
-    _, lengths = sizes_of(records, "stream")
-    rows = []
-    for n_s, by_seed in safe_lengths(records).items():
-        longest = runs(records, "stream", n_s, max(lengths))
-        safe = ", ".join(f"> {max(lengths)}" if math.isinf(x) else str(x) for x in by_seed.values())
-        rows.append(
-            [
-                name_of(records, n_s),
-                n_s,
-                safe or None,
-                published_t_forget(n_s),
-                spread(map(recall_length, longest)),
-                published_t_recall(n_s),
-            ]
-        )
-    return Table(
+    return table(
         "laws",
         "Training lengths that are enough to learn forgetting, and lengths of recall",
+        by(stream, "state_elements"),
         [
-            Column("model"),
-            Column("state elements N_S", STATIC),
-            Column("smallest safe training length, each seed", MEASURED),
-            Column("T_forget by the published law", PUBLISHED, "tokens"),
-            Column(f"T_recall, trained at {max(lengths, default=0)}", MEASURED, "tokens"),
-            Column("T_recall by the published law", PUBLISHED, "tokens"),
+            Column("model", of=q.name_of),
+            Column("state elements N_S", STATIC, of=_key),
+            Column("smallest safe training length, each seed", MEASURED, of=listed),
+            by_law("T_forget"),
+            Column(f"T_recall, trained at {longest}", MEASURED, "tokens", of=recalled),
+            by_law("T_recall"),
         ],
-        rows,
         note="The published laws are fits to models of 0.8M to 19M state elements, T_forget = "
         "5.172 N_S - 4.469 and T_recall = 4.756 (1.365^N_S - 1) - 0.742 with N_S in millions and "
         "T in thousands of tokens: at these sizes both are negative, and no comparison is meant. "
-        f"T_recall: longest prompt with {RECALLED:.0%} of the answers right, 0 if there is none.",
+        f"T_recall: longest prompt with {q.RECALLED:.0%} of the answers right, 0 if there is none.",
     )
 
 
-def _recall_table(records: Records) -> Table:
-    sizes, lengths = sizes_of(records, "stream")
-    prompts = sorted({int(n) for r in records.select(kind="stream") for n in r.result["recall"]})
-    rows = []
-    for n_s in sizes:
-        for length in lengths:
-            found = runs(records, "stream", n_s, length)
-            if found:
-                shares = [spread(100 * r.result["recall"][str(n)] for r in found) for n in prompts]
-                rows.append([name_of(records, n_s), str(length), *shares])
-    return Table(
+def _recall(answers: Records) -> Table:
+    prompts = sorted({int(n) for record in answers for n in record.result})
+    return table(
         "recall",
         "One pair asked for at the end of the prompt, from all depths: right answers",
+        by(answers, "state_elements", "train_length"),
         [
-            Column("model"),
-            Column("trained at"),
-            *(Column(f"{n} tokens", MEASURED, "%") for n in prompts),
+            Column("model", of=q.name_of),
+            Column("trained at", of=lambda g: str(g.key[1])),
+            *(
+                Column(f"{n} tokens", MEASURED, "%", of=lambda g, n=n: g.mean_std(str(n), 100))
+                for n in prompts
+            ),
         ],
-        rows,
         note="The rest of the prompt is the stream that the model was trained on, in which no key "
         "is asked for behind more than a few pairs: what lies farther back is not trained for.",
     )
 
 
-def _mitigated(records: Records) -> list[Record]:
-    return [r for r in records.select(kind="stream") if r.result.get("mitigations")]
+def _mitigations(records: Records) -> Table:
+    found, cuts = q.mitigations(records), q.excess_cuts(records)
+    mitigated = by(records.select(measure=cells.MITIGATE), "kind")
+    where = "".join(
+        f": {q.name_of(g)}, trained at {g.first.settings['train_length']}" for g in mitigated
+    )
 
+    # What validation chose, over the seeds.
+    def chosen(name: str) -> str:
+        options = [losses.get("chosen", {}) for losses in found[name]]
+        texts = {", ".join(f"{k}={v:.4g}" for k, v in sorted(o.items())) for o in options}
+        return "; ".join(sorted(filter(None, texts))) or "–"
 
-def _trained(records: Records, way: str) -> list[dict]:
-    """Within and behind, as of mitigations, of models that were trained in another way."""
-    made = []
-    for record in _mitigated(records):
-        s, length = record.settings, record.settings["train_length"]
-        other = 4 * length if way == LONGER else length
-        found = records.select(kind="stream", state_elements=s["state_elements"])
-        for r in found.select(train_length=other):
-            right = r.settings["carry"] == 1 if way == LONGER else r.settings["carry"] > 1
-            if r.seed == record.seed and right:
-                # Buckets of half the row's own length: that which ends at each place.
-                at = lambda place, r=r: r.result["loss"][-(-place // r.result["width"]) - 1]
-                made.append({"within": at(length), "behind": at(4 * length)})
-    return made
-
-
-def _ways(records: Records) -> dict[str, list[dict]]:
-    """{mitigation: [{"within", "behind"} of each seed]}."""
-    ways: dict[str, list[dict]] = {}
-    for record in _mitigated(records):
-        for name in (NONE, FORGET, WINDOW, NORM, HALF_STEP):
-            if name in record.result["mitigations"]:
-                ways.setdefault(name, []).append(record.result["mitigations"][name])
-    for name in (TBPTT, LONGER):
-        if found := _trained(records, name):
-            ways[name] = found
-    return ways
-
-
-def excess_cuts(records: Records) -> dict[str, Spread]:
-    """{mitigation: share of the excess loss at four training lengths that it takes away}.
-
-    The excess is the loss in the last half training length before 4 T, above that before T, of the
-    model without mitigation.
-    """
-    ways = _ways(records)
-    plain = ways.get(NONE, [])
-    cuts = {}
-    for name, found in ways.items():
-        if name != NONE and len(found) == len(plain):
-            shares = [
-                1 - (m["behind"] - base["within"]) / (base["behind"] - base["within"])
-                for m, base in zip(found, plain, strict=True)
-                if base["behind"] != base["within"]
-            ]
-            cuts[name] = spread(shares)
-    return {name: cut for name, cut in cuts.items() if cut}
-
-
-def _chosen(records: Records, name: str) -> str:
-    """What validation chose, over the seeds."""
-    found = []
-    for record in _mitigated(records):
-        options = record.result["mitigations"].get(name, {}).get("chosen", {})
-        found.append(", ".join(f"{k}={v:.4g}" for k, v in sorted(options.items())))
-    return "; ".join(sorted(set(filter(None, found)))) or "–"
-
-
-def _mitigation_table(records: Records) -> Table:
-    cuts, rows = excess_cuts(records), []
-    for name, found in _ways(records).items():
+    def share(name: str) -> Spread | None:
         cut = cuts.get(name)
-        if cut:
-            cut = Spread(100 * cut.mean, None if cut.std is None else 100 * cut.std, cut.count)
-        parts = [spread(m[key] for m in found) for key in ("within", "behind")]
-        rows.append([name, _chosen(records, name), *parts, cut])
-    first = next(iter(_mitigated(records)), None)
-    title = "Mitigations"
-    if first:
-        title += f": {name_of(records, first.settings['state_elements'])}, trained at "
-        title += f"{first.settings['train_length']}"
-    return Table(
+        std = None if cut is None or cut.std is None else 100 * cut.std
+        return cut and Spread(100 * cut.mean, std, cut.count)
+
+    def loss(key: str):
+        return lambda name: spread(losses[key] for losses in found[name])
+
+    return table(
         "mitigation",
-        title,
+        f"Mitigations{where}",
+        [name for name in NAMES if name in found],
         [
-            Column("mitigation"),
-            Column("chosen on validation rows"),
-            Column("loss before T", MEASURED, "nats"),
-            Column("loss before 4 T", MEASURED, "nats"),
-            Column("excess taken away", MEASURED, "%"),
+            Column("mitigation", of=NAMES.get),
+            Column("chosen on validation rows", of=chosen),
+            Column("loss before T", MEASURED, "nats", of=loss("within")),
+            Column("loss before 4 T", MEASURED, "nats", of=loss("beyond")),
+            Column("excess taken away", MEASURED, "%", of=share),
         ],
-        rows,
         note="T is the training length; losses are means over T/2 tokens before T and 4 T (of the "
         "model with longer rows, over half of those). The paper multiplies decays by 0.9999 at 8K "
         "tokens, which keeps 0.44 of a state over them; decay_scale here keeps such a share, or "
@@ -304,99 +161,75 @@ def _mitigation_table(records: Records) -> Table:
     )
 
 
-def kept_of(record: Record) -> float:
-    """The greatest share of the first token that a head's state keeps over the training length."""
-    return math.exp(max(record.result["first_token"][0]))
-
-
-def growth_of(record: Record) -> float:
-    """How much the variance of a head's state grows behind the training length, at most."""
-    values = np.maximum(np.asarray(record.result["state_variance"]), 1e-30)
-    return float(np.max(values[-1] / values[0]))
-
-
-def _heads_table(records: Records) -> Table:
-    rows = []
-    for kind in ("stream", "text"):
-        sizes, lengths = sizes_of(records, kind)
-        for n_s in sizes:
-            for length in lengths:
-                found = runs(records, kind, n_s, length)
-                if found:
-                    cells = [spread(map(kept_of, found)), spread(map(growth_of, found))]
-                    rows.append([kind, name_of(records, n_s), str(length), *cells])
-    return Table(
+def _heads(records: Records) -> Table:
+    readings = [r for kind in (STREAM, TEXT) for r in q.read(records, kind)]
+    return table(
         "heads",
         "Heads that forget least, and states under a prompt of one repeated token",
+        by(Records(readings), "kind", "state_elements", "train_length"),
         [
-            Column("data"),
-            Column("model"),
-            Column("trained at"),
-            Column("share of the first token kept over it", MEASURED),
-            Column("growth of the state's variance behind it", MEASURED),
+            Column("data", of=lambda g: g.key[0]),
+            Column("model", of=q.name_of),
+            Column("trained at", of=lambda g: str(g.key[2])),
+            Column("share of the first token kept over it", MEASURED, of=q.mean_of(q.kept_of)),
+            Column("growth of the state's variance behind it", MEASURED, of=q.mean_of(q.growth_of)),
         ],
-        rows,
         note="Each the greatest of all heads. The share is the exponential of the mean of log "
         "alpha_1:t; the prompt is newlines (text) or blanks (stream), read as far as rows are, "
         "and its variance there is divided by that at the training length.",
     )
 
 
-def _published_table() -> Table:
-    rows = []
-    for name, layers, width in SIZES:
-        n_s = mamba2_state_elements(layers, width)
-        laws = [law(n_s) / 1e3 for law in (published_t_forget, published_t_recall)]
-        rows.append([f"{name} ({layers} layers, width {width})", n_s / 1e6, *laws])
-    return Table(
+def _published() -> Table:
+    n_s = lambda size: published.state_elements(*size[1:])
+    return table(
         "published-laws",
         "The published laws at the paper's own sizes",
+        published.SIZES,
         [
-            Column("model"),
-            Column("state elements N_S", STATIC, "millions"),
-            Column("T_forget", PUBLISHED, "K tokens"),
-            Column("T_recall", PUBLISHED, "K tokens"),
+            Column("model", of=lambda size: f"{size[0]} ({size[1]} layers, width {size[2]})"),
+            Column("state elements N_S", STATIC, "millions", of=lambda size: n_s(size) / 1e6),
+            *(
+                Column(name, PUBLISHED, "K tokens", of=lambda size, law=law: law(n_s(size)) / 1e3)
+                for name, law in LAWS.items()
+            ),
         ],
-        rows,
         note="Nothing here is measured. Scale accelerator trains these sizes.",
     )
 
 
 def figures(records: Records) -> dict[str, str]:
-    """Loss against position, the first token's share, and states under one repeated token."""
+    """Returns loss against position, the first token's share, states under a repeated token."""
     made, panels = {}, {}
-    for kind in ("stream", "text"):
-        sizes, lengths = sizes_of(records, kind)
-        for n_s in sizes:
-            lines = panels.setdefault(f"{kind}, {name_of(records, n_s).split(', ')[-1]}", {})
-            for length in lengths:
-                found = runs(records, kind, n_s, length)
-                if found:
-                    losses = np.array([r.result["loss"] for r in found]).mean(axis=0)
-                    places = (np.arange(len(losses)) + 1) * found[0].result["width"]
-                    lines[f"trained at {length}"] = (list(places / length), list(losses))
+    for kind in (STREAM, TEXT):
+        readings = q.read(records, kind)
+        for size in by(readings, "state_elements"):
+            lines = panels[f"{kind}, {q.name_of(size).split(', ')[-1]}"] = {}
+            for group in by(size.records, "train_length"):
+                losses = np.array([r.result["loss"] for r in group.records]).mean(axis=0)
+                places = (np.arange(len(losses)) + 1) * group.first.result["width"] / group.key
+                lines[f"trained at {group.key}"] = (list(places), list(losses))
     if panels:
         made["loss-against-position"] = line_chart(
-            panels,
-            x_label="position / training length",
-            y_label="loss (nats)",
-            markers=False,
+            panels, x_label="position / training length", y_label="loss (nats)", markers=False
         )
+
+    # The first seed of the largest state: its slowest head, and its largest one.
     for name, key, label in (
         ("first-token", "first_token", "log share of the first token, slowest head"),
         ("state-variance", "state_variance", "variance of the state, largest head"),
     ):
-        lines = {}
-        for kind in ("stream", "text"):
-            sizes, lengths = sizes_of(records, kind)
-            for length in lengths if sizes else ():
-                for record in runs(records, kind, max(sizes), length)[:1]:
-                    top = np.max(np.asarray(record.result[key]), axis=1)
-                    place = (np.arange(len(top)) + 1) * length
-                    lines.setdefault(kind, {})[f"trained at {length}"] = (list(place), list(top))
-        if lines:
+        panels = {}
+        for kind in (STREAM, TEXT):
+            for size in by(q.read(records, kind), "state_elements")[-1:]:
+                for group in by(size.records, "train_length"):
+                    top = np.max(np.asarray(group.first.result[key]), axis=1)
+                    places = (np.arange(len(top)) + 1) * group.key
+                    line = (list(places), list(top))
+                    panels.setdefault(kind, {})[f"trained at {group.key}"] = line
+        if panels:
+            log_y = key == "state_variance"
             made[name] = line_chart(
-                lines, x_label="tokens", y_label=label, log_x=True, share_y=False,
-                log_y=key == "state_variance",
-            )  # fmt: skip
+                panels, x_label="tokens", y_label=label, log_x=True, log_y=log_y, share_y=False
+            )
     return made
