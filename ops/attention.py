@@ -22,6 +22,7 @@ from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.mask_placed import is_placed
 from tilescan.ops.sizes import check_sizes
+from tilescan.pallas_kernels.dropout import Dropout
 
 __all__ = ["attention", "decode_attention", "merge_partials"]
 
@@ -47,6 +48,8 @@ def attention(
     logit_cap: float | None = None,
     q_offset: int | Array | None = None,
     return_lse: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_seed: int | Array | None = None,
     implementation: str | None = None,
 ):
     """softmax(mask(cap(scale q k^T) + bias)) v, in tiles.
@@ -70,9 +73,15 @@ def attention(
       q_offset: position of the first query among the keys; S - T when None, so that the last
         query stands at the last key. May be a traced integer.
       return_lse: also return the log of each row's sum of exponentials.
+      dropout_rate: share of the weights that are replaced by 0, in [0, 1); the others are divided
+        by 1 - dropout_rate. lse is that of all weights.
+      dropout_seed: with a rate, an integer, or an integer scalar, which may be traced. Of it, of
+        the indices of sequence, head, query and key in these arrays, and of nothing else depends
+        which weights are dropped: all backends and tilings drop the same. Under `jax.vmap` or on
+        parts of a batch give each its own seed.
       implementation: "xla", "pallas" (TPUs and Hopper GPUs), or None, which takes
         the Pallas kernel where the platform the program is lowered for has one for these shapes,
-        and "xla" elsewhere.
+        and "xla" elsewhere. Dropout has no kernel on GPUs.
 
     Returns:
       o [B, T, H, P] in q's dtype; with return_lse also lse [B, T, H], float32. Statistics are
@@ -80,8 +89,8 @@ def attention(
       hidden by the mask or by the bias, gets o = 0, lse = -inf and no gradient.
 
     Raises:
-      ValueError: shapes, mask, bias or implementation that do not fit, or, when the program is
-        lowered, "pallas" on a platform without a kernel for it.
+      ValueError: shapes, mask, bias, dropout or implementation that do not fit, or, when the
+        program is lowered, "pallas" on a platform without a kernel for it.
       TypeError: dtypes that are not floating or differ, a q_offset that is no integer.
     """
     _validate(q, k, v, bias, logit_cap, implementation)
@@ -111,11 +120,31 @@ def attention(
         q_offset=static_offset,
         implementation=implementation,
     )
+    dropout = _dropout(dropout_rate, dropout_seed)
     # Inside shard_map, what devices share must be theirs before its gradient can differ by device.
     arrays = (q, k, v, bias)
-    q, k, v, bias = attention_xla.varying(arrays, (arrays, mask, q_offset))
-    o, lse = _attention(q, k, v, bias, mask, q_offset, options)
+    q, k, v, bias = attention_xla.varying(arrays, (arrays, mask, q_offset, dropout))
+    o, lse = _attention(q, k, v, bias, mask, (q_offset, dropout), options)
     return (o, lse) if return_lse else o
+
+
+def _dropout(rate, seed) -> Dropout | None:
+    """What the passes take, None for a rate of 0."""
+    if not isinstance(rate, (int, float, np.integer, np.floating)) or not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be a number in [0, 1), got {rate!r}")
+    if rate == 0:
+        return None
+    if seed is None:
+        raise ValueError(f"dropout_rate={rate} needs dropout_seed, an integer")
+    if isinstance(seed, (int, np.integer)):
+        seed = np.uint32(int(seed) % 2**32)
+    elif not jnp.issubdtype(getattr(seed, "dtype", object), jnp.integer) or np.shape(seed):
+        raise ValueError(
+            f"dropout_seed must be an integer or an integer scalar, got {seed!r}; of a key, "
+            'jax.random.bits(key, dtype="uint32") makes one'
+        )
+    seed = jax.lax.bitcast_convert_type(jnp.asarray(seed).astype(jnp.uint32), jnp.int32)
+    return Dropout(jnp.stack([seed, *jnp.zeros(2, jnp.int32)]), float(rate))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +159,16 @@ class _Options:
 
 @functools.partial(jax.jit, static_argnums=6)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attention(q, k, v, bias, mask, q_offset, options):
-    return _dispatch("forward", options, q, k, v, bias, mask, q_offset)
+def _attention(q, k, v, bias, mask, offset_and_dropout, options):
+    return _dispatch("forward", options, q, k, v, bias, mask, offset_and_dropout)
 
 
-def _attention_fwd(q, k, v, bias, mask, q_offset, options):
+def _attention_fwd(q, k, v, bias, mask, offset_and_dropout, options):
     # Narrower types are rounded more than a float32 log-sum-exp.
     exact = q.dtype in (jnp.float32, jnp.float64)
-    o, lse, *exact = _dispatch("forward", options, q, k, v, bias, mask, q_offset, exact=exact)
-    return (o, lse), (q, k, v, bias, mask, q_offset, o, lse, *exact)
+    arrays = q, k, v, bias, mask, offset_and_dropout
+    o, lse, *exact = _dispatch("forward", options, *arrays, exact=exact)
+    return (o, lse), (*arrays, o, lse, *exact)
 
 
 def _attention_bwd(options, residuals, cotangents):
@@ -158,7 +188,7 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap=None, implementat
     bias is None or of rank 4, q_offset an integer or an int32 scalar; nothing is checked.
     """
     options, q_offset = _passes(q_offset, scale, logit_cap, implementation)
-    return _dispatch("forward", options, q, k, v, bias, mask, q_offset)
+    return _dispatch("forward", options, q, k, v, bias, mask, (q_offset, None))
 
 
 def backward(
@@ -170,7 +200,8 @@ def backward(
     part: rows' weights are powers of logits - lse.
     """
     options, q_offset = _passes(q_offset, scale, logit_cap, implementation)
-    return _dispatch("backward", options, q, k, v, bias, mask, q_offset, o, lse, do, dlse)
+    arrays = q, k, v, bias, mask, (q_offset, None), o, lse, do, dlse
+    return _dispatch("backward", options, *arrays)
 
 
 def _passes(q_offset, scale, logit_cap, implementation):
@@ -185,17 +216,20 @@ def _dispatch(direction, options, *arrays, exact=False):
     exact: have forward give what `attention_xla` calls so, which backward takes last.
     """
 
-    def call(module, q, k, v, bias, mask, q_offset, *rest):
+    def call(module, q, k, v, bias, mask, offset_and_dropout, *rest):
+        q_offset, dropout = offset_and_dropout
         q_offset = options.q_offset if q_offset is None else q_offset
         if module is not attention_xla:
             reason = _PLACED if is_placed(mask) else None
+            if dropout is not None:
+                reason = reason or module.NO_DROPOUT
             reason = reason or module.unsupported(q, k, v, bias, mask, q_offset)
             if reason is not None and options.implementation == "pallas":
                 raise ValueError(f'implementation="pallas": {reason}')
             module = attention_xla if reason else module
-        run = functools.partial(
-            getattr(module, direction), scale=options.scale, logit_cap=options.logit_cap
-        )
+        constants = dict(scale=options.scale, logit_cap=options.logit_cap)
+        constants |= {} if dropout is None else dict(dropout=dropout)
+        run = functools.partial(getattr(module, direction), **constants)
         arrays = q, k, v, bias, mask, q_offset
         if direction == "backward":
             *rest, both = rest if len(rest) == 5 else (*rest, None)

@@ -24,6 +24,7 @@ MAX_HEAD_DIM = 256
 # Wider heads leave registers for one accumulator: dK and dV come from two runs.
 MAX_HEAD_DIM_OF_BOTH = 128
 XLA = 'implementation="xla" or None takes any'
+NO_DROPOUT = f"dropout_rate above 0 has no kernel for GPUs; {XLA}"
 # Tables of live tiles lie in global memory; beyond this they would outweigh the activations.
 TABLE_LIMIT = 256 * 2**20
 

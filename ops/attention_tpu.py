@@ -30,6 +30,7 @@ TABLE_LIMIT = 768 * 2**10
 STACK_LIMIT = 256 * 2**20
 VMEM_LIMIT = 48 * 2**20
 DTYPES = (jnp.bfloat16, jnp.float32)
+NO_DROPOUT = None  # there is a kernel
 
 
 def unsupported(q, k, v, bias, mask, q_offset):
@@ -47,10 +48,10 @@ def unsupported(q, k, v, bias, mask, q_offset):
     return None
 
 
-def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False):
+def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, dropout=None, interpret=False):
     """(o [B, T, H, P], lse [B, T, H] float32); arguments as in `ops.attention`."""
     k, v = forward_operands(k, v, mask, bias)
-    plan = plan_for("forward", q, k, v, mask, q_offset)
+    plan = plan_for("forward", q, k, v, mask, q_offset).dropping(dropout)
     o, lse = kernels.forward(
         *plan.queries_first(q), *plan.keys_first(k, v),
         plan.schedule, plan.tile, plan.scores(scale, logit_cap),
@@ -60,7 +61,10 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False)
     return o[:, :, :T].swapaxes(1, 2), lse[:, :, 0, :T].swapaxes(1, 2)
 
 
-def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, interpret=False):
+def backward(
+    q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, dropout=None,
+    interpret=False,
+):  # fmt: skip
     """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias).
 
     dbias comes from the XLA implementation, which the compiler drops where dbias is not used.
@@ -71,7 +75,7 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
     lse = jnp.where(jnp.isneginf(lse), kernels.NO_KEYS, lse * math.log2(math.e))
     gradients = []
     for name, kernel in (("dq", kernels.backward_dq), ("dkv", kernels.backward_dkv)):
-        plan = plan_for(name, q, k, v, mask, q_offset)
+        plan = plan_for(name, q, k, v, mask, q_offset).dropping(dropout)
         (q_,), (k_, v_), (do_,) = (
             plan.queries_first(q),
             plan.keys_first(k, v),
@@ -95,7 +99,8 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
     dbias = None
     if bias is not None:
         residuals = (q, k, v, bias, mask, q_offset, o, _natural(lse), do, dlse)
-        dbias = attention_xla.backward(*residuals, scale=scale, logit_cap=logit_cap)[3]
+        options = dict(scale=scale, logit_cap=logit_cap, dropout=dropout)
+        dbias = attention_xla.backward(*residuals, **options)[3]
     return dq, dk, dv, dbias
 
 
@@ -119,13 +124,22 @@ class Plan:
     schedule: tiles.Schedule
     segments: tuple | None
     stack: np.ndarray | None
+    dropout: float = 0.0
+
+    def dropping(self, dropout):
+        """The plan with a `Dropout`, or without for None."""
+        if dropout is None:
+            return self
+        tables = dict(self.schedule.tables, dropout=dropout.numbers)
+        schedule = dataclasses.replace(self.schedule, tables=tables)
+        return dataclasses.replace(self, schedule=schedule, dropout=dropout.rate)
 
     @property
     def tile(self):
         return kernels.Tile(self.queries.block, self.keys.block, self.compute)
 
     def scores(self, scale, logit_cap):
-        return kernels.Scores(scale, logit_cap, self.keys.length, self.mask)
+        return kernels.Scores(scale, logit_cap, self.keys.length, self.mask, self.dropout)
 
     def pad(self, x, axis, length, fill=0):
         if length.padded == x.shape[axis]:

@@ -25,6 +25,7 @@ import numpy as np
 from tilescan.ops import masks
 from tilescan.ops.attention_operands import backward_operands, forward_operands
 from tilescan.ops.lowering import choose_when_lowered
+from tilescan.pallas_kernels.dropout import kept, row_hash
 
 LOG2_E = math.log2(math.e)
 # Logits below it, in units of log 2 that of `ops.attention`, are hidden keys'.
@@ -43,7 +44,7 @@ def unsupported(q, k, v, bias, mask, q_offset):
     return None
 
 
-def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False):
+def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False, dropout=None):
     """(o [B, T, H, P] in q's dtype, lse [B, T, H]); arguments as in `ops.attention`.
 
     With `exact` also (peak, total), each [B, T, H]: lse = (peak + log2 total) ln 2. With them
@@ -60,7 +61,8 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False):
     I, J, R = tiles.I, tiles.J, H // G
 
     def one(_, x):
-        q, k, v, bias, ids, order, n_full, n_live = x
+        q, k, v, bias, ids, order, n_full, n_live, batch = x
+        keep = _keep(dropout, batch, H, G, I, J)
 
         def row(i):
             q_i = _heads_first(_slice(q, i, I), G).astype(dtype) * (scale * logits.units)
@@ -76,6 +78,7 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False):
                 p = exp2(s - new[..., None])
                 shrink = exp2(peak - new)
                 total = shrink * total + jnp.sum(p, axis=-1)
+                p = keep(p, i, j)
                 acc = shrink[..., None] * acc + jnp.einsum("gmj,jgp->gmp", p, v_j)
                 return new, total, acc
 
@@ -95,6 +98,7 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False):
             # `exp2` may lose a NaN, of which the maximum still knows.
             total = jnp.where(jnp.isnan(peak), jnp.nan, total)
             o = acc / jnp.where(total == 0, 1.0, total)[..., None]
+            o = o if dropout is None else o * dropout.scale
             lse = (peak + jnp.log2(total)) * math.log(2)
             rows = (lse, peak, total) if exact else (lse,)
             return _time_first(o, R).astype(q.dtype), [_time_first(x, R) for x in rows]
@@ -103,12 +107,14 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False):
         return None, (o.reshape(-1, H, P)[:T], [x.reshape(-1, H)[:T] for x in rows])
 
     padded = (tiles.pad_q(q), tiles.pad_k(k), tiles.pad_k(v), tiles.pad_bias(bias))
-    xs = (*padded, tiles.ids(mask), order, n_full, n_live)
+    xs = (*padded, tiles.ids(mask), order, n_full, n_live, _batch_index(dropout, B))
     o, (lse, *both) = _over_batch(one, None, xs, B, H * I * J)[1]
     return (o, lse, both) if exact else (o, lse)
 
 
-def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, exact=None):
+def backward(
+    q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, exact=None, dropout=None
+):
     """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias).
 
     exact: as `forward` gives it, or None.
@@ -134,7 +140,8 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
         do, delta = (do * factor[..., None]).astype(do.dtype), delta * factor
 
     def one(dbias, x):
-        q, k, v, do, lse, delta, bias, ids, order, n_full, n_live = x
+        q, k, v, do, lse, delta, bias, ids, order, n_full, n_live, batch = x
+        keep = _keep(dropout, batch, H, G, I, J, transposed=True)
 
         def column(carry, j):
             k_j, v_j = (jnp.swapaxes(_slice(a, j, J), 0, 1).astype(dtype) for a in (k, v))
@@ -157,8 +164,9 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
                 s = jnp.minimum(s - lse_i[:, None], 0.0)
                 # Hidden only now, as a row's log-sum-exp may be NaN.
                 p = exp2(s if visible is None else jnp.where(visible, s, -jnp.inf))
-                dv += jnp.einsum("gjm,gmp->gjp", p, do_i)
-                dp = jnp.einsum("gjp,gmp->gjm", v_j, do_i)
+                do_i = do_i if dropout is None else do_i * dropout.scale
+                dv += jnp.einsum("gjm,gmp->gjp", keep(p, i, j), do_i)
+                dp = keep(jnp.einsum("gjp,gmp->gjm", v_j, do_i), i, j)
                 ds = p * (dp - delta_i[:, None])
                 if bias is not None:
                     dbias = _add_bias_tile(dbias, ds, i, j, tiles, R)
@@ -190,7 +198,7 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
     xs = (
         tiles.pad_q(q), tiles.pad_k(k), tiles.pad_k(v), tiles.pad_q(do),
         tiles.pad_q(lse, jnp.inf), tiles.pad_q(delta),
-        padded_bias, tiles.ids(mask), order, n_full, n_live,
+        padded_bias, tiles.ids(mask), order, n_full, n_live, _batch_index(dropout, B),
     )  # fmt: skip
     dbias, (dq, dk, dv) = _over_batch(one, dbias, xs, B, H * I * J)
     if bias is not None:
@@ -381,6 +389,30 @@ class _Logits:
         if tiles.S % tiles.J:
             visible = visible & (keys < tiles.S)
         return jnp.broadcast_to(visible, (tiles.I, tiles.J))[None]
+
+
+def _batch_index(dropout, B):
+    return None if dropout is None else jnp.arange(B, dtype=jnp.int32)
+
+
+def _keep(dropout, batch, H, G, I, J, transposed=False):
+    """(x, i, j) -> x [G, M, J] (or [G, J, M]) of tile i, j with 0 for what dropout drops."""
+    if dropout is None:
+        return lambda x, i, j: x
+    heads = jnp.arange(H, dtype=jnp.int32).reshape(G, H // G, 1)
+
+    def keep(x, i, j):
+        # With 64-bit types, loops count in int64.
+        index = lambda n, size: jnp.asarray(n * size, jnp.int32) + jnp.arange(size, dtype=jnp.int32)
+        rows = row_hash(dropout.numbers, batch, heads, index(i, I)[None, None])
+        rows, keys = rows.reshape(G, -1), index(j, J)
+        if transposed:
+            rows, keys = rows[:, None], keys[None, :, None]
+        else:
+            rows, keys = rows[:, :, None], keys[None, None]
+        return jnp.where(kept(rows, keys, dropout.rate), x, 0.0)
+
+    return keep
 
 
 def _add_bias_tile(dbias, ds, i, j, tiles, R):

@@ -22,6 +22,8 @@ def attention(
     logit_cap=None,
     q_offset=None,
     return_lse=False,
+    dropout_rate=0.0,
+    dropout_seed=None,
 ):
     """Softmax attention by the whole [B, H, T, S] matrix of logits: quadratic memory, no tiles.
 
@@ -57,6 +59,9 @@ def attention(
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
     weights = jnp.where(visible, weights / total, 0.0)  # also of a row whose sum is NaN
+    if dropout_rate:
+        keep = dropout_mask(dropout_rate, dropout_seed, (B, H, T, S))
+        weights = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
     o = jnp.einsum("bhts,bshp->bthp", weights, v, precision="highest")
     if not return_lse:
         return o
@@ -64,9 +69,26 @@ def attention(
     return o, jnp.moveaxis(lse[..., 0], 1, 2)
 
 
+def dropout_mask(rate: float, seed: int, shape) -> np.ndarray:
+    """bool [B, H, T, S]: which weights `ops.attention` keeps, in unsigned integers of NumPy."""
+
+    def mix(x):
+        x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+        x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+        return x ^ (x >> np.uint32(16))
+
+    step = np.uint32(0x9E3779B9)
+    x = mix(np.full((1,) * 4, seed % 2**32, np.uint32) + step)
+    for axis, n in enumerate(shape):
+        index = np.arange(n, dtype=np.uint32).reshape([n if a == axis else 1 for a in range(4)])
+        x = mix(x + index * step)
+    return x.view(np.int32) >= round(rate * 2**32) - 2**31
+
+
 def attention_and_gradients(
-    q, k, v, do, dlse, *, mask=None, bias=None, scale=None, logit_cap=None, q_offset=None
-):
+    q, k, v, do, dlse, *, mask=None, bias=None, scale=None, logit_cap=None, q_offset=None,
+    dropout_rate=0.0, dropout_seed=None,
+):  # fmt: skip
     """o, lse, dq, dk, dv, dbias in numpy's float64, by the formulas and not by differentiation.
 
     Shares nothing with the rest but the mask. Args as in `attention`; do and dlse are the
@@ -95,9 +117,12 @@ def attention_and_gradients(
         peak = np.maximum(s.max(-1), -1e30)
         lse = peak + np.log(np.exp(s - peak[..., None]).sum(-1))
     p = np.exp(s - np.where(np.isneginf(lse), np.inf, lse)[..., None])
-    o = np.einsum("bhts,bshp->bthp", p, vr)
+    kept = np.ones_like(p)
+    if dropout_rate:
+        kept = dropout_mask(dropout_rate, dropout_seed, p.shape) / (1 - dropout_rate)
+    o = np.einsum("bhts,bshp->bthp", p * kept, vr)
     delta = np.einsum("bthp,bthp->bht", do, o) - dlse.transpose(0, 2, 1)
-    ds = p * (np.einsum("bthp,bshp->bhts", do, vr) - delta[..., None])
+    ds = p * (kept * np.einsum("bthp,bshp->bhts", do, vr) - delta[..., None])
     dbias = None
     if bias is not None:
         dbias = ds.sum(tuple(a for a in range(4) if b.shape[a] == 1), keepdims=True)
@@ -106,7 +131,7 @@ def attention_and_gradients(
     grouped = lambda x: x.reshape(B, S, G, R, -1).sum(3)
     dq = np.einsum("bhts,bshd->bthd", ds, kr)
     dk = grouped(np.einsum("bhts,bthd->bshd", ds, q))
-    dv = grouped(np.einsum("bhts,bthp->bshp", p, do))
+    dv = grouped(np.einsum("bhts,bthp->bshp", p * kept, do))
     return o, lse.transpose(0, 2, 1), dq, dk, dv, dbias
 
 

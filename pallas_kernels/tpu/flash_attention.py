@@ -33,6 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from tilescan.pallas_kernels.dropout import kept, row_hash
 from tilescan.pallas_kernels.tiles import FULL, PARTIAL, Schedule, TileMask, divide
 
 LANES = 128
@@ -68,6 +69,7 @@ class Scores:
     logit_cap: float | None
     keys: int
     mask: TileMask
+    dropout: float = 0.0  # the rate; above 0 the schedule has a table "dropout", the numbers
 
 
 def _lanes(x, width):
@@ -122,8 +124,13 @@ class _Walk:
     q_axis: int
     padded: bool  # the last tile of keys holds padding
 
-    def run(self, refs, tables, batch, outer, step, compute):
-        """Call `compute(part, hide)` for each compute step of this grid step's tile.
+    @property
+    def kept_scale(self) -> float:
+        """What weights that dropout keeps are multiplied by."""
+        return 1.0 / (1.0 - self.options.dropout)
+
+    def run(self, refs, tables, batch, head, outer, step, compute):
+        """Call `compute(parts, hide, keep)` for each compute step of this grid step's tile.
 
         All steps of a tile form one call of `compute` with a list of parts, for one straight run
         of instructions; a partial tile whose parts can be judged leaves out the empty ones.
@@ -135,20 +142,23 @@ class _Walk:
         q_tile, k_tile = (outer, inner) if self.q_axis == 0 else (inner, outer)
         q_first, k_first = q_tile * self.tile.queries, k_tile * self.tile.keys
 
+        def keep(part, x):
+            return self._keep(tables, batch, head, q_first, k_first, part, x)
+
         def full():
-            compute(parts, lambda part, x: x)
+            compute(parts, lambda part, x: x, keep)
 
         def hide(part, x):
             return self._hide(refs, tables, q_first, k_first, part, x)
 
         def partial():
             if self.schedule.sub_kind is None or len(parts) == 1:
-                compute(parts, hide)
+                compute(parts, hide, keep)
                 return
             for part in parts:
                 bounds = self._bounds(q_first, k_first, part)
                 seen, _ = self.schedule.sub_kind(batch, *bounds, tables)
-                pl.when(seen)(functools.partial(compute, [part], hide))
+                pl.when(seen)(functools.partial(compute, [part], hide, keep))
 
         for name, branch in ((FULL, full), (PARTIAL, partial)):
             if kinds == {name}:
@@ -197,6 +207,21 @@ class _Walk:
             seen.append(k_index < self.options.keys)
         return jnp.where(functools.reduce(jnp.logical_and, seen), x, MASKED)
 
+    def _keep(self, tables, batch, head, q_first, k_first, part, x):
+        """A tile x of weights, or of their cotangents, with 0 for what dropout drops."""
+        if self.options.dropout == 0:
+            return x
+        start = part * self.tile.compute
+        if self.q_axis == 0:
+            k_first = k_first + start
+        else:
+            q_first = q_first + start
+        line = lambda axis: tuple(n if a == axis else 1 for a, n in enumerate(x.shape))
+        queries = _positions(q_first, 1, line(self.q_axis), self.q_axis)
+        keys = _positions(k_first, 1, line(1 - self.q_axis), 1 - self.q_axis)
+        rows = row_hash(tables["dropout"], batch, head, queries)
+        return jnp.where(kept(rows, keys, self.options.dropout), x, 0.0)
+
     def bias(self, refs, part):
         """The bias of a compute step, [rows or 1, columns or 1], or None."""
         if "bias" not in refs:
@@ -209,7 +234,7 @@ class _Walk:
 
 def _forward_kernel(refs, tables, walk, ids, grid):
     m_ref, l_ref, acc_ref = refs["m"], refs["l"], refs["acc"]
-    batch, _, outer, step = ids
+    batch, head, outer, step = ids
 
     @pl.when(step == 0)
     def begin():
@@ -217,7 +242,7 @@ def _forward_kernel(refs, tables, walk, ids, grid):
         l_ref[...] = jnp.zeros_like(l_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    def compute(parts, hide):
+    def compute(parts, hide, keep):
         q = refs["q"][0, 0]
         m, l, acc = m_ref[...], l_ref[...], acc_ref[...]
         for part in parts:
@@ -233,16 +258,17 @@ def _forward_kernel(refs, tables, walk, ids, grid):
             sums = [p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)]
             l = alpha * l + functools.reduce(jnp.add, sums)
             v = refs["v"][0, 0, columns]
+            p = keep(part, p)
             acc = acc * _lanes(alpha, acc.shape[1]) + _dot(p.astype(v.dtype), v)
             m = m_next
         m_ref[...], l_ref[...], acc_ref[...] = m, l, acc
 
-    walk.run(refs, tables, batch, outer, step, compute)
+    walk.run(refs, tables, batch, head, outer, step, compute)
 
     @pl.when(step == grid[3] - 1)
     def end():
         l = jnp.sum(l_ref[...], axis=1, keepdims=True)
-        o = acc_ref[...] * jnp.where(l == 0, 0.0, 1.0 / l)
+        o = acc_ref[...] * jnp.where(l == 0, 0.0, walk.kept_scale / l)
         refs["o"][0, 0] = o.astype(refs["o"].dtype)
         lse = jnp.where(l == 0, -jnp.inf, m_ref[...] * math.log(2) + jnp.log(l))
         refs["lse"][0, 0] = lse.T[:1]
@@ -250,7 +276,7 @@ def _forward_kernel(refs, tables, walk, ids, grid):
 
 def _dq_kernel(refs, tables, walk, ids, grid):
     acc_ref, lse_ref, delta_ref = refs["acc"], refs["lse_column"], refs["delta_column"]
-    batch, _, outer, step = ids
+    batch, head, outer, step = ids
 
     @pl.when(step == 0)
     def begin():
@@ -258,7 +284,7 @@ def _dq_kernel(refs, tables, walk, ids, grid):
         lse_ref[...] = _column(refs["lse"][0, 0], walk.tile.queries)
         delta_ref[...] = _column(refs["delta"][0, 0], walk.tile.queries)
 
-    def compute(parts, hide):
+    def compute(parts, hide, keep):
         q, do = refs["q"][0, 0], refs["do"][0, 0]
         acc = acc_ref[...]
         for part in parts:
@@ -266,14 +292,15 @@ def _dq_kernel(refs, tables, walk, ids, grid):
             k = refs["k"][0, 0, columns]
             score, tanh = _score(_dot(q, k, _NT), walk.bias(refs, part), walk.options)
             p = jnp.exp2(hide(part, score - _lanes(lse_ref[...], score.shape[1])))
-            dp = _dot(do, refs["v"][0, 0, columns], _NT)
+            dp = keep(part, _dot(do, refs["v"][0, 0, columns], _NT))
+            dp = dp if walk.kept_scale == 1.0 else dp * walk.kept_scale
             ds = p * (dp - _lanes(delta_ref[...], score.shape[1]))
             if tanh is not None:
                 ds = ds * (1.0 - tanh * tanh)
             acc = acc + _dot(ds.astype(k.dtype), k)
         acc_ref[...] = acc
 
-    walk.run(refs, tables, batch, outer, step, compute)
+    walk.run(refs, tables, batch, head, outer, step, compute)
 
     @pl.when(step == grid[3] - 1)
     def end():
@@ -282,14 +309,15 @@ def _dq_kernel(refs, tables, walk, ids, grid):
 
 def _dkv_kernel(refs, tables, walk, ids, grid):
     dk_ref, dv_ref = refs["dk_acc"], refs["dv_acc"]
-    batch, _, outer, member, step = ids
+    batch, group, outer, member, step = ids
+    head = group * grid[3] + member
 
     @pl.when((member == 0) & (step == 0))
     def begin():
         dk_ref[...] = jnp.zeros_like(dk_ref)
         dv_ref[...] = jnp.zeros_like(dv_ref)
 
-    def compute(parts, hide):
+    def compute(parts, hide, keep):
         k, v = refs["k"][0, 0], refs["v"][0, 0]
         dk, dv = dk_ref[...], dv_ref[...]
         for part in parts:
@@ -297,19 +325,22 @@ def _dkv_kernel(refs, tables, walk, ids, grid):
             q, do = refs["q"][0, 0, rows], refs["do"][0, 0, rows]
             score, tanh = _score(_dot(k, q, _NT), walk.bias(refs, part), walk.options)
             p = jnp.exp2(hide(part, score - refs["lse"][0, 0, :, rows]))
-            dv = dv + _dot(p.astype(do.dtype), do)
-            ds = p * (_dot(v, do, _NT) - refs["delta"][0, 0, :, rows])
+            dv = dv + _dot(keep(part, p).astype(do.dtype), do)
+            dp = keep(part, _dot(v, do, _NT))
+            dp = dp if walk.kept_scale == 1.0 else dp * walk.kept_scale
+            ds = p * (dp - refs["delta"][0, 0, :, rows])
             if tanh is not None:
                 ds = ds * (1.0 - tanh * tanh)
             dk = dk + _dot(ds.astype(q.dtype), q)
         dk_ref[...], dv_ref[...] = dk, dv
 
-    walk.run(refs, tables, batch, outer, step, compute)
+    walk.run(refs, tables, batch, head, outer, step, compute)
 
     @pl.when((member == grid[3] - 1) & (step == grid[4] - 1))
     def end():
         refs["dk"][0, 0] = (dk_ref[...] * walk.options.scale).astype(refs["dk"].dtype)
-        refs["dv"][0, 0] = dv_ref[...].astype(refs["dv"].dtype)
+        dv = dv_ref[...] if walk.kept_scale == 1.0 else dv_ref[...] * walk.kept_scale
+        refs["dv"][0, 0] = dv.astype(refs["dv"].dtype)
 
 
 def _vary_alike(arrays):
