@@ -14,7 +14,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tilescan.ops import attention_xla, masks
 from tilescan.ops.decode_attention import decode_attention, merge_partials
@@ -22,7 +22,7 @@ from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.mask_placed import is_placed
 from tilescan.ops.sizes import check_sizes
-from tilescan.pallas_kernels.dropout import Dropout
+from tilescan.pallas_kernels import dropout
 
 __all__ = ["attention", "decode_attention", "merge_partials"]
 
@@ -34,9 +34,24 @@ _PLACED = (
 _KERNELS = {"tpu": "tilescan.ops.attention_tpu", "cuda": "tilescan.ops.attention_gpu"}
 
 
+def _with_seeds(op):
+    """`op` given a seed of dropout for each sequence and head, before devices cut its arrays."""
+
+    @functools.wraps(op)
+    def call(q, *args, dropout_rate=0.0, dropout_seed=None, **kwargs):
+        seeds = dropout_seeds(dropout_rate, dropout_seed, q)
+        if seeds is not None:
+            kwargs |= dict(dropout_rate=dropout_rate, dropout_seed=seeds)
+        return op(q, *args, **kwargs)
+
+    return call
+
+
+@_with_seeds
 @cut_by_letters(
-    "BTH", q="BTHD", k="BSGD", v="BSGP", mask="BT", bias=("BHTS", "HTS", "TS", "S"), q_offset=""
-)
+    "BTH", q="BTHD", k="BSGD", v="BSGP", mask="BT", bias=("BHTS", "HTS", "TS", "S"), q_offset="",
+    dropout_seed="BH",
+)  # fmt: skip
 def attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S G D"],
@@ -49,7 +64,7 @@ def attention(
     q_offset: int | Array | None = None,
     return_lse: bool = False,
     dropout_rate: float = 0.0,
-    dropout_seed: int | Array | None = None,
+    dropout_seed: int | Int[Array, ""] | Int[Array, "B H"] | None = None,
     implementation: str | None = None,
 ):
     """softmax(mask(cap(scale q k^T) + bias)) v, in tiles.
@@ -75,10 +90,11 @@ def attention(
       return_lse: also return the log of each row's sum of exponentials.
       dropout_rate: share of the weights that are replaced by 0, in [0, 1); the others are divided
         by 1 - dropout_rate. lse is that of all weights.
-      dropout_seed: with a rate, an integer, or an integer scalar, which may be traced. Of it, of
+      dropout_seed: with a rate, an integer or an integer scalar, which may be traced. Of it, of
         the indices of sequence, head, query and key in these arrays, and of nothing else depends
-        which weights are dropped: all backends and tilings drop the same. Under `jax.vmap` or on
-        parts of a batch give each its own seed.
+        which weights are dropped: all backends and tilings, and devices that cut the batch and
+        the heads, drop the same. Under `jax.vmap` and inside `jax.shard_map` give each its own
+        seed; or integers [B, H], a seed of each sequence and head.
       implementation: "xla", "pallas" (TPUs and Hopper GPUs), or None, which takes
         the Pallas kernel where the platform the program is lowered for has one for these shapes,
         and "xla" elsewhere. Dropout has no kernel on GPUs.
@@ -120,31 +136,43 @@ def attention(
         q_offset=static_offset,
         implementation=implementation,
     )
-    dropout = _dropout(dropout_rate, dropout_seed)
+    drop = None if dropout_seed is None else dropout.Dropout(dropout_seed, float(dropout_rate))
     # Inside shard_map, what devices share must be theirs before its gradient can differ by device.
     arrays = (q, k, v, bias)
-    q, k, v, bias = attention_xla.varying(arrays, (arrays, mask, q_offset, dropout))
-    o, lse = _attention(q, k, v, bias, mask, (q_offset, dropout), options)
+    q, k, v, bias = attention_xla.varying(arrays, (arrays, mask, q_offset, drop))
+    o, lse = _attention(q, k, v, bias, mask, (q_offset, drop), options)
     return (o, lse) if return_lse else o
 
 
-def _dropout(rate, seed) -> Dropout | None:
-    """What the passes take, None for a rate of 0."""
+def dropout_seeds(
+    rate: float, seed: int | Array | None, q: Float[Array, "B T H D"]
+) -> Int[Array, "B H"] | None:
+    """Returns int32 seeds of each sequence and head, as `attention` takes them; None for rate 0.
+
+    Raises:
+      ValueError: a rate outside [0, 1), or a seed that is missing, or is neither an integer nor
+        integers [B, H].
+    """
     if not isinstance(rate, (int, float, np.integer, np.floating)) or not 0 <= rate < 1:
         raise ValueError(f"dropout_rate must be a number in [0, 1), got {rate!r}")
-    if rate == 0:
+    if rate == 0 or q.ndim != 4:  # such a q is refused later
         return None
     if seed is None:
         raise ValueError(f"dropout_rate={rate} needs dropout_seed, an integer")
     if isinstance(seed, (int, np.integer)):
         seed = np.uint32(int(seed) % 2**32)
-    elif not jnp.issubdtype(getattr(seed, "dtype", object), jnp.integer) or np.shape(seed):
+    B, H = q.shape[0], q.shape[2]
+    if (
+        not isinstance(seed, (jax.Array, np.ndarray, np.generic))
+        or not jnp.issubdtype(seed.dtype, jnp.integer)
+        or seed.shape not in ((), (B, H))
+    ):
         raise ValueError(
-            f"dropout_seed must be an integer or an integer scalar, got {seed!r}; of a key, "
-            'jax.random.bits(key, dtype="uint32") makes one'
+            f"dropout_seed must be an integer or integers [B, H] = [{B}, {H}], got {seed!r}; of a "
+            'key, jax.random.bits(key, dtype="uint32") makes one'
         )
     seed = jax.lax.bitcast_convert_type(jnp.asarray(seed).astype(jnp.uint32), jnp.int32)
-    return Dropout(jnp.stack([seed, *jnp.zeros(2, jnp.int32)]), float(rate))
+    return seed if seed.ndim else dropout.seeds(seed, B, H)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,18 +245,18 @@ def _dispatch(direction, options, *arrays, exact=False):
     """
 
     def call(module, q, k, v, bias, mask, offset_and_dropout, *rest):
-        q_offset, dropout = offset_and_dropout
+        q_offset, drop = offset_and_dropout
         q_offset = options.q_offset if q_offset is None else q_offset
         if module is not attention_xla:
             reason = _PLACED if is_placed(mask) else None
-            if dropout is not None:
-                reason = reason or module.NO_DROPOUT
+            if drop is not None:
+                reason = reason or module.no_dropout(drop)
             reason = reason or module.unsupported(q, k, v, bias, mask, q_offset)
             if reason is not None and options.implementation == "pallas":
                 raise ValueError(f'implementation="pallas": {reason}')
             module = attention_xla if reason else module
         constants = dict(scale=options.scale, logit_cap=options.logit_cap)
-        constants |= {} if dropout is None else dict(dropout=dropout)
+        constants |= {} if drop is None else dict(dropout=drop)
         run = functools.partial(getattr(module, direction), **constants)
         arrays = q, k, v, bias, mask, q_offset
         if direction == "backward":

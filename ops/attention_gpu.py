@@ -24,7 +24,6 @@ MAX_HEAD_DIM = 256
 # Wider heads leave registers for one accumulator: dK and dV come from two runs.
 MAX_HEAD_DIM_OF_BOTH = 128
 XLA = 'implementation="xla" or None takes any'
-NO_DROPOUT = f"dropout_rate above 0 has no kernel for GPUs; {XLA}"
 # Tables of live tiles lie in global memory; beyond this they would outweigh the activations.
 TABLE_LIMIT = 256 * 2**20
 
@@ -77,6 +76,12 @@ def unsupported(q, k, v, bias, mask, q_offset):
                 f"allowed; shorten the sequences or lower the batch; {XLA}"
             )
     return None
+
+
+def no_dropout(dropout) -> str:
+    """Why there is no dropout, as in `unsupported`."""
+    del dropout
+    return f"dropout_rate above 0 has no kernel for GPUs; {XLA}"
 
 
 def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False):

@@ -30,7 +30,6 @@ TABLE_LIMIT = 768 * 2**10
 STACK_LIMIT = 256 * 2**20
 VMEM_LIMIT = 48 * 2**20
 DTYPES = (jnp.bfloat16, jnp.float32)
-NO_DROPOUT = None  # there is a kernel
 
 
 def unsupported(q, k, v, bias, mask, q_offset):
@@ -45,6 +44,17 @@ def unsupported(q, k, v, bias, mask, q_offset):
             _check_plan(kernel, q, k, v, mask, q_offset)
     except _NoKernelError as error:
         return str(error)
+    return None
+
+
+def no_dropout(dropout) -> str | None:
+    """Why the kernels can't take this dropout, in words that say what would work; or None."""
+    limit = TABLE_LIMIT // 8  # of the same memory as a mask's tables
+    if 4 * dropout.seeds.size > limit:
+        return (
+            f"the seeds of dropout take {4 * dropout.seeds.size} bytes of scalar memory, of which "
+            f'{limit} are free; lower the batch, or use implementation="xla"'
+        )
     return None
 
 
@@ -130,7 +140,7 @@ class Plan:
         """The plan with a `Dropout`, or without for None."""
         if dropout is None:
             return self
-        tables = dict(self.schedule.tables, dropout=dropout.numbers)
+        tables = dict(self.schedule.tables, dropout=dropout.seeds.reshape(-1))
         schedule = dataclasses.replace(self.schedule, tables=tables)
         return dataclasses.replace(self, schedule=schedule, dropout=dropout.rate)
 

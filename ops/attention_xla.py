@@ -61,8 +61,8 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False, dro
     I, J, R = tiles.I, tiles.J, H // G
 
     def one(_, x):
-        q, k, v, bias, ids, order, n_full, n_live, batch = x
-        keep = _keep(dropout, batch, H, G, I, J)
+        q, k, v, bias, ids, order, n_full, n_live, seeds = x
+        keep = _keep(dropout, seeds, G, I, J)
 
         def row(i):
             q_i = _heads_first(_slice(q, i, I), G).astype(dtype) * (scale * logits.units)
@@ -107,7 +107,14 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False, dro
         return None, (o.reshape(-1, H, P)[:T], [x.reshape(-1, H)[:T] for x in rows])
 
     padded = (tiles.pad_q(q), tiles.pad_k(k), tiles.pad_k(v), tiles.pad_bias(bias))
-    xs = (*padded, tiles.ids(mask), order, n_full, n_live, _batch_index(dropout, B))
+    xs = (
+        *padded,
+        tiles.ids(mask),
+        order,
+        n_full,
+        n_live,
+        None if dropout is None else dropout.seeds,
+    )
     o, (lse, *both) = _over_batch(one, None, xs, B, H * I * J)[1]
     return (o, lse, both) if exact else (o, lse)
 
@@ -140,8 +147,8 @@ def backward(
         do, delta = (do * factor[..., None]).astype(do.dtype), delta * factor
 
     def one(dbias, x):
-        q, k, v, do, lse, delta, bias, ids, order, n_full, n_live, batch = x
-        keep = _keep(dropout, batch, H, G, I, J, transposed=True)
+        q, k, v, do, lse, delta, bias, ids, order, n_full, n_live, seeds = x
+        keep = _keep(dropout, seeds, G, I, J, transposed=True)
 
         def column(carry, j):
             k_j, v_j = (jnp.swapaxes(_slice(a, j, J), 0, 1).astype(dtype) for a in (k, v))
@@ -198,7 +205,8 @@ def backward(
     xs = (
         tiles.pad_q(q), tiles.pad_k(k), tiles.pad_k(v), tiles.pad_q(do),
         tiles.pad_q(lse, jnp.inf), tiles.pad_q(delta),
-        padded_bias, tiles.ids(mask), order, n_full, n_live, _batch_index(dropout, B),
+        padded_bias, tiles.ids(mask), order, n_full, n_live,
+        None if dropout is None else dropout.seeds,
     )  # fmt: skip
     dbias, (dq, dk, dv) = _over_batch(one, dbias, xs, B, H * I * J)
     if bias is not None:
@@ -391,20 +399,16 @@ class _Logits:
         return jnp.broadcast_to(visible, (tiles.I, tiles.J))[None]
 
 
-def _batch_index(dropout, B):
-    return None if dropout is None else jnp.arange(B, dtype=jnp.int32)
-
-
-def _keep(dropout, batch, H, G, I, J, transposed=False):
+def _keep(dropout, seeds, G, I, J, transposed=False):
     """(x, i, j) -> x [G, M, J] (or [G, J, M]) of tile i, j with 0 for what dropout drops."""
     if dropout is None:
         return lambda x, i, j: x
-    heads = jnp.arange(H, dtype=jnp.int32).reshape(G, H // G, 1)
+    heads = seeds.reshape(G, -1, 1)
 
     def keep(x, i, j):
         # With 64-bit types, loops count in int64.
         index = lambda n, size: jnp.asarray(n * size, jnp.int32) + jnp.arange(size, dtype=jnp.int32)
-        rows = row_hash(dropout.numbers, batch, heads, index(i, I)[None, None])
+        rows = row_hash(heads, index(i, I)[None, None])
         rows, keys = rows.reshape(G, -1), index(j, J)
         if transposed:
             rows, keys = rows[:, None], keys[None, :, None]

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tilescan.ops import masks
+from tilescan.ops.attention import dropout_seeds
 from tilescan.ops.cross_entropy import chunked_cross_entropy
 from tilescan.ops.explicit_axes import (
     as_auto,
@@ -69,15 +70,19 @@ def partitioned(
         TIME_AXIS; None keeps time whole. Only for self-attention of whole sequences (q_offset is
         0 or None), and only with `ops.attention.attention` as op.
       balance: the order of the tokens then, by which devices hold equal work.
-      **options: of `op`; no arrays.
+      **options: of `op`; no arrays but a dropout_seed, of which devices that cut the batch and
+        the heads make what one device would. There is no dropout where they cut time.
 
     Returns:
       What `op` returns: arrays whose first dimensions are B, T and H.
 
     Raises:
-      ValueError: time that the devices of TIME_AXIS cannot share equally.
+      ValueError: time that the devices of TIME_AXIS cannot share equally; dropout where they do.
     """
     given = dict(mask=mask, bias=bias, q_offset=q_offset)
+    if options.get("dropout_rate"):
+        rate, seed = options["dropout_rate"], options.pop("dropout_seed", None)
+        given["dropout_seed"] = dropout_seeds(rate, seed, q)
     cuts_time = sequence_parallel is not None and explicit_devices(TIME_AXIS, (q, k, v)) > 1
     mesh = explicit_mesh((q, k, v))
     if cuts_time or (mesh is not None and mesh.size > 1 and not hasattr(op, "cut")):
@@ -98,6 +103,11 @@ def partitioned(
         k, v = (_repeat_heads(x, q.shape[2], parts) for x in (k, v))
 
     time = None
+    if cuts_time and "dropout_seed" in given:
+        raise ValueError(
+            f"dropout_rate={rate}: devices that cut time drop no weights; use dropout_rate=0 or "
+            f"mesh.{TIME_AXIS} = 1"
+        )
     if cuts_time:
         _check_time(q, k, free[TIME_AXIS], balance, q_offset)
         time, q_offset = TIME_AXIS, None
@@ -116,6 +126,10 @@ def partitioned(
     if bias is not None:
         arrays["bias"] = bias
         specs["bias"] = cut(bias, *(batch, heads, time, None)[-bias.ndim :])
+    if "dropout_seed" in given:
+        arrays["dropout_seed"], specs["dropout_seed"] = (
+            given["dropout_seed"], PartitionSpec(batch, heads),
+        )  # fmt: skip
     if time is not None:
         pass
     elif q_offset is None or isinstance(q_offset, (int, np.integer)):

@@ -69,8 +69,11 @@ def attention(
     return o, jnp.moveaxis(lse[..., 0], 1, 2)
 
 
-def dropout_mask(rate: float, seed: int, shape) -> np.ndarray:
-    """bool [B, H, T, S]: which weights `ops.attention` keeps, in unsigned integers of NumPy."""
+def dropout_mask(rate: float, seed, shape) -> np.ndarray:
+    """bool [B, H, T, S]: which weights `ops.attention` keeps, in unsigned integers of NumPy.
+
+    seed: an integer, or integers [B, H].
+    """
 
     def mix(x):
         x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
@@ -78,10 +81,13 @@ def dropout_mask(rate: float, seed: int, shape) -> np.ndarray:
         return x ^ (x >> np.uint32(16))
 
     step = np.uint32(0x9E3779B9)
-    x = mix(np.full((1,) * 4, seed % 2**32, np.uint32) + step)
-    for axis, n in enumerate(shape):
-        index = np.arange(n, dtype=np.uint32).reshape([n if a == axis else 1 for a in range(4)])
-        x = mix(x + index * step)
+    index = lambda axis: np.arange(shape[axis], dtype=np.uint32)
+    x = np.asarray(seed).astype(np.int64) % 2**32
+    x = x.astype(np.uint32).reshape(x.shape + (1,) * (2 - x.ndim))
+    if np.ndim(seed) == 0:
+        x = mix(mix(x + step) + index(0)[:, None] * step) + index(1)[None] * step
+    x = mix(mix(x)[..., None] + index(2) * step)
+    x = mix(x[..., None] + index(3) * step)
     return x.view(np.int32) >= round(rate * 2**32) - 2**31
 
 

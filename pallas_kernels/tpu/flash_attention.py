@@ -69,7 +69,7 @@ class Scores:
     logit_cap: float | None
     keys: int
     mask: TileMask
-    dropout: float = 0.0  # the rate; above 0 the schedule has a table "dropout", the numbers
+    dropout: float = 0.0  # the rate; above 0 the schedule has a table "dropout", [B * H] seeds
 
 
 def _lanes(x, width):
@@ -129,7 +129,7 @@ class _Walk:
         """What weights that dropout keeps are multiplied by."""
         return 1.0 / (1.0 - self.options.dropout)
 
-    def run(self, refs, tables, batch, head, outer, step, compute):
+    def run(self, refs, tables, batch, head, heads, outer, step, compute):
         """Call `compute(parts, hide, keep)` for each compute step of this grid step's tile.
 
         All steps of a tile form one call of `compute` with a list of parts, for one straight run
@@ -143,7 +143,7 @@ class _Walk:
         q_first, k_first = q_tile * self.tile.queries, k_tile * self.tile.keys
 
         def keep(part, x):
-            return self._keep(tables, batch, head, q_first, k_first, part, x)
+            return self._keep(tables, batch * heads + head, q_first, k_first, part, x)
 
         def full():
             compute(parts, lambda part, x: x, keep)
@@ -207,7 +207,7 @@ class _Walk:
             seen.append(k_index < self.options.keys)
         return jnp.where(functools.reduce(jnp.logical_and, seen), x, MASKED)
 
-    def _keep(self, tables, batch, head, q_first, k_first, part, x):
+    def _keep(self, tables, place, q_first, k_first, part, x):
         """A tile x of weights, or of their cotangents, with 0 for what dropout drops."""
         if self.options.dropout == 0:
             return x
@@ -219,7 +219,7 @@ class _Walk:
         line = lambda axis: tuple(n if a == axis else 1 for a, n in enumerate(x.shape))
         queries = _positions(q_first, 1, line(self.q_axis), self.q_axis)
         keys = _positions(k_first, 1, line(1 - self.q_axis), 1 - self.q_axis)
-        rows = row_hash(tables["dropout"], batch, head, queries)
+        rows = row_hash(tables["dropout"][place], queries)
         return jnp.where(kept(rows, keys, self.options.dropout), x, 0.0)
 
     def bias(self, refs, part):
@@ -234,7 +234,7 @@ class _Walk:
 
 def _forward_kernel(refs, tables, walk, ids, grid):
     m_ref, l_ref, acc_ref = refs["m"], refs["l"], refs["acc"]
-    batch, head, outer, step = ids
+    (batch, head, outer, step), heads = ids, grid[1]
 
     @pl.when(step == 0)
     def begin():
@@ -263,7 +263,7 @@ def _forward_kernel(refs, tables, walk, ids, grid):
             m = m_next
         m_ref[...], l_ref[...], acc_ref[...] = m, l, acc
 
-    walk.run(refs, tables, batch, head, outer, step, compute)
+    walk.run(refs, tables, batch, head, heads, outer, step, compute)
 
     @pl.when(step == grid[3] - 1)
     def end():
@@ -276,7 +276,7 @@ def _forward_kernel(refs, tables, walk, ids, grid):
 
 def _dq_kernel(refs, tables, walk, ids, grid):
     acc_ref, lse_ref, delta_ref = refs["acc"], refs["lse_column"], refs["delta_column"]
-    batch, head, outer, step = ids
+    (batch, head, outer, step), heads = ids, grid[1]
 
     @pl.when(step == 0)
     def begin():
@@ -300,7 +300,7 @@ def _dq_kernel(refs, tables, walk, ids, grid):
             acc = acc + _dot(ds.astype(k.dtype), k)
         acc_ref[...] = acc
 
-    walk.run(refs, tables, batch, head, outer, step, compute)
+    walk.run(refs, tables, batch, head, heads, outer, step, compute)
 
     @pl.when(step == grid[3] - 1)
     def end():
@@ -310,7 +310,7 @@ def _dq_kernel(refs, tables, walk, ids, grid):
 def _dkv_kernel(refs, tables, walk, ids, grid):
     dk_ref, dv_ref = refs["dk_acc"], refs["dv_acc"]
     batch, group, outer, member, step = ids
-    head = group * grid[3] + member
+    head, heads = group * grid[3] + member, grid[1] * grid[3]
 
     @pl.when((member == 0) & (step == 0))
     def begin():
@@ -334,7 +334,7 @@ def _dkv_kernel(refs, tables, walk, ids, grid):
             dk = dk + _dot(ds.astype(q.dtype), q)
         dk_ref[...], dv_ref[...] = dk, dv
 
-    walk.run(refs, tables, batch, head, outer, step, compute)
+    walk.run(refs, tables, batch, head, heads, outer, step, compute)
 
     @pl.when((member == grid[3] - 1) & (step == grid[4] - 1))
     def end():

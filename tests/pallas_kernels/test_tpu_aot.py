@@ -21,6 +21,9 @@ CASES = {
     },
     "packed": {"gradient": True, "B": 2, "mask": "packed"},
     "lists": {"gradient": False, "mask": "sinks 4 + window 512"},
+    "dropout": {
+        "gradient": True, "dropout_rate": 0.1, "dropout_seed": 7, "implementation": "pallas",
+    },
     "decode": {"gradient": False, "T": 1, "S": 1000, "implementation": "pallas"},
 }  # fmt: skip
 

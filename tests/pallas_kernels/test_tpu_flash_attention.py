@@ -1,6 +1,7 @@
 """The TPU kernels, interpreted on a CPU, against dense attention in float64."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,10 @@ import pytest
 from hidden_values import assert_bias_hides, assert_hidden
 
 from tilescan.ops import attention_tpu, masks, reference
+from tilescan.pallas_kernels import dropout
 from tilescan.pallas_kernels.tpu import flash_attention as kernels
+
+attention_lib = importlib.import_module("tilescan.ops.attention")  # `ops.attention` is the function
 
 # Relative error in the Frobenius norm; bfloat16 has 8 bits of mantissa.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 6e-3}
@@ -258,3 +262,27 @@ def test_a_bias_hides_keys_and_whole_rows():
         return o, lse, *attention_tpu.backward(*arrays, o, lse, do, dlse, **options)
 
     assert_bias_hides(run, (1, 130, 140, 2, 1, 16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", *slowly(("bfloat16",))])
+def test_dropout_drops_what_the_reference_does(dtype, monkeypatch):
+    monkeypatch.setattr(attention_tpu, "tile_for", lambda *_: kernels.Tile(128, 256, 128))
+    (q, k, v), _, (do, dlse) = problem(B=2, T=200, H=4, G=2, D=16, dtype=dtype)
+    mask, seed, rate = masks.Causal(), 2**32 - 3, 0.3
+    drop = dropout.Dropout(attention_lib.dropout_seeds(rate, seed, q), rate)
+
+    @jax.jit
+    def run(q, k, v, do, dlse):
+        arrays = q, k, v, None, mask, 0
+        options = dict(scale=0.25, logit_cap=None, dropout=drop, interpret=True)
+        o, lse = attention_tpu.forward(*arrays, **options)
+        return o, lse, *attention_tpu.backward(*arrays, o, lse, do, dlse, **options)[:3]
+
+    want = reference.attention_and_gradients(
+        q, k, v, do, dlse, mask=mask, scale=0.25, dropout_rate=rate, dropout_seed=seed
+    )
+    for name, x, y in zip(
+        ("o", "lse", "dq", "dk", "dv"), run(q, k, v, do, dlse), want, strict=False
+    ):
+        error = np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
+        assert error < TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
