@@ -1,4 +1,4 @@
-"""Reads a Mamba-2 checkpoint far behind its training length and says whether and where it breaks.
+"""Reads a Mamba-2 checkpoint far beyond its training length and says whether and where it breaks.
 
 tilescan diagnose CHECKPOINT --train-length=8192 --tokens=book.npy
 python -m tilescan.cli.diagnose CHECKPOINT --train-length=8192 --tokens=book.npy
@@ -8,8 +8,7 @@ import argparse
 import pathlib
 import sys
 
-import rich.console
-
+ABOUT = "say where a Mamba-2 checkpoint breaks beyond its training length"
 DESCRIPTION = """\
 Diagnose state collapse (Stuffed Mamba, arXiv 2410.07145) in a checkpoint of Mamba-2: a folder in
 Hugging Face's layout, with config.json and model.safetensors.
@@ -34,7 +33,7 @@ in this package: tokenize elsewhere and give the ids, numpy.save("book.npy", ids
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Adds the command's arguments."""
     add = parser.add_argument
     add("checkpoint", help="folder with config.json and model.safetensors")
     add("--train-length", type=int, required=True, help="tokens of a training row, e.g. 8192")
@@ -64,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
       ValueError: lengths, ids or a model that don't fit; FileNotFoundError, CheckpointError: see
         `models.checkpoints.load_pretrained`.
     """
+    import rich.console
+
     from tilescan.experiments.measurements import state_collapse
     from tilescan.models.checkpoints import load_pretrained
 

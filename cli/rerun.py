@@ -3,6 +3,9 @@
 import argparse
 import pathlib
 
+from tilescan.cli.folders import results_folder
+
+ABOUT = "measure one committed record again"
 DESCRIPTION = """\
 Measure one committed record again, with today's code, and print the old and the new numbers.
 
@@ -21,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", type=pathlib.Path, help="of the record [results/PAPER/SCALE]")
 
 
-def run(options: argparse.Namespace, results: pathlib.Path | None) -> int:
-    """Runs the command; `results` is the folder of results, None where there is none."""
+def run(options: argparse.Namespace) -> int:
+    """Measures the record's cell and prints both; returns the exit status."""
     from tilescan.experiments import rerun
     from tilescan.experiments.harness import registry
 
     registry.load(options.paper)
-    root = results or pathlib.Path("results")
+    root = results_folder() or pathlib.Path("results")
     folder = options.workdir or root / options.paper / options.scale
     return rerun.rerun(options.paper, options.cell, folder)

@@ -1,10 +1,13 @@
 """The console command: it teaches, and what is mistyped is answered with the nearest known name."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
-from tilescan.cli import commands
+from tilescan.cli import folders, list_papers
 from tilescan.cli import main as cli
 from tilescan.data.clients import SourceError
 from tilescan.experiments.harness import registry as papers
@@ -30,6 +33,14 @@ def test_help_shows_examples(capsys, command):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"  tilescan {' '.join(command)}".rstrip() in out
+
+
+def test_help_loads_no_heavy_library():
+    """`tilescan --help` answers well under a second."""
+    code = "import sys; from tilescan.cli import main; main._build_parser(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"jax", "numpy", "flax", "matplotlib", "rich", "ml_collections", "absl"}
+    assert "tilescan.cli.train" in done.stdout.split() and not heavy & set(done.stdout.split())
 
 
 def test_unknown_paper_names_the_nearest(capsys):
@@ -241,14 +252,14 @@ def test_data_says_what_is_missing_or_too_much(capsys):
     ids=lambda error: type(error).__name__,
 )
 def test_a_known_failure_is_told_without_a_traceback(capsys, monkeypatch, error):
-    monkeypatch.setattr(commands, "train", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(cli.train, "run", lambda *_: (_ for _ in ()).throw(error))
     status, err = fails(capsys, "train", "--workdir=somewhere")
     assert status == 1 and err == f"tilescan: error: {error}\n"
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
     stop = KeyboardInterrupt("stopped by SIGINT after step 3; run the same command to continue")
-    monkeypatch.setattr(commands, "train", lambda *_: (_ for _ in ()).throw(stop))
+    monkeypatch.setattr(cli.train, "run", lambda *_: (_ for _ in ()).throw(stop))
     status, err = fails(capsys, "train", "--workdir=somewhere")
     assert status == 130 and "run the same command to continue" in err
 
@@ -300,12 +311,12 @@ def test_list_shows_every_paper(capsys, monkeypatch):
 
 def test_list_finds_the_results_from_elsewhere(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    of_code = cli.pathlib.Path(cli.__file__).resolve().parents[1] / "results"
-    assert cli._results_folder() == of_code
+    of_code = pathlib.Path(folders.__file__).resolve().parents[1] / "results"
+    assert folders.results_folder() == of_code
     (tmp_path / "results").mkdir()  # one's own results go before
-    assert cli._results_folder() == cli.pathlib.Path("results")
+    assert folders.results_folder() == pathlib.Path("results")
 
-    monkeypatch.setattr(cli, "_results_folder", lambda: None)
+    monkeypatch.setattr(list_papers, "results_folder", lambda: None)
     assert cli.main(["list"]) == 0
     assert "There is no folder of results" in capsys.readouterr().out
 

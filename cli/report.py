@@ -1,0 +1,27 @@
+"""`tilescan report`: rebuilds the pages of results."""
+
+import argparse
+import pathlib
+
+ABOUT = "rebuild RESULTS.md and results/index.html"
+DESCRIPTION = """\
+Rebuild RESULTS.md, results/index.html and every table and figure from the kept records.
+
+  tilescan report                                    of what lies in results/
+  tilescan report --from=runs/flash_attention/cpu    first copy this run to results/
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"))
+    parser.add_argument(
+        "--from", dest="source", type=pathlib.Path, help="publish this workdir first"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Rebuilds tables, figures and pages; returns the exit status."""
+    from tilescan.experiments import report
+
+    return report.rebuild_command(options.results, options.source)

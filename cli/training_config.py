@@ -1,0 +1,38 @@
+"""The configuration of commands that train: a file's or the default one, with overrides."""
+
+import argparse
+import typing
+
+if typing.TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --config=FILE, and lets the command take --config.KEY=VALUE."""
+    about = "Python file whose get_config() returns an edited training.config.default_config()"
+    parser.add_argument("--config", metavar="FILE", help=about)
+    parser.set_defaults(config_keys=_config_keys)
+
+
+def load(options: argparse.Namespace) -> "ConfigDict":
+    """Returns the default configuration or that of a file ("PATH:ARGUMENT"), with overrides.
+
+    Raises:
+      ValueError: a wrong file, key or value.
+    """
+    from tilescan.training import config as config_lib
+    from tilescan.training import config_files
+
+    file = options.config
+    config = config_lib.default_config() if file is None else config_files.load(file)
+    for assignment in options.overrides:
+        config_lib.override(config, assignment)
+    return config
+
+
+def _config_keys(options: argparse.Namespace) -> list[str]:
+    """Returns the keys that may be set; raises ValueError for a wrong file."""
+    from tilescan.training import config as config_lib
+    from tilescan.training import config_files
+
+    return config_lib.known_keys(options.config and config_files.load(options.config))
