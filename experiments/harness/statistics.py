@@ -32,6 +32,13 @@ def spread(values: Iterable[float]) -> Spread | None:
     return Spread(statistics.fmean(values), std, len(values))
 
 
+def scaled(value: Spread | None, unit: float) -> Spread | None:
+    """Returns mean and standard deviation times `unit`, e.g. 100 for percent."""
+    if value is None:
+        return None
+    return Spread(unit * value.mean, None if value.std is None else unit * value.std, value.count)
+
+
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
     """Returns numerator / denominator, None when one is missing or the denominator is 0."""
     if not isinstance(numerator, int | float) or not isinstance(denominator, int | float):

@@ -1,4 +1,4 @@
-"""The ways to a gradient that StreamBP's paper compares, for its three losses."""
+"""The methods of a gradient that StreamBP's paper compares, for its three losses."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ BETA = 0.1
 def make(
     loss: str, method: str, model: Mapping[str, Any], *, chunks: int, logit_chunk: int
 ) -> Callable:
-    """loss(params, batch) -> (sum, Sums).
+    """Returns loss(params, batch) -> (sum, Sums).
 
     Args:
       loss: one of LOSSES.
@@ -104,22 +104,22 @@ def _sums(loss, weight):
     return {"loss": loss, "weight": weight, **names}
 
 
-def abstract_parameters(model: Mapping[str, Any]):
-    """Shapes of the parameters."""
+def abstract_parameters(model: Mapping[str, Any]) -> Any:
+    """Returns the shapes of the parameters."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     init = lambda: LanguageModel(LanguageModelConfig(**model)).init(jax.random.key(0), tokens)
     return nn.unbox(jax.eval_shape(init))["params"]
 
 
-def parameters(model: Mapping[str, Any], seed: int):
-    """Initialised parameters."""
+def parameters(model: Mapping[str, Any], seed: int) -> Any:
+    """Returns initialized parameters."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     init = LanguageModel(LanguageModelConfig(**model)).init
     return nn.unbox(jax.jit(init)(jax.random.key(seed), tokens))["params"]
 
 
 def abstract_batch(loss: str, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the smallest batch: a text, an answer, or a pair of answers."""
+    """Returns the shapes of the smallest batch: a sequence, an answer, or a pair of answers."""
     rows = 2 if loss == DPO else 1
     fields = {k: ((rows, length), jnp.int32) for k in ("tokens", "targets")}
     fields["weights"] = ((rows, length), jnp.float32)
@@ -132,7 +132,7 @@ def abstract_batch(loss: str, length: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def random_batch(length: int, vocab_size: int, seed: int) -> dict[str, jax.Array]:
-    """A text of random tokens, all of which count."""
+    """Returns a sequence of random tokens, all of which count."""
     tokens = np.random.default_rng(seed).integers(vocab_size, size=(1, length + 1), dtype=np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
     return jax.device_put(batch | {"weights": np.ones((1, length), np.float32)})

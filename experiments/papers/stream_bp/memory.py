@@ -22,9 +22,9 @@ GB = 1e9
 
 
 def longest(settings: Mapping[str, Any], seed: int) -> dict:
-    """The longest sequence whose gradient needs at most so many bytes of temporaries.
+    """Searches the longest sequence whose gradient needs at most so many bytes of temporaries.
 
-    Settings: "loss", "method", "model", "chunks", "logit_chunk" (see `stream_bp_losses.make`);
+    Settings: "loss", "method", "model", "chunks", "logit_chunk" (see `losses.make`);
     "budget_gb"; "start" and "step", of the search.
 
     Returns:
@@ -54,7 +54,7 @@ def longest(settings: Mapping[str, Any], seed: int) -> dict:
 
 
 def times(settings: Mapping[str, Any], seed: int) -> dict:
-    """Times of a gradient, forward pass included, by several methods in turn.
+    """Times a gradient, forward pass included, by several methods in turn.
 
     Settings: "model", "methods", "length", "chunks", "logit_chunk", "repeats".
 
@@ -71,7 +71,7 @@ def times(settings: Mapping[str, Any], seed: int) -> dict:
 
 
 def chunk_counts(settings: Mapping[str, Any], seed: int) -> dict:
-    """Time and memory of a streamed gradient against the number of chunks, beside checkpointing.
+    """Measures time and memory of a streamed gradient by chunks, beside checkpointing.
 
     Settings: "model", "length", "counts", "logit_chunk", "repeats".
 

@@ -1,12 +1,17 @@
 """StreamBP's gradients and training losses beside those of the plain model."""
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from tilescan.data.batches import BatchDataset
+from tilescan.experiments.harness.shared_models import Trained
+from tilescan.experiments.harness.workspace import Workspace
 from tilescan.experiments.papers.stream_bp.losses import (
     CHECKPOINT,
     DPO,
@@ -20,6 +25,7 @@ from tilescan.experiments.papers.stream_bp.losses import (
 from tilescan.training import steps
 from tilescan.training.optimizers import make_optimizer
 from tilescan.training.settings import OptimizerConfig
+from tilescan.training.train import train
 
 BASE32, STREAM32, BASE16, STREAM16 = "base32", "stream32", "base16", "stream16"
 # The task that preferences are about: answers with many of the vocabulary's first tokens.
@@ -28,7 +34,7 @@ WARM_UP = 10  # steps
 
 
 def precision(settings: Mapping[str, Any], seed: int) -> dict:
-    """Errors of gradients against the plain float32 model.
+    """Measures errors of gradients against the plain float32 model.
 
     Settings: "model", whose head is not tied; "length", "chunks", "logit_chunk".
 
@@ -72,13 +78,13 @@ def precision(settings: Mapping[str, Any], seed: int) -> dict:
     }
 
 
-def parity(settings: Mapping[str, Any], seed: int) -> dict:
+def parity(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
     """Trains twice on the same batches, by the plain loss and by the streamed one.
 
-    Texts are walks of a Markov chain. SFT learns the chain. GRPO and DPO start from a model that
-    did, and prefer answers with many of the vocabulary's first half of tokens: of GROUP walks from
-    one start each has its advantage, of two walks the better one is chosen. The policy that wrote
-    them, and the reference, is the chain itself, whose log probabilities are known.
+    Sequences are walks of a Markov chain. SFT learns the chain. GRPO and DPO start from a model
+    that did, and prefer answers with many of the vocabulary's first half of tokens: of GROUP walks
+    from one start each has its advantage, of two walks the better one is chosen. The policy that
+    wrote them, and the reference, is the chain itself, whose log probabilities are known.
 
     Settings: "loss", "model", "length", "batch_size", "steps", "learning_rate", "sft_steps" and
     "sft_learning_rate" (of the model that GRPO and DPO start from), "chunks", "logit_chunk".
@@ -86,26 +92,17 @@ def parity(settings: Mapping[str, Any], seed: int) -> dict:
     Returns:
       {"plain", "streamed": [loss of each step], "largest_difference", "mean_difference"}.
     """
-    model = dict(settings["model"])
-    chain = Chain(model["vocab_size"], seed)
-    params = parameters(model, seed)
+    loss, model = settings["loss"], dict(settings["model"])
+    if loss == SFT:
+        params = parameters(model, seed)
+    else:
+        params = sft_model(settings, seed, workspace).params
+    batches = _batches(loss, settings, settings["steps"], seed)
     options = dict(chunks=settings["chunks"], logit_chunk=settings["logit_chunk"])
-
-    def train(loss, method, params, count, rate):
-        made = make(loss, method, model, **options)
-        rng = np.random.default_rng([seed, len(loss)])
-        batches = [
-            chain.batch(loss, settings["batch_size"], settings["length"], rng) for _ in range(count)
-        ]
-        return _train(made, params, batches, rate)
-
-    if settings["loss"] != SFT:
-        params, _ = train(
-            SFT, CHECKPOINT, params, settings["sft_steps"], settings["sft_learning_rate"]
-        )
-    how = settings["steps"], settings["learning_rate"]
-    _, plain = train(settings["loss"], CHECKPOINT, params, *how)
-    _, streamed = train(settings["loss"], STREAM, params, *how)
+    plain, streamed = (
+        _losses(make(loss, method, model, **options), params, batches, settings["learning_rate"])
+        for method in (CHECKPOINT, STREAM)
+    )
     differences = np.abs(np.subtract(plain, streamed))
     return {
         "plain": plain,
@@ -115,8 +112,42 @@ def parity(settings: Mapping[str, Any], seed: int) -> dict:
     }
 
 
-def _train(loss, params, batches, rate) -> tuple[Any, list[float]]:
-    """(parameters, the loss of each step)"""
+def sft_model(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> Trained:
+    """Returns the model that learned the chain: one for GRPO and DPO."""
+    model = dict(settings["model"])
+    keys = {
+        **{f"model.{name}": value for name, value in model.items() if name != "dtype"},
+        "model.remat": "full",
+        "precision.compute_dtype": model["dtype"],
+        "data.seq_len": settings["length"],
+        "data.batch_size": settings["batch_size"],
+        "train.steps": settings["sft_steps"],
+        "optimizer.learning_rate": settings["sft_learning_rate"],
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_steps": WARM_UP,
+    }
+
+    def make(config: ConfigDict, folder: pathlib.Path) -> None:
+        batches = _batches(SFT, settings, config.train.steps, seed)
+        known = {"data": "chain", "seed": seed}
+        dataset = BatchDataset(batches.__getitem__, None, known, model["vocab_size"])
+        train(config, folder, datasets={"train": dataset}, params=parameters(model, seed))
+
+    return workspace.trained({"data": "chain", "train": keys}, seed, make)
+
+
+def _batches(
+    loss: str, settings: Mapping[str, Any], count: int, seed: int
+) -> list[dict[str, np.ndarray]]:
+    chain = Chain(settings["model"]["vocab_size"], seed)
+    rng = np.random.default_rng([seed, len(loss)])
+    return [
+        chain.batch(loss, settings["batch_size"], settings["length"], rng) for _ in range(count)
+    ]
+
+
+def _losses(loss, params, batches, rate: float) -> list[float]:
+    """The loss of each step of a training from these parameters."""
     config = OptimizerConfig(learning_rate=rate, schedule="constant", warmup_steps=WARM_UP)
     tx, schedule = make_optimizer(config, len(batches))
     step = jax.jit(steps.make_train_step(loss, tx, schedule))
@@ -126,7 +157,7 @@ def _train(loss, params, batches, rate) -> tuple[Any, list[float]]:
     for batch in batches:
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-    return state.params, losses
+    return losses
 
 
 class Chain:
@@ -138,7 +169,7 @@ class Chain:
         self.next = 0.98 * self.next + 0.02 / vocab_size  # nothing is impossible
 
     def walks(self, first: np.ndarray, length: int, rng) -> np.ndarray:
-        """int32 [rows, 1 + length], beginning with `first`."""
+        """Returns walks, int32 [rows, 1 + length], that begin with `first`."""
         walk = [first]
         cumulative = np.cumsum(self.next, axis=1)
         for _ in range(length):
@@ -148,7 +179,7 @@ class Chain:
         return np.stack(walk, axis=1).astype(np.int32)
 
     def batch(self, loss: str, rows: int, length: int, rng) -> dict[str, np.ndarray]:
-        """A batch of `rows` walks; the first quarter of each is the prompt, where answers are."""
+        """Returns a batch of `rows` walks; of answers, a first quarter of each is the prompt."""
         together = {SFT: 1, GRPO: GROUP, DPO: 2}[loss]
         prompt = 0 if loss == SFT else length // 4
         first = rng.integers(len(self.next), size=rows // together)

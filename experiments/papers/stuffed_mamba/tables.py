@@ -12,7 +12,7 @@ import numpy as np
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Records
-from tilescan.experiments.harness.statistics import Spread, spread
+from tilescan.experiments.harness.statistics import Spread, scaled, spread
 from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, STATIC, Column, Table, table
 from tilescan.experiments.measurements.state_collapse import COLLAPSE
 from tilescan.experiments.papers.stuffed_mamba import cells, published
@@ -134,11 +134,6 @@ def _mitigations(records: Records) -> Table:
         texts = {", ".join(f"{k}={v:.4g}" for k, v in sorted(o.items())) for o in options}
         return "; ".join(sorted(filter(None, texts))) or "–"
 
-    def share(name: str) -> Spread | None:
-        cut = cuts.get(name)
-        std = None if cut is None or cut.std is None else 100 * cut.std
-        return cut and Spread(100 * cut.mean, std, cut.count)
-
     def loss(key: str):
         return lambda name: spread(losses[key] for losses in found[name])
 
@@ -151,7 +146,7 @@ def _mitigations(records: Records) -> Table:
             Column("chosen on validation rows", of=chosen),
             Column("loss before T", MEASURED, "nats", of=loss("within")),
             Column("loss before 4 T", MEASURED, "nats", of=loss("beyond")),
-            Column("excess taken away", MEASURED, "%", of=share),
+            Column("excess taken away", MEASURED, "%", of=lambda name: scaled(cuts.get(name), 100)),
         ],
         note="T is the training length; losses are means over T/2 tokens before T and 4 T (of the "
         "model with longer rows, over half of those). The paper multiplies decays by 0.9999 at 8K "

@@ -5,14 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tilescan.configs.common import SCALES
 from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness import shared_models
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.measurements.compiled import compiled_memory, largest_within
-from tilescan.experiments.papers import stream_bp
-from tilescan.experiments.papers.stream_bp import claims as stream_bp_claims
-from tilescan.experiments.papers.stream_bp import losses as stream_bp_losses
-from tilescan.experiments.papers.stream_bp import tables as stream_bp_tables
-from tilescan.experiments.papers.stream_bp import training as stream_bp_training
+from tilescan.experiments.papers.stream_bp import cells, claims, losses, tables, training
 from tilescan.models.language_model import count_params
 
 TINY = dict(vocab_size=16, d_model=8, n_heads=2, n_kv_heads=2, repeats=1, mlp_dim=16)
@@ -24,16 +22,16 @@ def record(kind, result, seed=0, **settings):
 
 
 def status(records, name):
-    return {c.name: c for c in stream_bp_claims.claims(Records(records))}[name].status
+    return {c.name: c for c in claims.claims(Records(records))}[name].status
 
 
 def test_cells_are_unique_and_the_model_is_qwen3s():
-    for scale in papers.SCALES:
-        cells = stream_bp.cells(papers.load_config("stream_bp", scale))
-        assert len({cell.id for cell in cells}) == len(cells)
-    cells = stream_bp.cells(papers.load_config("stream_bp", "cpu"))
-    (model,) = {str(c.settings["model"]): c.settings["model"] for c in cells[:12]}.values()
-    count = count_params(stream_bp_losses.abstract_parameters(model))
+    for scale in SCALES:
+        made = cells.cells(papers.load_config("stream_bp", scale))
+        assert len({cell.id for cell in made}) == len(made)
+    made = cells.cells(papers.load_config("stream_bp", "cpu"))
+    (model,) = {str(c.settings["model"]): c.settings["model"] for c in made[:12]}.values()
+    count = count_params(losses.abstract_parameters(model))
     assert count == pytest.approx(4.02e9, rel=0.01)
 
 
@@ -64,26 +62,28 @@ def test_memory_is_the_compilers():
 @pytest.mark.slow
 def test_the_methods_are_one_gradient():
     """Formulas on whole logits, and streamed ones, on batches of the synthetic task."""
-    losses, rng = stream_bp_losses.LOSSES, np.random.default_rng(0)
-    batches = {loss: stream_bp_training.Chain(16, 0).batch(loss, 4, 12, rng) for loss in losses}
-    params = stream_bp_losses.parameters(TINY, 0)
+    rng = np.random.default_rng(0)
+    batches = {loss: training.Chain(16, 0).batch(loss, 4, 12, rng) for loss in losses.LOSSES}
+    params = losses.parameters(TINY, 0)
 
     def gradients(method):
         def one(loss, params):
-            made = stream_bp_losses.make(loss, method, TINY, chunks=2, logit_chunk=5)
+            made = losses.make(loss, method, TINY, chunks=2, logit_chunk=5)
             value, sums = made(params, batches[loss])
             return value / sums["weight"]
 
-        return jax.jit(lambda p: {k: jax.value_and_grad(one, 1)(k, p) for k in losses})(params)
+        return jax.jit(lambda p: {k: jax.value_and_grad(one, 1)(k, p) for k in losses.LOSSES})(
+            params
+        )
 
-    got, want = map(gradients, (stream_bp_losses.STREAM, stream_bp_losses.NONE))
+    got, want = map(gradients, (losses.STREAM, losses.NONE))
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-7)
         assert np.any(b)
 
 
 def test_answers_are_walks_and_the_better_one_is_chosen():
-    chain, rng = stream_bp_training.Chain(8, 1), np.random.default_rng(0)
+    chain, rng = training.Chain(8, 1), np.random.default_rng(0)
     batch = chain.batch("dpo", 64, 20, rng)
     assert batch["tokens"].shape == (64, 20) and set(batch["weights"][0, :5]) == {0.0}
     np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
@@ -101,6 +101,21 @@ def test_answers_are_walks_and_the_better_one_is_chosen():
     groups = batch["advantages"].reshape(2, 4)
     np.testing.assert_allclose(groups.sum(1), 0, atol=1e-5)
     np.testing.assert_allclose(groups.std(1), 1, atol=0.02)
+
+
+def test_preference_losses_start_from_one_model():
+    """GRPO and DPO ask for the same settings; a batch of its training is one of SFT."""
+    asked = []
+
+    class Asked:
+        def trained(self, settings, seed, make):
+            asked.append(shared_models.digest(settings, seed))
+            assert shared_models.training_config(settings, seed).train.steps == 200
+
+    for cell in cells.cells(papers.load_config("stream_bp", "cpu")):
+        if cell.settings.get("loss") in ("grpo", "dpo") and cell.settings["kind"] == "parity":
+            training.sft_model(cell.settings, cell.seed, Asked())
+    assert len(asked) == 2 and len(set(asked)) == 1
 
 
 def lengths(loss, **found):
@@ -178,7 +193,7 @@ def test_tables_have_published_numbers_beside_measured_ones():
         r.settings.update(
             model=TINY | {"dtype": "float32"}, budget_gb=1.0, chunks=2, logit_chunk=4, step=8
         )
-    (table,) = stream_bp_tables.tables(Records(made))
+    (table,) = tables.tables(Records(made))
     assert table.rows[1] == [
         "SFT",
         "StreamBP",
