@@ -28,10 +28,11 @@ import rich.console
 import rich.table
 
 from tilescan.benchmarks.attention_cases import LONGEST_DENSE, SHAPES, WINDOW, inputs, jitted
-from tilescan.benchmarks.attention_flops import peak_tflops
 from tilescan.benchmarks.environment import environment
 from tilescan.benchmarks.timing import interleaved, summary
 from tilescan.benchmarks.torch_process import Torch, find_torch
+from tilescan.planning.chips import chip_of
+from tilescan.planning.compiled import memory as program_memory
 
 
 def float64_head(case, arrays, head):
@@ -114,9 +115,9 @@ def measure(case, torch, arguments):
         compiled = jitted(peer, case).lower(*arrays).compile()
         seconds = time.perf_counter() - start
         error = error_of(jax.block_until_ready(compiled(*arrays)), right, head)
-        memory = compiled.memory_analysis()
+        memory = program_memory(compiled)
         rows[peer] = {"compile_s": round(seconds, 3)}
-        rows[peer]["xla_temp_mb"] = round(memory.temp_size_in_bytes / 1e6, 1) if memory else None
+        rows[peer]["xla_temp_mb"] = round(memory.temporaries / 1e6, 1) if memory else None
         judge(peer, error, lambda c=compiled: jax.block_until_ready(c(*arrays)) and None)
     if torch:
         window = None if case.mask == "causal" else WINDOW
@@ -132,10 +133,10 @@ def measure(case, torch, arguments):
             ratio = statistics.median(mine) / statistics.median(spent)
             rows[peer]["tilescan_time_over_this"] = round(ratio, 3)
         if jax.default_backend() != "cpu":
-            tflops = case.flops / statistics.median(spent) / 1e12
-            peak = peak_tflops(jax.devices()[0].device_kind)
-            rows[peer]["tflops"] = round(tflops, 2)
-            rows[peer]["share_of_bf16_peak"] = round(tflops / peak, 3) if peak else None
+            flops = case.flops / statistics.median(spent)
+            chip = chip_of(jax.devices()[0].device_kind)
+            rows[peer]["tflops"] = round(flops / 1e12, 2)
+            rows[peer]["share_of_bf16_peak"] = round(flops / chip.flops, 3) if chip else None
     if not arguments.no_memory and jax.default_backend() == "cpu":
         for peer in functions.keys() - {"torch"}:
             rows[peer]["peak_mb"] = memory_in_fresh_process(peer, case)

@@ -1,19 +1,7 @@
-"""Operations of attention as FlashAttention-2 counts them, and the peaks they are compared with.
+"""Operations of attention as FlashAttention-2 counts them.
 
 Letters: B batch, T query time, S key time, H heads, D head dim.
 """
-
-# Dense bfloat16 TFLOP/s that the vendors state, by what jax.Device.device_kind contains.
-PEAK_TFLOPS = {
-    "H100": 989.0,
-    "H200": 989.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5p": 459.0,
-    "TPU v5": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-}
 
 
 def attention_flops(B, T, S, H, D, *, causal=False, direction="fwd"):
@@ -33,11 +21,3 @@ def window_flops(B, T, left, H, D, *, direction="fwd"):
     """The same for T = S and a causal window of left + 1 keys: the visible scores alone."""
     visible = sum(min(i, left) + 1 for i in range(T))
     return attention_flops(B, T, T, H, D, direction=direction) * visible / T**2
-
-
-def peak_tflops(device_kind: str) -> float | None:
-    """The device's dense bfloat16 peak, None if it is not in the table."""
-    for name in sorted(PEAK_TFLOPS, key=len, reverse=True):
-        if name.lower() in device_kind.lower():
-            return PEAK_TFLOPS[name]
-    return None

@@ -8,7 +8,7 @@ A row takes ten seconds to some minutes. It is written as soon as it is known, i
 one. Time is short, 1,024 steps of eight chunks: of longer ones the profiler has no model for some
 of the copies in the gradients, or takes over half an hour.
 
-The figures are those of libtpu's static profile (benchmarks/aot_tpu.py): NOTHING HERE RAN ON A
+The figures are those of libtpu's static profile (planning/aot_tpu.py): NOTHING HERE RAN ON A
 DEVICE. They rank programs within one generation; they are not times. Both columns are the whole
 compiled program of the public op, with its copies and paddings; an operation in a loop counts as
 often as the loop runs. `bytes` is what XLA says that the program reads and writes (of a loop's body

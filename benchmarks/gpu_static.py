@@ -2,7 +2,7 @@
 
     python -m tilescan.benchmarks.gpu_static
 
-Registers, spills, shared memory and machine code for an H100, with no GPU: see benchmarks/aot_gpu.
+Registers, spills, shared memory and machine code for an H100, with no GPU: see planning/aot_gpu.
 The figures are static and nothing ran on a device. Issue cycles are what one warp needs to issue
 one pass of the loop over full tiles; tensor cores, memory and the other warps are not in them, so
 they rank two versions of one kernel and say nothing about speed.

@@ -41,6 +41,7 @@ from tilescan.benchmarks.environment import environment
 from tilescan.benchmarks.scans_cases import BY_STEPS, CASES, CROSSOVER, LETTERS, TORCH_PEERS
 from tilescan.benchmarks.timing import interleaved, summary
 from tilescan.benchmarks.torch_process import Torch, find_torch
+from tilescan.planning.compiled import memory as program_memory
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results/benchmarks"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -110,8 +111,8 @@ def measure(case, torch, arguments):
         start = time.perf_counter()
         compiled = scans_cases.jitted(peer, case).lower(*arrays.values()).compile()
         rows[peer] = {"compile_s": round(time.perf_counter() - start, 3)}
-        memory = compiled.memory_analysis()
-        rows[peer]["xla_temp_mb"] = round(memory.temp_size_in_bytes / 1e6, 1) if memory else None
+        memory = program_memory(compiled)
+        rows[peer]["xla_temp_mb"] = round(memory.temporaries / 1e6, 1) if memory else None
         run = lambda c=compiled: jax.block_until_ready(c(*arrays.values()))
         accept(peer, run(), lambda run=run: run() and None)
     for peer, (function, details) in TORCH_PEERS.get(case.op, {}).items() if torch else ():

@@ -1,7 +1,7 @@
 """Static figures of the GPU scan kernels, beside jax-linear-attention's:
 python -m tilescan.benchmarks.scans_gpu_static
 
-Registers, spills, shared memory and machine code for an H100, with no GPU: see benchmarks/aot_gpu.
+Registers, spills, shared memory and machine code for an H100, with no GPU: see planning/aot_gpu.
 The figures are static and nothing ran on a device. Issue cycles are what one warp needs to issue
 one pass of the loop with the most matrix instructions, and kernels divide the work differently, so
 they say nothing about speed. The interpreter named by --python needs XLA's CUDA plugin. The peer

@@ -4,7 +4,7 @@
 
 prints the table and writes results/benchmarks/scans_tpu_static.json.
 
-The figures are those of libtpu's static profile (benchmarks/aot_tpu.py): NOTHING HERE RAN ON A
+The figures are those of libtpu's static profile (planning/aot_tpu.py): NOTHING HERE RAN ON A
 DEVICE. They rank programs within one generation; they are not times. `bytes` are what a program
 moves between HBM and the core: for a kernel, its blocks, counted; for XLA's programs, XLA's own
 count. `least_bytes` are every input and output of the operation once. `bound` is the larger of the

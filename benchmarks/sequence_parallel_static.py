@@ -33,7 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tilescan.benchmarks.tpu_static import versions
-from tilescan.planning import aot_tpu
+from tilescan.planning import aot_tpu, topologies
+from tilescan.planning.compiled import memory as program_memory
 
 RESULTS = (
     Path(__file__).resolve().parent.parent
@@ -60,7 +61,7 @@ def compile_row(topology: str, op: str, tokens: int = TOKENS) -> dict:
     from tilescan.training.collectives import collectives, remote_kernels
 
     B = 1
-    devices = _devices(topology)
+    devices = topologies.tpus(topology)
     n = len(devices)
     if op in ATTENTION:
         H, G, D = 32, 8, 128
@@ -104,7 +105,7 @@ def compile_row(topology: str, op: str, tokens: int = TOKENS) -> dict:
             {"kind": c.kind, "times": c.times, "operand_bytes": c.operand_bytes} for c in found
         ],
         "between": between(text),
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "temp_bytes": program_memory(compiled).temporaries,
         "kernels": sorted(
             {
                 re.sub(r"(\.\d+)+$", "", name)
@@ -112,12 +113,6 @@ def compile_row(topology: str, op: str, tokens: int = TOKENS) -> dict:
             }
         ),
     }
-
-
-def _devices(topology):
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def _gradients(part, devices, shapes, dtypes):
@@ -148,7 +143,7 @@ def _kernel(name: str) -> str:
 
 def cycles_row(topology: str, folder: str) -> dict:
     """{kernel: [cycles without a transfer, with one]}, in a process that profiles into a folder."""
-    devices = _devices(topology)
+    devices = topologies.tpus(topology)
     found: dict[str, list[int]] = {kernel: [] for kernel in ("forward", "dkv", "dq")}
     for kernel, sends in itertools.product(found, (False, True)):
         _one_call(kernel, sends, devices)
@@ -237,10 +232,10 @@ def rows_of(jobs: list[tuple[str, str]], write, tokens: int = TOKENS) -> None:
         write({"topology": topology, "op": op, **row} if "error" in row else row)
 
 
-def cycles_of(topologies) -> list[dict]:
+def cycles_of(slices) -> list[dict]:
     """Rows of `cycles_row`; "error" where the profiler has no model."""
     rows = []
-    for topology in topologies:
+    for topology in slices:
         with tempfile.TemporaryDirectory() as folder:
             call = f"cycles_row({topology!r}, {folder!r})"
             row = _in_process(call, aot_tpu.environment(profile_dir=folder))

@@ -4,7 +4,7 @@
     python -m tilescan.benchmarks.tpu_static --sweep  # tiles, for block_sizes.py
     python -m tilescan.benchmarks.tpu_static --generations v6e --kernels forward
 
-The figures are those of libtpu's static profile (benchmarks/aot_tpu.py): NOTHING HERE RAN ON A
+The figures are those of libtpu's static profile (planning/aot_tpu.py): NOTHING HERE RAN ON A
 DEVICE. They rank kernels within one generation; they are not times. `bound` is the larger of the
 cycles and of the bytes moved over the memory's bandwidth, in cycles: the profile gives every
 transfer the whole bandwidth. `MXU` is the share of the peak of the matrix unit that useful
@@ -31,18 +31,18 @@ from rich.table import Table
 from tilescan.ops import attention_tpu, masks
 from tilescan.pallas_kernels import tiles
 from tilescan.pallas_kernels.tpu import flash_attention as kernels
+from tilescan.planning import chips
 from tilescan.planning.aot_tpu import PROFILED, Job, available, compile_jobs
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks" / "tpu_static.json"
 SHAPE = {"B": 1, "T": 4096, "H": 2, "D": 128}
 KERNELS = ("forward", "dq", "dkv")
-# Per core: peak bfloat16 operations per second, bytes per second of HBM, clock, and cores that
-# share a kernel's parallel axes. Peaks and bandwidths are the vendor's; the clock is inferred from
-# the peak and the profiled multiply-accumulates per cycle.
+# Per core: bytes per second of HBM (the vendor's, rounded), clock, and cores that share a kernel's
+# parallel axes. The clock is inferred from the peak and the profiled multiplications per cycle.
 CHIPS = {
-    "v5e": {"peak": 197e12, "bandwidth": 0.82e12, "clock": 1.5e9, "cores": 1},
-    "v5p": {"peak": 459e12 / 2, "bandwidth": 2.77e12 / 2, "clock": 1.75e9, "cores": 2},
-    "v6e": {"peak": 918e12, "bandwidth": 1.64e12, "clock": 1.75e9, "cores": 1},
+    "v5e": {"bandwidth": 0.82e12, "clock": 1.5e9, "cores": 1},
+    "v5p": {"bandwidth": 2.77e12 / 2, "clock": 1.75e9, "cores": 2},
+    "v6e": {"bandwidth": 1.64e12, "clock": 1.75e9, "cores": 1},
 }
 MASKS = {
     "full": lambda T: masks.Full(),
@@ -224,7 +224,8 @@ def _finish(row: Row) -> Row:
         row.bound = max(row.cycles, row.bandwidth_cycles or 0)
         scores = shape["B"] * shape["H"] * visible_scores(row.mask, shape["T"])
         operations = 2 * shape["D"] * PRODUCTS[row.kernel] * scores / chip["cores"]
-        row.mxu_share = round(operations / (row.bound / chip["clock"] * chip["peak"]), 4)
+        peak = chips.CHIPS[row.generation].flops / chip["cores"]
+        row.mxu_share = round(operations / (row.bound / chip["clock"] * peak), 4)
     return row
 
 

@@ -25,9 +25,9 @@ import tempfile
 from pathlib import Path
 
 import tilescan
+from tilescan.planning import topologies
 
 ROOT = Path(tilescan.__file__).parents[1]  # what a child process must find
-TARGET = Path(__file__).with_name("h100.txtpb")
 INSTALL = (
     "pip install jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 "
     "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm absl-py jaxtyping"
@@ -454,13 +454,9 @@ def _child() -> None:
     import importlib.metadata as metadata
 
     import jax
-    from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
-    )
-    device = topology.devices[0]
+    device = topologies.h100s("1x1x1")[0]
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=132, platform="gpu")
     sharding = SingleDeviceSharding(device)
 

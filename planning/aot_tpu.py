@@ -26,8 +26,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import tilescan
+from tilescan.planning import topologies
 
-# Names of small topologies. v4 has two devices a chip unless asked for a megacore, see `_device`.
+# Names of small slices.
 TOPOLOGIES = {
     "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
@@ -56,7 +57,7 @@ def available() -> bool:
 
 
 def environment(profile_dir: str | None = None, bundle_dir: str | None = None) -> dict[str, str]:
-    """The environment of a worker; the only place that knows libtpu's variables and flags."""
+    """The environment of a worker; the only place that knows libtpu's flags."""
     env = dict(os.environ)
     env.pop("XLA_FLAGS", None)
     flags = []
@@ -64,15 +65,7 @@ def environment(profile_dir: str | None = None, bundle_dir: str | None = None) -
         flags.append(f"--xla_jf_dump_static_llo_profile_to={profile_dir}")
     if bundle_dir:
         flags += [f"--xla_jf_dump_to={bundle_dir}", "--xla_jf_dump_llo_text=true"]
-    env.update(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_ACCELERATOR_TYPE="v5litepod-4",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        LIBTPU_INIT_ARGS=" ".join(flags),
-    )
-    return env
+    return env | topologies.ENVIRONMENT | {"LIBTPU_INIT_ARGS": " ".join(flags)}
 
 
 def compile_jobs(
@@ -137,17 +130,10 @@ def _reason(process: subprocess.CompletedProcess) -> str:
 # What follows runs in the worker.
 
 
-def _device(generation: str):
-    from jax.experimental import topologies
-
-    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name=TOPOLOGIES[generation], **options
-    ).devices[0]
-
-
 def _compile(function, arguments, device, profile_dir, bundle_dir) -> dict:
     import jax
+
+    from tilescan.planning.compiled import memory as program_memory
 
     for folder in filter(None, (profile_dir, bundle_dir)):
         for path in glob.glob(folder + "/*"):
@@ -156,13 +142,13 @@ def _compile(function, arguments, device, profile_dir, bundle_dir) -> dict:
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     traced = jax.jit(function).trace(*jax.tree.map(place, arguments))
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    text, memory = compiled.as_text(), compiled.memory_analysis()
+    text, memory = compiled.as_text(), program_memory(compiled)
     scoped = r'used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
     result = {
         "vmem": max([int(size) for size in re.findall(scoped, text)] or [0]),
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": memory.peak_memory_in_bytes,
+        "argument_bytes": memory.arguments,
+        "temp_bytes": memory.temporaries,
+        "peak_bytes": memory.peak,
         "custom_calls": re.findall(r'%(\S+) = [^\n]*custom_call_target="tpu_custom_call"', text),
     }
     result["bytes_accessed"] = int(compiled.cost_analysis().get("bytes accessed", 0))
@@ -230,7 +216,7 @@ def _worker() -> None:
     request = json.load(sys.stdin)
     import importlib
 
-    device = _device(request["generation"])
+    device = topologies.tpus(TOPOLOGIES[request["generation"]])[0]
     for job in request["jobs"]:
         module, name = job["target"].split(":")
         try:

@@ -9,36 +9,39 @@ import os
 import subprocess
 import sys
 import sysconfig
+from typing import Any
 
-from tilescan.planning import machines
-
-_CHILD = "TILESCAN_PLAN_CHILD"
-
-
-def inside() -> bool:
-    """Whether this process is the child."""
-    return bool(os.environ.get(_CHILD))
+from tilescan.planning import aot_gpu, topologies
+from tilescan.planning.report import report
+from tilescan.training import config as config_lib
 
 
-def ask(config, topology: str, memory: float | None) -> dict:
-    """The fields of the plan, made by the interpreter that has XLA's CUDA plugin.
+def ask(config: Any, topology: str, memory: float | None) -> dict[str, Any]:
+    """Returns the fields of the plan, made by the interpreter that has XLA's CUDA plugin.
 
     Raises:
       RuntimeError: there is none (the text says how to get one), or its process died.
-      ValueError: as `experiments.plan.plan`.
+      ValueError: as `plan.plan`.
     """
-    from tilescan.planning import aot_gpu
-    from tilescan.training import config as config_lib
-
-    machines.h100_shape(topology)  # a wrong one is told at once
+    topologies.h100_shape(topology)  # a wrong one is told at once
     python = aot_gpu.cuda_python()
     if python is None:
         raise RuntimeError(f"topology={topology!r}: {aot_gpu.NEEDS}")
-    request = [config_lib.as_dict(config_lib.settings(config)), topology, memory]
+    return run(python, [config_lib.as_dict(config_lib.settings(config)), topology, memory])
+
+
+def run(python: str, request: list) -> dict[str, Any]:
+    """Returns what an interpreter answers to a request: [config as a dict, topology, memory].
+
+    Raises:
+      RuntimeError: its process died.
+      ValueError: what `report` raised there.
+    """
     # What the other interpreter lacks, Flax and Optax for example, it takes from this one.
+    packages = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     start = (
-        f"import sys; sys.path += {[str(aot_gpu.ROOT), *_packages()]!r}; "
-        "from tilescan.experiments import plan_child; plan_child.answer()"
+        f"import sys; sys.path += {[str(aot_gpu.ROOT), *packages]!r}; "
+        f"from {__name__} import answer; answer()"
     )
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     child = subprocess.run(
@@ -46,28 +49,22 @@ def ask(config, topology: str, memory: float | None) -> dict:
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        env=env | {"JAX_PLATFORMS": "cpu", _CHILD: "1"},
+        env=env | {"JAX_PLATFORMS": "cpu"},
     )
     lines = [line[1:] for line in child.stdout.splitlines() if line[:1] == "@"]
     if not lines:
         raise RuntimeError(f"{python} ended with {child.returncode}: {child.stderr[-3000:]}")
-    answer = json.loads(lines[0])
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return answer
-
-
-def _packages() -> list[str]:
-    return sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    answered = json.loads(lines[0])
+    if "error" in answered:
+        raise ValueError(answered["error"])
+    return answered
 
 
 def answer() -> None:
-    """What the child does: a request of `ask` on stdin, a line of JSON to stdout."""
-    from tilescan.planning.plan import plan
-
+    """Reads a request of `run` on stdin, and writes the plan's fields to stdout, a line of JSON."""
     config, topology, memory = json.load(sys.stdin)
     try:
-        made = dataclasses.asdict(plan(config, topology, memory=memory))
+        made = dataclasses.asdict(report(config, topology, memory))
     except ValueError as error:
         made = {"error": str(error)}
     print("@" + json.dumps(made), flush=True)

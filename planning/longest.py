@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 
-from tilescan.planning import machines
-from tilescan.planning.plan import Plan, plan
+from tilescan.planning import chips, topologies
+from tilescan.planning.plan import plan
+from tilescan.planning.report import Plan
+from tilescan.training import config as config_lib
 
 
 def longest(
@@ -30,9 +32,7 @@ def longest(
     Raises:
       ValueError: neither the topology nor `memory` says what a device has; and as `plan`.
     """
-    from tilescan.training import config as config_lib
-
-    if memory is None and machines.generation(topology) not in machines.CHIPS:
+    if memory is None and topologies.generation(topology) not in chips.CHIPS:
         raise ValueError(
             f"how much memory has a device of topology={topology!r}? Give memory (--memory=GIB)"
         )

@@ -16,7 +16,8 @@ import pathlib
 import subprocess
 import sys
 
-from tilescan.planning.machines import CHIPS, GIB, generation, torus_axes
+from tilescan.planning.chips import CHIPS, GIB
+from tilescan.planning.topologies import generation, torus_axes
 from tilescan.training.environment import git_commit
 
 TOPOLOGIES = {64: "v5p:4x4x4", 256: "v5p:4x8x8", 512: "v5p:8x8x8"}

@@ -1,7 +1,8 @@
 """A `Plan` in words: what `tilescan plan` prints."""
 
-from tilescan.planning.machines import CHIPS, GIB, generation
-from tilescan.planning.plan import Plan
+from tilescan.planning.chips import CHIPS, GIB
+from tilescan.planning.report import Plan
+from tilescan.planning.topologies import generation
 from tilescan.training.collectives import REMOTE
 
 CAVEATS = (

@@ -54,9 +54,9 @@ def test_a_wheel_is_imported_beside_folders_of_the_same_names(installed):
         "import sys; sys.path.insert(0, '.')\n"
         "import data, models, ops\n"
         "import tilescan.ops.attention, tilescan.models, tilescan.data.tasks\n"
-        "import tilescan.planning.machines as machines\n"
+        "import tilescan.planning.topologies as topologies\n"
         "assert (data.mine, models.mine, ops.mine) == ('data', 'models', 'ops')\n"
-        "assert machines.H100_TARGET.is_file()\n"
+        "assert topologies.H100_TARGET.is_file()\n"
         "print(tilescan.__file__)"
     )
     done = run(["-c", code], work, site)

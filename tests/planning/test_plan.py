@@ -15,10 +15,10 @@ from hypothesis import given, settings, strategies
 from tilescan.cli import main as cli
 from tilescan.models import LanguageModel, LanguageModelConfig
 from tilescan.ops import masks
-from tilescan.planning import aot_gpu, aot_tpu
+from tilescan.planning import aot_gpu, aot_tpu, chips, topologies
+from tilescan.planning import child as plan_child
 from tilescan.planning import counts as plan_counts
 from tilescan.planning import longest as plan_longest
-from tilescan.planning import machines as plan_machines
 from tilescan.planning import text as plan_text
 from tilescan.planning.plan import plan
 from tilescan.training import config as config_lib
@@ -255,9 +255,27 @@ def test_gpus_need_an_interpreter_with_the_plugin(monkeypatch, capsys):
     assert "needs an interpreter with XLA's CUDA plugin" in capsys.readouterr().err
 
 
+def test_another_interpreter_answers_a_request():
+    """The process that plans for GPUs, started with this interpreter and a mesh that is wrong."""
+    wrong = config_lib.as_dict(config_lib.settings(small("mesh.sequence=3", "data.seq_len=255")))
+    with pytest.raises(ValueError, match="6 does not divide the 1 devices"):
+        plan_child.run(sys.executable, [wrong, None, None])
+
+
+def test_chips_are_known_by_the_kinds_of_devices():
+    kinds = {
+        "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200",
+    }  # fmt: skip
+    assert {kind: chips.chip_of(kind) for kind in kinds} == {
+        kind: chips.CHIPS[name] for kind, name in kinds.items()
+    }
+    assert chips.chip_of("cpu") is None
+
+
 def test_shapes_of_gpus():
     shapes = {"h100:1": "1x1x1", "h100:8": "1x1x8", "h100:64": "1x8x8", "h100:1x2x4": "1x2x4"}
-    assert {name: plan_machines.h100_shape(name) for name in shapes} == shapes
+    assert {name: topologies.h100_shape(name) for name in shapes} == shapes
 
 
 @TPU

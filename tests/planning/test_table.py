@@ -12,7 +12,7 @@ from tilescan.configs import long_sequences
 from tilescan.models import count_params
 from tilescan.ops.sequence_parallel import layouts
 from tilescan.planning import table as plan_table
-from tilescan.planning.machines import torus_axes
+from tilescan.planning.topologies import torus_axes
 from tilescan.training import config as config_lib
 from tilescan.training import inputs, sharding
 

@@ -1,11 +1,10 @@
-"""Machines that need not be here to compile for them, and their vendors' figures.
+"""Devices that need not be attached to compile for them.
 
 devices("v5p:4x4x4")    descriptions of 64 TPU chips, from libtpu
 devices("h100:64")      of 8 hosts with 8 H100 each, from XLA's CUDA plugin
 devices(None)           of this machine
 """
 
-import dataclasses
 import itertools
 import math
 import os
@@ -13,7 +12,6 @@ import pathlib
 import re
 from importlib.util import find_spec
 
-GIB = 2**30
 ENVIRONMENT = {
     # libtpu compiles without a device when it is not asked to look for one.
     "JAX_PLATFORMS": "cpu",
@@ -22,55 +20,24 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a vendor says of a chip: bounds, which no program exceeds.
-
-    Attributes:
-      name: as it is sold.
-      memory: bytes that a program may use.
-      flops: dense bfloat16 operations a second.
-      bandwidth: bytes a second of its memory.
-      links: bytes a second that it sends over all its links together, one way; None: not stated.
-    """
-
-    name: str
-    memory: float
-    flops: float
-    bandwidth: float
-    links: float | None
-
-
-# Google Cloud's pages "TPU v4" to "TPU v6e": HBM capacity and bandwidth, peak bf16, and half of the
-# "bidirectional inter-chip interconnect bandwidth (per chip)". NVIDIA's H100 datasheet (SXM5): half
-# of NVLink's 900 GB/s; between hosts the network is slower.
-CHIPS = {
-    "v4": Chip("TPU v4", 32 * GIB, 275e12, 1228e9, None),
-    "v5e": Chip("TPU v5e", 16 * GIB, 197e12, 819e9, 200e9),
-    "v5p": Chip("TPU v5p", 95 * GIB, 459e12, 2765e9, 600e9),
-    "v6e": Chip("TPU v6e", 32 * GIB, 918e12, 1638e9, 400e9),
-    "h100": Chip("H100 SXM", 80 * GIB, 989e12, 3350e9, 450e9),
-}
 H100_TARGET = pathlib.Path(__file__).with_name("h100.txtpb")
 GPUS_PER_HOST = 8
 
 
 def generation(topology: str | None) -> str | None:
-    """What stands before the colon: a key of CHIPS, or a TPU that has no figures here."""
+    """Returns what stands before the colon: a key of `chips.CHIPS`, or a chip without figures."""
     return None if topology is None else topology.partition(":")[0].lower()
 
 
 def platform(topology: str | None) -> str | None:
-    """The compiler's: tpu, cuda, or None for this machine."""
+    """Returns the compiler's platform: tpu, cuda, or None for this machine."""
     if topology is None:
         return None
     return "cuda" if generation(topology) == "h100" else "tpu"
 
 
 def devices(topology: str | None) -> list:
-    """Descriptions of the devices of a TPU slice ("v5e:2x4"), of H100s, or of this machine.
+    """Returns descriptions of the devices of a TPU slice ("v5e:2x4"), of H100s, or of this machine.
 
     Raises:
       ImportError: libtpu is not installed.
@@ -81,7 +48,7 @@ def devices(topology: str | None) -> list:
 
         return jax.devices()
     if platform(topology) == "cuda":
-        return _h100s(h100_shape(topology))
+        return h100s(h100_shape(topology))
     if find_spec("libtpu") is None:
         raise ImportError(
             f"topology={topology!r} needs the package libtpu (pip install libtpu), or leave "
@@ -89,29 +56,33 @@ def devices(topology: str | None) -> list:
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    # Without it a v4 chip is two devices, which are no mesh.
-    options = {"chip_config_name": "megacore"} if generation(topology) == "v4" else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+        return tpus(topology)
     except Exception as error:  # the plugin's error type is not part of JAX's interface
         raise ValueError(
             f"topology={topology!r} is unknown; it is a generation and a shape, e.g. v5e:2x4, "
             f"v5p:2x2x2, v6e:4x4 or h100:64 ({error})"
         ) from error
-    return found.devices
+
+
+def tpus(topology: str) -> list:
+    """Returns libtpu's descriptions of a slice's devices; the environment must be ENVIRONMENT."""
+    from jax.experimental import topologies
+
+    # Without it a v4 chip is two devices, which are no mesh.
+    options = {"chip_config_name": "megacore"} if generation(topology) == "v4" else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
 def torus_axes(topology: str) -> list[int]:
-    """Sizes that a mesh axis can have on a TPU slice: the products of some of its sides, rising."""
+    """Returns the sizes that a mesh axis can have on a TPU slice, rising: products of its sides."""
     sides = [int(side) for side in re.findall(r"\d+", topology.partition(":")[2])]
     some = itertools.product(*((1, side) for side in sides))
     return sorted({math.prod(chosen) for chosen in some})
 
 
 def h100_shape(topology: str) -> str:
-    """What XLA calls h100:64 or h100:1x8x8: partitions, hosts, GPUs of a host, as in 1x8x8.
+    """Returns what XLA calls h100:64 or h100:1x8x8: partitions, hosts, GPUs of a host, as in 1x8x8.
 
     Raises:
       ValueError: another form, or GPUs that don't fill their hosts.
@@ -129,7 +100,8 @@ def h100_shape(topology: str) -> str:
     return f"1x{hosts}x{count // hosts}"
 
 
-def _h100s(shape: str) -> list:
+def h100s(shape: str) -> list:
+    """Returns descriptions of H100s in XLA's shape, e.g. 1x1x8, from its CUDA plugin."""
     from jax.experimental import topologies
 
     target = H100_TARGET.read_text(encoding="utf-8")

@@ -1,0 +1,188 @@
+"""What a compiled training step needs: every figure is a compiler's, a count, or a vendor's."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+
+from tilescan.planning import chips, counts, topologies
+from tilescan.planning.compiled import memory as program_memory
+from tilescan.planning.step import compile_step
+from tilescan.training.collectives import collectives, remote_kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a training step needs. Bytes are those of one device, sums those of a whole step.
+
+    Attributes:
+      topology, device, devices: as asked for (None: this machine); the kind and number of devices.
+      mesh: sizes of the axes.
+      batch, seq_len, parameters: rows, tokens of a row, numbers in the model.
+      bytes: "parameters", "optimizer", "batch" by their shardings; "outputs" the compiler's (the
+        new state, of which "donated" takes the place of the old), "temporaries" (activations,
+        gradients, buffers), "code", "peak" where it says one, and "host" (temporaries in the
+        host's memory, not in needs). Refused: the first three alone.
+      needs: bytes in all; of a refused program what the compiler says, without "at_least" of which
+        it would be all.
+      memory: bytes of the chip, None if not known; fits: whether needs are within it.
+      refusal: the compiler's own words, if it refused for lack of memory.
+      model_operations, step_operations: of all devices, by formulas (`counts`); the second
+        with what the backward pass computes again.
+      sent: {kind: {"instructions", "runs", "bytes"}} that a device sends, by the kinds of
+        `training.collectives`, "unknown" (loops of unknown length) among them if there are; None
+        if refused.
+      bounds: {"compute", "memory", "links"}: seconds, each less than any step takes.
+      compiler_seconds: its own estimate, where it makes one that means something.
+      kernels: names of the Pallas kernels.
+      seconds: that compiling took.
+    """
+
+    topology: str | None
+    device: str
+    devices: int
+    mesh: dict[str, int]
+    batch: int
+    seq_len: int
+    parameters: int
+    bytes: dict[str, int]
+    needs: float
+    at_least: bool
+    memory: float | None
+    fits: bool | None
+    refusal: str | None
+    model_operations: float
+    step_operations: float
+    sent: dict[str, dict[str, float]] | None
+    bounds: dict[str, float]
+    compiler_seconds: float | None
+    kernels: tuple[str, ...]
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * self.seq_len
+
+    @property
+    def sent_bytes(self) -> float | None:
+        return None if self.sent is None else sum(kind["bytes"] for kind in self.sent.values())
+
+
+def report(config: Any, topology: str | None, memory: float | None = None) -> Plan:
+    """Compiles the step in this process; see `plan.plan`."""
+    step = compile_step(config, topologies.devices(topology), topology)
+    c, B, T = step.settings, step.settings.data.batch_size, step.settings.data.seq_len
+
+    counted = step.model
+    if c.train.stream_chunks:  # computes again what remat="full" does
+        counted = dataclasses.replace(counted, remat="full")
+    operations = counts.operations(counted, step.state.params, B, T)
+
+    # Bytes of a device: by the shardings, and what the compiler adds.
+    state = step.state
+    parts = {
+        "parameters": state.params,
+        "optimizer": (state.opt_state, state.masters),
+        "batch": step.batch,
+    }
+    sizes = {name: _bytes_of_a_device(tree) for name, tree in parts.items()}
+    chip = chips.CHIPS.get(topologies.generation(topology))
+    memory = memory if memory is not None else chip and chip.memory
+    hlo, sent, refusal = "", None, step.refusal
+    if refusal is not None:
+        needs = refusal.needs
+        memory = min(filter(None, (memory, refusal.available)))
+    else:
+        hlo, found = step.compiled.as_text(), program_memory(step.compiled)
+        sizes |= {
+            "outputs": found.outputs,
+            "donated": found.donated,
+            "temporaries": found.temporaries,
+            "code": found.code,
+            "peak": found.peak,
+            "host": found.host,
+        }
+        needs = found.total + found.code
+        sent = _sent([*collectives(hlo), *remote_kernels(hlo)])
+
+    plan = Plan(
+        topology=topology,
+        device=step.mesh.devices.flat[0].device_kind,
+        devices=step.mesh.size,
+        mesh=dict(step.mesh.shape),
+        batch=B,
+        seq_len=T,
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
+        bytes=sizes,
+        needs=needs,
+        at_least=refusal is not None and "temporaries" in refusal.text,
+        memory=memory,
+        fits=None if memory is None else refusal is None and needs <= memory,
+        refusal=None if refusal is None else refusal.text,
+        model_operations=operations.model,
+        step_operations=operations.step,
+        sent=sent,
+        bounds={},
+        compiler_seconds=None if step.compiled is None else _own_estimate(step.compiled, hlo),
+        kernels=tuple(pallas_kernels(hlo)),
+        seconds=step.seconds,
+    )
+    return dataclasses.replace(plan, bounds=_bounds(plan, chip))
+
+
+def pallas_kernels(hlo: str) -> list[str]:
+    """Returns the names of the Pallas kernels that a compiled program calls, each once."""
+    calls = re.findall(
+        r'^ *(?:ROOT )?%(\S+) = .*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"', hlo, re.M
+    )
+    return sorted({re.sub(r"(\.\d+|\.refs_\d+_)+$", "", name) for name in calls})
+
+
+def _bytes_of_a_device(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _sent(found) -> dict[str, dict[str, float]]:
+    made = {}
+    for c in found:
+        kind = made.setdefault(c.kind, {"instructions": 0, "runs": 0, "bytes": 0.0})
+        kind["instructions"] += 1
+        if c.times is None:
+            kind["unknown"] = kind.get("unknown", 0) + 1
+        else:
+            kind["runs"] += c.times
+            kind["bytes"] += c.sent_bytes
+    return made
+
+
+def _bounds(p: Plan, chip: chips.Chip | None) -> dict[str, float]:
+    """Seconds that no step can go below, by the vendor's figures.
+
+    Memory: the state and the batch are read, the new state is written, and what the temporaries
+    hold is written and read, each once at the least.
+    """
+    if chip is None:
+        return {}
+    bounds = {"compute": p.step_operations / p.devices / chip.flops}
+    if p.sent is not None:
+        read = sum(p.bytes[name] for name in ("parameters", "optimizer", "batch", "outputs"))
+        bounds["memory"] = (read + 2 * p.bytes["temporaries"]) / chip.bandwidth
+        if chip.links:
+            bounds["links"] = p.sent_bytes / chip.links
+    return bounds
+
+
+def _own_estimate(compiled, hlo: str) -> float | None:
+    """The compiler's roofline, which counts loops once and is negative where it knows no cost."""
+    try:
+        cost = compiled.cost_analysis() or {}
+    except Exception:  # a compiler without such an analysis says so in several ways
+        return None
+    seconds = cost.get("optimal_seconds", 0)
+    return seconds if seconds > 0 and " while(" not in hlo else None
