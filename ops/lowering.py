@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 _choice = Primitive("choose_when_lowered")
 _choice.multiple_results = True
@@ -79,5 +79,16 @@ def _batch(flat, axes, *, pick, like):
     return out, [0] * len(out)
 
 
+def _jvp(primals, tangents, *, pick, like):
+    """Refuses: kernels have no derivatives but those that are written."""
+    raise TypeError(
+        "this op has a written derivative of first order in reverse mode: jax.grad, jax.vjp and "
+        "jax.value_and_grad work. For a gradient of a gradient, jax.jvp or jax.hessian use its "
+        "definition in tilescan.ops.reference, which JAX differentiates in both modes and to any "
+        "order, at small sizes"
+    )
+
+
 mlir.register_lowering(_choice, _lower)
+ad.primitive_jvps[_choice] = _jvp
 batching.primitive_batchers[_choice] = _batch
