@@ -5,9 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure  # without pyplot, whose backend is a notebook's own business
 
 # Mid-tones with enough contrast on white and on near-black, told apart by colour-blind readers too.
 COLOURS = ("#1f83d6", "#e0722e", "#2a9d70", "#c05ab0", "#b08a00", "#7a7f87")
@@ -63,11 +61,10 @@ def line_chart(
       share_y: False gives each panel a y axis of its own.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    with plt.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE):
         width = 3.4 * len(panels) + 1.2
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=(width, 3.5), squeeze=False, sharey=share_y
-        )
+        figure = Figure(figsize=(width, 3.5))
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=share_y)
         for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
             for name, (x, y) in lines.items():
                 index = names.index(name)
@@ -129,8 +126,9 @@ def effects_chart(effects: Mapping[str, Sequence[float]]) -> str:
     Args:
       effects: {name: measured effects as shares of the published one, a number for each seed}.
     """
-    with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(9, 0.9 + 0.28 * len(effects)))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 0.9 + 0.28 * len(effects)))
+        axis = figure.subplots()
         for place, shares in enumerate(reversed(effects.values())):
             shown = [min(max(share, -1.0), 3.0) for share in shares]  # an outlier stays on the edge
             axis.plot(shown, [place] * len(shown), MARKERS[0], color=COLOURS[0], alpha=0.8)
@@ -147,9 +145,8 @@ def _short(value: float) -> str:
     return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
 
 
-def _to_svg(figure) -> str:
+def _to_svg(figure: Figure) -> str:
     figure.set_layout_engine("constrained")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
