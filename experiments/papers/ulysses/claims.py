@@ -107,7 +107,8 @@ def _constant(records: Records) -> Claim:
     ours, theirs = ([sent_bytes(r, s) for r in found] for s in (t.ULYSSES, t.MEGATRON))
     each = [sent * n / (n - 1) for n, sent in zip(P, ours, strict=True)]
     other = [sent / (n - 1) for n, sent in zip(P, theirs, strict=True)]
-    sent = zip(P, ours, theirs, strict=True)
+    mib = zip(P, ours, theirs, strict=True)
+    parts = [f"{a / t.MIB:.4g} and {b / t.MIB:.4g} MiB on {n}" for n, a, b in mib]
     enough = len(found) > 1
     return judge(
         "constant volume when texts grow with the devices",
@@ -115,9 +116,7 @@ def _constant(records: Records) -> Claim:
         "with the same tokens of a device, Ulysses' bytes over (P - 1) / P and Megatron-SP's "
         f"over P - 1 are constant within {FORMULA:.0%}",
         all(max(x) / min(x) - 1 <= FORMULA for x in (each, other)) if enough else None,
-        ", ".join(f"{a / t.MIB:.4g} and {b / t.MIB:.4g} MiB on {n}" for n, a, b in sent)
-        if enough
-        else "",
+        ", ".join(parts) if enough else "",
     )
 
 

@@ -37,19 +37,19 @@ def _exact(records: Records) -> Claim:
         for r in t.by_devices(records, "exactness")
         for name, errors in r.result.items()
     )
+    bounds = " and ".join(f"{bound:g} ({dtype})" for dtype, bound in EXACT.items())
     return judge(
         "all schedules are exact",
         "Sequence parallelism of linear attention computes what one device computes.",
-        "outputs and gradients of every schedule, decay and number of devices differ by at "
-        "most "
-        + " and ".join(f"{bound:g} ({dtype})" for dtype, bound in EXACT.items())
-        + " of the largest value",
+        "outputs and gradients of every schedule, decay and number of devices differ by at most "
+        f"{bounds} of the largest value",
         all(found[d] <= bound for d, bound in EXACT.items()) if len(found) == 2 else None,
         ", ".join(f"at most {error:.1e} in {dtype}" for dtype, error in found.items()),
     )
 
 
 def _scanned(records: Records) -> list[tuple[int, int, int, float, float]]:
+    """Returns `tables.scanned` of every program, the fewest devices first."""
     return [t.scanned(r) for r in t.by_devices(records, "blocks")]
 
 
