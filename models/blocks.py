@@ -1,13 +1,4 @@
-"""The names that a pattern can hold, and the residual block around each of them.
-
-A mixer is a Linen module with
-
-    __call__(x [B, T, E], *, state=None, positions=None, segment_ids=None) -> (y [B, T, E], state)
-    init_state(batch, max_len) -> a pytree, or None if it carries nothing over time
-
-The attributes of a recurrent mixer are its options, each with a default, which
-`LanguageModelConfig.mixers` changes; a new one is a line in MIXERS.
-"""
+"""The residual block around each mixer, and the repetition of a pattern of blocks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,13 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tilescan.models.attention import Attention
 from tilescan.models.config import LanguageModelConfig
-from tilescan.models.gated_delta_net import GatedDeltaNet
-from tilescan.models.gated_linear_attention import GatedLinearAttention
-from tilescan.models.h3 import H3
 from tilescan.models.layers import MLP, NORMS
-from tilescan.models.mamba import Mamba
-from tilescan.models.mamba2 import Mamba2
-from tilescan.models.s4 import S4, S4D
+from tilescan.models.mixers import MIXERS
 from tilescan.ops import masks
 
 
@@ -67,18 +53,7 @@ def _mlp(config: LanguageModelConfig, name: str | None) -> MLP:
 # What remat="offload" keeps of each repetition, by this name and in the host's memory.
 REPEAT_INPUT = "repeat_input"
 
-# Blocks with a recurrent mixer.
-MIXERS: dict[str, type[nn.Module]] = {
-    "gated_deltanet": GatedDeltaNet,
-    "gla": GatedLinearAttention,
-    "h3": H3,
-    "mamba": Mamba,
-    "mamba2": Mamba2,
-    "s4": S4,
-    "s4d": S4D,
-}
-
-# All other blocks.
+# The blocks of `models.mixers.OTHER_BLOCKS`.
 BLOCKS: dict[str, Callable[[LanguageModelConfig, str | None], nn.Module]] = {
     "attention": lambda config, name=None: _attention(config, config.attention_mask, name),
     "local_attention": lambda config, name=None: _attention(config, config.local_mask, name),

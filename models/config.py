@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 
 from tilescan.models import mixer_options
 from tilescan.models.layers import MLP_KINDS, NORMS
+from tilescan.models.mixers import MIXERS, OTHER_BLOCKS
 from tilescan.models.positions import POSITION_KINDS, RopeScaling
 from tilescan.ops import masks
 from tilescan.ops.sequence_parallel.kinds import BALANCES, kinds
@@ -24,8 +25,8 @@ class LanguageModelConfig:
 
     Attributes:
       vocab_size, d_model: V and E.
-      pattern: names of blocks (keys of `models.blocks.BLOCKS` and `MIXERS`) that repeat `repeats`
-        times.
+      pattern: names of blocks (of `models.mixers`: keys of MIXERS, OTHER_BLOCKS) that repeat
+        `repeats` times.
       repeats: how often; these layers are one `nn.scan` unless `scan_layers` is False.
       mixers: options of recurrent blocks, {"mamba2": {"state_dim": 64}}: attributes of their
         modules. Those that have their default value are left out.
@@ -133,15 +134,12 @@ class LanguageModelConfig:
         self._validate()
 
     def _validate(self):
-        # blocks.py imports this module for its factories' types.
-        from tilescan.models.blocks import BLOCKS, MIXERS
-
         for name in ("n_kv_heads", "head_dim", "mlp_dim"):
             _positive(name, getattr(self, name))
         if not self.pattern:
             raise ValueError("pattern is empty; for example ('attention', 'mlp')")
         for block in self.pattern:
-            _one_of("a block of pattern", block, [*BLOCKS, *MIXERS])
+            _one_of("a block of pattern", block, [*OTHER_BLOCKS, *MIXERS])
         object.__setattr__(self, "mixers", mixer_options.checked(self.mixers, MIXERS))
         if self.input_features is not None:
             _positive("input_features", self.input_features)

@@ -1,6 +1,7 @@
-"""Imports go down only, in the order that ALLOWED states."""
+"""Imports go down only, in the order that ALLOWED states, and never in a circle."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -36,14 +37,71 @@ FORBIDDEN_LIBRARIES = {
 }
 
 
+# Files of measurements and papers that still use unittest.mock; no other may.
+MOCKS = {
+    "experiments/measurements/training.py",
+    "experiments/papers/flash_attention/exactness.py",
+    "experiments/papers/flash_attention_2/training.py",
+}
+PAPERS = sorted(path.parent.name for path in ROOT.glob("experiments/papers/*/__init__.py"))
+
+
+@functools.cache
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def files(*folders):
+    """The Python files below some folders, by their names of import."""
+    found = {}
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        parts = ["tilescan", *path.relative_to(ROOT).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
 def imported_names(path):
-    """Yields the full name of every import in a file, nested ones included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Yields the full name of every import in a file, those in functions and conditions too."""
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}, line {node.lineno}: a relative import"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_modules(path, modules):
+    """The modules whose names a file imports: `from package import module` means the module alone.
+
+    What a package's __init__ gives is the package's: a module that takes it from there depends on
+    all that __init__ imports.
+    """
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            whole = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else node.module for name in whole.values()}
+    return found & modules.keys()
+
+
+def circles(graph):
+    """The sets of nodes that reach each other, by repeated removal of nodes without an edge."""
+    graph = dict(graph)
+    for turned in (False, True):  # neither above a circle nor below one
+        while True:
+            if turned:
+                used = set().union(*graph.values())
+                ends = {name for name in graph if name not in used}
+            else:
+                ends = {name for name, edges in graph.items() if not edges & graph.keys()}
+            if not ends:
+                break
+            graph = {name: edges - ends for name, edges in graph.items() if name not in ends}
+    return graph
 
 
 def room(name):
@@ -93,3 +151,79 @@ def test_every_package_is_linked_under_the_import_name():
         if path.is_symlink()
     }
     assert links == {package: f"../{package}" for package in ALLOWED}
+
+
+def test_no_circle_of_files():
+    """Each file can be read after those that it imports, wherever in it the import stands."""
+    modules = files(*ALLOWED)
+    graph = {name: imported_modules(path, modules) - {name} for name, path in modules.items()}
+    assert not circles(graph)
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == {
+        "b": {"c"},
+        "c": {"b"},
+    }
+
+
+def test_rooms_of_experiments():
+    """papers -> measurements -> harness; no paper imports another, and nobody imports a paper."""
+    wrong = []
+    for path in files("experiments").values():
+        where = path.relative_to(ROOT / "experiments").parts
+        floor = where[0] if len(where) > 1 else "entry"
+        allowed = {
+            "harness": ("harness",),
+            "measurements": ("measurements", "harness"),
+            "papers": ("measurements", "harness", f"papers.{where[1]}" if where[1:] else ""),
+            "entry": ("harness", "report", "rerun", "run"),
+        }[floor]
+        for name in imported_names(path):
+            inside = name.removeprefix("tilescan.experiments.")
+            if inside == name or any(f"{inside}.".startswith(f"{a}.") for a in allowed):
+                continue
+            # The registry lists the folder of papers, and imports what a user names.
+            if where != ("harness", "registry.py") or inside != "papers":
+                wrong.append(f"experiments/{'/'.join(where)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_notebooks_import_papers_and_nobody_imports_commands():
+    outside = files(*(package for package in ALLOWED if package != "experiments"), "notebooks")
+    wrong = []
+    for path in outside.values():
+        where = path.relative_to(ROOT).parts[0]
+        lower = ["tilescan.experiments.papers"] * (where != "notebooks")
+        lower += ["tilescan.cli"] * (where != "cli")
+        names = [name for name in imported_names(path) if name.startswith(tuple(lower))]
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in names]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_mocks_are_for_tests():
+    modules = files(*ALLOWED, "notebooks").values()
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules
+        if any(name.split(".")[0] in ("unittest", "mock") for name in imported_names(path))
+    }
+    assert found <= MOCKS
+
+
+def test_no_shared_code_lists_the_papers():
+    """A new paper is a folder and a config, and nothing else names it."""
+    assert len(PAPERS) >= 10
+    entry = [p for p in (ROOT / "experiments").glob("*.py")] + [ROOT / "configs" / "common.py"]
+    naming = [
+        f"{path.relative_to(ROOT)}, line {node.lineno}: {node.value!r}"
+        for path in (*files("experiments/harness", "cli", "planning").values(), *entry)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and node.value in PAPERS
+    ]
+    listing = [
+        f"{path.relative_to(ROOT)}, line {node.lineno}"
+        for path in files(*ALLOWED).values()
+        if "papers" not in path.parts
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.List | ast.Tuple | ast.Set | ast.Dict)
+        and len({c.value for c in ast.walk(node) if isinstance(c, ast.Constant)} & set(PAPERS)) > 2
+    ]
+    assert not naming and not listing, "\n".join(naming + listing)

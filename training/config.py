@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from tilescan.models import LanguageModelConfig, mixer_options
-from tilescan.models.blocks import MIXERS
+from tilescan.models.mixers import MIXERS
 from tilescan.ops import masks
 from tilescan.training.settings import (
     SECTIONS,

@@ -9,7 +9,9 @@ import pytest
 
 from tilescan.cli import folders, list_papers
 from tilescan.cli import main as cli
+from tilescan.data import tasks
 from tilescan.data.clients import SourceError
+from tilescan.data.registry import SOURCES
 from tilescan.experiments.harness import registry as papers
 from tilescan.training.checkpoints import CheckpointError
 
@@ -185,6 +187,31 @@ def test_unwritable_workdir_is_an_error_that_says_what_to_do(capsys, tmp_path):
     status, err = fails(capsys, "run", "flash_attention", "--scale=smoke", workdir)
     assert status == 1
     assert "cannot be written" in err and "--workdir=runs/flash_attention" in err
+
+
+def test_data_lists_sources_and_tasks(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    for argv in (["data"], ["data", "list"]):
+        assert cli.main(argv) == 0
+        out = capsys.readouterr().out
+        assert all(name in out for name in (*SOURCES, *tasks.summaries()))
+        assert "Sources are also: the path of a .txt, .jsonl" in out and "hf:NAME" in out
+        assert "5.4 MB" in out and "public domain" in out
+        assert "<BOS> string <COPY> string <EOS>" in out
+
+
+def test_data_fetches_and_adds(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TILESCAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TILESCAN_OFFLINE", "1")
+    assert cli.main(["data", "--offline", "fetch", "python_stdlib"]) == 0
+    assert pathlib.Path(capsys.readouterr().out.strip()).is_dir()
+    for argv, message in {
+        ("fetch", "austen"): "apt-get download r-cran-janeaustenr",
+        ("fetch", "nonsense"): "known sources",
+        ("add", "imdb", str(tmp_path / "gone")): "there is no file",
+    }.items():
+        status, err = fails(capsys, "data", *argv)
+        assert status == 1 and message in err
 
 
 def test_data_needs_a_known_source(capsys):

@@ -4,9 +4,8 @@ import os
 import pathlib
 
 import pytest
-from rich.console import Console
 
-from tilescan.data import sources, tasks
+from tilescan.data import sources
 from tilescan.data.clients import KINDS, Source, client_command
 from tilescan.data.documents import Document
 
@@ -104,36 +103,8 @@ def test_a_changed_file_is_read_again(monkeypatch, tmp_path):
     assert sources.load("toy")[0].text == "two"
 
 
-def test_the_listing(capsys):
+def test_the_rows_of_the_listing():
     rows = {row["name"]: row for row in sources.list_sources()}
     assert rows["shakespeare"]["cached"] is False
     assert rows["python_stdlib"]["cached"] is True
     assert rows["factbook"]["size"] == 2_900_677
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))
-    sources.main_list(console)
-    text = console.export_text()
-    for name in sources.SOURCES:
-        assert name in text
-    assert "Sources are also: the path of a .txt, .jsonl" in text and "hf:NAME" in text
-    assert "5.4 MB" in text and "public domain" in text
-    for name in tasks.summaries():
-        assert name in text
-    assert "<BOS> string <COPY> string <EOS>" in text
-
-
-def test_the_command_line(capsys, tmp_path):
-    assert sources.main(["--offline", "fetch", "python_stdlib"]) == 0
-    assert pathlib.Path(capsys.readouterr().out.strip()).is_dir()
-    assert sources.main(["fetch", "austen"]) == 1
-    assert "apt-get download r-cran-janeaustenr" in capsys.readouterr().err
-    assert sources.main(["fetch", "nonsense"]) == 1
-    assert "known sources" in capsys.readouterr().err
-    assert sources.main(["add", "imdb", str(tmp_path / "gone")]) == 1
-    assert "there is no file" in capsys.readouterr().err
-    review = '{"split": "train", "label": 1, "id": 0, "text": "Good"}\n'
-    (tmp_path / "reviews.jsonl").write_text(review)
-    assert sources.main(["add", "imdb", str(tmp_path / "reviews.jsonl")]) == 0
-    assert sources.load("imdb") == [Document("train/pos/0", "Good", "pos", "train")]
-    capsys.readouterr()
-    assert sources.main([]) == 0
-    assert "shakespeare" in capsys.readouterr().out

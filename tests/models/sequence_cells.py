@@ -24,7 +24,7 @@ import numpy as np
 from flax import linen as nn
 
 from tilescan.models import LanguageModel, LanguageModelConfig
-from tilescan.models.blocks import MIXERS
+from tilescan.models.mixers import MIXERS
 from tilescan.ops.sequence_parallel import ATTENTION_KINDS, BALANCES, SCAN_KINDS
 from tilescan.training import sharding, steps
 from tilescan.training.settings import MeshConfig

@@ -9,6 +9,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from tilescan.models import LanguageModel, LanguageModelConfig, blocks
+from tilescan.models.mixers import MIXERS, OTHER_BLOCKS
 from tilescan.training.config import (
     ConfigError,
     as_dict,
@@ -123,3 +124,7 @@ def test_unknown_options_get_the_nearest():
     ):
         with pytest.raises(ConfigError, match=message):
             settings(ConfigDict({"model": {"mixers": bad}}))
+
+
+def test_every_block_has_a_factory_or_a_mixer():
+    assert tuple(blocks.BLOCKS) == OTHER_BLOCKS and not set(OTHER_BLOCKS) & set(MIXERS)

@@ -12,12 +12,12 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tilescan.models.blocks import MIXERS
 from tilescan.models.gated_delta_net import GatedDeltaNet
 from tilescan.models.gated_linear_attention import GatedLinearAttention
 from tilescan.models.h3 import H3
 from tilescan.models.mamba import Mamba
 from tilescan.models.mamba2 import Mamba2
+from tilescan.models.mixers import MIXERS
 from tilescan.models.s4 import S4, S4D
 
 B, T, E = 2, 24, 8

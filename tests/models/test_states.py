@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from tilescan.models import LanguageModel, LanguageModelConfig
 from tilescan.models.attention import Attention
-from tilescan.models.blocks import MIXERS, make_mixer
+from tilescan.models.blocks import make_mixer
+from tilescan.models.mixers import MIXERS
 from tilescan.models.positions import token_positions
 from tilescan.ops import masks
 
