@@ -1,60 +1,41 @@
 """What a program would need, from compiling it: nothing is allocated and nothing runs."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 # Buffers and collectives are XLA's, planned before LLVM sees a program: programs that nobody runs
-# need no optimized machine code.
+# need no optimized machine code. TPUs have no LLVM.
 NOT_RUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def compiled(function: Callable, *arguments: Any) -> jax.stages.Compiled:
-    """Returns the program of a function for these arguments, compiled and not to be run."""
-    return jax.jit(function).lower(*arguments).compile(NOT_RUN)
+    """Returns the program of a function, compiled and not to be run.
+
+    Args:
+      function: to be jitted.
+      *arguments: pytrees of arrays or of `jax.ShapeDtypeStruct`, and None.
+    """
+    options = {} if jax.default_backend() == "tpu" else NOT_RUN
+    return jax.jit(function).lower(*arguments).compile(options)
 
 
 def memory(program: jax.stages.Compiled) -> dict[str, int]:
-    """Returns a device's bytes: arguments, results that are not arguments, temporary, total."""
+    """Returns a device's bytes: arguments, results that are not arguments, temporary, total.
+
+    Raises:
+      ValueError: the backend does not tell.
+    """
     m = program.memory_analysis()
+    if m is None:
+        raise ValueError(f"{jax.default_backend()} tells no memory of compiled programs")
     parts = {
         "arguments": m.argument_size_in_bytes,
         "results": m.output_size_in_bytes - m.alias_size_in_bytes,
         "temporary": m.temp_size_in_bytes,
     }
     return parts | {"total": sum(parts.values())}
-
-
-def compiled_memory(function: Callable, *arguments: Any) -> dict[str, float]:
-    """Bytes of a function as XLA plans them.
-
-    Args:
-      function: to be jitted.
-      *arguments: pytrees of arrays or of `jax.ShapeDtypeStruct`, and None.
-
-    Returns:
-      {"temp_bytes": what it holds while it runs, "argument_bytes", "output_bytes",
-      "donated_bytes", "compile_s"}.
-
-    Raises:
-      ValueError: the backend does not tell.
-    """
-    lowered = jax.jit(function).lower(*arguments)
-    # On CPUs machine code is most of the compiling, and buffers are planned before it.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-    start = time.perf_counter()
-    memory = lowered.compile(compiler_options=options).memory_analysis()
-    if memory is None:
-        raise ValueError(f"{jax.default_backend()} tells no memory of compiled programs")
-    return {
-        "temp_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "donated_bytes": memory.alias_size_in_bytes,
-        "compile_s": time.perf_counter() - start,
-    }
 
 
 def largest_within(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from tilescan.experiments.measurements import timing
-from tilescan.experiments.measurements.compiled import compiled_memory, largest_within
+from tilescan.experiments.measurements.compiled import compiled, largest_within, memory
 from tilescan.experiments.papers.stream_bp.losses import (
     CHECKPOINT,
     SFT,
@@ -42,7 +42,7 @@ def longest(settings: Mapping[str, Any], seed: int) -> dict:
 
     def need(length):
         batch = abstract_batch(settings["loss"], length)
-        return compiled_memory(jax.grad(loss, has_aux=True), params, batch)["temp_bytes"]
+        return memory(compiled(jax.grad(loss, has_aux=True), params, batch))["temporary"]
 
     budget = settings["budget_gb"] * GB
     length, tried = largest_within(need, budget, settings["start"], settings["step"], 0.02)

@@ -1,8 +1,10 @@
-"""The largest size that fits is found by few compilations."""
+"""Memory is the compiler's; the largest size that fits is found by few compilations."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from tilescan.experiments.measurements.compiled import largest_within
+from tilescan.experiments.measurements.compiled import compiled, largest_within, memory
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -29,3 +31,14 @@ def test_sizes_are_multiples_of_the_step(start):
     assert need(length) <= 3100.0 < need(length + 10)
     assert start in known and all(n % 10 == 0 for n in known)
     assert largest_within(lambda n: 1e9, 3100.0, 640, 10)[0] == 0
+
+
+def test_memory_is_the_compilers():
+    def wide(x):
+        return jnp.sum(jnp.cumsum(x[:, None] * x[None], axis=0) ** 2)
+
+    shape = jax.ShapeDtypeStruct((256,), jnp.float32)
+    found = memory(compiled(jax.grad(wide), shape))
+    assert found["arguments"] == found["results"] == 1024
+    assert 256 * 256 * 4 <= found["temporary"] < 16 * 256 * 256 * 4
+    assert found["total"] == 2048 + found["temporary"]

@@ -1,7 +1,6 @@
 """StreamBP's experiments: what its cells build and measure, and what its claims say of numbers."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +8,7 @@ from tilescan.configs.common import SCALES
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import shared_models
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.measurements.compiled import compiled_memory, largest_within
+from tilescan.experiments.measurements.compiled import largest_within
 from tilescan.experiments.papers.stream_bp import cells, claims, losses, tables, training
 from tilescan.models.language_model import count_params
 
@@ -47,16 +46,6 @@ def test_the_longest_length_is_found_in_few_steps(start):
     assert length == 980 or need(length + 20) > 3100.0 >= need(length)
     assert len(known) <= 7 and all(n % 10 == 0 for n in known)
     assert largest_within(lambda n: 1e9, 3100.0, 640, 10)[0] == 0
-
-
-def test_memory_is_the_compilers():
-    def wide(x):
-        return jnp.sum(jnp.cumsum(x[:, None] * x[None], axis=0) ** 2)
-
-    shape = jax.ShapeDtypeStruct((256,), jnp.float32)
-    found = compiled_memory(jax.grad(wide), shape)
-    assert found["argument_bytes"] == 1024 and found["output_bytes"] == 1024
-    assert 256 * 256 * 4 <= found["temp_bytes"] < 16 * 256 * 256 * 4
 
 
 @pytest.mark.slow
