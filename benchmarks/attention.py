@@ -31,6 +31,7 @@ from tilescan.benchmarks.attention_cases import LONGEST_DENSE, SHAPES, WINDOW, i
 from tilescan.benchmarks.environment import environment
 from tilescan.benchmarks.timing import interleaved, summary
 from tilescan.benchmarks.torch_process import Torch, find_torch
+from tilescan.files import write_atomically
 from tilescan.planning.chips import chip_of
 from tilescan.planning.compiled import memory as program_memory
 
@@ -188,10 +189,7 @@ def main():
         torch.close()
     console.print(table_of(rows))
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.out.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(r | where) + "\n" for r in rows))
-        os.replace(partial, arguments.out)
+        write_atomically(arguments.out, "".join(json.dumps(r | where) + "\n" for r in rows))
         console.print(f"{len(rows)} rows written to {arguments.out}")
 
 

@@ -41,6 +41,7 @@ from tilescan.benchmarks.environment import environment
 from tilescan.benchmarks.scans_cases import BY_STEPS, CASES, CROSSOVER, LETTERS, TORCH_PEERS
 from tilescan.benchmarks.timing import interleaved, summary
 from tilescan.benchmarks.torch_process import Torch, find_torch
+from tilescan.files import write_atomically
 from tilescan.planning.compiled import memory as program_memory
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results/benchmarks"
@@ -248,10 +249,7 @@ def main():
     if "static" in arguments.only:
         console.print(*static_tables(), sep="\n")
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.out.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(r | where) + "\n" for r in rows))
-        os.replace(partial, arguments.out)
+        write_atomically(arguments.out, "".join(json.dumps(r | where) + "\n" for r in rows))
         console.print(f"{len(rows)} rows written to {arguments.out}")
 
 

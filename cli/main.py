@@ -1,7 +1,6 @@
 """The console command `tilescan`: one subcommand per thing a newcomer wants to do first."""
 
 import argparse
-import difflib
 import glob
 import importlib.metadata
 import importlib.util
@@ -10,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from tilescan.cli import data, diagnose, generate, list_papers, plan, report, rerun, run, train
+from tilescan.spelling import nearest
 
 _DESCRIPTION = """\
 Reproduce the tables of papers on long-sequence models, and use their parts.
@@ -54,9 +54,9 @@ class _Parser(argparse.ArgumentParser):
         for word in message.replace("'", " ").replace(",", " ").replace(":", " ").split():
             name = word.split("=")[0]
             begun = [k for k in known if len(name) > 2 and k.startswith(name)]
-            match = begun or difflib.get_close_matches(name, known, 1, cutoff)
+            match = begun[0] if begun else nearest(name, known, cutoff)
             if match and name not in known:
-                return match[0]
+                return match
         return None
 
     def _choices(self) -> list[str]:

@@ -1,10 +1,11 @@
 """What every paper's config begins with, and the parts that several of them share."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from tilescan.spelling import did_you_mean
 
 SCALES = ("smoke", "cpu", "accelerator")
 
@@ -16,8 +17,7 @@ def check_scale(scale: str) -> str:
       ValueError: it is not; the message names the nearest.
     """
     if scale not in SCALES:
-        near = difflib.get_close_matches(scale, SCALES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(scale, SCALES)
         raise ValueError(f"scale={scale!r} is unknown; {hint}it must be one of {', '.join(SCALES)}")
     return scale
 

@@ -18,7 +18,6 @@ From a shell: `tilescan data [list | fetch NAME | add NAME PATH | show NAME] [--
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from tilescan.data.fetch import (
     read_documents,
 )
 from tilescan.data.registry import SOURCES
+from tilescan.spelling import did_you_mean
 
 __all__ = [
     "SOURCES",
@@ -57,11 +57,9 @@ def get_source(name: str) -> Source:
     """
     if name in SOURCES:
         return SOURCES[name]
-    near = difflib.get_close_matches(name, SOURCES, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
-        f"unknown source {name!r}: {hint}known sources: {', '.join(SOURCES)}; the path of "
-        f"{files.READ}; or hf:NAME, a data set at Hugging Face"
+        f"unknown source {name!r}: {did_you_mean(name, SOURCES)}known sources: "
+        f"{', '.join(SOURCES)}; the path of {files.READ}; or hf:NAME, a data set at Hugging Face"
     )
 
 

@@ -11,7 +11,6 @@ token unless `allow_special=True` asks for it (chat prompts do).
 from __future__ import annotations
 
 import base64
-import difflib
 import functools
 import os
 import pathlib
@@ -24,6 +23,7 @@ import numpy as np
 from tilescan.data.archives import members
 from tilescan.data.clients import SourceError
 from tilescan.data.sources import fetch
+from tilescan.spelling import did_you_mean
 
 NAMES = ("byte", "gpt2", "cl100k", "smollm2")
 
@@ -306,8 +306,7 @@ def get_tokenizer(name: str) -> Tokenizer:
         "smollm2": lambda: GGUFTokenizer(fetch("smollm2")),
     }
     if name not in makers:
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, NAMES)
         raise ValueError(
             f"unknown tokenizer {name!r}: {hint}known: {', '.join(NAMES)}, or a path to a .gguf"
         )

@@ -1,7 +1,6 @@
 """What a language model is made of, as one frozen value that says what is wrong with it."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from tilescan.models.mixers import MIXERS, OTHER_BLOCKS
 from tilescan.models.positions import POSITION_KINDS, RopeScaling
 from tilescan.ops import masks
 from tilescan.ops.sequence_parallel.kinds import BALANCES, kinds
+from tilescan.spelling import did_you_mean
 
 HEADS = 8  # where a model doesn't say
 REMAT_KINDS = ("none", "full", "dots", "dots_no_batch", "offload")
@@ -239,6 +239,5 @@ def _positive(name: str, value: int) -> None:
 def _one_of(name: str, value: str, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(value, known)
         raise ValueError(f"{name} is {value!r}, which is unknown; {hint}known: {', '.join(known)}")

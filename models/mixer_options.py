@@ -5,13 +5,14 @@ bool, str, None or a tuple of them; `SHARED` attributes are the language model's
 """
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flax.core import FrozenDict
+
+from tilescan.spelling import did_you_mean
 
 # Attributes that `models.blocks` fills in, where a mixer has them.
 SHARED = ("d_model", "norm_eps", "out_scale", "dtype", "param_dtype", "sequence_parallel")
@@ -79,6 +80,4 @@ def _words(hint) -> str:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.3)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}known: {', '.join(known) or 'none'}"
+    return f"{did_you_mean(name, known)}known: {', '.join(known) or 'none'}"

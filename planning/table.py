@@ -16,6 +16,7 @@ import pathlib
 import subprocess
 import sys
 
+from tilescan.files import write_atomically
 from tilescan.planning.chips import CHIPS, GIB
 from tilescan.planning.topologies import generation, torus_axes
 from tilescan.training.environment import git_commit
@@ -90,10 +91,9 @@ def load(folder: pathlib.Path) -> dict[str, dict]:
 
 def write(folder: pathlib.Path, rows: dict[str, dict]) -> None:
     """Both files, of the rows that there are, in the order of ROWS."""
-    folder.mkdir(parents=True, exist_ok=True)
     done = {row.key: rows[row.key] for row in ROWS if row.key in rows}
-    (folder / "plan.json").write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-    (folder / "plan.md").write_text(markdown(list(done.values())), encoding="utf-8")
+    write_atomically(folder / "plan.json", json.dumps(done, indent=1) + "\n")
+    write_atomically(folder / "plan.md", markdown(list(done.values())))
 
 
 _HEAD = """\

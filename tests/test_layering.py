@@ -3,6 +3,7 @@
 import ast
 import functools
 import pathlib
+import sys
 
 import pytest
 
@@ -142,6 +143,18 @@ def test_nobody_imports_private_jax():
         if name.startswith("jax._src")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_what_all_may_import_imports_nothing():
+    """Modules of tilescan itself lie below every package, and need Python alone."""
+    modules = [path for path in (ROOT / "tilescan").glob("*.py") if path.name != "__init__.py"]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in modules
+        for name in imported_names(path)
+        if name.split(".")[0] not in sys.stdlib_module_names
+    ]
+    assert modules and not wrong, "\n".join(wrong)
 
 
 def test_every_package_is_linked_under_the_import_name():

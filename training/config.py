@@ -11,7 +11,6 @@ which is what the rest of the code sees. A `ConfigDict` goes no further than `tr
 
 import ast
 import dataclasses
-import difflib
 import functools
 import typing
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from ml_collections import config_dict
 from tilescan.models import LanguageModelConfig, mixer_options
 from tilescan.models.mixers import MIXERS
 from tilescan.ops import masks
+from tilescan.spelling import nearest
 from tilescan.training.settings import (
     SECTIONS,
     TASKS,
@@ -128,8 +128,8 @@ def keys_named(name: str, known: list[str], near: bool = False) -> list[str]:
         return found
     name = name.rsplit(".", 1)[-1]
     begun = [key for key in known if len(name) > 2 and last[key].startswith(f"{name}_")]
-    alike = difflib.get_close_matches(name, set(last.values()), 1, 0.8)
-    return begun or [key for key in known if last[key] in alike]
+    alike = nearest(name, set(last.values()), cutoff=0.8)
+    return begun or [key for key in known if last[key] == alike]
 
 
 def assignments_meant(word: str, known: list[str], near: bool = False) -> list[str]:
@@ -150,7 +150,7 @@ def nearest_key(key: str, known: list[str]) -> str:
     last = key.rsplit(".", 1)[-1]
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
     alike = [k for k in known if k.rsplit(".", 1)[-1].endswith(f"_{last}")]  # dtype, compute_dtype
-    return difflib.get_close_matches(key, same_name or alike or known, 1, 0.0)[0]
+    return nearest(key, same_name or alike or known, cutoff=0)
 
 
 def check_keys(config) -> None:

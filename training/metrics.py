@@ -4,7 +4,6 @@ metrics.jsonl holds only what the seed determines, so that a resumed run's file 
 for byte, as an uninterrupted one's; how long things took is in timing.jsonl.
 """
 
-import contextlib
 import json
 import os
 import pathlib
@@ -15,21 +14,7 @@ import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-def write_atomically(path, text: str) -> None:
-    """Replaces a file in one step: a reader, or a kill, sees old or new, never half."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+from tilescan.files import write_atomically
 
 
 def read_rows(path) -> list[dict]:

@@ -5,7 +5,6 @@ These dataclasses are the only list of fields; `training.config` makes the edita
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from tilescan.models import LanguageModelConfig
 from tilescan.models.stream_bp import check_streamed
 from tilescan.ops.sequence_parallel import layouts
+from tilescan.spelling import did_you_mean
 
 TASKS = ("language_model", "classification")
 OPTIMIZERS = ("adamw", "adam", "lion", "sgd")
@@ -27,10 +27,8 @@ class ConfigError(ValueError):
 
 def _one_of(name: str, value, known) -> None:
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1, 0.0)
-        raise ConfigError(
-            f"{name} = {value!r} is unknown; did you mean {near[0]!r}? Known: {', '.join(known)}"
-        )
+        hint = did_you_mean(value, known, cutoff=0)
+        raise ConfigError(f"{name} = {value!r} is unknown; {hint}Known: {', '.join(known)}")
 
 
 def _at_least(section: str, config, low: int | float, *names: str) -> None:

@@ -6,10 +6,11 @@ import pathlib
 
 import jax
 
+from tilescan.files import write_atomically
 from tilescan.training import config as config_lib
 from tilescan.training.checkpoints import CheckpointError, Checkpoints, is_full_disk
 from tilescan.training.environment import environment
-from tilescan.training.metrics import Recorder, write_atomically
+from tilescan.training.metrics import Recorder
 from tilescan.training.settings import Settings
 
 

@@ -1,11 +1,11 @@
 """Tasks by name."""
 
 import dataclasses
-import difflib
 from typing import Any
 
 from tilescan.data.tasks import algorithms, images, listops, passkey, pathfinder, reviews, synthetic
 from tilescan.data.tasks.base import FixedTask, Task
+from tilescan.spelling import did_you_mean
 
 _FAMILIES = (algorithms, synthetic, passkey, listops, pathfinder, images, reviews)
 TASKS = {name: make for family in _FAMILIES for name, make in family.TASKS.items()}
@@ -23,8 +23,7 @@ def get(name: str, **options: Any) -> Task | FixedTask:
       ValueError: an unknown name (the nearest is named), or options that make no task.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 1, 0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, TASKS)
         raise ValueError(f"task={name!r} is unknown; {hint}known: {', '.join(TASKS)}")
     try:
         task = TASKS[name](**options)

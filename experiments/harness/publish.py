@@ -8,9 +8,9 @@ from tilescan.configs.common import SCALES
 from tilescan.experiments.harness import figures, html, markdown, matrix, provenance, registry
 from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness.cells import Paper
-from tilescan.experiments.harness.records import write_atomically
 from tilescan.experiments.harness.results import Results, collect
 from tilescan.experiments.harness.runner import kept_config
+from tilescan.files import write_atomically
 
 
 def files(results: Results) -> dict[str, str]:

@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import platform
 from collections.abc import Iterator, Mapping
@@ -133,20 +132,6 @@ def digest(paper: str, cell: str, settings: Mapping[str, Any], seed: int) -> str
     """Short hash that names a measurement; equal inputs, equal hash, on every machine."""
     text = json.dumps([SCHEMA, paper, cell, plain(settings), seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes the whole file or nothing: a reader, or a run after a crash, never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(folder: pathlib.Path) -> Records:

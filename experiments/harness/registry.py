@@ -1,6 +1,5 @@
 """The papers that can be reproduced: one folder of experiments/papers and one config file each."""
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import ml_collections
 from tilescan.configs.common import SCALES, check_scale
 from tilescan.experiments import papers
 from tilescan.experiments.harness.cells import Paper
+from tilescan.spelling import did_you_mean
 from tilescan.training.config import override
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(papers.__path__)))
@@ -18,9 +18,7 @@ NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(papers.__pat
 
 def nearest(name: str, known) -> str:
     """A hint for a mistyped name: the nearest known one, and all of them."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    hint = f"did you mean {match[0]!r}? " if match else ""
-    return f"{hint}(known: {', '.join(known)})"
+    return f"{did_you_mean(name, known)}(known: {', '.join(known)})"
 
 
 def load(name: str) -> Paper:

@@ -23,6 +23,7 @@ from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.harness.records import Record
 from tilescan.experiments.harness.workspace import Workspace
+from tilescan.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _curve(folder: pathlib.Path, workspace: Workspace) -> dict[str, list[float]]
 
 def _keep(workdir: pathlib.Path, cell_id: str, record: Record) -> None:
     try:
-        records_lib.write_atomically(_cell_path(workdir, cell_id), record.to_json())
+        write_atomically(_cell_path(workdir, cell_id), record.to_json())
     except OSError as error:
         raise OSError(
             f"the record of {cell_id} cannot be written to workdir={str(workdir)!r} "
@@ -162,7 +163,7 @@ def _keep_code(workdir: pathlib.Path, code: Mapping[str, str]) -> str:
     path, digest = workdir / "code.json", provenance.digest(code)
     known = records_lib.json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if digest not in known:
-        records_lib.write_atomically(path, records_lib.dumps({**known, digest: code}))
+        write_atomically(path, records_lib.dumps({**known, digest: code}))
     return digest
 
 
@@ -205,7 +206,7 @@ def _prepare(workdir: pathlib.Path, paper: Paper, config: ml_collections.ConfigD
                     f"workdir={str(workdir)!r} holds records of {other!r}, not of {paper.name!r}; "
                     f"give another folder"
                 )
-        records_lib.write_atomically(previous, text)
+        write_atomically(previous, text)
     except OSError as error:
         raise OSError(
             f"workdir={str(workdir)!r} cannot be written ({error.strerror}); "
@@ -248,7 +249,7 @@ def _retire_stale(workdir: pathlib.Path, digests: Mapping[str, str]) -> set[str]
 
 
 def _keep_error(workdir: pathlib.Path, cell_id: str, text: str) -> None:
-    records_lib.write_atomically(workdir / "errors" / f"{cell_id}.txt", text)
+    write_atomically(workdir / "errors" / f"{cell_id}.txt", text)
 
 
 def _cell_path(workdir: pathlib.Path, cell_id: str) -> pathlib.Path:

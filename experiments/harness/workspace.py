@@ -12,6 +12,7 @@ from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness import shared_models
 from tilescan.experiments.harness.locks import locked
 from tilescan.experiments.harness.shared_models import Make, Trained
+from tilescan.files import write_atomically
 from tilescan.training.checkpoints import UnusableCheckpoint
 from tilescan.training.trained import finished_step, load_trained
 
@@ -69,7 +70,7 @@ class Workspace:
             with locked(self.models / f"{digest}.lock", self.timeout):
                 found = self._trained_or_read(config, folder, make)
         self.used[digest] = {"settings": records_lib.plain(settings), "seed": seed}
-        records_lib.write_atomically(folder / "model.json", records_lib.dumps(self.used[digest]))
+        write_atomically(folder / "model.json", records_lib.dumps(self.used[digest]))
         return found
 
     def _trained_or_read(self, config, folder: pathlib.Path, make: Make) -> Trained:

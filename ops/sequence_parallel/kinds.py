@@ -9,8 +9,9 @@ One setting names a way for attention, a way for recurrences, or both:
     "all_gather"        both gather: keys and values (LASP-2H), states (LASP-2)
 """
 
-import difflib
 from typing import NamedTuple
+
+from tilescan.spelling import did_you_mean
 
 # What travels, per layer and device; see the modules named so.
 ATTENTION_KINDS = ("ring", "ulysses", "usp", "all_gather", "ring_self_attention")
@@ -43,10 +44,9 @@ def kinds(setting: str) -> Kinds:
             setting if setting in attention else ATTENTION_KINDS[0],
             setting if setting in SCAN_KINDS else SCAN_KINDS[0],
         )
-    near = difflib.get_close_matches(setting, attention + SCAN_KINDS, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
-        f"sequence_parallel={setting!r} is unknown; {hint}attention takes one of "
+        f"sequence_parallel={setting!r} is unknown; "
+        f"{did_you_mean(setting, attention + SCAN_KINDS)}attention takes one of "
         f"{', '.join(attention)}, recurrences one of {', '.join(SCAN_KINDS)}, and both "
         "are written 'ring+all_scan'"
     )

@@ -5,6 +5,7 @@ import json
 import ml_collections
 import pytest
 
+from tilescan import files
 from tilescan.experiments.harness import cells as cells_lib
 from tilescan.experiments.harness import records
 from tilescan.experiments.harness import runner as harness
@@ -163,14 +164,14 @@ def test_unwritable_workdir_is_named(tmp_path):
 
 
 def test_full_disk_stops_the_run_and_leaves_no_partial_record(tmp_path, monkeypatch):
-    real = records.os.replace
+    real = files.os.replace
 
     def full(source, target):
         if str(target).endswith("x1.json"):
             raise OSError(28, "No space left on device")
         return real(source, target)
 
-    monkeypatch.setattr(records.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     message = r"record of x1 cannot be written to workdir='.*' \(No space left.*same command"
     with pytest.raises(OSError, match=message):
         harness.run(make_paper(power_of), config(), tmp_path)
