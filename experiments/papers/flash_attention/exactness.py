@@ -11,9 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tilescan.experiments.harness.claims import Claim, judge
-from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.tables import MEASURED, Column, Table
 from tilescan.ops import attention_tpu, attention_xla, masks
 from tilescan.ops.attention import attention
 from tilescan.pallas_kernels.tpu.block_sizes import Tile
@@ -21,8 +18,6 @@ from tilescan.pallas_kernels.tpu.block_sizes import Tile
 STANDARD, XLA, KERNELS = "standard", "tiled (XLA)", "tiled (Pallas TPU, interpreted)"
 CHOSEN = "as chosen"  # tiles that the op takes by itself
 OUTPUTS = ("o", "dq", "dk", "dv")
-FLOAT32_BOUND = 2e-6  # relative to the largest value
-BFLOAT16_BOUND = 2.0  # times the error of standard attention in bfloat16
 
 
 def make_mask(name: str, length: int) -> masks.Mask:
@@ -159,69 +154,3 @@ def _interpreted(q, k, v, do, mask, tile):
             q, k, v, None, mask, 0, o, lse, do, jnp.zeros_like(lse), **options
         )
     return o, *gradients[:3]
-
-
-def tables(records: Records) -> list[Table]:
-    """Errors by mask, dtype and implementation, the worst over its tiles."""
-    rows = []
-    found = list(records.select(kind="exactness"))
-    for record in sorted(found, key=lambda r: r.settings["dtype"], reverse=True):
-        for name, of_tile in _by_implementation(record).items():
-            labels = (record.settings["dtype"], record.settings["mask"], name, ", ".join(of_tile))
-            worst = [max(error[output] for error in of_tile.values()) for output in OUTPUTS]
-            rows.append([*labels, *worst])
-    columns = [Column("dtype"), Column("mask"), Column("attention"), Column("tiles")]
-    columns += [Column(output, MEASURED, digits=2) for output in OUTPUTS]
-    shape = ""
-    for r in found[:1]:
-        s = r.settings
-        shape = f"{s['length']} queries and keys, {s['heads']} heads of {s['head_dim']}. "
-    note = (
-        f"{shape}Largest error over largest value, against dense attention in float64, of the "
-        "worst tile. Tiles are queries x keys; by itself the op takes one for so short a sequence."
-    )
-    return [Table("exactness", "Exactness of outputs and gradients", columns, rows, note)]
-
-
-def claims(records: Records) -> list[Claim]:
-    """Exact up to rounding."""
-    found = list(records.select(kind="exactness"))
-    worst = {dtype: _worst(found, dtype) for dtype in ("float32", "bfloat16")}
-    known = all(value is not None for value in worst.values())
-    return [
-        judge(
-            "exact attention",
-            "Tiled attention computes the same function as standard attention (theorem 1).",
-            f"outputs and gradients, every mask and tile: float32 within {FLOAT32_BOUND:g} of "
-            f"float64, bfloat16 within {BFLOAT16_BOUND:g} times the error of standard attention",
-            worst["float32"] <= FLOAT32_BOUND and worst["bfloat16"] <= BFLOAT16_BOUND
-            if known
-            else None,
-            f"float32 {worst['float32']:.2g}, bfloat16 {worst['bfloat16']:.2f} times"
-            if known
-            else "",
-        )
-    ]
-
-
-def _worst(found: list[Record], dtype: str) -> float | None:
-    """The largest error in float32, the largest ratio to the standard one in bfloat16."""
-    values = [
-        error[output] / (record.result[f"{STANDARD}, none"][output] if dtype == "bfloat16" else 1.0)
-        for record in found
-        if record.settings["dtype"] == dtype
-        for name, of_tile in _by_implementation(record).items()
-        if name != STANDARD
-        for error in of_tile.values()
-        for output in OUTPUTS
-    ]
-    return max(values, default=None)
-
-
-def _by_implementation(record: Record) -> dict[str, dict[str, Mapping[str, float]]]:
-    """{implementation: {tile: errors}}."""
-    found = {}
-    for name, error in record.result.items():
-        implementation, _, tile = name.rpartition(", ")
-        found.setdefault(implementation, {})[tile] = error
-    return found

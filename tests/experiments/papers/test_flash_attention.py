@@ -6,8 +6,7 @@ from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import tables
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.papers import flash_attention
-from tilescan.experiments.papers.flash_attention import speed as flash_attention_speed
-from tilescan.experiments.papers.flash_attention.speed import published_ms
+from tilescan.experiments.papers.flash_attention import published
 
 ENVIRONMENT = {"backend": "cpu"}
 SHAPE = {"batch": 1, "heads": 8, "head_dim": 64, "dtype": "float32", "window": 256, "block": 128}
@@ -36,15 +35,15 @@ def claim(name, *made):
 
 
 def test_published_times_are_the_papers():
-    assert published_ms("forward_backward", "standard", 1024) == 8.29
-    assert published_ms("forward_backward", "standard", 8192) == "out of memory"
-    assert published_ms("forward_backward", "standard", 16384) is None
-    assert published_ms("forward_backward", "tiled", 65536) == 9341.3
-    assert published_ms("forward_backward", "block_sparse", 4096) == 4.12
-    assert published_ms("forward", "tiled", 128) == 0.04
-    assert published_ms("forward", "standard", 128) is None
-    assert published_ms("forward", "tiled", 100) is None
-    for direction, rows in flash_attention_speed.PUBLISHED_MS.items():
+    assert published.ms("forward_backward", "standard", 1024) == 8.29
+    assert published.ms("forward_backward", "standard", 8192) == "out of memory"
+    assert published.ms("forward_backward", "standard", 16384) is None
+    assert published.ms("forward_backward", "tiled", 65536) == 9341.3
+    assert published.ms("forward_backward", "block_sparse", 4096) == 4.12
+    assert published.ms("forward", "tiled", 128) == 0.04
+    assert published.ms("forward", "standard", 128) is None
+    assert published.ms("forward", "tiled", 100) is None
+    for direction, rows in published.MS.items():
         for name, row in rows.items():
             assert len(row) == (7 if name == "standard" else 10), (direction, name)
 

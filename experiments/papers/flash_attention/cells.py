@@ -1,0 +1,127 @@
+"""FlashAttention's measurements: traffic, exactness, memory and time of a call, training."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tilescan.configs.common import flat
+from tilescan.experiments.harness.cells import Cell, sweep
+from tilescan.experiments.measurements import contexts, static_kernels
+from tilescan.experiments.measurements.attention import DIRECTIONS, VARIANTS, memory, runtime
+from tilescan.experiments.measurements.training import STANDARD, TILED, measure_text
+from tilescan.experiments.papers.flash_attention.exactness import errors
+from tilescan.experiments.papers.flash_attention.memory_traffic import sparse_traffic, traffic
+
+
+def cells(config: ConfigDict) -> list[Cell]:
+    """Returns all measurements of the config, cheap ones first."""
+    return [
+        *_traffic(config.io),
+        *static_kernels.cells(),
+        *_exactness(config.exactness),
+        *_calls(config.runtime, config.memory.lengths),
+        *_training(config.curves, config.context, config.documents),
+    ]
+
+
+def _traffic(io: ConfigDict) -> list[Cell]:
+    """Returns the counts over sizes of on-chip memory, lengths and sparsity."""
+    shape = {"length": io.length, "head_dim": io.head_dim}
+    of_length = {"kind": "io_length", "head_dim": io.head_dim, "on_chip": io.lengths_on_chip}
+    sparse = {"kind": "io_sparse", **shape, "block": io.block}
+    blocks = -(-io.length // io.block)
+    factors = range((blocks - 1).bit_length() + 1)
+    return [
+        *sweep("io-M{on_chip}", traffic, {"kind": "io", **shape}, on_chip=io.on_chip),
+        *sweep("io-N{length}", traffic, of_length, length=io.lengths),
+        *sweep("io-butterfly{factors}", sparse_traffic, sparse, factors=factors),
+    ]
+
+
+def _exactness(e: ConfigDict) -> list[Cell]:
+    """Returns the errors of outputs and gradients against float64, per mask and dtype."""
+    return sweep(
+        lambda mask, dtype, seed: f"exactness-{mask.replace(' ', '-')}-{dtype}",
+        errors,
+        {
+            "kind": "exactness",
+            **{k: e[k] for k in ("length", "heads", "head_dim", "tiles", "kernel_tiles")},
+        },
+        seconds=12,
+        mask=e.masks,
+        dtype=e.dtypes,
+    )
+
+
+def _calls(r: ConfigDict, memory_lengths: tuple[int, ...]) -> list[Cell]:
+    """Returns memory and interleaved times of standard, tiled and sparse attention."""
+    shape = {k: r[k] for k in ("batch", "heads", "head_dim", "dtype", "window", "block")}
+
+    def timed(direction: str, length: int) -> dict[str, Any]:
+        fitting = [v for v in VARIANTS if v != "standard" or length <= r.standard_up_to]
+        return {"kind": "runtime", "variants": fitting, "repeats": r.repeats, **shape}
+
+    return [
+        *sweep(
+            "memory-{direction}-T{length}",
+            memory,
+            {"kind": "memory", "variants": VARIANTS, **shape},
+            seconds=4,
+            direction=DIRECTIONS,
+            length=memory_lengths,
+        ),
+        *sweep(
+            "runtime-{direction}-T{length}",
+            runtime,
+            timed,
+            seconds=lambda direction, length: 4 + 15 * (length / 4096) ** 2,
+            direction=DIRECTIONS,
+            length=r.lengths,
+        ),
+    ]
+
+
+def _training(curves: ConfigDict, context: ConfigDict, documents: ConfigDict) -> list[Cell]:
+    """Returns the runs with two attentions, several contexts, several lengths of documents."""
+    keys = {**flat(context.train), "data.seq_len": max(context.contexts)}
+    compared = {**keys, "model.position": context.compare_position}
+    ends = sorted({min(context.contexts), max(context.contexts)})
+
+    def classified(length: int) -> dict[str, Any]:
+        task = {"task": "classification", "model.causal": False, "data.seq_len": length}
+        return {"kind": "documents", "train": {**flat(documents.train), **task}}
+
+    return [
+        *sweep(
+            "curves-{attention}-seed{seed}",
+            measure_text,
+            {"kind": "curves", "train": flat(curves.train)},
+            seeds=curves.seeds,
+            seconds=30,
+            attention=(STANDARD, TILED),
+        ),
+        *sweep(
+            "context{context}-seed{seed}",
+            contexts.run,
+            {"kind": "context", "train": keys},
+            seeds=context.seeds,
+            seconds=30,
+            context=context.contexts,
+        ),
+        *sweep(
+            f"context{{context}}-{context.compare_position}-seed{{seed}}",
+            contexts.run,
+            {"kind": "context_compared", "train": compared},
+            seeds=context.seeds,
+            seconds=30,
+            context=ends if context.compare_position else (),
+        ),
+        *sweep(
+            "documents{length}-seed{seed}",
+            measure_text,
+            classified,
+            seeds=documents.seeds,
+            seconds=lambda length: 5 + 20 * length / 256,
+            length=documents.lengths,
+        ),
+    ]
