@@ -15,7 +15,8 @@ from tilescan.models.layers import RMSNorm, linear, scaled_fan_in
 from tilescan.models.module import Module
 from tilescan.ops import masks
 from tilescan.ops.attention import attention, decode_attention
-from tilescan.ops.partitioned import partitioned, partitioned_decode, sequence_devices
+from tilescan.ops.mesh_axes import sequence_devices
+from tilescan.ops.partitioned import partitioned, partitioned_decode
 
 # Up to this many queries against a cache are split over keys instead of over queries.
 DECODE_QUERIES = 8

@@ -18,7 +18,7 @@ from tilescan.models.layers import Embedding, linear
 from tilescan.models.module import Module
 from tilescan.models.positions import token_positions
 from tilescan.ops.explicit_axes import spec
-from tilescan.ops.partitioned import sequence_devices
+from tilescan.ops.mesh_axes import sequence_devices
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,

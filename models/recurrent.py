@@ -12,7 +12,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from tilescan.models.module import Module
-from tilescan.ops.sequence_parallel.on_mesh import on_mesh, sequence_parts
+from tilescan.ops.mesh_axes import sequence_parts
+from tilescan.ops.sequence_parallel.on_mesh import on_mesh
 from tilescan.ops.short_convolution import short_convolution
 
 

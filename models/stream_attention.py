@@ -22,7 +22,8 @@ from tilescan.models.stream_chunks import TIME, WHOLE, add, cut, in_turn, like, 
 from tilescan.ops import masks
 from tilescan.ops.attention import attention
 from tilescan.ops.mask_placed import Stretch, visible
-from tilescan.ops.partitioned import TIME_AXIS, partitioned
+from tilescan.ops.mesh_axes import TIME_AXIS
+from tilescan.ops.partitioned import partitioned
 from tilescan.ops.sequence_parallel import ATTENTION, kinds, layouts
 
 

@@ -34,7 +34,7 @@ from tilescan.models.language_model import Backbone, LanguageModel
 from tilescan.models.positions import token_positions
 from tilescan.models.stream_attention import attention_backward, attention_forward
 from tilescan.models.stream_chunks import TIME, Plan, add, in_turn, like, zeros
-from tilescan.ops.partitioned import TIME_AXIS, sequence_devices
+from tilescan.ops.mesh_axes import TIME_AXIS, sequence_devices
 from tilescan.ops.sequence_parallel import kinds, layouts
 
 ATTENTION = ("attention", "local_attention")

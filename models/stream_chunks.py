@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from tilescan.models.blocks import block_name
 from tilescan.models.config import LanguageModelConfig
-from tilescan.ops.partitioned import TIME_AXIS
+from tilescan.ops.mesh_axes import TIME_AXIS
 from tilescan.ops.sequence_parallel.layouts import Runs
 
 Span = tuple[int, int]  # where a chunk begins in a device's tokens, and how many it has there

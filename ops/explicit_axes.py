@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from tilescan.ops.letters import of_rank, repeated, repeats, spec_of
+
 __all__ = [
     "Cut",
     "as_auto",
@@ -35,7 +37,6 @@ __all__ = [
     "explicit_devices",
     "explicit_mesh",
     "is_varying",
-    "of_rank",
     "spec",
     "specs_of",
     "whole",
@@ -198,13 +199,6 @@ def as_first(ndim: int) -> Callable:
     return lambda args, kwargs, out: jax.tree.map(lambda x: spec(args[0], min(ndim, x.ndim)), out)
 
 
-def of_rank(letters: str | tuple[str, ...], rank: int) -> str:
-    """The letters of an argument that has this rank."""
-    if isinstance(letters, str):
-        return letters
-    return next((choice for choice in letters if len(choice) == rank), letters[0])
-
-
 def _cut_call(op, cut, mesh, arrays, rest):
     """op(**arrays, **rest), each device for its rows and heads."""
     arrays = cut.prepare(jax.tree.map(jnp.asarray, arrays))
@@ -215,18 +209,14 @@ def _cut_call(op, cut, mesh, arrays, rest):
     axes = _axes(pairs, sizes, mesh)
     parts = _parts(mesh, axes["G"])
     if sizes["G"] > 1 and sizes["G"] % parts:
-        times = _repeats(max(sizes["H"], sizes["E"]), sizes["G"], parts)
-        arrays = {n: _repeated(x, cut.letters[n], sizes["G"], times) for n, x in arrays.items()}
-
-    def spec_of(letters, shape):
-        pairs = zip(letters, shape, strict=False)
-        return PartitionSpec(*(axes.get(letter) or None if n > 1 else None for letter, n in pairs))
+        times = repeats(max(sizes["H"], sizes["E"]), sizes["G"], parts)
+        arrays = {n: _with_groups(x, cut.letters[n], sizes["G"], times) for n, x in arrays.items()}
 
     def in_spec(name):
-        return lambda x: spec_of(of_rank(cut.letters[name], x.ndim), x.shape)
+        return lambda x: spec_of(of_rank(cut.letters[name], x.ndim), x.shape, axes)
 
     def out_spec(letters):
-        return spec_of(letters, [sizes.get(letter, 1) for letter in letters])
+        return spec_of(letters, [sizes.get(letter, 1) for letter in letters], axes)
 
     specs = {name: jax.tree.map(in_spec(name), tree) for name, tree in arrays.items()}
     several = isinstance(cut.results, tuple)
@@ -288,20 +278,12 @@ def _parts(mesh, axes) -> int:
     return int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))
 
 
-def _repeats(heads, groups, parts) -> int:
-    """How often groups are repeated so that `parts` cuts them where it cuts heads."""
-    each = max(1, heads // groups)
-    return next((r for r in range(1, each + 1) if each % r == 0 and groups * r % parts == 0), 1)
+def _with_groups(tree: Any, letters: str | tuple[str, ...], groups: int, times: int) -> Any:
+    """A tree of arrays with their groups of heads repeated, where they have so many."""
 
-
-def _repeated(tree, letters, groups, times):
     def one(x):
         axis = of_rank(letters, x.ndim).find("G")
-        if axis < 0 or x.shape[axis] != groups or times == 1:
-            return x
-        shape = (*x.shape[: axis + 1], times, *x.shape[axis + 1 :])
-        wide = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
-        return wide.reshape(*x.shape[:axis], groups * times, *x.shape[axis + 1 :])
+        return repeated(x, axis, times) if axis >= 0 and x.shape[axis] == groups else x
 
     return jax.tree.map(one, tree)
 

@@ -13,7 +13,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -32,13 +31,10 @@ from tilescan.ops.explicit_axes import (
     specs_of,
     whole,
 )
+from tilescan.ops.letters import repeated, repeats, spec_of
+from tilescan.ops.mesh_axes import HEAD_AXIS, TIME_AXIS, batch_axes, sequence_devices
 from tilescan.ops.sequence_parallel import ATTENTION, kinds, layouts
 from tilescan.ops.sequence_parallel.decode import sharded_append, sharded_decode_attention
-
-# Names of mesh axes; a mesh may lack any of them.
-BATCH_AXES = ("data", "fsdp")
-HEAD_AXIS = "tensor"
-TIME_AXIS = "sequence"
 
 
 def partitioned(
@@ -100,7 +96,9 @@ def partitioned(
     parts = free.get(HEAD_AXIS, 1)
     if parts > 1 and q.shape[2] % parts == 0:
         heads = HEAD_AXIS
-        k, v = (_repeat_heads(x, q.shape[2], parts) for x in (k, v))
+        # Key-value heads that HEAD_AXIS does not divide stand as often in a row as it needs.
+        times = repeats(q.shape[2], k.shape[2], parts)
+        k, v = (repeated(x, 2, times) for x in (k, v))
 
     time = None
     if cuts_time and "dropout_seed" in given:
@@ -114,18 +112,13 @@ def partitioned(
         kind = kinds(sequence_parallel).attention
         op = functools.partial(ATTENTION[kind], axis_name=TIME_AXIS, balance=balance)
 
-    def cut(x, *axes):
-        """The spec of an array; dimensions of length 1 are broadcast, so they stay whole."""
-        return PartitionSpec(
-            *(axis if n > 1 else None for n, axis in zip(x.shape, axes, strict=False))
-        )
-
+    axes = {"B": batch, "T": time, "H": heads}
     arrays = {"q": q, "k": k, "v": v, "mask": mask}
     specs = {name: PartitionSpec(batch, time, heads) for name in ("q", "k", "v")}
-    specs["mask"] = jax.tree.map(lambda ids: cut(ids, batch, time), mask)
+    specs["mask"] = jax.tree.map(lambda ids: spec_of("BT", ids.shape, axes), mask)
     if bias is not None:
         arrays["bias"] = bias
-        specs["bias"] = cut(bias, *(batch, heads, time, None)[-bias.ndim :])
+        specs["bias"] = spec_of("BHTS"[-bias.ndim :], bias.shape, axes)
     if "dropout_seed" in given:
         arrays["dropout_seed"], specs["dropout_seed"] = (
             given["dropout_seed"], PartitionSpec(batch, heads),
@@ -232,11 +225,6 @@ def partitioned_cross_entropy(hidden, head, targets, weights, **options) -> dict
     )(hidden, head, targets, weights)
 
 
-def sequence_devices() -> int:
-    """Devices along TIME_AXIS of the mesh in use; 1 where there is none or it is manual already."""
-    return auto_axes(jax.sharding.get_abstract_mesh()).get(TIME_AXIS, explicit_devices(TIME_AXIS))
-
-
 def _check_time(q, k, P: int, balance: str, q_offset) -> None:
     layouts.check(q.shape[1], P, balance)
     if q.shape[1] != k.shape[1] or not (q_offset is None or isinstance(q_offset, int)) or q_offset:
@@ -244,23 +232,3 @@ def _check_time(q, k, P: int, balance: str, q_offset) -> None:
             f"time is cut over {P} devices only for self-attention from position 0, not for "
             f"{q.shape[1]} queries and {k.shape[1]} keys with q_offset={q_offset}"
         )
-
-
-def batch_axes(B: int, sizes: dict[str, int]) -> tuple[str, ...] | None:
-    """Those of BATCH_AXES, the first ones first, whose product divides B."""
-    axes, parts = (), 1
-    for name in BATCH_AXES:
-        if name in sizes and B % (parts * sizes[name]) == 0:
-            axes, parts = (*axes, name), parts * sizes[name]
-    return axes or None
-
-
-def _repeat_heads(x: Float[Array, "B S G D"], H: int, parts: int) -> Float[Array, "B S rG D"]:
-    """x with every head r times in a row, for the least r with which `parts`, a divisor of H, cuts
-    key-value heads where it cuts query heads."""
-    B, S, G, D = x.shape
-    R = H // G
-    r = next(r for r in range(1, R + 1) if R % r == 0 and G * r % parts == 0)
-    if r == 1:
-        return x
-    return jnp.broadcast_to(x[:, :, :, None], (B, S, G, r, D)).reshape(B, S, G * r, D)

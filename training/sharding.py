@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tilescan.ops.partitioned import BATCH_AXES, HEAD_AXIS, TIME_AXIS
+from tilescan.ops.mesh_axes import BATCH_AXES, HEAD_AXIS, TIME_AXIS
 from tilescan.ops.sequence_parallel import layouts
 from tilescan.training.settings import MeshConfig
 

@@ -72,6 +72,16 @@ def short_convolution(
     return y, from_last_device(state, axis_name)
 
 
+def reads_one_device_back(sizes: dict[str, int], P: int) -> bool:
+    """Returns whether a short kernel reads no further than the device before."""
+    return sizes["T"] // P >= sizes["W"] - 1
+
+
+def long_kernel_by_channels(sizes: dict[str, int], P: int) -> dict[str, str]:
+    """Returns that channels of the kernel are cut where it is longer than a device's time."""
+    return {"kernel": "E"} if sizes["K"] > sizes["T"] // P + 1 else {}
+
+
 def long_convolution(
     u,
     kernel,

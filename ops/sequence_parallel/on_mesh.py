@@ -7,31 +7,61 @@ that of `ops.sequence_parallel`.
 Letters: B batch, T time, H heads, G groups of heads, E channels; those of the ops otherwise.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
-from jax.sharding import PartitionSpec
 
-from tilescan.ops.explicit_axes import as_auto, auto_axes, explicit_devices, is_varying, of_rank
-from tilescan.ops.partitioned import HEAD_AXIS, TIME_AXIS, batch_axes, sequence_devices
+from tilescan.ops.delta_rule import delta_rule, gated_delta_rule
+from tilescan.ops.explicit_axes import as_auto, auto_axes, explicit_devices, is_varying
+from tilescan.ops.gated_linear_attention import gated_linear_attention
+from tilescan.ops.letters import of_rank, spec_of
+from tilescan.ops.linear_recurrence import linear_recurrence
+from tilescan.ops.long_convolution import long_convolution
+from tilescan.ops.mesh_axes import HEAD_AXIS, TIME_AXIS, batch_axes, sequence_parts
+from tilescan.ops.selective_scan import selective_scan
 from tilescan.ops.sequence_parallel import convolutions, scans, state_spaces
 from tilescan.ops.sequence_parallel.kinds import kinds
+from tilescan.ops.short_convolution import short_convolution
+from tilescan.ops.ssd import ssd
+from tilescan.ops.state_space import diagonal_state_space, dplr_state_space
 
-__all__ = ["on_mesh", "sequence_parts"]
+__all__ = ["OverTime", "on_mesh"]
 
 
-_PARALLEL = {
-    "ssd": scans.ssd,
-    "gated_linear_attention": scans.gated_linear_attention,
-    "delta_rule": scans.delta_rule,
-    "gated_delta_rule": scans.gated_delta_rule,
-    "selective_scan": scans.selective_scan,
-    "linear_recurrence": scans.linear_recurrence,
-    "diagonal_state_space": state_spaces.diagonal_state_space,
-    "dplr_state_space": state_spaces.dplr_state_space,
-    "short_convolution": convolutions.short_convolution,
-    "long_convolution": convolutions.long_convolution,
+@dataclasses.dataclass(frozen=True)
+class OverTime:
+    """How an op is computed where devices cut time.
+
+    Attributes:
+      op: the op inside `jax.shard_map`, of `ops.sequence_parallel`.
+      can_cut: from sizes by letters and the number of devices, whether they can cut the time;
+        where not, time is whole on every device.
+      also: from the same to {array: letter} of dimensions that TIME_AXIS cuts besides, if it
+        divides them.
+    """
+
+    op: Callable
+    can_cut: Callable[[dict[str, int], int], bool] = lambda sizes, P: True
+    also: Callable[[dict[str, int], int], dict[str, str]] = lambda sizes, P: {}
+
+
+_OVER_TIME = {
+    ssd: OverTime(scans.ssd),
+    gated_linear_attention: OverTime(scans.gated_linear_attention),
+    delta_rule: OverTime(scans.delta_rule),
+    gated_delta_rule: OverTime(scans.gated_delta_rule),
+    selective_scan: OverTime(scans.selective_scan),
+    linear_recurrence: OverTime(scans.linear_recurrence),
+    diagonal_state_space: OverTime(state_spaces.diagonal_state_space),
+    dplr_state_space: OverTime(state_spaces.dplr_state_space),
+    short_convolution: OverTime(
+        convolutions.short_convolution, can_cut=convolutions.reads_one_device_back
+    ),
+    long_convolution: OverTime(
+        convolutions.long_convolution, also=convolutions.long_kernel_by_channels
+    ),
 }
 
 
@@ -52,7 +82,7 @@ def on_mesh(op: Callable, setting: str, *arrays, **options):
     that is longer than a device's time is cut over TIME_AXIS by channels, if it divides them.
 
     Args:
-      op: a recurrence or convolution of `ops`.
+      op: a recurrence or convolution of `ops`; its letters say what its dimensions are.
       setting: of `ops.sequence_parallel.kinds`; its scan is used where time is cut.
       *arrays, **options: of `op`. Of the latter, arrays are what the op takes as such.
 
@@ -60,7 +90,8 @@ def on_mesh(op: Callable, setting: str, *arrays, **options):
       What `op` returns: its output, and its last state.
 
     Raises:
-      ValueError: time that TIME_AXIS does not divide, beside what `op` raises.
+      ValueError: time that TIME_AXIS does not divide, or an op that is not computed where devices
+        cut time, beside what `op` raises.
     """
     if explicit_devices(TIME_AXIS, (arrays, options)) > 1:
         call = functools.partial(on_mesh, op, setting)
@@ -70,7 +101,7 @@ def on_mesh(op: Callable, setting: str, *arrays, **options):
     free = auto_axes(mesh)
     if not free or mesh.size == 1:
         return op(*arrays, **options)
-    name, (letters, results, prepare) = op.__name__, op.cut
+    letters, results, prepare = op.cut
     given = dict(zip(letters, arrays, strict=False)) | {
         key: options.pop(key) for key in letters if key in options
     }
@@ -86,49 +117,39 @@ def on_mesh(op: Callable, setting: str, *arrays, **options):
     P = sequence_parts(sizes["T"])
     if P == 1 and is_varying(arrays):
         return op(**arrays, **options)  # see `ops.explicit_axes`
-    if name == "short_convolution" and sizes["T"] // P < sizes["W"] - 1:
+    over_time = _over_time(op) if P > 1 else None
+    if P > 1 and not over_time.can_cut(sizes, P):
         P = 1
     if P > 1:
-        axes["T"], op = TIME_AXIS, _PARALLEL[name]
+        axes["T"], op = TIME_AXIS, over_time.op
         options["kind"], options["axis_name"] = kinds(setting).scan, TIME_AXIS
         _split_ids(arrays, letters, sizes["T"], options.get("reverse", False))
 
-    def spec(letters, shape):
-        pairs = zip(letters, shape, strict=False)
-        return PartitionSpec(*(axes.get(letter) if n > 1 else None for letter, n in pairs))
-
-    specs = {key: spec(letters[key], x.shape) for key, x in arrays.items()}
-    if P > 1 and name == "long_convolution" and sizes["K"] > sizes["T"] // P + 1:
-        inner = (axes["E"],) if axes.get("E") else ()
-        parts = P * (free[HEAD_AXIS] if inner else 1)
-        if sizes["E"] % parts == 0:
-            specs["kernel"] = PartitionSpec(None, (*inner, TIME_AXIS))
+    specs = {key: spec_of(letters[key], x.shape, axes) for key, x in arrays.items()}
+    for key, letter in over_time.also(sizes, P).items() if P > 1 else ():
+        inner = (axes[letter],) if axes.get(letter) else ()
+        if sizes[letter] % (P * (free[HEAD_AXIS] if inner else 1)) == 0:
+            both = axes | {letter: (*inner, TIME_AXIS)}
+            specs[key] = spec_of(letters[key], arrays[key].shape, both)
+    out = [spec_of(r, [sizes.get(letter, 1) for letter in r], axes) for r in results]
     # Without check_vma as in `ops.partitioned`. Compiled, as custom derivatives with symbolic zeros
     # can't be called step by step under shard_map.
     return jax.jit(
         jax.shard_map(
             lambda arrays: op(**arrays, **options),
             in_specs=(specs,),
-            out_specs=tuple(spec(r, [sizes.get(letter, 1) for letter in r]) for r in results),
+            out_specs=tuple(out),
             axis_names=set(free),
             check_vma=False,
         )
     )(arrays)
 
 
-def sequence_parts(T: int) -> int:
-    """Over how many devices `on_mesh` cuts T steps in the mesh in use; 1 for a single step.
-
-    Raises:
-      ValueError: a length that they don't divide.
-    """
-    P = 1 if T == 1 else sequence_devices()
-    if T % P:
-        raise ValueError(
-            f"a sequence of {T} steps can't be cut over mesh.{TIME_AXIS} = {P} devices: its length "
-            f"must be a multiple of {P}"
-        )
-    return P
+def _over_time(op: Callable) -> OverTime:
+    if op not in _OVER_TIME:
+        known = ", ".join(known.__name__ for known in _OVER_TIME)
+        raise ValueError(f"op={op!r} is not computed where devices cut time; one of {known} is")
+    return _OVER_TIME[op]
 
 
 def _head_axes(sizes, free):

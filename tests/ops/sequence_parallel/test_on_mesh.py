@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.gated_linear_attention import gated_linear_attention
 from tilescan.ops.linear_recurrence import linear_recurrence
 from tilescan.ops.long_convolution import long_convolution
@@ -130,3 +131,15 @@ def test_devices_run_kernels_on_their_stretch(platform, target):
     # Between devices a TPU's states are flat.
     calls = [call for call in calls if '"all_scan"' not in call]
     assert calls and all(re.search(r"1x(4x)?128x", call) for call in calls)
+
+
+def test_an_op_that_is_not_computed_over_time_is_refused():
+    @cut_by_letters(("BTE",), x="BTE")
+    def op(x):
+        return (x,)
+
+    x = normal(0, B, T, E)
+    with jax.set_mesh(mesh_of(data=2)):
+        assert jnp.all(on_mesh(op, "ring", x)[0] == x)
+    with jax.set_mesh(mesh_of(sequence=2)), pytest.raises(ValueError, match="one of ssd, gated_"):
+        on_mesh(op, "ring", x)
