@@ -126,7 +126,7 @@ def measure(case, torch, arguments):
         version, results = torch.prepare("attention", arrays, **details)
         rows["torch"] = {"version": version}
         judge("torch", error_of(results, right, None), lambda: torch.run("attention"))
-    times = interleaved(functions, repeats=arguments.repeats, seconds=arguments.seconds)
+    times = interleaved(functions, repeats=max(arguments.repeats, 3), seconds=arguments.seconds)
     mine = times.get("tilescan")
     for peer, spent in times.items():
         rows[peer] |= summary(spent)

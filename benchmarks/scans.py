@@ -120,7 +120,7 @@ def measure(case, torch, arguments):
         version, results = torch.prepare(function, arrays.values(), **details)
         rows[peer] = {"version": version}
         accept(peer, results, lambda f=function: torch.run(f))
-    times = interleaved(functions, repeats=arguments.repeats, seconds=arguments.seconds)
+    times = interleaved(functions, repeats=max(arguments.repeats, 3), seconds=arguments.seconds)
     ours, *_ = rows
     for peer, spent in times.items():
         rows[peer] |= summary(spent)

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from tilescan.planning.compiled import memory as program_memory
+
 # Buffers and collectives are XLA's, planned before LLVM sees a program: programs that nobody runs
 # need no optimized machine code. TPUs have no LLVM.
 NOT_RUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -27,15 +29,15 @@ def memory(program: jax.stages.Compiled) -> dict[str, int]:
     Raises:
       ValueError: the backend does not tell.
     """
-    m = program.memory_analysis()
-    if m is None:
+    needs = program_memory(program)
+    if needs is None:
         raise ValueError(f"{jax.default_backend()} tells no memory of compiled programs")
-    parts = {
-        "arguments": m.argument_size_in_bytes,
-        "results": m.output_size_in_bytes - m.alias_size_in_bytes,
-        "temporary": m.temp_size_in_bytes,
+    return {
+        "arguments": needs.arguments,
+        "results": needs.results,
+        "temporary": needs.temporaries,
+        "total": needs.total,
     }
-    return parts | {"total": sum(parts.values())}
 
 
 def largest_within(

@@ -1,6 +1,7 @@
 """Times functions against each other: interleaved, compile time apart, medians of rounds."""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -8,7 +9,9 @@ from typing import Any
 
 import jax
 
+from tilescan.benchmarks.timing import interleaved, seconds_of
 from tilescan.experiments.harness.statistics import Spread, spread
+from tilescan.planning.compiled import memory
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -28,10 +31,10 @@ def compile_function(function: Callable, *arguments: Any) -> tuple[Any, dict]:
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    needs = memory(compiled)
     return compiled, {
         "compile_s": seconds,
-        "temp_bytes": None if memory is None else memory.temp_size_in_bytes,
+        "temp_bytes": None if needs is None else needs.temporaries,
     }
 
 
@@ -58,28 +61,23 @@ def compare(
       {name: {"median_ms", "samples_ms", "compile_s", "temp_bytes"}}; a function that asks for more
       memory than there is has {"error": "out of memory"} instead.
     """
-    compiled, inner, results = {}, {}, {}
+    calls, inner, results = {}, {}, {}
     for name, function in functions.items():
         try:
-            compiled[name], results[name] = compile_function(function, *arguments)
-            jax.block_until_ready(compiled[name](*arguments))  # the first call warms caches
-            once = _seconds(compiled[name], arguments, 1)
+            compiled, results[name] = compile_function(function, *arguments)
+            calls[name] = functools.partial(compiled, *arguments)
+            jax.block_until_ready(calls[name]())  # the first call warms caches
+            once = seconds_of(calls[name])
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            compiled.pop(name, None)
+            calls.pop(name, None)
             results[name] = {"error": OUT_OF_MEMORY}
         else:
             inner[name] = max(1, min(1000, round(least_ms / 1000 / max(once, 1e-7))))
-            results[name]["samples_ms"] = []
-    for _ in range(repeats):
-        for name, function in compiled.items():
-            # What the function before left to be freed, gigabytes perhaps, is not this one's time.
-            jax.block_until_ready(function(*arguments))
-            seconds = _seconds(function, arguments, inner[name])
-            results[name]["samples_ms"].append(1000 * seconds / inner[name])
-    for name in compiled:
-        results[name]["median_ms"] = statistics.median(results[name]["samples_ms"])
+    for name, times in interleaved(calls, repeats=repeats, calls=inner).items():
+        samples = [1000 * seconds for seconds in times]
+        results[name] |= {"samples_ms": samples, "median_ms": statistics.median(samples)}
     return results
 
 
@@ -93,11 +91,3 @@ def speed_up(slow: Mapping, fast: Mapping) -> Spread | None:
     pairs = zip(slow["samples_ms"], fast["samples_ms"], strict=True)
     rounds = spread(a / b for a, b in pairs)
     return dataclasses.replace(rounds, mean=slow["median_ms"] / fast["median_ms"])
-
-
-def _seconds(function: Callable, arguments: tuple, count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        result = function(*arguments)
-    jax.block_until_ready(result)
-    return time.perf_counter() - start
