@@ -72,7 +72,7 @@ def test_the_absl_module_tells_the_same(tmp_path):
     (tmp_path / "none.py").write_text("def get_config():\n    pass\n")
     (tmp_path / "training.py").write_text(f"{GOOD}get_config = default_config\n")
     for words, message in {
-        ("configs/flash_attention.py:smoke", "--steps=5"): "did you mean .*--config.curves.steps=5",
+        ("configs/flash_attention.py:smoke", "--steps=5"): "mean .*curves.train.train.steps=5",
         ("configs/flash_attention.py:smoke", "--config.runtime.repeat=5"): "'runtime.repeats'",
         (f"{tmp_path}/none.py",): "line 1 returned None, of type NoneType",
         (f"{tmp_path}/training.py",): "is no paper's configuration",

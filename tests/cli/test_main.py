@@ -75,13 +75,16 @@ def test_wrong_override_is_named_with_what_is_right(capsys, override, message):
 
 
 def test_overrides_take_numbers_words_and_tuples():
-    overrides = ["runtime.lengths=(64,)", "memory.lengths=32", "curves.learning_rate=1"]
-    overrides += ["curves.sources=shakespeare", "curves.max_documents=0"]
+    overrides = ["runtime.lengths=(64,)", "memory.lengths=32"]
+    overrides += ["curves.train.optimizer.learning_rate=1"]
+    overrides += ["curves.train.data.sources=shakespeare", "curves.train.data.max_documents=9"]
     overrides += ["exactness.tiles=('16x16','32x32')"]
     config = papers.load_config("flash_attention", "smoke", [f"--config.{o}" for o in overrides])
     assert config.runtime.lengths == (64,) and config.memory.lengths == (32,)
-    assert config.curves.learning_rate == 1.0 and config.curves.sources == ("shakespeare",)
-    assert config.exactness.tiles == ("16x16", "32x32") and config.curves.max_documents == 0
+    assert config.curves.train.optimizer.learning_rate == 1.0
+    assert config.curves.train.data.sources == ("shakespeare",)
+    assert config.exactness.tiles == ("16x16", "32x32")
+    assert config.curves.train.data.max_documents == 9
 
 
 def test_wrong_flag_names_the_nearest(capsys):
@@ -104,7 +107,7 @@ def test_wrong_flag_names_the_nearest(capsys):
         ("train --seq-len=5 --seed=1", "'--config.data.seq_len=5' or '--config.seed=1'"),
         ("plan --learning_rate=5", "'--config.optimizer.learning_rate=5'"),
         ("plan --state-dim=5", "'--config.model.mixers.mamba.state_dim=5'"),
-        ("run flash_attention --steps=5", "'--config.curves.steps=5'"),
+        ("run flash_attention --steps=5", "'--config.curves.train.train.steps=5'"),
         ("run flash_attention --only=a --lengths=(5,)", "'--config.runtime.lengths=(5,)'"),
         ("train --wrkdir=5", "'--workdir'?"),
         ("run flash_attention --scal=cpu", "'--scale'?"),
@@ -121,7 +124,8 @@ def test_a_key_without_its_section_is_named_whole(capsys, tmp_path):
     _, err = fails(capsys, "train", "--config.steps=5", workdir)
     assert "unknown key 'steps'; did you mean 'train.steps'? Write --config.train.steps=5" in err
     _, err = fails(capsys, "run", "flash_attention", "--config.steps=5", workdir)
-    assert "Write --config.curves.steps=5" in err and "'documents.steps'" in err
+    assert "Write --config.curves.train.train.steps=5" in err
+    assert "'documents.train.train.steps'" in err
 
 
 def test_train_needs_a_workdir(capsys):
