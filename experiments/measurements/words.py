@@ -13,6 +13,7 @@ WORDS = {
     "head_dim": "dim",
     "learning_rate": "rate",
     "strategies": "ways",
+    "rounds": "repeats",
 }
 
 

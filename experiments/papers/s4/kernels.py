@@ -1,6 +1,6 @@
 """S4's kernels: how exact they are, and what they cost against powers of a dense matrix.
 
-Letters: B batch, T time, E channels, H systems, L kernel length, N state dim (the whole of it).
+Dimensions: H systems, L kernel length, N state dim (the whole of it).
 """
 
 import functools
@@ -21,7 +21,7 @@ MIXERS = {"s4": mixers.S4, "s4d": mixers.S4D}
 
 
 def exactness(settings: Mapping[str, Any], seed: int) -> dict:
-    """How far the kernels are from powers of the HiPPO matrix itself, and from their recurrence.
+    """Returns errors of the kernels against powers of the HiPPO matrix, and against recurrences.
 
     Settings: length, channels, state_dim, batch.
 
@@ -33,15 +33,13 @@ def exactness(settings: Mapping[str, Any], seed: int) -> dict:
       the gate.
     """
     L, H, N = (settings[k] for k in ("length", "channels", "state_dim"))
-    rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(settings["batch"], L, H)), jnp.float32)
+    x = np.random.default_rng(seed).normal(size=(settings["batch"], L, H)).astype(np.float32)
     mixer = {name: _recurrence_error(mixer, N, x, seed) for name, mixer in MIXERS.items()}
-    return {"kernel": kernel_errors(settings, seed), "mixer": mixer}
+    return {"kernel": kernel_errors(L, H, N, seed), "mixer": mixer}
 
 
-def kernel_errors(settings: Mapping[str, Any], seed: int) -> dict[str, float]:
-    """{"Cauchy, float64", ...: error} of `exactness`."""
-    L, H, N = (settings[k] for k in ("length", "channels", "state_dim"))
+def kernel_errors(L: int, H: int, N: int, seed: int) -> dict[str, float]:
+    """Returns the {"Cauchy, float64", ...: error} of `exactness`."""
     rng = np.random.default_rng(seed)
     log_dt = rng.uniform(np.log(1e-3), np.log(1e-1), H)
     C = rng.normal(size=(H, N))
@@ -49,19 +47,17 @@ def kernel_errors(settings: Mapping[str, Any], seed: int) -> dict[str, float]:
     Lambda, P, B, V = s4.hippo_legs_nplr(N)
     # Real states are V x + conj: y = C (V x) + its conjugate.
     system = (log_dt, Lambda[None], P[None], B[None], C @ V)
-    kernels = {CAUCHY: s4.s4_dplr_kernel, POWERS: state_space.dplr_kernel}
     found = {}
-    for name, kernel in kernels.items():
+    for name, kernel in {CAUCHY: s4.s4_dplr_kernel, POWERS: state_space.dplr_kernel}.items():
+        kernel = jax.jit(functools.partial(kernel, length=L))
         with jax.enable_x64(True):
-            made = jax.jit(functools.partial(kernel, length=L))(*map(jnp.asarray, system))
-            found[f"{name}, float64"] = _error(made, truth)
-        made = jax.jit(functools.partial(kernel, length=L))(*_single(system))
-        found[f"{name}, float32"] = _error(made, truth)
+            found[f"{name}, float64"] = _error(kernel(*map(jnp.asarray, system)), truth)
+        found[f"{name}, float32"] = _error(kernel(*_single(system)), truth)
     return found
 
 
 def hippo_kernel(log_dt: np.ndarray, C: np.ndarray, length: int) -> np.ndarray:
-    """K_l = C Abar^l Bbar [L, H] of HiPPO-LegS, bilinear, step by step in float64."""
+    """Returns K_l = C Abar^l Bbar [L, H] of HiPPO-LegS, bilinear, step by step in float64."""
     A, B = s4.hippo_legs(C.shape[1])
     kernel = np.empty((length, len(C)))
     for h, dt in enumerate(np.exp(log_dt)):
@@ -79,10 +75,6 @@ def _recurrence_error(mixer: type[nn.Module], state_dim: int, x, seed: int) -> f
     params = nn.unbox(jax.jit(layer.init)(jax.random.key(seed), x))
 
     @jax.jit
-    def at_once(params, x):
-        return layer.apply(params, x)[0]
-
-    @jax.jit
     def one_by_one(params, x):
         def step(state, now):
             y, state = layer.apply(params, now[:, None], state=state)
@@ -91,6 +83,7 @@ def _recurrence_error(mixer: type[nn.Module], state_dim: int, x, seed: int) -> f
         _, y = jax.lax.scan(step, layer.init_state(len(x), x.shape[1]), x.swapaxes(0, 1))
         return y.swapaxes(0, 1)
 
+    at_once = jax.jit(lambda params, x: layer.apply(params, x)[0])
     return _error(one_by_one(params, x), np.asarray(at_once(params, x), np.float64))
 
 
@@ -104,7 +97,7 @@ def _single(arrays) -> list:
 
 
 def dense_kernel(log_dt, A, B, C, length: int):
-    """C Abar^l Bbar [L, H] by powers of a dense matrix, as the paper's table 2 has the LSSL.
+    """Returns C Abar^l Bbar [L, H] by powers of a dense matrix, as table 2 has the LSSL.
 
     The states Abar^l Bbar of all times are made by doubling: O(N^2 L) work and O(N L) memory per
     system, in matrix products.
@@ -143,24 +136,20 @@ def cost(settings: Mapping[str, Any], seed: int) -> dict:
         # The sum's weights stand for the gradient that comes from the convolution.
         return jax.value_and_grad(lambda system, weight: (kernel(*system) * weight).sum())
 
-    functions = {name: with_gradient(way) for name, way in ways(L).items()}
-    functions = {name: functions[name] for name in settings["ways"]}
+    known = ways(L)
+    functions = {name: with_gradient(known[name]) for name in settings["ways"]}
     return timing.compare(functions, (system, weight), repeats=settings["repeats"])
 
 
 def ways(length: int) -> dict[str, Callable]:
-    """Functions of (log_dt, A, b, C, Lambda, P, B, C in Lambda's basis) -> kernel [L, H]."""
-
-    def dense(log_dt, A, b, C, *modes):
-        return dense_kernel(log_dt, A, b, C, length)
-
-    def cauchy(log_dt, A, b, C, Lambda, P, B, modes):
-        return s4.s4_dplr_kernel(log_dt, Lambda, P, B, modes, length, truncated=True)
-
-    def powers(log_dt, A, b, C, Lambda, P, B, modes):
-        return state_space.dplr_kernel(log_dt, Lambda, P, B, modes, length)
-
-    def vandermonde(log_dt, A, b, C, Lambda, P, B, modes):
-        return s4.s4d_kernel(log_dt, Lambda, B, modes, length)
-
-    return {DENSE: dense, CAUCHY: cauchy, POWERS: powers, VANDERMONDE: vandermonde}
+    """Returns functions (log_dt, A, b, C, Lambda, P, B, C in Lambda's basis) -> kernel [L, H]."""
+    cauchy = functools.partial(s4.s4_dplr_kernel, length=length, truncated=True)
+    powers = functools.partial(state_space.dplr_kernel, length=length)
+    return {
+        DENSE: lambda log_dt, A, b, C, *modes: dense_kernel(log_dt, A, b, C, length),
+        CAUCHY: lambda log_dt, A, b, C, *modes: cauchy(log_dt, *modes),
+        POWERS: lambda log_dt, A, b, C, *modes: powers(log_dt, *modes),
+        VANDERMONDE: lambda log_dt, A, b, C, L, P, B, modes: s4.s4d_kernel(
+            log_dt, L, B, modes, length
+        ),
+    }

@@ -8,15 +8,12 @@ from scipy import signal
 
 from tilescan.data import tasks
 from tilescan.experiments.harness import registry as papers
+from tilescan.experiments.harness.claims import Effect
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.measurements import training as measurements
 from tilescan.experiments.measurements.training import training_config
-from tilescan.experiments.papers import s4
-from tilescan.experiments.papers.s4 import claims as s4_claims
-from tilescan.experiments.papers.s4 import kernels as s4_kernels
-from tilescan.experiments.papers.s4 import tables as s4_tables
-from tilescan.experiments.papers.s4 import training as s4_training
-from tilescan.ops import s4 as ops_s4
+from tilescan.experiments.papers.s4 import cells, claims, kernels, tables
+from tilescan.ops import s4
 from tilescan.training import config as config_lib
 from tilescan.training.optimizers import group_of
 
@@ -27,7 +24,7 @@ def record(kind, result, seed=0, **settings):
 
 
 def claim(records, name):
-    found = {c.name: c for c in s4_claims.claims(Records(records))}
+    found = {c.name: c for c in claims.claims(Records(records))}
     return found[name]
 
 
@@ -36,7 +33,7 @@ def status(records, name):
 
 
 def test_the_dense_kernel_is_scipys_impulse_response():
-    A, B = ops_s4.hippo_legs(6)
+    A, B = s4.hippo_legs(6)
     rng = np.random.default_rng(0)
     C, dt, length = rng.normal(size=(2, 6)), np.array([0.02, 0.1]), 21
     want = np.empty((length, 2))
@@ -46,44 +43,43 @@ def test_the_dense_kernel_is_scipys_impulse_response():
         # Bilinear in SciPy moves a part of B into the output; the recurrence of the paper is
         # x_k = Ab x_(k-1) + Bb u_k.
         want[:, h] = [(C[h] @ np.linalg.matrix_power(Ab, l) @ Bb)[0] for l in range(length)]
-    np.testing.assert_allclose(s4_kernels.hippo_kernel(np.log(dt), C, length), want, rtol=1e-10)
+    np.testing.assert_allclose(kernels.hippo_kernel(np.log(dt), C, length), want, rtol=1e-10)
     single = [jnp.asarray(x, jnp.float32) for x in (np.log(dt), A, B, C)]
-    got = s4_kernels.dense_kernel(*single, length)
+    got = kernels.dense_kernel(*single, length)
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
 def test_exactness_is_measured_by_the_largest_difference():
     settings = {"length": 24, "channels": 2, "state_dim": 4, "batch": 1}
-    found = s4_kernels.exactness(settings, 0)
+    found = kernels.exactness(settings, 0)
     assert found["kernel"]["Cauchy, float64"] < 1e-11
     assert 1e-9 < found["kernel"]["Cauchy, float32"] < 1e-3
     assert all(0 < error < 1e-5 for error in found["mixer"].values())
     truth = np.array([[1.0, -4.0]])
-    assert s4_kernels._error(truth + [[0.0, 0.4]], truth) == pytest.approx(0.1)
+    assert kernels._error(truth + [[0.0, 0.4]], truth) == pytest.approx(0.1)
 
 
 def test_ways_to_a_kernel_agree():
     length, N = 20, 6
-    A, b = ops_s4.hippo_legs(N)
-    Lambda, P, B, V = ops_s4.hippo_legs_nplr(N)
+    A, b = s4.hippo_legs(N)
+    Lambda, P, B, V = s4.hippo_legs_nplr(N)
     C = np.random.default_rng(0).normal(size=(2, N))
     log_dt = np.log([0.05, 0.1])
-    system = s4_kernels._single((log_dt, A, b, C, Lambda[None], P[None], B[None], C @ V))
-    ways = s4_kernels.ways(length)
-    ways = {name: jax.jit(way) for name, way in ways.items()}
-    dense, powers = (ways[way](*system) for way in (s4_kernels.DENSE, s4_kernels.POWERS))
+    system = kernels._single((log_dt, A, b, C, Lambda[None], P[None], B[None], C @ V))
+    ways = {name: jax.jit(way) for name, way in kernels.ways(length).items()}
+    dense, powers = (ways[way](*system) for way in (kernels.DENSE, kernels.POWERS))
     np.testing.assert_allclose(powers, dense, atol=1e-4 * np.abs(dense).max())
     # The Cauchy products take a C that holds the truncation already.
     log_dt, *_, L, P, B, C = system
-    C = ops_s4.dplr_truncate(log_dt, L, P, C, length)
-    cauchy = ways[s4_kernels.CAUCHY](*system[:-1], C)
+    C = s4.dplr_truncate(log_dt, L, P, C, length)
+    cauchy = ways[kernels.CAUCHY](*system[:-1], C)
     np.testing.assert_allclose(cauchy, dense, atol=1e-3 * np.abs(dense).max())
 
 
 @pytest.mark.parametrize("scale", ["cpu", "accelerator"])
 def test_transformers_have_as_many_parameters(scale):
     config = papers.load_config("s4", scale)
-    for name in ("generation", *s4.TASKS):
+    for name in ("generation", *cells.TASKS):
         section = config[name]
         data = {"model.vocab_size": 256}
         if name == "generation":
@@ -92,7 +88,7 @@ def test_transformers_have_as_many_parameters(scale):
             data = tasks.get(section.task).config_keys
         counts = [
             measurements.parameters(
-                training_config({**data, **s4_training.model_keys(model, section)}, 0)
+                training_config({**data, **cells.model_keys(model, section)}, 0)
             )
             for model in ("s4", "attention")
         ]
@@ -101,18 +97,18 @@ def test_transformers_have_as_many_parameters(scale):
 
 def test_cells_are_unique_and_models_known():
     for scale in papers.SCALES:
-        cells = s4.cells(papers.load_config("s4", scale))
-        assert len({cell.id for cell in cells}) == len(cells)
+        made = cells.cells(papers.load_config("s4", scale))
+        assert len({cell.id for cell in made}) == len(made)
     config = papers.load_config("s4", "cpu")
     with pytest.raises(ValueError, match="model='s5' is unknown"):
-        s4_training.model_keys("s5", config.digits)
+        cells.model_keys("s5", config.digits)
 
 
 def test_state_spaces_train_slowly_and_do_not_decay():
     section = papers.load_config("s4", "cpu").digits
 
     def groups(**options):
-        keys = s4_training.optimizer_keys("s4", section, 1e-2, **options)
+        keys = cells.optimizer_keys("s4", section, **options)
         optimizer = config_lib.settings(training_config(keys, 0)).optimizer
         place = "backbone/layers/s4_0/mixer/"
         return {
@@ -134,14 +130,14 @@ def test_state_spaces_train_slowly_and_do_not_decay():
 
 def test_pooled_images_are_means_of_squares():
     task = tasks.get("pathfinder", examples=10)
-    small = s4_training.pooled(task, 8)
+    small = cells.pooled(task, 8)
     assert small.seq_len == 16 and small.config_keys["model.input_features"] == 1
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32)).astype(np.uint8)
     shown = small.present({"images": image, "labels": np.array([1])})
     assert shown["tokens"].shape == (1, 16, 1)
     np.testing.assert_allclose(shown["tokens"][0, 6, 0], image[0, 8:16, 16:24].mean() / 255, 1e-5)
     with pytest.raises(ValueError, match="pool=5"):
-        s4_training.pooled(task, 5)
+        cells.pooled(task, 5)
 
 
 def accuracies(name, model, *values, task="sequential_mnist"):
@@ -185,8 +181,9 @@ def test_generation_is_judged_by_the_ratio_and_by_s4s_own_times():
     sixty = "60 times faster generation"
     assert status(made, sixty) == "needs scale: accelerator"
     assert status([generation(256, 90.0, 1.0)], sixty) == "shown"
+    assert claim(made, sixty).effect == Effect(60.0, [5.0])
     assert status([generation(256, 30.0, 1.0, width=1024)], sixty) == "not shown"
-    (table,) = s4_tables.tables(Records(made))
+    (table,) = tables.tables(Records(made))
     assert table.rows[1][:4] == ["1024", 3.0, 0.6, pytest.approx(5.0)]
 
 
