@@ -3,6 +3,7 @@
 Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, E embedding.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -89,7 +90,8 @@ class Attention(Module):
       use_bias: whether the four linear maps have biases.
       out_scale: multiplies the standard deviation of the output's initial weights.
       implementation: of `ops.attention`, which every device of a mesh in use (`jax.set_mesh`)
-        calls for its own rows and heads; see `ops.partitioned`.
+        calls for its own rows and heads; see `ops.partitioned`. Or a function to call in place of
+        `ops.attention`, with its arguments; short decoding steps do not.
       sequence_parallel, sequence_balance: how devices share time, and in which order the tokens
         then are; see `ops.sequence_parallel`. With a state, time is not shared.
     """
@@ -107,7 +109,7 @@ class Attention(Module):
     logit_cap: float | None = None
     use_bias: bool = False
     out_scale: float = 1.0
-    implementation: str | None = None
+    implementation: str | Callable | None = None
     sequence_parallel: str = "ring"
     sequence_balance: str = "contiguous"
     dtype: Any = jnp.float32
@@ -209,14 +211,17 @@ class Attention(Module):
 
     def _attend(self, q, k, v, q_ids, kv_ids, q_offset, **split) -> Float[Array, "B T H D"]:
         mask = self.mask if q_ids is None else self.mask & masks.Segments(q_ids, kv_ids)
+        op, options = attention, {"implementation": self.implementation}
+        if callable(self.implementation):
+            op, options = self.implementation, {}
         return partitioned(
-            attention,
+            op,
             q,
             k,
             v,
             mask=mask,
             q_offset=q_offset,
-            implementation=self.implementation,
+            **options,
             **split,
             **self._options(q.shape[1], k.shape[1], q_offset),
         )

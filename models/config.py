@@ -1,7 +1,7 @@
 """What a language model is made of, as one frozen value that says what is wrong with it."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class LanguageModelConfig:
         input), "dots" (all but matmuls), "dots_no_batch" (all but matmuls with weights), "offload"
         (as "full", with the inputs kept in the host's memory).
       scan_layers: False unrolls the repeats: slower to compile, same numbers.
-      attention_implementation: of `ops.attention`.
+      attention_implementation: of `ops.attention`, or a function in its place: see `Attention`.
       sequence_parallel: how mixers work where the mesh in use splits the sequence: a setting of
         `ops.sequence_parallel.kinds`, such as "ring", "ulysses+chain" or "log_step".
       sequence_balance: the order of the tokens then: a name of `ops.sequence_parallel.BALANCES`.
@@ -100,7 +100,7 @@ class LanguageModelConfig:
     param_dtype: Any = "float32"
     remat: str = "none"
     scan_layers: bool = True
-    attention_implementation: str | None = None
+    attention_implementation: str | Callable | None = None
     sequence_parallel: str = "ring"
     sequence_balance: str = "contiguous"
 

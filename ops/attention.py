@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tilescan.ops import attention_xla, masks
+from tilescan.ops import attention_xla, masks, reference
 from tilescan.ops.decode_attention import decode_attention, merge_partials
 from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.lowering import choose_when_lowered
@@ -26,7 +26,7 @@ from tilescan.pallas_kernels import dropout
 
 __all__ = ["attention", "decode_attention", "merge_partials"]
 
-IMPLEMENTATIONS = ("xla", "pallas", None)
+IMPLEMENTATIONS = ("xla", "pallas", "reference", None)
 _PLACED = (
     "a mask whose keys are not counted from 0 (Prefix, Lambda, BlockSparse, or a window in "
     'stripes, in a part of a split sequence) has no kernel; implementation="xla" or None takes it'
@@ -97,7 +97,8 @@ def attention(
         seed; or integers [B, H], a seed of each sequence and head.
       implementation: "xla", "pallas" (TPUs and Hopper GPUs), or None, which takes
         the Pallas kernel where the platform the program is lowered for has one for these shapes,
-        and "xla" elsewhere. Dropout has no kernel on GPUs.
+        and "xla" elsewhere. Dropout has no kernel on GPUs. "reference" is the definition of
+        `ops.reference` by the whole matrix of logits: O(T S) memory, for tests and comparisons.
 
     Returns:
       o [B, T, H, P] in q's dtype; with return_lse also lse [B, T, H], float32. Statistics are
@@ -130,6 +131,13 @@ def attention(
         if q_offset.ndim:
             raise ValueError(f"q_offset must be a scalar, got shape {q_offset.shape}")
         q_offset = q_offset.astype(jnp.int32)
+    if implementation == "reference":
+        offset = static_offset if q_offset is None else q_offset
+        o, lse = reference.attention(
+            q, k, v, mask=mask, bias=bias, scale=scale, logit_cap=logit_cap, q_offset=offset,
+            return_lse=True, dropout_rate=dropout_rate, dropout_seed=dropout_seed,
+        )  # fmt: skip
+        return (o.astype(q.dtype), lse) if return_lse else o.astype(q.dtype)
     options = _Options(
         scale=float(scale),
         logit_cap=None if logit_cap is None else float(logit_cap),

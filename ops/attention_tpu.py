@@ -58,10 +58,15 @@ def no_dropout(dropout) -> str | None:
     return None
 
 
-def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, dropout=None, interpret=False):
-    """(o [B, T, H, P], lse [B, T, H] float32); arguments as in `ops.attention`."""
+def forward(
+    q, k, v, bias, mask, q_offset, *, scale, logit_cap, dropout=None, interpret=False, tile=None
+):
+    """(o [B, T, H, P], lse [B, T, H] float32); arguments as in `ops.attention`.
+
+    tile: (queries, keys) of a tile, what suits the chip by default.
+    """
     k, v = forward_operands(k, v, mask, bias)
-    plan = plan_for("forward", q, k, v, mask, q_offset).dropping(dropout)
+    plan = plan_for("forward", q, k, v, mask, q_offset, _whole("forward", tile)).dropping(dropout)
     o, lse = kernels.forward(
         *plan.queries_first(q), *plan.keys_first(k, v),
         plan.schedule, plan.tile, plan.scores(scale, logit_cap),
@@ -73,9 +78,9 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, dropout=None, in
 
 def backward(
     q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, dropout=None,
-    interpret=False,
+    interpret=False, tile=None,
 ):  # fmt: skip
-    """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias).
+    """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias); tile as above.
 
     dbias comes from the XLA implementation, which the compiler drops where dbias is not used.
     """
@@ -85,7 +90,7 @@ def backward(
     lse = jnp.where(jnp.isneginf(lse), kernels.NO_KEYS, lse * math.log2(math.e))
     gradients = []
     for name, kernel in (("dq", kernels.backward_dq), ("dkv", kernels.backward_dkv)):
-        plan = plan_for(name, q, k, v, mask, q_offset).dropping(dropout)
+        plan = plan_for(name, q, k, v, mask, q_offset, _whole(name, tile)).dropping(dropout)
         (q_,), (k_, v_), (do_,) = (
             plan.queries_first(q),
             plan.keys_first(k, v),
@@ -117,6 +122,11 @@ def backward(
 def _natural(lse):
     """The inverse of what `backward` does to the log-sum-exp."""
     return jnp.where(lse == kernels.NO_KEYS, -jnp.inf, lse * math.log(2))
+
+
+def _whole(kernel, tile):
+    """The kernel's tile of given sides, whose inner axis is computed in one step; None for None."""
+    return tile and kernels.Tile(*tile, tile[0] if kernel == "dkv" else tile[1])
 
 
 class _NoKernelError(ValueError):

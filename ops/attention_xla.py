@@ -44,17 +44,20 @@ def unsupported(q, k, v, bias, mask, q_offset):
     return None
 
 
-def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False, dropout=None):
+def forward(
+    q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False, dropout=None, tile=None
+):
     """(o [B, T, H, P] in q's dtype, lse [B, T, H]); arguments as in `ops.attention`.
 
     With `exact` also (peak, total), each [B, T, H]: lse = (peak + log2 total) ln 2. With them
     `backward` makes the weights of the same numbers again. A rounded lse of large logits gives
     weights that don't add up to 1, which the sums over queries in dk and dv add up.
+    tile: (queries, keys) of a tile, those of `tile_sizes` by default.
     """
     B, T, H, D = q.shape
     S, G, P = v.shape[1:]
     k, v = forward_operands(k, v, mask, bias)
-    tiles = _Tiles.of(q, k, mask, q_offset, backward=False)
+    tiles = _Tiles.of(q, k, mask, q_offset, tile, backward=False)
     logits = _Logits(logit_cap, tiles, H // G, mask)
     order, n_full, n_live = tiles.walk(mask)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -120,17 +123,18 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False, dro
 
 
 def backward(
-    q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, exact=None, dropout=None
-):
+    q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, exact=None, dropout=None,
+    tile=None,
+):  # fmt: skip
     """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias).
 
-    exact: as `forward` gives it, or None.
+    exact: as `forward` gives it, or None; tile as there.
     """
     B, T, H, D = q.shape
     S, G, P = v.shape[1:]
     rest = q, k, v, o, lse, do, dlse
     q, k, v, o, lse, do, dlse = backward_operands(*rest, mask, bias)
-    tiles = _Tiles.of(q, k, mask, q_offset, backward=True)
+    tiles = _Tiles.of(q, k, mask, q_offset, tile, backward=True)
     logits = _Logits(logit_cap, tiles, H // G, mask)
     order, n_full, n_live = tiles.walk(mask)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -226,9 +230,9 @@ class _Tiles:
     backward: bool
 
     @classmethod
-    def of(cls, q, k, mask, q_offset, backward):
+    def of(cls, q, k, mask, q_offset, tile, backward):
         T, S = q.shape[1], k.shape[1]
-        I, J = tile_sizes(T, S, q.shape[2], mask, q_offset, backward)
+        I, J = tile or tile_sizes(T, S, q.shape[2], mask, q_offset, backward)
         return cls(T, S, I, J, q_offset, backward)
 
     @property

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tilescan.ops import masks
-from tilescan.ops.attention import dropout_seeds
+from tilescan.ops.attention import attention, dropout_seeds
 from tilescan.ops.cross_entropy import chunked_cross_entropy
 from tilescan.ops.explicit_axes import (
     as_auto,
@@ -73,7 +73,8 @@ def partitioned(
       What `op` returns: arrays whose first dimensions are B, T and H.
 
     Raises:
-      ValueError: time that the devices of TIME_AXIS cannot share equally; dropout where they do.
+      ValueError: time that the devices of TIME_AXIS cannot share equally, dropout where they do,
+        or another op than ours.
     """
     given = dict(mask=mask, bias=bias, q_offset=q_offset)
     if options.get("dropout_rate"):
@@ -105,6 +106,11 @@ def partitioned(
         raise ValueError(
             f"dropout_rate={rate}: devices that cut time drop no weights; use dropout_rate=0 or "
             f"mesh.{TIME_AXIS} = 1"
+        )
+    if cuts_time and op is not attention:
+        raise ValueError(
+            f"attention by {op} can't share time between {free[TIME_AXIS]} devices, as those of "
+            f"`ops.attention` do; use one of them, or mesh.{TIME_AXIS} = 1"
         )
     if cuts_time:
         _check_time(q, k, free[TIME_AXIS], balance, q_offset)

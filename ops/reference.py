@@ -69,8 +69,8 @@ def attention(
     return o, jnp.moveaxis(lse[..., 0], 1, 2)
 
 
-def dropout_mask(rate: float, seed, shape) -> np.ndarray:
-    """bool [B, H, T, S]: which weights `ops.attention` keeps, in unsigned integers of NumPy.
+def dropout_mask(rate: float, seed, shape) -> np.ndarray | jax.Array:
+    """bool [B, H, T, S]: which weights `ops.attention` keeps, in unsigned integers.
 
     seed: an integer, or integers [B, H].
     """
@@ -82,12 +82,15 @@ def dropout_mask(rate: float, seed, shape) -> np.ndarray:
 
     step = np.uint32(0x9E3779B9)
     index = lambda axis: np.arange(shape[axis], dtype=np.uint32)
-    x = np.asarray(seed).astype(np.int64) % 2**32
-    x = x.astype(np.uint32).reshape(x.shape + (1,) * (2 - x.ndim))
+    if isinstance(seed, jax.Array):  # perhaps traced
+        x = seed.astype(jnp.uint32)
+    else:
+        x = (np.asarray(seed).astype(np.int64) % 2**32).astype(np.uint32)
+    x = x.reshape(x.shape + (1,) * (2 - x.ndim))
     if np.ndim(seed) == 0:
         x = mix(mix(x + step) + index(0)[:, None] * step) + index(1)[None] * step
-    x = mix(mix(x)[..., None] + index(2) * step)
-    x = mix(x[..., None] + index(3) * step)
+    x = mix(mix(x)[..., None] + index(2)[None, None] * step)
+    x = mix(x[..., None] + index(3)[None, None, None] * step)
     return x.view(np.int32) >= round(rate * 2**32) - 2**31
 
 

@@ -35,10 +35,11 @@ class Options:
 
 def options(q, scale, logit_cap, implementation) -> Options:
     """The options that `ops.attention` would make of these arguments."""
-    if implementation not in attention_lib.IMPLEMENTATIONS:
+    known = [name for name in attention_lib.IMPLEMENTATIONS if name != "reference"]
+    if implementation not in known:
         raise ValueError(
-            f"implementation={implementation!r} is unknown; it must be one of "
-            + ", ".join(map(repr, attention_lib.IMPLEMENTATIONS))
+            f"implementation={implementation!r} is unknown to attention in parts; it must be one "
+            "of " + ", ".join(map(repr, known))
         )
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     return Options(scale, None if logit_cap is None else float(logit_cap), implementation)

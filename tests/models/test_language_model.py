@@ -17,7 +17,7 @@ from tilescan.models import (
     count_params,
     unroll_params,
 )
-from tilescan.ops import masks
+from tilescan.ops import masks, reference
 
 FIELDS = dict(vocab_size=31, d_model=24, repeats=2, n_heads=4, max_len=64)
 SMALL = LanguageModelConfig(**FIELDS)
@@ -237,6 +237,18 @@ def test_a_mask_of_ones_own():
     renamed["local_attention_0"] = renamed.pop("attention_0")
     other = {**params, "backbone": {**params["backbone"], "layers": renamed}}
     np.testing.assert_allclose(run(model, params), run(narrow, other), atol=1e-5)
+
+
+def test_an_attention_of_ones_own():
+    """The definition by its name and as a function; decoding by few tokens has its own op."""
+    model, params = make("hybrid")
+    want = run(model, params)
+    for own in ("reference", reference.attention):
+        model, _ = make("hybrid", attention_implementation=own)
+        np.testing.assert_allclose(run(model, params), want, atol=2e-5)
+    zero = lambda q, k, v, **options: jnp.zeros_like(q)
+    model, _ = make("hybrid", attention_implementation=zero)
+    assert not np.allclose(run(model, params), want, atol=1e-3)
 
 
 def test_bidirectional_model_sees_the_future():

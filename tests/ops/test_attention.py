@@ -53,6 +53,25 @@ def test_works_where_float64_is_enabled():
             np.testing.assert_allclose(x, y, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_the_reference_is_an_implementation(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        *arrays, bias = inputs(2, 5, 9, 4, 2, 16, 24, dtype=dtype, bias=(1, 4, 5, 9))
+        options = dict(mask=masks.Causal(), bias=bias, logit_cap=3.0, return_lse=True)
+        forms = {"attention": functools.partial(attention, implementation="reference")}
+        forms["reference"] = reference.attention
+        for offset, scale in ((None, None), (jnp.int32(2), 0.3)):
+            options |= dict(q_offset=offset, scale=scale)
+            (o, lse), (want, want_lse) = (f(*arrays, **options) for f in forms.values())
+            assert o.dtype == arrays[0].dtype and lse.dtype == want.dtype
+            np.testing.assert_array_equal(o, want.astype(o.dtype))
+            np.testing.assert_array_equal(lse, want_lse)
+        alone = attention(*arrays, implementation="reference")
+        np.testing.assert_allclose(
+            alone, attention(*arrays), atol=1e-2 if dtype[0] == "b" else 1e-5
+        )
+
+
 def assert_matches_reference(arrays, **options):
     """attention == the dense definition in float64, forward and backward."""
     dtype = arrays[0].dtype.name

@@ -43,6 +43,17 @@ def test_values_and_gradients_are_those_of_the_mask_as_an_array(rate):
     assert_drops_as_the_reference(inputs(), np.uint32(2**32 - 7), logit_cap=3.0, **options)
 
 
+def test_the_reference_as_an_implementation_drops_the_same():
+    options = dict(mask=masks.Causal(), dropout_rate=0.3, implementation="reference")
+    q, k, v, do, dlse = inputs(T=20)
+    for seed in (np.uint32(2**32 - 7), np.arange(8, dtype=np.int32).reshape(2, 4) - 5):
+        run = jax.jit(lambda seed: attention(q, k, v, dropout_seed=seed, **options))
+        want = reference.attention(
+            q, k, v, mask=masks.Causal(), dropout_rate=0.3, dropout_seed=seed
+        )
+        np.testing.assert_allclose(run(seed), want, atol=1e-6)
+
+
 def test_tiles_of_a_long_sequence_and_seeds_of_every_head():
     seeds = np.random.default_rng(0).integers(-(2**31), 2**31, (1, 2)).astype(np.int32)
     arrays = inputs(B=1, T=700, H=2, G=1)

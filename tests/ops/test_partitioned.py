@@ -157,6 +157,15 @@ def test_without_devices_to_share_the_work_the_op_is_called_as_it_is():
         assert partitioned(op, q, k, v, scale=2.0) == "called"
 
 
+def test_time_is_shared_by_our_attention_alone():
+    q, k, v, _ = arrays(2, 4, 2)
+    with jax.set_mesh(mesh_of(sequence=4)):
+        with pytest.raises(ValueError, match="can't share time between 4 devices"):
+            partitioned(lambda *x, **options: x[0], q, k, v, sequence_parallel="ring")
+        with pytest.raises(ValueError, match="'reference' is unknown to attention in parts"):
+            partitioned(attention, q, k, v, sequence_parallel="ring", implementation="reference")
+
+
 @pytest.mark.parametrize("axes", [("data", "tensor"), ("sequence",)], ids=str)
 def test_inside_a_shard_map_only_the_other_axes_are_cut(axes):
     q, k, v, _ = arrays(4, 4, 4)
