@@ -98,7 +98,7 @@ def judge(
     else:
         status = SHOWN if holds else NOT_SHOWN
     return Claim(
-        name, statement, criterion, status, evidence, why if status == NOT_SHOWN else "", effect
+        name, statement, criterion, status, evidence, why if holds is False else "", effect
     )
 
 
