@@ -68,6 +68,13 @@ class Effect:
         return [value / self.published for value in self.measured]
 
 
+def effect_of(published: float, *measured: float | None, kind: str = "ratio") -> Effect | None:
+    """Returns the `Effect` of what was measured; None where nothing was, or none is published."""
+    known = [value for value in measured if value is not None]
+    none = published == (1 if kind == "ratio" else 0)
+    return Effect(published, known, kind) if known and not none else None
+
+
 def judge(
     name: str,
     statement: str,
@@ -192,6 +199,11 @@ def near(values: Iterable[float], target: float, tolerance: float) -> bool | Non
     return every(abs(value / target - 1) <= tolerance for value in values)
 
 
+def listed(found: Mapping[Any, Any], text: str = "{} {:.1e}") -> str:
+    """Returns evidence of {name: number}: `text` with each name and number filled in."""
+    return ", ".join(text.format(name, value) for name, value in found.items())
+
+
 def at_most(
     criterion: str, found: Mapping[Any, float], bound: float, text: str = "{} {:.1e}"
 ) -> Verdict:
@@ -203,5 +215,5 @@ def at_most(
       bound: the greatest that is allowed.
       text: evidence of a name and its number.
     """
-    evidence = ", ".join(text.format(name, value) for name, value in found.items())
-    return Verdict(criterion, every(value <= bound for value in found.values()), evidence)
+    holds = every(value <= bound for value in found.values())
+    return Verdict(criterion, holds, listed(found, text))

@@ -33,8 +33,8 @@ _STYLE = {
     "lines.markersize": 4.5,
 }
 
-# name -> (x values, y values, dashed); None as y leaves a gap.
-Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+# {name: (x values, y values) or {x: y}}; None as y leaves a gap.
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float | None]] | Mapping[float, float | None]]
 
 
 def line_chart(
@@ -51,7 +51,8 @@ def line_chart(
     """SVG with one panel per entry, sharing colours and one legend below.
 
     Args:
-      panels: {title: {line: (x, y)}}; a line of the same name has the same colour everywhere.
+      panels: {title: {line: (x, y) or {x: y}}}; a line of the same name has the same color
+        everywhere.
       x_label: text of the x axes.
       y_label: text of the left y axis.
       log_x: base-2 logarithmic x axis with the x values as ticks (lengths are powers of two).
@@ -60,6 +61,10 @@ def line_chart(
       markers: False draws plain lines, for many points.
       share_y: False gives each panel a y axis of its own.
     """
+    panels = {
+        title: {name: _points(line) for name, line in lines.items()}
+        for title, lines in panels.items()
+    }
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     with matplotlib.rc_context(_STYLE):
         width = 3.4 * len(panels) + 1.2
@@ -138,6 +143,11 @@ def effects_chart(effects: Mapping[str, Sequence[float]]) -> str:
             axis.axvline(value, color=_INK, linestyle=style, linewidth=1)
         axis.set_xlabel("measured effect; 0: none, 1: as published")
         return _to_svg(figure)
+
+
+def _points(line: Any) -> tuple[Sequence[float], Sequence[float | None]]:
+    """Returns (x values, y values) of a line in either form."""
+    return (list(line), list(line.values())) if isinstance(line, Mapping) else line
 
 
 def _short(value: float) -> str:

@@ -66,6 +66,16 @@ def by(records: Records, *settings: str, order: Sequence[Sequence[Any]] = ()) ->
     return groups
 
 
+def series(records: Records, setting: str, metric: str) -> dict[Any, Any]:
+    """Returns {value of a setting: a measured number}, sorted, of records that differ in it."""
+    return {group.key: group.first.result[metric] for group in by(records, setting)}
+
+
+def at(found: Mapping[Any, Any]) -> Callable[[Group], Any]:
+    """Returns the function of a group that gives what was found for its key, None without."""
+    return lambda group: found.get(group.key)
+
+
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -44,6 +45,12 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     if not isinstance(numerator, int | float) or not isinstance(denominator, int | float):
         return None
     return numerator / denominator if denominator else None
+
+
+def over(numerators: Mapping[Any, float], denominators: Mapping[Any, float]) -> dict[Any, float]:
+    """Returns {key: ratio} of the keys of both."""
+    found = {key: ratio(value, denominators.get(key)) for key, value in numerators.items()}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def log_slope(x: Sequence[float], y: Sequence[float]) -> float | None:

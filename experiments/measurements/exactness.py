@@ -9,6 +9,7 @@ import numpy as np
 from tilescan.experiments.harness.groups import Group
 from tilescan.experiments.harness.records import Record
 from tilescan.experiments.harness.tables import LABEL, MEASURED, Table, columns, table
+from tilescan.experiments.measurements.devices import mesh_of, over_time
 
 # {key of the errors: heading}
 PARTS = {"output": "output", "gradients": "gradients"}
@@ -27,6 +28,24 @@ def values_and_gradients(op: Callable) -> Callable:
 def errors(got: tuple, want: tuple) -> dict[str, float]:
     """Returns the `difference`s of two results of `values_and_gradients`, by PARTS."""
     return {part: difference(a, b) for part, a, b in zip(PARTS, got, want, strict=True)}
+
+
+def errors_over_devices(
+    ops: Mapping[str, Callable], alone: Callable, arrays: Sequence[jax.Array], count: int
+) -> dict[str, dict[str, float]]:
+    """Returns {name: `errors` of an op whose time is sharded over devices}.
+
+    Args:
+      ops: {name: function of one device's shards}.
+      alone: what one device computes of the whole arrays.
+      arrays: the output's cotangent, and the arguments, all [B, T, ...].
+      count: devices.
+    """
+    want, mesh = values_and_gradients(alone)(*arrays), mesh_of(count)
+    return {
+        name: errors(values_and_gradients(over_time(op, mesh))(*arrays), want)
+        for name, op in ops.items()
+    }
 
 
 def difference(got: Any, want: Any) -> float:

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from tilescan.experiments.harness.claims import Verdict, every, listed
+from tilescan.experiments.harness.groups import first
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.tables import MEASURED, Column, Table, columns, table
 from tilescan.experiments.measurements.devices import devices
@@ -17,8 +19,10 @@ from tilescan.training import sharding, steps
 from tilescan.training.settings import MeshConfig
 from tilescan.training.train import sharded_init
 
+PARITY = 1e-4  # how far losses over devices may be from those of one
+ALL_STEPS = {"max abs. difference from one device": None}
 DEVICES = Column("devices", of=lambda r: str(r.settings["parts"]))
-DTYPE = Column("numbers", of=lambda r: r.settings["dtype"])
+DTYPE = Column("dtype", of=lambda r: r.settings["dtype"])
 
 
 def training_settings(section: ConfigDict, *, masked: bool = False, **model: Any) -> dict[str, Any]:
@@ -120,13 +124,26 @@ def parity(
     }
 
 
+def same_losses(records: Records) -> Verdict:
+    """Returns whether losses over devices are those of one device, judged by a float64 model."""
+    double, single = (parity(records, dtype) for dtype in ("float64", "float32"))
+    evidence = listed(double, "{1:.1e} on {0}"), listed(single, "{1:.1e} on {0} in float32")
+    return Verdict(
+        f"with a float64 model the losses of all steps are within {PARITY:g} of those of one "
+        "device, on every number of devices",
+        every(error <= PARITY for error in double.values()),
+        ", ".join(part for part in evidence if part),
+    )
+
+
 def training_table(
     records: Records,
     title: str,
+    details: str,
     note: str,
     *,
     labels: Sequence[Column] = (DEVICES, DTYPE),
-    differences: Mapping[str, int | None],
+    differences: Mapping[str, int | None] = ALL_STEPS,
     setting: str = "parts",
 ) -> Table:
     """Returns the table of first and last losses, and of differences from one device.
@@ -134,18 +151,25 @@ def training_table(
     Args:
       records: of all kinds.
       title, note: the paper's.
+      details: of the model; with {name}s as of `groups.first`.
       labels: what names a training.
-      differences: {heading: the first so many steps, None for all}.
+      differences: of two loss curves, {heading: the first so many steps, None for all}.
       setting: see `parity`.
     """
 
     def difference(r: Record, steps: int | None) -> float | None:
         return parity(records, r.settings["dtype"], setting, steps).get(r.settings[setting])
 
+    trained = records.select(kind="training")
     losses = {
         "first loss": lambda r: r.result["losses"][0],
         "last loss": lambda r: r.result["losses"][-1],
     }
     apart = {name: lambda r, n=n: difference(r, n) for name, n in differences.items()}
     shown = [*labels, *columns(MEASURED, losses, digits=5), *columns(MEASURED, apart)]
-    return table("training", title, records.select(kind="training"), shown, note)
+    about = first(
+        trained,
+        "{model[repeats]} layers of width {model[d_model]}" + details + "; {batch} sequences of "
+        "{length} tokens of a Markov chain, {steps} steps. ",
+    )
+    return table("training", title, trained, shown, about + note)

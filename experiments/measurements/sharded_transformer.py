@@ -5,7 +5,7 @@ What one device does, and the strategies, are in `sharded_layers`.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -125,35 +125,43 @@ def step_memory(strategy: str, s: Shape, devices: int) -> dict[str, int]:
     return found
 
 
+def shape_of(settings: Mapping[str, Any], **options: Any) -> Shape:
+    """Returns the shape that a cell's settings name.
+
+    Args:
+      settings: "length", "width", "heads"; "batch" and "layers" (1 without), "vocab_size" (none),
+        Linformer's "rows".
+      **options: other fields of `Shape`.
+    """
+    s = settings
+    options["rows"] = s.get("rows", Shape.rows)
+    sizes = s.get("batch", 1), s["length"], s.get("layers", 1), s["width"], s["heads"]
+    return Shape(*sizes, vocab=s.get("vocab_size", 0), **options)
+
+
 def largest_step(
-    strategy: str,
-    shape_of: Callable[[int], Shape],
-    devices: int,
-    *,
-    gib: float,
-    start: int,
-    step: int,
-    tolerance: float,
-) -> tuple[int, dict[str, Any]]:
+    settings: Mapping[str, Any], vary: str, start: int, step: int, **options: Any
+) -> dict[str, Any]:
     """Returns the largest size whose training step fits in the memory of the devices.
 
     Args:
-      strategy, devices: see `program`.
-      shape_of: returns the shape of a size, a length or a batch.
-      gib: GiB of a device.
-      start, step, tolerance: of `compiled.largest_within`.
+      settings: of `shape_of` but for what varies; "way" (the strategy), "devices", "gib" of each,
+        and the "tolerance" of the size.
+      vary: "batch" or "length".
+      start, step: of `compiled.largest_within`.
+      **options: of `shape_of`.
 
     Returns:
-      (size, {"bytes": its `step_memory`, "compiled": how many programs}).
+      {"value": the size, "bytes": its `step_memory`, "compiled": how many programs}.
     """
-    tried = {}
+    s, tried = settings, {}
 
     def need(n: int) -> int:
-        tried[n] = step_memory(strategy, shape_of(n), devices)
+        tried[n] = step_memory(s["way"], shape_of({**s, vary: n}, **options), s["devices"])
         return tried[n]["total"]
 
-    n, _ = largest_within(need, gib * 2**30, start, step, tolerance)
-    return n, {"bytes": tried.get(n, {}), "compiled": len(tried)}
+    n, _ = largest_within(need, s["gib"] * 2**30, start, step, s["tolerance"])
+    return {"value": n, "bytes": tried.get(n, {}), "compiled": len(tried)}
 
 
 def kept_bytes(strategy: str, s: Shape, devices: int) -> int:

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.measurements import sharded_transformer as transformer
-from tilescan.experiments.measurements.devices import mesh_of, over_time
-from tilescan.experiments.measurements.exactness import errors, values_and_gradients
+from tilescan.experiments.measurements.devices import devices
+from tilescan.experiments.measurements.exactness import errors_over_devices
 from tilescan.experiments.measurements.sharded_layers import Shape
 from tilescan.experiments.measurements.sharded_training import train, training_settings
 from tilescan.experiments.measurements.words import recorded
@@ -32,14 +33,16 @@ TRAFFIC = {
     "ring": ("ring", "all_reduce"),
     "ulysses": ("ulysses", "all_reduce"),
 }
+VARY = ("batch", "length")
 
 
-def cells(config) -> list[Cell]:
+def cells(config: ConfigDict) -> list[Cell]:
     """Returns all measurements of the config."""
     c = config
     model = recorded(c.model, "n_layers", "d_model", "n_heads", "vocab_size")
     limits = recorded(c.largest, "gib", "tolerance", **model)
-    whole_heads = lambda way, devices: transformer.divides_heads(way, model["heads"], devices)
+    width = recorded(c.model, "d_model")
+    bert = {"n_heads": c.training.n_heads, "causal": False, "mlp": "gelu", "norm": "layernorm"}
 
     # With the devices grows the batch, or the length.
     def growing(grows: str, way: str, devices: int) -> dict[str, Any]:
@@ -52,39 +55,31 @@ def cells(config) -> list[Cell]:
         given = "seq_len" if vary == "batch" else "batch_size"
         return recorded(c.largest, given, kind="largest", **limits)
 
+    def whole_heads(way: str, devices: int, **point: Any) -> bool:
+        return transformer.divides_heads(way, model["heads"], devices)
+
     def can_be_searched(vary: str, way: str, devices: int) -> bool:
         whole_length = vary == "length" or way == "tensor" or c.largest.seq_len % devices == 0
         return whole_length and whole_heads(way, devices)
 
-    width = recorded(c.model, "d_model")
+    # Settings that all points of a sweep share, and the axes of those with several.
+    exact = recorded(c.exactness, "seq_len", "n_heads", "head_dim", kind="exactness")
     sent = recorded(c.traffic, "batch_size", "seq_len", kind="traffic", heads=model["heads"])
+    sparse = recorded(c.linformer, "batch_size", "rows", kind="sparse", vary="length", **limits)
     guess = training_settings(
-        c.training,
-        masked=True,
-        n_heads=c.training.n_heads,
-        causal=False,
-        mlp="gelu",
-        norm="layernorm",
-        sequence_parallel="ring_self_attention",
+        c.training, masked=True, sequence_parallel="ring_self_attention", **bert
     )
+    weak = {"grows": VARY, "way": c.weak.strategies, "devices": c.weak.devices}
+    largest = {"vary": VARY, "way": c.largest.strategies, "devices": c.largest.devices}
+    linformer = {"way": ("linformer", "ring_self_attention"), "devices": c.linformer.devices}
+    crossed = {"devices": c.crossover.devices, "tokens": c.crossover.tokens}
+    trained = {"dtype": c.training.dtypes, "parts": (1, c.training.devices)}
+    seconds = 5 + c.training.steps / 10
     return [
-        *sweep(
-            "exactness-N{devices}",
-            exactness,
-            recorded(c.exactness, "seq_len", "n_heads", "head_dim", kind="exactness"),
-            seconds=10,
-            devices=c.exactness.devices,
-        ),
+        *sweep("exactness-N{devices}", exactness, exact, seconds=10, devices=c.exactness.devices),
         *sweep("traffic-N{devices}", traffic, sent | width, seconds=12, devices=c.traffic.devices),
         *sweep(
-            "weak-{grows}-{way}-N{devices}",
-            memory,
-            growing,
-            seconds=4,
-            where=lambda grows, way, devices: whole_heads(way, devices),
-            grows=("batch", "length"),
-            way=c.weak.strategies,
-            devices=c.weak.devices,
+            "weak-{grows}-{way}-N{devices}", memory, growing, seconds=4, where=whole_heads, **weak
         ),
         *sweep(
             "largest-{vary}-{way}-N{devices}",
@@ -92,33 +87,13 @@ def cells(config) -> list[Cell]:
             searched,
             seconds=15,
             where=can_be_searched,
-            vary=("batch", "length"),
-            way=c.largest.strategies,
-            devices=c.largest.devices,
+            **largest,
         ),
+        *sweep("sparse-{way}-N{devices}", largest_size, sparse, seconds=15, **linformer),
         *sweep(
-            "sparse-{way}-N{devices}",
-            largest_size,
-            recorded(c.linformer, "batch_size", "rows", kind="sparse", vary="length", **limits),
-            seconds=15,
-            way=("linformer", "ring_self_attention"),
-            devices=c.linformer.devices,
+            "crossover-N{devices}-BL{tokens}", crossover, {"kind": "crossover", **width}, **crossed
         ),
-        *sweep(
-            "crossover-N{devices}-BL{tokens}",
-            crossover,
-            {"kind": "crossover", **width},
-            devices=c.crossover.devices,
-            tokens=c.crossover.tokens,
-        ),
-        *sweep(
-            "training-{dtype}-N{parts}",
-            train,
-            guess,
-            seconds=5 + c.training.steps / 10,
-            dtype=c.training.dtypes,
-            parts=(1, c.training.devices),
-        ),
+        *sweep("training-{dtype}-N{parts}", train, guess, seconds=seconds, **trained),
     ]
 
 
@@ -128,16 +103,12 @@ def exactness(settings: Mapping[str, Any], seed: int) -> dict:
     Settings: "devices", "length" of the whole sequence, "heads", "dim".
     """
     s = settings
-    mesh = mesh_of(s["devices"])
+    devices(s["devices"])  # before the first array is made
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)
         shape = (2, s["length"], s["heads"], s["dim"])
         arrays = [jnp.asarray(rng.standard_normal(shape)) for _ in range(4)]
-        want = values_and_gradients(reference.attention)(*arrays)
-        return {
-            name: errors(values_and_gradients(over_time(op, mesh))(*arrays), want)
-            for name, op in ATTENTION.items()
-        }
+        return errors_over_devices(ATTENTION, reference.attention, arrays, s["devices"])
 
 
 def traffic(settings: Mapping[str, Any], seed: int) -> dict:
@@ -148,8 +119,9 @@ def traffic(settings: Mapping[str, Any], seed: int) -> dict:
     Settings: "devices", "batch", "length", "width", "heads".
     """
     s = settings
+    shape = functools.partial(transformer.shape_of, s, stored=True)
     return {
-        name: transformer.traffic(strategy, _shape({**s, "layers": 1}, reduction), s["devices"])
+        name: transformer.traffic(strategy, shape(reduction=reduction), s["devices"])
         for name, (strategy, reduction) in TRAFFIC.items()
         if transformer.divides_heads(strategy, s["heads"], s["devices"])
     }
@@ -161,28 +133,19 @@ def memory(settings: Mapping[str, Any], seed: int) -> dict:
     Settings: "way" (the strategy), "devices", "batch", "length", "layers", "width", "heads",
     "vocab_size".
     """
-    return transformer.step_memory(settings["way"], _shape(settings), settings["devices"])
+    shape = transformer.shape_of(settings, stored=True)
+    return transformer.step_memory(settings["way"], shape, settings["devices"])
 
 
 def largest_size(settings: Mapping[str, Any], seed: int) -> dict:
-    """Returns {"value": the largest batch or length, "bytes", "compiled": how many programs}.
+    """Returns `sharded_transformer.largest_step` of a batch or a length ("vary").
 
-    Settings: those of `memory`; "vary", "batch" or "length", of which the other is given;
-    "rows" of Linformer's attention; "gib", and the "tolerance" of the value. Lengths are multiples
-    of the devices where time is sharded.
+    Lengths are multiples of the devices where time is sharded.
     """
     s = settings
     step = 1 if s["vary"] == "batch" else 8 if s["way"] == "tensor" else s["devices"]
-    value, found = transformer.largest_step(
-        s["way"],
-        lambda n: _shape({**s, s["vary"]: n}),
-        s["devices"],
-        gib=s["gib"],
-        start=16 if s["vary"] == "batch" else 256,
-        step=step,
-        tolerance=s["tolerance"],
-    )
-    return {"value": value, **found}
+    start = 16 if s["vary"] == "batch" else 256
+    return transformer.largest_step(s, s["vary"], start, step, stored=True)
 
 
 def crossover(settings: Mapping[str, Any], seed: int) -> dict:
@@ -194,24 +157,10 @@ def crossover(settings: Mapping[str, Any], seed: int) -> dict:
 
     Settings: "devices", "tokens" B L / H, "width".
     """
-    s = settings
-    H = s["width"]
-    shape = Shape(1, s["tokens"] * H, 1, H, 1, blocks=("mlp",), residual=False)
-    found = {}
+    H, found = settings["width"], {}
+    shape = Shape(1, settings["tokens"] * H, 1, H, 1, blocks=("mlp",), residual=False)
     for name, strategy in (("tensor", "tensor"), ("sequence", "ring_self_attention")):
-        of_step = (strategy, shape, s["devices"])
-        found[name] = {
-            "kept": 4 * transformer.weight_bytes(*of_step) + transformer.kept_bytes(*of_step),
-            "total": transformer.step_memory(*of_step)["total"],
-        }
+        step = (strategy, shape, settings["devices"])
+        kept = 4 * transformer.weight_bytes(*step) + transformer.kept_bytes(*step)
+        found[name] = {"kept": kept, "total": transformer.step_memory(*step)["total"]}
     return found
-
-
-def _shape(s: Mapping[str, Any], reduction: str = "all_reduce") -> Shape:
-    return Shape(
-        *(s[k] for k in ("batch", "length", "layers", "width", "heads")),
-        vocab=s.get("vocab_size", 0),
-        stored=True,
-        reduction=reduction,
-        rows=s.get("rows", 256),
-    )

@@ -1,22 +1,14 @@
 """RSA's tables and figures."""
 
 from tilescan.experiments.harness.figures import line_chart
-from tilescan.experiments.harness.groups import Group, by, first
+from tilescan.experiments.harness.groups import Group, at, by, first, series
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import ratio
-from tilescan.experiments.harness.tables import (
-    LABEL,
-    PUBLISHED,
-    STATIC,
-    Column,
-    Table,
-    columns,
-    table,
-)
+from tilescan.experiments.harness.tables import PUBLISHED, STATIC, Column, Table, columns, table
 from tilescan.experiments.measurements.exactness import exactness_table
 from tilescan.experiments.measurements.sharded_training import training_table
 from tilescan.experiments.measurements.traffic import MIB, sent_bytes
-from tilescan.experiments.papers.ring_self_attention.cells import TRAFFIC
+from tilescan.experiments.papers.ring_self_attention.cells import TRAFFIC, VARY
 from tilescan.experiments.papers.ring_self_attention.published import LARGEST, MEMORY, SPARSE
 
 TENSOR, RSA = "tensor", "ring_self_attention"
@@ -29,11 +21,15 @@ NAMES = {
     "ring": "ring attention",
 }
 STEPS = (TENSOR, RSA, "ring", "ulysses")  # as Table 4 lists them
+WORDS = {"batch": "batches", "length": "sequences"}
+GREATEST = {"batch": "largest batch", "length": "longest sequence"}
 BYTES = 4
+DEVICES = Column("devices N", of=lambda g: str(g.key))
 
 
 def tables(records: Records) -> list[Table]:
     """Returns Table 4, the largest sizes, the crossover, bytes, exactness, and training."""
+    exact = by(records.select(kind="exactness"), "devices")
     return [
         weak_table(records, "batch"),
         weak_table(records, "length"),
@@ -43,35 +39,28 @@ def tables(records: Records) -> list[Table]:
         traffic_table(records),
         exactness_table(
             "Attention over devices against dense attention of one",
-            ("devices", "way"),
+            ("devices", "strategy"),
             [
-                ((str(g.key), NAMES[name]), g.first.result[name], g)
-                for g in by(records.select(kind="exactness"), "devices")
-                for name in NAMES
-                if name in g.first.result
+                ((str(g.key), name), g.first.result[s], g)
+                for g in exact
+                for s, name in NAMES.items()
+                if s in g.first.result
             ],
-            "Float64, bidirectional; the largest difference as a part of the largest value.",
+            "Float64, bidirectional; max abs. difference, relative to the largest value.",
         ),
         training_table(
             records,
-            "Convergence: guessing hidden tokens with time cut over devices by RSA",
-            first(
-                records.select(kind="training"),
-                "{model[repeats]} layers, width {model[d_model]}, {batch} texts of {length} tokens "
-                "of a Markov chain, 15% hidden, {steps} steps. ",
-            )
-            + "The largest distance of the two curves; in float32 it is rounding that training "
-            "lets grow. Published: curves of BERT-Large over 50,000 steps, beside tensor "
-            "parallelism's.",
-            differences={"farthest from one device": None},
+            "Convergence: guessing hidden tokens with time sharded over devices by RSA",
+            ", 15% of the tokens hidden",
+            "In float32 it is rounding that training lets grow. Published: curves of BERT-Large "
+            "over 50,000 steps, beside tensor parallelism's.",
         ),
     ]
 
 
 def weak(records: Records, grows: str, strategy: str) -> dict[int, int]:
     """Returns {devices: bytes of a device} where the batch or the length grows with them."""
-    found = records.select(kind="weak", grows=grows, way=strategy)
-    return {g.key: g.first.result["total"] for g in by(found, "devices")}
+    return series(records.select(kind="weak", grows=grows, way=strategy), "devices", "total")
 
 
 def over_one_device(sizes: dict[int, float]) -> dict[int, float]:
@@ -81,8 +70,7 @@ def over_one_device(sizes: dict[int, float]) -> dict[int, float]:
 
 def largest(records: Records, vary: str, strategy: str, kind: str = "largest") -> dict[int, int]:
     """Returns {devices: the largest batch or length}."""
-    found = records.select(kind=kind, vary=vary, way=strategy)
-    return {g.key: g.first.result["value"] for g in by(found, "devices")}
+    return series(records.select(kind=kind, vary=vary, way=strategy), "devices", "value")
 
 
 def crossings(records: Records, what: str) -> dict[int, float | None]:
@@ -105,44 +93,41 @@ def formula(record: Record, name: str) -> float:
     s = record.settings
     N = s["devices"]
     shard = BYTES * s["batch"] * s["length"] // N * s["width"]
-    return {
-        "tensor": 8 * (N - 1) * shard,
-        "rsa_all_reduce": 8 * (N - 1) * shard,
-        "rsa_reduce_scatter": 6 * (N - 1) * shard,
-        "ring": (4 * (N - 1) + 2 * N) * shard,
-        "ulysses": 8 * (N - 1) / N * shard,
-    }[name]
+    return (
+        shard
+        * {
+            "tensor": 8 * (N - 1),
+            "rsa_all_reduce": 8 * (N - 1),
+            "rsa_reduce_scatter": 6 * (N - 1),
+            "ring": 4 * (N - 1) + 2 * N,
+            "ulysses": 8 * (N - 1) / N,
+        }[name]
+    )
 
 
 def weak_table(records: Records, grows: str) -> Table:
     """Returns Table 4 for batches, or lengths, that grow with the devices."""
-    records = records.select(kind="weak", grows=grows)
     shown = [
-        Column("devices N", of=lambda g: str(g.key)),
+        DEVICES,
         Column("batch", of=lambda g: g.first.settings["batch"]),
         Column("tokens", of=lambda g: g.first.settings["length"]),
     ]
-
-    def add(strategy: str, kind: str, unit: str, sizes: dict[int, float]) -> None:
-        name = NAMES[strategy]
-        shown.append(Column(name, kind, unit, 6, lambda g: sizes.get(g.key)))
-        one = lambda g: ratio(sizes.get(g.key), sizes.get(1))
-        shown.append(Column(f"{name}, over N = 1", kind, of=one))
-
-    for strategy, sizes in MEMORY[grows].items():
-        add(strategy, PUBLISHED, "MB", sizes)
-    for strategy in STEPS:
-        if sizes := weak(records, grows, strategy):
-            add(strategy, STATIC, "MiB", {n: size / MIB for n, size in sizes.items()})
+    known = [(s, PUBLISHED, "MB", 1, sizes) for s, sizes in MEMORY[grows].items()]
+    known += [(s, STATIC, "MiB", MIB, weak(records, grows, s)) for s in STEPS]
+    for strategy, kind, unit, size, found in known:
+        if found:
+            name, sizes = NAMES[strategy], {n: x / size for n, x in found.items()}
+            shown.append(Column(name, kind, unit, 6, at(sizes)))
+            shown.append(Column(f"{name}, over N = 1", kind, of=at(over_one_device(sizes))))
+    records = records.select(kind="weak", grows=grows)
     about = first(
         records,
         "{layers} layers of width {width}, {heads} heads, {vocab_size:,} tokens in the vocabulary, "
         "float32. ",
     )
-    what = "batches" if grows == "batch" else "texts"
     return table(
         f"weak-{grows}",
-        f"Table 4: memory of a device when {what} grow with the devices",
+        f"Table 4: memory of a device when {WORDS[grows]} grow with the devices",
         by(records, "devices"),
         shown,
         f"A training step, planned by the compiler for CPUs and Adam's moments added; nothing was "
@@ -154,40 +139,35 @@ def weak_table(records: Records, grows: str) -> Table:
 
 def largest_table(records: Records) -> Table:
     """Returns figures 3 and 4: a row for what varies and the devices."""
-    sizes = {(v, s): largest(records, v, s) for v in LARGEST for s in (TENSOR, RSA)}
-    most = {vary: max(sizes[vary, TENSOR], default=None) for vary in LARGEST}
+    sizes = {
+        s: {(v, n): x for v in VARY for n, x in largest(records, v, s).items()}
+        for s in (TENSOR, RSA)
+    }
+    tensor, ours = (at(sizes[s]) for s in (TENSOR, RSA))
+    # Heads bound the devices of tensor parallelism: its largest size on the most of them.
+    most = {v: max((n for vary, n in sizes[TENSOR] if vary == v), default=None) for v in VARY}
+    over_most = lambda g: ratio(ours(g), sizes[TENSOR].get((g.key[0], most[g.key[0]])))
+    published = {(v, 64): LARGEST[v] for v in VARY if most[v] == 12}
+    records = records.select(kind="largest")
     given = {"batch": "{length} tokens", "length": "batch {batch}"}
     about = "".join(
         first(
-            records.select(kind="largest", vary=vary),
-            " {gib:g} GiB a device, " + given[vary] + ", to {tolerance:.0%}.",
+            records.select(vary=v), " {gib:g} GiB a device, " + given[v] + ", to {tolerance:.0%}."
         )
-        for vary in LARGEST
+        for v in VARY
     )
-
-    def size(g: Group, strategy: str) -> int | None:
-        return sizes[g.key[0], strategy].get(g.key[1])
-
-    def over_most(g: Group) -> float | None:
-        return ratio(size(g, RSA), sizes[g.key[0], TENSOR].get(most[g.key[0]]))
-
-    def published(g: Group) -> float | None:
-        return LARGEST[g.key[0]] if g.key[1] == 64 and most[g.key[0]] == 12 else None
-
-    static = {
-        NAMES[TENSOR]: lambda g: size(g, TENSOR),
-        NAMES[RSA]: lambda g: size(g, RSA),
-        "RSA / tensor, as many devices": lambda g: ratio(size(g, RSA), size(g, TENSOR)),
-        "RSA / tensor on its most devices": over_most,
-    }
     return table(
         "largest",
-        "Figures 3 and 4: the largest batch and the longest text of BERT-Base",
-        by(records.select(kind="largest"), "vary", "devices"),
+        "Figures 3 and 4: the largest batch and the longest sequence of BERT-Base",
+        by(records, "vary", "devices"),
         [
-            *columns(LABEL, {"what": lambda g: g.key[0], "devices": lambda g: str(g.key[1])}),
-            *columns(STATIC, static),
-            Column("RSA / tensor on its most devices", PUBLISHED, of=published),
+            Column("what", of=lambda g: g.key[0]),
+            Column("devices", of=lambda g: str(g.key[1])),
+            Column(NAMES[TENSOR], STATIC, of=tensor),
+            Column(NAMES[RSA], STATIC, of=ours),
+            Column("RSA / tensor, as many devices", STATIC, of=lambda g: ratio(ours(g), tensor(g))),
+            Column("RSA / tensor on its most devices", STATIC, of=over_most),
+            Column("RSA / tensor on its most devices", PUBLISHED, of=at(published)),
         ],
         f"By the compiler's plan of a training step's buffers; nothing was run.{about} Tensor "
         "parallelism takes as many devices as divide 12 heads. RSA as published makes gradients "
@@ -200,29 +180,28 @@ def sparse_table(records: Records) -> Table:
     """Returns figure 5: lengths with Linformer's attention, and with RSA beside it."""
     sparse, dense = (largest(records, "length", s, "sparse") for s in ("linformer", RSA))
     records = records.select(kind="sparse")
-    over_one = lambda g, sizes: ratio(sizes.get(g.key), sizes.get(1))
     return table(
         "sparse",
-        "Figure 5: the longest text with attention to a few projected rows",
+        "Figure 5: the longest sequence with attention to a few projected rows",
         by(records, "devices"),
         [
-            Column("devices N", of=lambda g: str(g.key)),
-            Column("Linformer", STATIC, "tokens", of=lambda g: sparse.get(g.key)),
-            Column("over N = 1", STATIC, of=lambda g: over_one(g, sparse)),
-            Column("over N = 1", PUBLISHED, of=lambda g: SPARSE if g.key == 32 else None),
-            Column("RSA", STATIC, "tokens", of=lambda g: dense.get(g.key)),
-            Column("RSA over N = 1", STATIC, of=lambda g: over_one(g, dense)),
+            DEVICES,
+            Column("Linformer", STATIC, "tokens", of=at(sparse)),
+            Column("over N = 1", STATIC, of=at(over_one_device(sparse))),
+            Column("over N = 1", PUBLISHED, of=at({32: SPARSE})),
+            Column("RSA", STATIC, "tokens", of=at(dense)),
+            Column("RSA over N = 1", STATIC, of=at(over_one_device(dense))),
         ],
         first(records, "Batch {batch}, {gib:g} GiB a device, {rows} rows. ")
         + "By the compiler's plan of a training step's buffers. Published: more than 114,000 "
-        "tokens on 32 P100s. The projections, as long as the text, are cut with it.",
+        "tokens on 32 P100s. The projections, as long as the sequence, are sharded with it.",
     )
 
 
 def crossover_table(records: Records) -> Table:
     """Returns by how much an MLP needs more memory under tensor parallelism."""
 
-    def gap(g: Group, what: str) -> float:
+    def gap(what: str, g: Group) -> float:
         unit = BYTES * g.first.settings["width"] ** 2 * (1 - 1 / g.key[0])
         return (g.first.result["tensor"][what] - g.first.result["sequence"][what]) / unit
 
@@ -234,8 +213,8 @@ def crossover_table(records: Records) -> Table:
             Column("devices N", of=lambda g: str(g.key[0])),
             Column("B L / H", of=lambda g: str(g.key[1])),
             Column("B L / H - 32", PUBLISHED, of=lambda g: g.key[1] - 32),
-            Column("kept between the passes", STATIC, of=lambda g: gap(g, "kept")),
-            Column("planned in all", STATIC, of=lambda g: gap(g, "total")),
+            Column("kept between the passes", STATIC, of=lambda g: gap("kept", g)),
+            Column("planned in all", STATIC, of=lambda g: gap("total", g)),
         ],
         "In units of (1 - 1/N) H² elements, in which the paper's formulas differ by "
         "B L / H - 32: above 0, sequence parallelism needs less. Kept: four times the weights, and "
@@ -259,7 +238,7 @@ def traffic_table(records: Records) -> Table:
         [(g.first, s) for g in by(records, "devices") for s in TRAFFIC if s in g.first.result],
         [
             Column("devices N", of=lambda row: str(row[0].settings["devices"])),
-            Column("way", of=lambda row: NAMES[row[1]]),
+            Column("strategy", of=lambda row: NAMES[row[1]]),
             *columns(STATIC, counted, "MiB"),
             Column("counted / formula", STATIC, of=share),
         ],
@@ -274,22 +253,19 @@ def traffic_table(records: Records) -> Table:
 def figures(records: Records) -> dict[str, str]:
     """Returns Table 4's memory over that of one device, and the largest batches and lengths."""
     memory, sizes, made = {}, {}, {}
-    for grows, title in (("batch", "batches grow"), ("length", "texts grow")):
-        found = {NAMES[s]: x for s in STEPS if (x := weak(records, grows, s))}
-        if found:
-            found |= {f"{NAMES[s]}, published": x for s, x in MEMORY[grows].items()}
-            memory[title] = {name: _line(over_one_device(x)) for name, x in found.items()}
-    for vary, title in (("batch", "largest batch"), ("length", "longest text")):
+    for vary, words in WORDS.items():
+        found = {NAMES[s]: weak(records, vary, s) for s in STEPS}
+        if any(found.values()):
+            found |= {f"{NAMES[s]}, published": x for s, x in MEMORY[vary].items()}
+            memory[f"{words} grow"] = {n: over_one_device(x) for n, x in found.items() if x}
         found = {NAMES[s]: x for s in (TENSOR, RSA) if (x := largest(records, vary, s))}
         if found:
-            sizes[title] = {name: _line(x) for name, x in found.items()}
+            sizes[GREATEST[vary]] = found
+    dashed = [f"{NAMES[s]}, published" for s in (TENSOR, RSA)]
     if memory:
+        label = "memory of a device, over one device's"
         made["memory-when-work-grows"] = line_chart(
-            memory,
-            x_label="devices",
-            y_label="memory of a device, over one device's",
-            log_x=True,
-            dashed=[f"{NAMES[s]}, published" for s in (TENSOR, RSA)],
+            memory, x_label="devices", y_label=label, log_x=True, dashed=dashed
         )
     if sizes:
         made["largest"] = line_chart(
@@ -301,7 +277,3 @@ def figures(records: Records) -> dict[str, str]:
             share_y=False,
         )
     return made
-
-
-def _line(values: dict[int, float]) -> tuple[list[int], list[float]]:
-    return list(values), list(values.values())

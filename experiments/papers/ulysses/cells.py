@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.measurements import sharded_transformer as transformer
-from tilescan.experiments.measurements.devices import AXIS, devices, mesh_of, over_time
-from tilescan.experiments.measurements.exactness import errors, values_and_gradients
-from tilescan.experiments.measurements.sharded_layers import Shape
+from tilescan.experiments.measurements.devices import AXIS, devices
+from tilescan.experiments.measurements.exactness import errors_over_devices
 from tilescan.experiments.measurements.sharded_training import train, training_settings
 from tilescan.experiments.measurements.words import recorded
 from tilescan.ops import masks
@@ -23,55 +23,33 @@ from tilescan.ops.ssd import ssd
 BLOCK = 16
 
 
-def cells(config) -> list[Cell]:
+def cells(config: ConfigDict) -> list[Cell]:
     """Returns all measurements of the config."""
     c = config
     # Every length on some devices, and lengths that grow with the devices.
     points = [(n, length) for length in c.traffic.seq_lens for n in c.traffic.devices]
     points += [(n, n * c.traffic.weak_seq_len) for n in c.traffic.weak_devices]
     # Float32 shows by the first number of devices how rounding grows, which float64 hides.
-    trained = lambda dtype, parts: (
-        dtype == c.training.dtypes[0] or parts in (1, c.training.devices[0])
-    )
+    float64, fewest = c.training.dtypes[0], c.training.devices[0]
+    trained = lambda dtype, parts: dtype == float64 or parts in (1, fewest)
+
+    # Settings that all points of a sweep share, and the axes.
+    exact = recorded(c.exactness, "seq_len", "n_heads", "head_dim", kind="exactness")
+    layer = recorded(c.traffic, "d_model", "n_heads", "strategies", kind="traffic")
+    gpt = recorded(c.memory, "n_layers", "d_model", "n_heads", "vocab_size", "unit")
+    fits = recorded(c.memory, "gib", "tolerance", kind="longest", **gpt)
+    model = {"n_heads": c.training.n_heads, "sequence_parallel": "ulysses"}
+    same, seconds = training_settings(c.training, **model), 5 + c.training.steps / 10
+    kinds = {"attention": c.exactness.kinds, "devices": c.exactness.devices}
+    sizes = {"devices": sorted({n for n, _ in points}), "length": sorted({x for _, x in points})}
+    listed = lambda devices, length: (devices, length) in points
+    ways = {"way": c.memory.strategies, "devices": c.memory.devices}
+    runs = {"dtype": c.training.dtypes, "parts": (1, *c.training.devices)}
     return [
-        *sweep(
-            "exactness-{attention}-P{devices}",
-            exactness,
-            recorded(c.exactness, "seq_len", "n_heads", "head_dim", kind="exactness"),
-            seconds=4,
-            attention=c.exactness.kinds,
-            devices=c.exactness.devices,
-        ),
-        *sweep(
-            "traffic-P{devices}-N{length}",
-            traffic,
-            recorded(c.traffic, "d_model", "n_heads", "strategies", kind="traffic"),
-            seconds=10,
-            where=lambda devices, length: (devices, length) in points,
-            devices=sorted({n for n, _ in points}),
-            length=sorted({length for _, length in points}),
-        ),
-        *sweep(
-            "longest-{way}-P{devices}",
-            longest,
-            recorded(
-                c.memory,
-                *("n_layers", "d_model", "n_heads", "vocab_size", "unit", "gib", "tolerance"),
-                kind="longest",
-            ),
-            seconds=25,
-            way=c.memory.strategies,
-            devices=c.memory.devices,
-        ),
-        *sweep(
-            "training-{dtype}-P{parts}",
-            train,
-            training_settings(c.training, n_heads=c.training.n_heads, sequence_parallel="ulysses"),
-            seconds=5 + c.training.steps / 10,
-            where=trained,
-            dtype=c.training.dtypes,
-            parts=(1, *c.training.devices),
-        ),
+        *sweep("exactness-{attention}-P{devices}", exactness, exact, seconds=4, **kinds),
+        *sweep("traffic-P{devices}-N{length}", traffic, layer, seconds=10, where=listed, **sizes),
+        *sweep("longest-{way}-P{devices}", longest, fits, seconds=25, **ways),
+        *sweep("training-{dtype}-P{parts}", train, same, seconds=seconds, where=trained, **runs),
     ]
 
 
@@ -89,18 +67,16 @@ def exactness(settings: Mapping[str, Any], seed: int) -> dict:
     if s["attention"] not in (*KINDS, "ssd"):
         raise ValueError(f"attention={s['attention']!r} is unknown; known: {', '.join(KINDS)}, ssd")
     make = _ssd if s["attention"] == "ssd" else _attention
-    whole, sharded, arrays = make(s, np.random.default_rng(seed))
+    alone, sharded, arrays = make(s, np.random.default_rng(seed))
     arrays = [jnp.asarray(x, jnp.float32) for x in arrays]
-    got, want = (values_and_gradients(op)(*arrays) for op in (sharded, whole))
-    return errors(got, want)
+    return errors_over_devices({"ulysses": sharded}, alone, arrays, s["devices"])["ulysses"]
 
 
 def _sparse(s: Mapping[str, Any]) -> masks.Mask:
     """Returns blocks: local ones and the first of every four, as in the paper's sparse model."""
     n = s["length"] // BLOCK
     i, j = np.indices((n, n))
-    layout = (i - j < 2) | (j % 4 == 0)
-    return masks.BlockSparse(layout, BLOCK) & masks.Causal()
+    return masks.BlockSparse((i - j < 2) | (j % 4 == 0), BLOCK) & masks.Causal()
 
 
 KINDS = {
@@ -113,21 +89,21 @@ KINDS = {
 }
 
 
-def _attention(s: Mapping[str, Any], rng) -> tuple[Callable, Callable, list]:
-    """Returns (op of one device, op over devices, arrays: the cotangent, q, k, v)."""
+def _attention(s: Mapping[str, Any], rng: np.random.Generator) -> tuple[Callable, Callable, list]:
+    """Returns (op of one device, op of its shards, arrays: the cotangent, q, k, v)."""
     kind, T, H, D = s["attention"], s["length"], s["heads"], s["dim"]
     G = max(1, H // 4) if kind == "gqa" else H
-    bias = None
+    options = {"mask": KINDS[kind](s), "bias": None}
     if kind == "alibi":  # -slope (i - j), of which softmax sees slope j alone
         slopes = 2.0 ** (-8 * np.arange(1, H + 1) / H)
-        bias = jnp.asarray((slopes[:, None] * np.arange(T))[None, :, None], jnp.float32)
-    options = dict(mask=KINDS[kind](s), bias=bias)
-    sharded = over_time(functools.partial(ulysses_attention, **options), mesh_of(s["devices"]))
+        bias = (slopes[:, None] * np.arange(T))[None, :, None]
+        options["bias"] = jnp.asarray(bias, jnp.float32)
     arrays = [rng.standard_normal((2, T, heads, D)) for heads in (H, H, G, G)]
-    return functools.partial(attention, **options), sharded, arrays
+    ops = (functools.partial(op, **options) for op in (attention, ulysses_attention))
+    return *ops, arrays
 
 
-def _ssd(s: Mapping[str, Any], rng) -> tuple[Callable, Callable, list]:
+def _ssd(s: Mapping[str, Any], rng: np.random.Generator) -> tuple[Callable, Callable, list]:
     """Returns the same for `ops.ssd`: any op that mixes no heads fits between all-to-alls."""
     T, H, D = s["length"], s["heads"], s["dim"]
     A = jnp.asarray(-np.exp(rng.standard_normal(H)), jnp.float32)
@@ -143,8 +119,7 @@ def _ssd(s: Mapping[str, Any], rng) -> tuple[Callable, Callable, list]:
     shapes = (2, T, H, D), (2, T, H, D), (2, T, H), (2, T, 1, D), (2, T, 1, D)
     arrays = [rng.standard_normal(shape) for shape in shapes]
     arrays[2] = 0.1 * np.exp(arrays[2])
-    op = lambda x, dt, B, C: ssd(x, dt, A, B, C)[0]
-    return op, over_time(sharded, mesh_of(s["devices"])), arrays
+    return lambda x, dt, B, C: ssd(x, dt, A, B, C)[0], sharded, arrays
 
 
 def traffic(settings: Mapping[str, Any], seed: int) -> dict:
@@ -153,42 +128,27 @@ def traffic(settings: Mapping[str, Any], seed: int) -> dict:
     Settings: "devices", "length", "width", "heads", "ways" (strategies of sharded_layers).
     """
     s = settings
-    shape = Shape(1, s["length"], 1, s["width"], s["heads"], stored=True)
+    shape = transformer.shape_of(s, stored=True)
     return {way: transformer.traffic(way, shape, s["devices"]) for way in s["ways"]}
 
 
 def longest(settings: Mapping[str, Any], seed: int) -> dict:
     """Returns the longest sequence whose training step fits: {"length", "bytes", "compiled"}.
 
+    Settings: see `sharded_transformer.largest_step`; "unit" (lengths are multiples of so many
+    tokens a device).
+    """
+    step = settings["unit"] * settings["devices"]
+    options = step_options(settings)
+    found = transformer.largest_step(settings, "length", 16 * step, step, **options)
+    return {"length": found.pop("value"), **found}
+
+
+def step_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how the Transformer of `longest` is computed, as fields of its `Shape`.
+
     Layers are computed again in the backward pass, logits exist for "unit" tokens at once. Ulysses
     shards weights, gradients and Adam's moments over all devices (ZeRO-3); Megatron by its nature.
-
-    Settings: "devices", "way" (the strategy), "layers", "width", "heads", "vocab_size", "unit"
-    (lengths are multiples of so many tokens a device), "gib", "tolerance" of the length.
     """
-    s = settings
-    step = s["unit"] * s["devices"]
-    length, found = transformer.largest_step(
-        s["way"],
-        lambda n: step_shape(s, n),
-        s["devices"],
-        gib=s["gib"],
-        start=16 * step,
-        step=step,
-        tolerance=s["tolerance"],
-    )
-    return {"length": length, **found}
-
-
-def step_shape(s: Mapping[str, Any], length: int) -> Shape:
-    """Returns the Transformer of `longest` at a length."""
-    return Shape(
-        1,
-        length,
-        *(s[k] for k in ("layers", "width", "heads")),
-        vocab=s["vocab_size"],
-        causal=True,
-        remat=True,
-        sharded_weights=True,
-        head_chunk=s["unit"],
-    )
+    chunk = settings["unit"]
+    return {"causal": True, "remat": True, "sharded_weights": True, "head_chunk": chunk}

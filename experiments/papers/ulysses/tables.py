@@ -1,17 +1,10 @@
 """Ulysses' tables and figures."""
 
 from tilescan.experiments.harness.figures import line_chart
-from tilescan.experiments.harness.groups import Group, by, first
+from tilescan.experiments.harness.groups import Group, at, by, first, series
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.statistics import ratio
-from tilescan.experiments.harness.tables import (
-    PUBLISHED,
-    STATIC,
-    Column,
-    Table,
-    columns,
-    table,
-)
+from tilescan.experiments.harness.statistics import over, ratio
+from tilescan.experiments.harness.tables import PUBLISHED, STATIC, Column, Table, columns, table
 from tilescan.experiments.measurements.exactness import exactness_table
 from tilescan.experiments.measurements.sharded_training import training_table
 from tilescan.experiments.measurements.traffic import MIB, over_forward, sent_bytes
@@ -39,17 +32,16 @@ BYTES = 4
 def tables(records: Records) -> list[Table]:
     """Returns exactness, bytes, longest sequences, training, and what only many GPUs can show."""
     exact = records.select(kind="exactness")
+    order = (ATTENTION, exact.values("devices"))
     return [
         exactness_table(
             "Any attention between two all-to-alls, against one device",
             ("attention", "devices"),
             [
                 ((ATTENTION[g.key[0]], str(g.key[1])), g.first.result, g)
-                for g in by(
-                    exact, "attention", "devices", order=(ATTENTION, exact.values("devices"))
-                )
+                for g in by(exact, "attention", "devices", order=order)
             ],
-            "Largest difference as a part of the largest value. "
+            "Max abs. difference, relative to the largest value. "
             + first(exact, "{length} tokens, {heads} heads of {dim}, float32. ")
             + "Key-value heads are repeated where they are fewer than devices.",
         ),
@@ -57,15 +49,10 @@ def tables(records: Records) -> list[Table]:
         longest_table(records),
         training_table(
             records,
-            "Figure 7: the same training with time cut over devices",
-            first(
-                records.select(kind="training"),
-                "{model[repeats]} layers, width {model[d_model]}, {model[n_heads]} heads, {batch} "
-                "texts of {length} tokens of a Markov chain, {steps} steps. ",
-            )
-            + "The largest distance of two curves over all steps; in float32 it is rounding that "
-            "training lets grow. Published: curves of a GPT-1.3B with 32K tokens coincide.",
-            differences={"farthest from one device": None},
+            "Figure 7: the same training with time sharded over devices",
+            " and {model[n_heads]} heads",
+            "In float32 it is rounding that training lets grow. Published: curves of a GPT-1.3B "
+            "with 32K tokens coincide.",
         ),
         table(
             "scaling",
@@ -87,12 +74,12 @@ def traffic(records: Records) -> list[Group]:
     return by(records.select(kind="traffic"), "devices", "length")
 
 
-def weak(records: Records) -> list[Record]:
-    """Returns the records with the most common length of a device, by devices."""
+def weak(records: Records) -> dict[int, Record]:
+    """Returns {devices: the record} with the most common length of a device."""
     found = traffic(records)
     each = [length // devices for devices, length in (g.key for g in found)]
     common = max(set(each), key=lambda n: (each.count(n), n), default=0)
-    return [g.first for g, n in zip(found, each, strict=True) if n == common]
+    return {g.key[0]: g.first for g, n in zip(found, each, strict=True) if n == common}
 
 
 def formula(record: Record, strategy: str) -> float:
@@ -114,23 +101,22 @@ def over_ulysses(record: Record) -> float | None:
 
 def longest(records: Records, strategy: str) -> dict[int, int]:
     """Returns {devices: tokens of the longest sequence}."""
-    found = records.select(kind="longest", way=strategy)
-    return {g.key: g.first.result["length"] for g in by(found, "devices")}
+    return series(records.select(kind="longest", way=strategy), "devices", "length")
 
 
 def traffic_table(records: Records) -> Table:
     """Returns what a device sends, by devices and length."""
+    sent = lambda s: lambda g: ratio(sent_bytes(g.first, s), MIB)
+    share = lambda s: lambda g: ratio(sent_bytes(g.first, s), formula(g.first, s))
+    both = lambda s: lambda g: over_forward(g.first, s)
     shown = [
         Column("devices P", of=lambda g: str(g.key[0])),
         Column("tokens N", of=lambda g: f"{g.key[1]:,}"),
     ]
     for s, name in NAMES.items():
-        count = lambda g, s=s: sent_bytes(g.first, s)
-        share = lambda g, s=s: ratio(sent_bytes(g.first, s), formula(g.first, s))
-        shown.append(Column(name, STATIC, "MiB", of=lambda g, count=count: ratio(count(g), MIB)))
-        shown.append(Column(f"{name} / formula", STATIC, of=share))
+        shown.append(Column(name, STATIC, "MiB", of=sent(s)))
+        shown.append(Column(f"{name} / formula", STATIC, of=share(s)))
     shown.append(Column("Megatron-SP / Ulysses", STATIC, of=lambda g: over_ulysses(g.first)))
-    both = lambda s: lambda g: over_forward(g.first, s)
     shown += columns(STATIC, {f"{n}, both passes / forward": both(s) for s, n in NAMES.items()})
     return table(
         "traffic",
@@ -140,7 +126,7 @@ def traffic_table(records: Records) -> Table:
         first(records.select(kind="traffic"), "Width {width:,}, {heads} heads, batch 1, float32. ")
         + "Counts of the compiled programs of attention and MLP, none was run. Formulas, of bytes "
         "sent: Ulysses 4 N h (P - 1) / P², Megatron-SP 4 N h (P - 1) / P, rings 2 N h (P - 1) / P; "
-        "the paper's 4 N h / P and 4 N h are those without the part that stays. Both passes: "
+        "the paper's 4 N h / P and 4 N h are those without the share that stays. Both passes: "
         "without gradients of weights. RSA as published, with all-reduces; its gradients pass "
         "N h (P - 1) / P four times more than its keys.",
     )
@@ -149,29 +135,20 @@ def traffic_table(records: Records) -> Table:
 def longest_table(records: Records) -> Table:
     """Returns the longest sequences that fit, by devices."""
     ours, theirs = (longest(records, strategy) for strategy in (ULYSSES, MEGATRON))
+    each = lambda sizes: at({n: length / n for n, length in sizes.items()})
     records = records.select(kind="longest")
-    each = lambda sizes: lambda g: ratio(sizes.get(g.key), g.key)
-    static = {
-        "Ulysses with ZeRO-3": lambda g: ours.get(g.key),
-        "of a device": each(ours),
-        "Megatron-SP": lambda g: theirs.get(g.key),
-    }
-    share = lambda g: ratio(ours.get(g.key), theirs.get(g.key))
     return table(
         "longest",
-        "The longest text that a training step has room for",
+        "The longest sequence that a training step has room for",
         by(records, "devices"),
         [
             Column("devices", of=lambda g: str(g.key)),
-            Column(
-                "Ulysses with GPT-1.2B on A100s",
-                PUBLISHED,
-                "tokens",
-                of=lambda g: LONGEST.get(g.key),
-            ),
-            *columns(STATIC, static, "tokens"),
+            Column("Ulysses with GPT-1.2B on A100s", PUBLISHED, "tokens", of=at(LONGEST)),
+            Column("Ulysses with ZeRO-3", STATIC, "tokens", of=at(ours)),
+            Column("of a device", STATIC, "tokens", of=each(ours)),
+            Column("Megatron-SP", STATIC, "tokens", of=at(theirs)),
             Column("of a device", STATIC, "tokens", of=each(theirs)),
-            Column("Ulysses / Megatron-SP", STATIC, of=share),
+            Column("Ulysses / Megatron-SP", STATIC, of=at(over(ours, theirs))),
         ],
         "By the compiler's plan of buffers for CPUs, Adam's moments added; nothing was run. "
         + first(
@@ -181,31 +158,25 @@ def longest_table(records: Records) -> Table:
             "tiles. ",
         )
         + "Layers are computed again in the backward pass, logits exist for 1,024 tokens of a "
-        "device at once. Compare growth: buffers of other compilers differ.",
+        "device at once. Published: recalled, the one GPU's from a figure. Compare growth: buffers "
+        "of other compilers differ.",
     )
 
 
 def figures(records: Records) -> dict[str, str]:
     """Returns bytes when sequences grow with the devices, and the longest sequences."""
     made, found = {}, weak(records)
+    logs = {"log_x": True, "log_y": True}
     if found:
-        P = [r.settings["devices"] for r in found]
-        made["sent-when-texts-grow"] = line_chart(
-            {"": {n: (P, [ratio(sent_bytes(r, s), MIB) for r in found]) for s, n in NAMES.items()}},
-            x_label="devices, and tokens with them",
-            y_label="MiB that a device sends, forward",
-            log_x=True,
-            log_y=True,
-        )
+        sent = lambda s: {P: ratio(sent_bytes(r, s), MIB) for P, r in found.items()}
+        x, y = "devices, and tokens with them", "MiB that a device sends, forward"
+        lines = {name: sent(s) for s, name in NAMES.items()}
+        made["sent-when-sequences-grow"] = line_chart({"": lines}, x_label=x, y_label=y, **logs)
     lines = {NAMES[s]: x for s in (ULYSSES, MEGATRON) if (x := longest(records, s))}
     if lines:
-        lines["Ulysses, published"] = LONGEST
-        made["longest-text"] = line_chart(
-            {"": {name: (list(x), list(x.values())) for name, x in lines.items()}},
-            x_label="devices",
-            y_label="tokens",
-            log_x=True,
-            log_y=True,
-            dashed=("Ulysses, published",),
+        name = "Ulysses, published"
+        lines[name] = LONGEST
+        made["longest-sequence"] = line_chart(
+            {"": lines}, x_label="devices", y_label="tokens", dashed=(name,), **logs
         )
     return made

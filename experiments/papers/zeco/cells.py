@@ -1,17 +1,21 @@
 """ZeCO's measurements: schedules of a scan over devices, compared with one device and counted."""
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.measurements.compiled import compiled
 from tilescan.experiments.measurements.devices import AXIS, devices, mesh_of, over_time, struct
-from tilescan.experiments.measurements.exactness import errors, values_and_gradients
+from tilescan.experiments.measurements.exactness import errors_over_devices
 from tilescan.experiments.measurements.sharded_training import train, training_settings
+from tilescan.experiments.measurements.sharded_transformer import divides_heads
 from tilescan.experiments.measurements.traffic import messages, sent, total_bytes
 from tilescan.experiments.measurements.words import recorded
 from tilescan.ops import masks
@@ -22,58 +26,46 @@ from tilescan.ops.sequence_parallel.affine_scan import affine_scan
 ALONE = "one device"  # a schedule's name in records
 
 
-def cells(config) -> list[Cell]:
+# {kind: gated linear attention of one device's shards by that schedule}
+SCHEDULES = {
+    kind: lambda *x, kind=kind: scans.gated_linear_attention(*x, kind=kind)[0]
+    for kind in SCAN_KINDS
+}
+
+
+def cells(config: ConfigDict) -> list[Cell]:
     """Returns all measurements of the config."""
     c = config
     kinds, dtypes = c.training.kinds, c.training.dtypes
 
-    def trained(parts: int, schedule: str | None = None, **point: Any) -> dict[str, Any]:
+    def model(schedule: str | None, parts: int) -> dict[str, Any]:
+        gla = {"pattern": ["gla", "mlp"], "mixers": {"gla": {"n_heads": c.training.n_heads}}}
         sharded = {"sequence_parallel": schedule} if schedule else {}
-        model = {"pattern": ["gla", "mlp"], "mixers": {"gla": {"n_heads": c.training.n_heads}}}
-        settings = training_settings(c.training, **model, **sharded)
+        settings = training_settings(c.training, **gla, **sharded)
         return {**settings, "schedule": schedule or ALONE, "parts": parts}
 
+    alone = lambda dtype: model(None, 1)
+    shared = lambda dtype, schedule: model(schedule, c.training.devices)
+    # Schedules differ in their rounding alone, which float64 hides; one shows its growth.
+    trained = lambda dtype, schedule: dtype == dtypes[0] or schedule == kinds[0]
     seconds = 5 + c.training.steps / 10
+
+    # Settings that all points of a sweep share, and the axes.
+    shape = ("seq_len", "n_heads", "head_dim")
+    exact = recorded(c.exactness, *shape, "decays", "dtypes", kind="exactness")
+    cost = lambda devices: 20 + 4 * devices
+    sent = recorded(c.traffic, *shape, kind="traffic")
+    state = recorded(c.traffic, "n_heads", "head_dim", kind="blocks")
+    runs = {"dtype": dtypes, "schedule": kinds}
     return [
+        *sweep("exactness-P{devices}", exactness, exact, seconds=cost, devices=c.exactness.devices),
+        *sweep("traffic-P{devices}", traffic, sent, seconds=20, devices=c.traffic.devices),
+        *sweep("blocks-P{devices}-K{blocks}", all_scan, state, seconds=0.5, **c.blocks),
+        *sweep("training-{dtype}-one-device", train, alone, seconds=seconds, dtype=dtypes),
         *sweep(
-            "exactness-P{devices}",
-            exactness,
-            recorded(
-                c.exactness, "seq_len", "n_heads", "head_dim", "decays", "dtypes", kind="exactness"
-            ),
-            seconds=lambda devices: 20 + 4 * devices,
-            devices=c.exactness.devices,
+            "training-{dtype}-{schedule}", train, shared, seconds=seconds, where=trained, **runs
         ),
-        *sweep(
-            "traffic-P{devices}",
-            traffic,
-            recorded(c.traffic, "seq_len", "n_heads", "head_dim", kind="traffic"),
-            seconds=20,
-            devices=c.traffic.devices,
-        ),
-        *sweep(
-            "blocks-P{devices}-K{blocks}",
-            all_scan,
-            recorded(c.traffic, "n_heads", "head_dim", kind="blocks"),
-            seconds=0.5,
-            devices=c.blocks.devices,
-            blocks=c.blocks.blocks,
-        ),
-        *sweep(
-            "training-{dtype}-one-device", train, lambda dtype: trained(1), seconds=seconds,
-            dtype=dtypes,
-        ),
-        *sweep(
-            "training-{dtype}-{schedule}",
-            train,
-            lambda dtype, schedule: trained(c.training.devices, schedule),
-            seconds=seconds,
-            # Schedules differ in their rounding alone, which float64 hides; one shows its growth.
-            where=lambda dtype, schedule: dtype == dtypes[0] or schedule == kinds[0],
-            dtype=dtypes,
-            schedule=kinds,
-        ),
-    ]  # fmt: skip
+    ]
 
 
 def exactness(settings: Mapping[str, Any], seed: int) -> dict:
@@ -85,15 +77,11 @@ def exactness(settings: Mapping[str, Any], seed: int) -> dict:
     s, found = settings, {}
     devices(s["devices"])  # before the first array is made
     alone = lambda *x: gated_linear_attention(*x)[0]
-    for dtype in s["dtypes"]:
+    for dtype, decay in itertools.product(s["dtypes"], s["decays"]):
         with jax.enable_x64(dtype == "float64"):
-            for decay in s["decays"]:
-                arrays = _inputs(s, decay, dtype, seed)
-                want = values_and_gradients(alone)(*arrays)
-                found[f"{dtype} {decay}"] = {
-                    kind: errors(values_and_gradients(op)(*arrays), want)
-                    for kind, op in _scanned(s["devices"]).items()
-                }
+            arrays = _inputs(s, decay, dtype, seed)
+            errors = errors_over_devices(SCHEDULES, alone, arrays, s["devices"])
+        found[f"{dtype} {decay}"] = errors
     return found
 
 
@@ -105,12 +93,6 @@ def _inputs(s: Mapping[str, Any], decay: str, dtype: str, seed: int) -> list[jax
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     log_decay = -rng.exponential(0.5 / s["length"], shape if decay == "vector" else shape[:3])
     return [jnp.asarray(x, dtype) for x in (do, q, k, v, log_decay)]
-
-
-def _scanned(count: int) -> dict[str, Callable]:
-    """Returns {kind: gated linear attention over so many devices by that schedule}."""
-    op = lambda kind: lambda *x: scans.gated_linear_attention(*x, kind=kind)[0]
-    return {kind: over_time(op(kind), mesh_of(count)) for kind in SCAN_KINDS}
 
 
 def traffic(settings: Mapping[str, Any], seed: int) -> dict:
@@ -125,10 +107,10 @@ def traffic(settings: Mapping[str, Any], seed: int) -> dict:
     s = settings
     mesh = mesh_of(s["devices"])
     x = struct(mesh, (1, s["length"] * s["devices"], s["heads"], s["dim"]), None, AXIS)
-    found = {kind: _counts(op, [x] * 4) for kind, op in _scanned(s["devices"]).items()}
+    found = {kind: _counts(over_time(op, mesh), [x] * 4) for kind, op in SCHEDULES.items()}
     for kind in ("ring", "ulysses"):
-        if kind == "ring" or s["heads"] % s["devices"] == 0:
-            op = lambda q, k, v, kind=kind: ATTENTION[kind](q, k, v, mask=masks.Causal())
+        if divides_heads(kind, s["heads"], s["devices"]):
+            op = functools.partial(ATTENTION[kind], mask=masks.Causal())
             found[kind] = _counts(over_time(op, mesh), [x] * 3)
     return found
 

@@ -1,21 +1,14 @@
 """ZeCO's tables and figures."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.groups import by, first
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import ratio
-from tilescan.experiments.harness.tables import (
-    LABEL,
-    PUBLISHED,
-    STATIC,
-    Column,
-    Table,
-    columns,
-    table,
-)
-from tilescan.experiments.measurements.exactness import exactness_table
+from tilescan.experiments.harness.tables import PUBLISHED, STATIC, Column, Table, columns, table
+from tilescan.experiments.measurements.exactness import PARTS, exactness_table
 from tilescan.experiments.measurements.sharded_training import DEVICES, DTYPE, training_table
 from tilescan.experiments.measurements.traffic import sent_bytes
 from tilescan.experiments.papers.zeco.published import ALONE, OPERATOR, PRIMITIVE, TRAINING
@@ -34,21 +27,18 @@ EARLY = 20
 
 def tables(records: Records) -> list[Table]:
     """Returns exactness, bytes and steps, modelled seconds, throughput, and training."""
+    alone = ", ".join(f"{ms:g} ms on {n}" for n, ms in ALONE.items())
     return [
         exactness_table(
             "Gated linear attention over devices against one device",
-            ("devices", "numbers, decay", "of"),
+            ("devices", "dtype, decay", "of"),
             [
-                (
-                    (str(r.settings["devices"]), name, part),
-                    {kind: found[kind][part] for kind in KINDS},
-                    r,
-                )
-                for r in by_devices(records, "exactness")
+                ((str(P), name, part), {kind: found[kind][part] for kind in KINDS}, r)
+                for P, r in by_devices(records, "exactness").items()
                 for name, found in r.result.items()
-                for part in ("output", "gradients")
+                for part in PARTS
             ],
-            "Largest difference as a part of the largest value. "
+            "Max abs. difference, relative to the largest value. "
             + first(
                 records.select(kind="exactness"),
                 "{length} tokens a device, {heads} heads of {dim}. ",
@@ -69,22 +59,16 @@ def tables(records: Records) -> list[Table]:
             records,
             "operator",
             "The operator of a 1B GLA with 16,384 tokens a device",
-            "H100s. With nothing to send (data parallelism) it takes "
-            + ", ".join(f"{ms:g} ms on {n}" for n, ms in ALONE.items())
-            + ".",
+            f"H100s. With nothing to send (data parallelism) it takes {alone}.",
         ),
         throughput_table(),
         training_table(
             records,
-            "The same training with time cut over devices",
-            first(
-                records.select(kind="training"),
-                "{model[repeats]} layers of GLA and MLP, width {model[d_model]}, {batch} texts of "
-                "{length} tokens of a Markov chain, {steps} steps. ",
-            )
-            + "The largest distance of the two curves. The first difference is rounding, also "
-            "under float64 layers, whose norms, logits and gradients are float32; training "
-            "multiplies it about tenfold every 12 steps, alike for all schedules.",
+            "The same training with time sharded over devices",
+            ", GLA and MLP",
+            "The first difference is rounding, also under float64 layers, whose norms, logits and "
+            "gradients are float32; training multiplies it about tenfold every 12 steps, alike for "
+            "all schedules.",
             labels=(
                 Column("schedule", of=lambda r: KINDS.get(r.settings["schedule"], "one device")),
                 DTYPE,
@@ -99,9 +83,9 @@ def tables(records: Records) -> list[Table]:
     ]
 
 
-def by_devices(records: Records, kind: str) -> list[Record]:
-    """Returns the records of a kind, the fewest devices first."""
-    return [r for g in by(records.select(kind=kind), "devices") for r in g.records]
+def by_devices(records: Records, kind: str) -> dict[int, Record]:
+    """Returns {devices: the record} of a kind, the fewest devices first."""
+    return {g.key: g.first for g in by(records.select(kind=kind), "devices")}
 
 
 def state_bytes(record: Record) -> int:
@@ -114,18 +98,36 @@ def sent_states(record: Record, strategy: str, passes: str = "forward") -> float
     return ratio(sent_bytes(record, strategy, passes), state_bytes(record))
 
 
-def scanned(record: Record) -> tuple[int, int, int, float, float]:
-    """Returns (P, K, ticks, states needed of a device, states that it moves) of All-Scan alone."""
-    s, r = record.settings, record.result
-    needed, moved = (r[key] / r["state_bytes"] for key in ("useful_bytes", "bytes"))
-    return s["devices"], s["blocks"], r["messages"], needed, moved
+class Scan(NamedTuple):
+    """All-Scan alone on P devices in K blocks: its ticks, and states of a device."""
+
+    P: int
+    K: int
+    ticks: int
+    needed: float
+    moved: float
+    record: Record
+
+    @property
+    def path(self) -> float:
+        """The critical path, in states, as published."""
+        return 1 + (self.P - 1) / self.K
 
 
-def finest(records: Records) -> dict[int, Record]:
-    """Returns {devices: the record of All-Scan with the most blocks}."""
-    found = by_devices(records, "blocks")
-    most = max((r.settings["blocks"] for r in found), default=0)
-    return {r.settings["devices"]: r for r in found if r.settings["blocks"] == most}
+def scans(records: Records) -> list[Scan]:
+    """Returns the programs of All-Scan alone, the fewest devices first."""
+    found = []
+    for r in (r for g in by(records.select(kind="blocks"), "devices") for r in g.records):
+        states = (r.result[key] / r.result["state_bytes"] for key in ("useful_bytes", "bytes"))
+        P, K = r.settings["devices"], r.settings["blocks"]
+        found.append(Scan(P, K, r.result["messages"], *states, record=r))
+    return found
+
+
+def finest(records: Records) -> dict[int, Scan]:
+    """Returns {devices: All-Scan with the most blocks}."""
+    most = max(records.values("blocks"), default=0)
+    return {scan.P: scan for scan in scans(records) if scan.K == most}
 
 
 def steps(records: Records, kind: str) -> dict[int, float]:
@@ -134,9 +136,9 @@ def steps(records: Records, kind: str) -> dict[int, float]:
     Blocks of All-Scan at the most blocks, states of the others. A ring gathers in P - 1 steps.
     """
     if kind == "all_scan":
-        return {P: r.result["messages"] for P, r in finest(records).items()}
+        return {P: scan.ticks for P, scan in finest(records).items()}
     count = lambda r: r.result[kind]["messages"] if kind == "chain" else round(sent_states(r, kind))
-    return {r.settings["devices"]: count(r) for r in by_devices(records, "traffic")}
+    return {P: count(r) for P, r in by_devices(records, "traffic").items()}
 
 
 def modelled(published: Mapping[int, float], counted: Mapping[int, float]) -> dict[int, float]:
@@ -152,20 +154,19 @@ def modelled(published: Mapping[int, float], counted: Mapping[int, float]) -> di
 def traffic_table(records: Records) -> Table:
     """Returns what a device sends, by devices."""
     sent = lambda s, passes="forward": lambda r: sent_states(r, s, passes)
+    messages = lambda s: lambda r: r.result[s]["messages"]
     both = {
         "ZeCO sent, with gradient": sent("all_scan", "both"),
         "LASP-2 sent, with gradient": sent("all_gather", "both"),
     }
-    messages = lambda s: lambda r: r.result[s]["messages"]
+    sizes = {f"{n} sent": sent(s) for s, n in (KINDS | SOFTMAX).items()}
     return table(
         "traffic",
         "What a device sends in a layer, and messages one after the other",
-        by_devices(records, "traffic"),
+        by_devices(records, "traffic").values(),
         [
             Column("devices", of=lambda r: str(r.settings["devices"])),
-            *columns(
-                STATIC, {f"{n} sent": sent(s) for s, n in (KINDS | SOFTMAX).items()}, "states"
-            ),
+            *columns(STATIC, sizes, "states"),
             *columns(STATIC, {f"{n} messages": messages(s) for s, n in KINDS.items()}),
             *columns(STATIC, both, "states"),
         ],
@@ -185,23 +186,19 @@ def traffic_table(records: Records) -> Table:
 
 def blocks_table(records: Records) -> Table:
     """Returns All-Scan's critical path and volume, by devices and blocks."""
-    P, K, ticks, needed, moved = (lambda r, i=i: scanned(r)[i] for i in range(5))
-    states = {
-        "critical path, ticks / K": lambda r: ticks(r) / K(r),
-        "needed of a device": needed,
-        "moved by a device": moved,
-    }
-    path = lambda r: 1 + (P(r) - 1) / K(r)
     return table(
         "blocks",
         "All-Scan by the number of blocks K",
-        by_devices(records, "blocks"),
+        scans(records),
         [
-            *columns(LABEL, {"devices P": lambda r: str(P(r)), "blocks K": lambda r: str(K(r))}),
-            Column("ticks", STATIC, of=ticks),
-            Column("critical path, 1 + (P - 1) / K", PUBLISHED, "states", of=path),
-            *columns(STATIC, states, "states"),
-            Column("moved / needed", STATIC, of=lambda r: ratio(moved(r), needed(r))),
+            Column("devices P", of=lambda s: str(s.P)),
+            Column("blocks K", of=lambda s: str(s.K)),
+            Column("ticks", STATIC, of=lambda s: s.ticks),
+            Column("critical path, 1 + (P - 1) / K", PUBLISHED, "states", of=lambda s: s.path),
+            Column("critical path, ticks / K", STATIC, "states", of=lambda s: s.ticks / s.K),
+            Column("needed of a device", STATIC, "states", of=lambda s: s.needed),
+            Column("moved by a device", STATIC, "states", of=lambda s: s.moved),
+            Column("moved / needed", STATIC, of=lambda s: ratio(s.moved, s.needed)),
         ],
         "Ticks and moved bytes are counts of compiled programs: P + K - 2 ticks, of a block each. "
         "Needed: by a replay of the schedule, the blocks that a device has to send. Devices that "
@@ -211,16 +208,16 @@ def blocks_table(records: Records) -> Table:
 
 def time_table(records: Records, name: str, title: str, about: str) -> Table:
     """Returns published times beside times modelled from counted steps."""
-    columns = [Column("GPUs", of=str)]
+    shown = [Column("GPUs", of=str)]
     for kind, times in TIMES[name].items():
         model = modelled(times, steps(records, kind))
-        columns.append(Column(KINDS[kind], PUBLISHED, "ms", of=times.get))
-        columns.append(Column(f"{KINDS[kind]}, modelled", STATIC, "ms", of=model.get))
+        shown.append(Column(KINDS[kind], PUBLISHED, "ms", of=times.get))
+        shown.append(Column(f"{KINDS[kind]}, modelled", STATIC, "ms", of=model.get))
     return table(
         name,
         title,
         sorted({P for times in TIMES[name].values() for P in times}),
-        columns,
+        shown,
         f"{about} No time of ours. Modelled: a line through the first and the last published time, "
         "in the steps counted in compiled programs (P - 1 states; of All-Scan, blocks); what lies "
         "between is predicted.",
@@ -249,30 +246,19 @@ def throughput_table() -> Table:
 def figures(records: Records) -> dict[str, str]:
     """Returns bytes against devices, and the published times beside the modelled ones."""
     made, found = {}, by_devices(records, "traffic")
+    logs = {"log_x": True, "log_y": True}
     if found:
-        P = [r.settings["devices"] for r in found]
-        names = KINDS | SOFTMAX
-        made["sent-against-devices"] = line_chart(
-            {"": {name: (P, [sent_states(r, s) for r in found]) for s, name in names.items()}},
-            x_label="devices",
-            y_label="states that a device sends, forward",
-            log_x=True,
-            log_y=True,
-        )
-    panels, line = {}, lambda times: (list(times), list(times.values()))
+        sent = lambda s: {P: sent_states(r, s) for P, r in found.items()}
+        lines = {name: sent(s) for s, name in (KINDS | SOFTMAX).items()}
+        y = "states that a device sends, forward"
+        made["sent-against-devices"] = line_chart({"": lines}, x_label="devices", y_label=y, **logs)
+    panels = {title: {} for title in TIMES}
     for title, published in TIMES.items():
-        panels[title] = {}
         for kind, times in published.items():
-            model = modelled(times, steps(records, kind))
-            panels[title][f"{KINDS[kind]}, published"] = line(times)
-            panels[title][f"{KINDS[kind]}, modelled"] = line(model)
+            panels[title][f"{KINDS[kind]}, published"] = times
+            panels[title][f"{KINDS[kind]}, modelled"] = modelled(times, steps(records, kind))
+    dashed = [f"{name}, modelled" for name in KINDS.values()]
     made["published-times"] = line_chart(
-        panels,
-        x_label="GPUs",
-        y_label="ms",
-        log_x=True,
-        log_y=True,
-        dashed=[f"{name}, modelled" for name in KINDS.values()],
-        share_y=False,
+        panels, x_label="GPUs", y_label="ms", dashed=dashed, share_y=False, **logs
     )
     return made

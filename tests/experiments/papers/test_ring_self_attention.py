@@ -79,10 +79,10 @@ def test_memory_can_refute():
     grows = "tensor parallelism's memory grows with batches"
     assert status(weak("batch", "tensor", N1=100, N4=130), grows) == "shown"
     assert status(weak("batch", "tensor", N1=100, N4=110), grows) == "not shown"
-    texts = "RSA's memory grows less when texts grow"
+    sequences = "RSA's memory grows less when sequences grow"
     ours = weak("length", "ring_self_attention", N1=100, N4=180)
-    assert status(ours + weak("length", "tensor", N1=100, N4=220), texts) == "shown"
-    assert status(ours + weak("length", "tensor", N1=100, N4=170), texts) == "not shown"
+    assert status(ours + weak("length", "tensor", N1=100, N4=220), sequences) == "shown"
+    assert status(ours + weak("length", "tensor", N1=100, N4=170), sequences) == "not shown"
 
 
 def largest(vary, way, kind="largest", **values):
@@ -92,10 +92,12 @@ def largest(vary, way, kind="largest", **values):
     ]
 
 
-@pytest.mark.parametrize(("vary", "name"), [("batch", "batches"), ("length", "texts")])
+@pytest.mark.parametrize(
+    ("vary", "name"), [("batch", "larger batches"), ("length", "longer sequences")]
+)
 def test_largest_sizes_can_refute(vary, name):
     tensor = largest(vary, "tensor", N4=10, N12=20)
-    name = f"larger {name} than tensor parallelism"
+    name = f"{name} than tensor parallelism"
     assert status(tensor + largest(vary, "ring_self_attention", N12=90, N64=300), name) == "shown"
     small = largest(vary, "ring_self_attention", N12=21, N64=22)
     assert status(tensor + small, name) == "not shown"
@@ -103,8 +105,8 @@ def test_largest_sizes_can_refute(vary, name):
     assert status(tensor + few, name) == "needs scale: cpu"
 
 
-def test_sparse_texts_must_grow_with_the_devices():
-    name = "texts grow with the devices under sparse attention"
+def test_sparse_sequences_must_grow_with_the_devices():
+    name = "sequences grow with the devices under sparse attention"
     sparse = lambda **n: largest("length", "linformer", "sparse", **n)
     assert status(sparse(N1=100, N32=2700), name) == "shown"
     assert status(sparse(N1=100, N32=600), name) == "not shown"
@@ -127,8 +129,8 @@ def test_crossings_lie_between_the_measured_points():
 
 def test_volume_exactness_and_training_can_refute():
     def sent(tensor=1.0, scattered=0.75):
-        part = 4 * 2 * 8 // 2 * 16
-        both = lambda x: {"both": {"all-reduce": {"bytes": x * 8 * part, "runs": 1}}}
+        shard = 4 * 2 * 8 // 2 * 16
+        both = lambda x: {"both": {"all-reduce": {"bytes": x * 8 * shard, "runs": 1}}}
         result = {"tensor": both(tensor), "rsa_all_reduce": both(1.0)}
         result["rsa_reduce_scatter"] = both(scattered)
         return [record("traffic", result, devices=2, batch=2, length=8, width=16)]

@@ -4,7 +4,7 @@ import pytest
 
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.measurements.sharded_transformer import step_memory
+from tilescan.experiments.measurements.sharded_transformer import shape_of, step_memory
 from tilescan.experiments.measurements.traffic import sent_bytes
 from tilescan.experiments.papers.ulysses import cells, claims, tables
 
@@ -33,12 +33,12 @@ def test_exactness_is_measured_for_any_attention(kind):
     assert 0 <= found["output"] < 1e-5 and 0 <= found["gradients"] < 1e-5
 
 
-def test_exactness_sees_a_wrong_way(monkeypatch):
+def test_exactness_sees_a_wrong_op(monkeypatch):
     made = cells._attention
 
     def wrong(settings, rng):
-        whole, cut, arrays = made(settings, rng)
-        return whole, lambda *arrays: 1.01 * cut(*arrays), arrays
+        alone, sharded, arrays = made(settings, rng)
+        return alone, lambda *arrays: 1.01 * sharded(*arrays), arrays
 
     monkeypatch.setattr(cells, "_attention", wrong)
     settings = {"attention": "full", "devices": 2, "length": 32, "heads": 2, "dim": 8}
@@ -64,7 +64,8 @@ def test_compiled_layers_send_what_the_formulas_say():
 @pytest.mark.slow
 def test_memory_of_a_step_counts_adam_and_shrinks_with_the_devices():
     base = {"layers": 2, "width": 32, "heads": 2, "vocab_size": 64, "unit": 16}
-    one, two = (step_memory("ulysses", cells.step_shape(base, 64), n) for n in (1, 2))
+    shape = shape_of({**base, "length": 64}, **cells.step_options(base))
+    one, two = (step_memory("ulysses", shape, n) for n in (1, 2))
     weights = 4 * (2 * (12 * 32**2 + 2 * 32) + 64 * 32)
     assert one["moments"] == 2 * weights and one["results"] >= weights
     assert two["total"] < 0.8 * one["total"]
@@ -89,7 +90,7 @@ def test_volumes_can_refute():
         "volume of Megatron-SP": [traffic(2, 64, theirs=0.9)],
         "the backward pass sends as much": [traffic(2, 64, back=3.0)],
         "Megatron-SP sends P times as much": [traffic(2, 64, mine=1.1)],
-        "constant volume when texts grow with the devices": [
+        "constant volume when sequences grow with the devices": [
             traffic(2, 64), traffic(4, 128, mine=2.0),
         ],
         "more than ten times less communication": [traffic(16, 512, mine=2.0)],
@@ -106,10 +107,9 @@ def longest(way, **lengths):
     ]
 
 
-def test_longest_texts_can_refute():
-    grows, bounded = (
-        "the longest text grows with the devices", "four times longer texts than Megatron-SP"
-    )  # fmt: skip
+def test_longest_sequences_can_refute():
+    grows = "the longest sequence grows with the devices"
+    bounded = "four times longer sequences than Megatron-SP"
     mine = longest("ulysses", P1=10, P2=80, P8=330, P64=2600)
     assert status(mine, grows) == "shown"
     assert status(longest("ulysses", P2=80, P8=200), grows) == "not shown"
