@@ -9,7 +9,9 @@ from tilescan.models.language_model import (
     LanguageModel,
     ModelState,
     SequenceClassifier,
+    abstract_params,
     count_params,
+    init_params,
     unroll_params,
 )
 from tilescan.models.layers import LOGICAL_AXES
@@ -40,6 +42,8 @@ __all__ = [
     "RopeScaling",
     "S4State",
     "SequenceClassifier",
+    "abstract_params",
     "count_params",
+    "init_params",
     "unroll_params",
 ]

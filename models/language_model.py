@@ -265,6 +265,18 @@ class SequenceClassifier(Module):
         return head(pooled)
 
 
+def init_params(config: LanguageModelConfig, seed: int) -> Any:
+    """Returns the parameters of a language model at the start of its training, without boxes."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    init = jax.jit(LanguageModel(config).init)
+    return nn.unbox(init(jax.random.key(seed), tokens))["params"]
+
+
+def abstract_params(config: LanguageModelConfig) -> Any:
+    """Returns the shapes and dtypes of a language model's parameters; nothing is allocated."""
+    return jax.eval_shape(lambda: init_params(config, 0))
+
+
 def count_params(params) -> int:
     """Number of scalars in a tree of parameters (or of their shapes)."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nn.unbox(params)))

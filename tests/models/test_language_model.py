@@ -14,7 +14,9 @@ from tilescan.models import (
     LanguageModel,
     LanguageModelConfig,
     SequenceClassifier,
+    abstract_params,
     count_params,
+    init_params,
     unroll_params,
 )
 from tilescan.ops import masks, reference
@@ -168,6 +170,18 @@ def test_initial_parameters():
     layers = block["query"]["kernel"]
     assert np.abs(layers[0] - layers[1]).max() > 0.1  # each layer draws its own
     assert np.abs(run(model, params)).max() < 2
+
+
+def test_parameters_at_the_start_are_the_seeds():
+    config = LanguageModelConfig(**FIELDS | {"repeats": 1})
+    tokens = jnp.zeros((3, 5), jnp.int32)
+    want = nn.unbox(LanguageModel(config).init(jax.random.key(7), tokens))["params"]
+    got = init_params(config, 7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), abstract_params(config))
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), got)
+    other = init_params(config, 8)["backbone"]["embed"]["embedding"]
+    assert np.abs(other - got["backbone"]["embed"]["embedding"]).max() > 0.01
 
 
 def test_counts_of_parameters():
