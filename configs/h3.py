@@ -38,33 +38,16 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         train=training(steps=12 * (5000 // 32), learning_rate=2e-3, batch_size=32, eval_batches=16),
     )
     # Multi-query associative recall, new examples at every step.
-    config.mqar = section(
-        models=MODELS,
-        pairs=(4, 8),
-        length=64,
-        vocab_size=128,
-        d_model=64,
+    config.mqar = section(models=MODELS, pairs=(4, 8), length=64, vocab_size=128, d_model=64)
+    config.mqar.update(
         seeds=(0, 1),
         train=training(steps=600, learning_rate=3e-3, batch_size=64, eval_batches=8),
     )
     # Table 3: language models of equal steps on real text.
-    config.text = section(
-        models=MODELS,
-        layers=4,
-        d_model=96,
-        n_heads=4,
-        seeds=(0, 1),
-        train=training(
-            steps=300,
-            learning_rate=3e-3,
-            batch_size=8,
-            eval_batches=32,
-            sources=("shakespeare",),
-            tokenizer="byte",
-            fractions=(0.8, 0.1, 0.1),
-            seq_len=256,
-        ),
-    )
+    config.text = section(models=MODELS, layers=4, d_model=96, n_heads=4, seeds=(0, 1))
+    schedule = dict(steps=300, learning_rate=3e-3, batch_size=8, eval_batches=32, seq_len=256)
+    shakespeare = dict(sources=("shakespeare",), tokenizer="byte", fractions=(0.8, 0.1, 0.1))
+    config.text.train = training(**schedule, **shakespeare)
     # FlashConv against the FFT of JAX and attention, forward.
     config.speed = section(
         lengths=(512, 1024, 2048, 4096, 8192), batch=1, channels=256, head_dim=64, repeats=5
@@ -82,15 +65,10 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         config.mqar.update(length=256, pairs=(8, 16, 32, 64), vocab_size=8192, d_model=128)
         set_steps(config.mqar.train, 20_000)
         config.text.update(d_model=768, layers=12, n_heads=12)
-        config.text.train.data.update(
-            sources=("shakespeare", "factbook", "wikipedia"),
-            tokenizer="gpt2",
-            seq_len=1024,
-            batch_size=64,
-        )
+        config.text.train.data.update(sources=("shakespeare", "factbook", "wikipedia"))
+        config.text.train.data.update(tokenizer="gpt2", seq_len=1024, batch_size=64)
         set_steps(config.text.train, 20_000)
         config.text.train.optimizer.learning_rate = 6e-4
-        config.speed.update(
-            lengths=tuple(2**k for k in range(8, 16)), batch=8, channels=1024, repeats=30
-        )
+        config.speed.update(lengths=tuple(2**k for k in range(8, 16)), batch=8)
+        config.speed.update(channels=1024, repeats=30)
     return config

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from tilescan.configs.common import paper, section
 
+LOSSES = ("sft", "grpo", "dpo")
 METHODS = ("none", "checkpoint", "mst", "stream")
 
 
@@ -27,66 +28,47 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     qwen = dict(vocab_size=151_936, d_model=2560, repeats=36, n_heads=32, n_kv_heads=8)
     config.memory = section(
         model=_model(**qwen, mlp_dim=9728, head_dim=128, qk_norm=True),
-        losses=("sft", "grpo", "dpo"),
+        losses=LOSSES,
         methods=METHODS,
         starts=(2304, 20_480, 38_400, 74_240),  # first lengths to try, of these methods
-        budget_gb=40.0,
-        step=128,
-        chunks=8,
-        logit_chunk=128,
     )
+    config.memory.update(budget_gb=40.0, step=128, chunks=8, logit_chunk=128)
     # Table 1: time of a gradient by length; `repeats` are rounds, the table shows medians.
-    config.times = section(
-        model=_model(),
-        lengths=(1024, 2048, 4096, 8192),
-        methods=METHODS,
-        chunks=4,
-        logit_chunk=128,
-        repeats=3,
-    )
+    rounds = dict(logit_chunk=128, repeats=3)
+    config.times = section(model=_model(), methods=METHODS, chunks=4, **rounds)
+    config.times.lengths = (1024, 2048, 4096, 8192)
     # Figure 5: time and memory by the number of chunks.
-    config.counts = section(
-        model=_model(), length=4096, counts=(1, 2, 4, 8, 16), logit_chunk=128, repeats=3
-    )
+    config.counts = section(model=_model(), length=4096, counts=(1, 2, 4, 8, 16), **rounds)
     # Table 6: errors of gradients.
-    config.precision = section(
-        model=_model(tie_embeddings=False), length=1024, chunks=4, logit_chunk=100, seeds=(0, 1, 2)
-    )
+    config.precision = section(model=_model(tie_embeddings=False), length=1024, seeds=(0, 1, 2))
+    config.precision.update(chunks=4, logit_chunk=100)
     # Table 7: the losses of whole trainings; GRPO and DPO start from a model trained by SFT.
     config.parity = section(
         model=_model(vocab_size=32, d_model=64, repeats=2, mlp_dim=128),
-        losses=("sft", "grpo", "dpo"),
+        losses=LOSSES,
         learning_rates=(3e-3, 3e-4, 3e-4),
-        length=64,
-        batch_size=16,
-        steps=300,
-        sft_steps=200,
-        sft_learning_rate=3e-3,
-        chunks=4,
-        logit_chunk=24,
     )
-    parts = [config[name] for name in ("memory", "times", "counts", "precision", "parity")]
+    config.parity.update(length=64, batch_size=16, steps=300, chunks=4, logit_chunk=24)
+    config.parity.update(sft_steps=200, sft_learning_rate=3e-3)
     if scale == "smoke":
-        for part in parts:
-            part.model.update(
-                vocab_size=16, d_model=8, repeats=1, n_heads=2, n_kv_heads=2, mlp_dim=16
-            )
-            part.logit_chunk = 4
+        tiny = dict(vocab_size=16, d_model=8, repeats=1, n_heads=2, n_kv_heads=2, mlp_dim=16)
+        both = dict(methods=("checkpoint", "stream"), chunks=2)
+        for name in ("memory", "times", "counts", "precision", "parity"):
+            config[name].model.update(tiny)
+            config[name].logit_chunk = 4
         config.memory.model.head_dim = 4
-        config.memory.update(losses=("sft",), budget_gb=2e-3, step=128, chunks=2)
-        config.memory.update(methods=("checkpoint", "stream"), starts=(256, 256))
-        config.times.update(lengths=(16,), methods=("checkpoint", "stream"), chunks=2, repeats=1)
+        config.memory.update(losses=("sft",), budget_gb=2e-3, starts=(256, 256), **both)
+        config.times.update(lengths=(16,), repeats=1, **both)
         config.counts.update(length=16, counts=(1, 2), repeats=1)
         config.precision.update(length=16, seeds=(0,), chunks=2)
         config.parity.update(losses=("dpo",), learning_rates=(1e-3,), length=16, batch_size=8)
         config.parity.update(steps=12, sft_steps=12, chunks=2)
     elif scale == "accelerator":
-        config.memory.model.dtype = "bfloat16"
+        large = dict(vocab_size=32_000, d_model=1280, repeats=24, mlp_dim=3456)
         for part in (config.times, config.counts, config.precision):
-            part.model.update(
-                vocab_size=32_000, d_model=1280, repeats=24, n_heads=20, n_kv_heads=20, mlp_dim=3456
-            )
-        config.times.model.dtype = config.counts.model.dtype = "bfloat16"
+            part.model.update(large, n_heads=20, n_kv_heads=20)
+        for part in (config.memory, config.times, config.counts):
+            part.model.dtype = "bfloat16"
         config.times.update(lengths=(2048, 4096, 8192, 16_384, 32_768), repeats=10)
         config.counts.update(length=16_384, repeats=10)
         config.precision.length = 4096

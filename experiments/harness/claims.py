@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.statistics import Spread
+from tilescan.experiments.harness.tables import percent
 
 SHOWN, NOT_SHOWN = "shown", "not shown"
 NEEDS = "needs scale: "
@@ -153,6 +154,7 @@ def lower_every_seed(
     *,
     worse: Mapping[str, Any],
     better: Mapping[str, Any],
+    published: float | None = None,
 ) -> Verdict:
     """Returns whether `metric` is lower for `better` than for `worse` with each seed of both.
 
@@ -162,13 +164,52 @@ def lower_every_seed(
       words: what it is called.
       names: of the values of the setting that differs.
       worse, better: settings that select the two, e.g. {"model": "s4d"}.
+      published: the paper's metric of `worse` / that of `better`.
     """
     one, two = ({r.seed: r.result[metric] for r in records.select(**s)} for s in (worse, better))
     seeds = sorted(set(one) & set(two))
     a, b = (names[next(iter(s.values()))] for s in (worse, better))
     evidence = ", ".join(f"{a} {one[s]:.3f}, {b} {two[s]:.3f} (seed {s})" for s in seeds)
     holds = all(two[s] < one[s] for s in seeds) if seeds else None
-    return Verdict(f"a lower {words} with every seed", holds, evidence)
+    effect = Effect(published, [one[s] / two[s] for s in seeds]) if published and seeds else None
+    return Verdict(f"a lower {words} with every seed", holds, evidence, effect)
+
+
+def leads(
+    criterion: str,
+    found: Mapping[str, Spread | None],
+    points: float = 0.0,
+    head: str = "",
+    effect: Effect | None = None,
+) -> Verdict:
+    """Returns whether the first of two means is above the second, by `higher_by`.
+
+    Args:
+      criterion: the predicate in words.
+      found: {name: mean and std}, the first and the second; None: not measured.
+      points: least difference.
+      head: of the evidence.
+      effect: its size, published and measured.
+    """
+    listed = ", ".join(f"{name} {percent(value)}" for name, value in found.items() if value)
+    return Verdict(criterion, higher_by(*found.values(), points), head + listed, effect)
+
+
+def rises(
+    criterion: str, found: Mapping[Any, float], unit: str = "", effect: Effect | None = None
+) -> Verdict:
+    """Returns whether a ratio grows from the first of some points to the last, and ends above 1.
+
+    Args:
+      criterion: the predicate in words.
+      found: {point: ratio}.
+      unit: of the points, in the evidence.
+      effect: its size, published and measured.
+    """
+    values = list(found.values())
+    holds = values[-1] > max(values[0], 1) if len(values) > 1 else None
+    evidence = ", ".join(f"{value:.2f} at {point}{unit}" for point, value in found.items())
+    return Verdict(criterion, holds, evidence, effect)
 
 
 def higher_by(high: Spread | None, low: Spread | None, points: float) -> bool | None:

@@ -48,7 +48,7 @@ def line_chart(
     markers: bool = True,
     share_y: bool = True,
 ) -> str:
-    """SVG with one panel per entry, sharing colours and one legend below.
+    """Returns an SVG with a panel an entry, one legend below; "" where there is nothing to show.
 
     Args:
       panels: {title: {line: (x, y) or {x: y}}}; a line of the same name has the same color
@@ -66,6 +66,8 @@ def line_chart(
         for title, lines in panels.items()
     }
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    if not names:
+        return ""
     with matplotlib.rc_context(_STYLE):
         width = 3.4 * len(panels) + 1.2
         figure = Figure(figsize=(width, 3.5))
@@ -110,7 +112,7 @@ def line_figure(
     log: bool = False,
     dashed: Sequence[str] = (),
 ) -> str:
-    """Returns an SVG of one panel: the lines' values over the keys of groups of records.
+    """Returns an SVG of one panel: the lines' values over the keys of groups; "" without groups.
 
     Args:
       rows: groups (`groups.by`) whose keys are numbers.
@@ -119,6 +121,8 @@ def line_figure(
       log: whether y is, too.
       dashed: names of lines to draw dashed.
     """
+    if not rows:
+        return ""
     keys = [row.key for row in rows]
     number = lambda value: getattr(value, "mean", value)
     shown = {name: (keys, [number(of(row)) for row in rows]) for name, of in lines.items()}

@@ -85,6 +85,10 @@ class Records:
             [r for r in self if all(r.settings.get(k) == v for k, v in settings.items())]
         )
 
+    def kind(self, name: str) -> "Records":
+        """Returns the records of one kind of cell."""
+        return self.select(kind=name)
+
     def values(self, setting: str) -> list:
         """The different values of one setting, sorted."""
         return sorted({r.settings[setting] for r in self if setting in r.settings})

@@ -31,8 +31,8 @@ class Results:
 
     @functools.cached_property
     def tables(self) -> Sequence[Table]:
-        """The paper's tables."""
-        return self.paper.tables(self.records)
+        """The paper's tables, those that have rows."""
+        return [table for table in self.paper.tables(self.records) if table.rows]
 
     @functools.cached_property
     def claims(self) -> Sequence[Claim]:
@@ -42,8 +42,8 @@ class Results:
 
     @functools.cached_property
     def figures(self) -> Mapping[str, str]:
-        """The paper's figures, {name: SVG text}."""
-        return self.paper.figures(self.records)
+        """The paper's figures, {name: SVG text}, those that have lines."""
+        return {name: svg for name, svg in self.paper.figures(self.records).items() if svg}
 
 
 def collect(paper: Paper, folder: pathlib.Path, name: str = "") -> Results:

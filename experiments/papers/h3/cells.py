@@ -1,10 +1,11 @@
 """H3's measurements: two synthetic languages, multi-query recall, perplexity, time vs. length."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from tilescan.configs.common import flat
 from tilescan.experiments.harness.cells import Cell, sweep
@@ -15,7 +16,7 @@ from tilescan.ops.attention import attention
 from tilescan.ops.long_convolution import long_convolution
 
 
-def cells(config) -> list[Cell]:
+def cells(config: ConfigDict) -> list[Cell]:
     """Returns all measurements of the config."""
     languages, mqar, text, speed = config.languages, config.mqar, config.text, config.speed
 
@@ -39,42 +40,18 @@ def cells(config) -> list[Cell]:
         keys = model_keys(model, text.layers, text.d_model, text.n_heads)
         return {"kind": "text", "train": {**keys, **flat(text.train)}}
 
-    fixed = {k: speed[k] for k in ("batch", "channels", "head_dim", "repeats")}
+    def trained(part: ConfigDict, seconds: float, **axes: Sequence[Any]) -> dict[str, Any]:
+        return {"seeds": part.seeds, "seconds": seconds, **axes, "model": part.models}
+
+    fixed = {k: v for k, v in speed.items() if k != "lengths"} | {"kind": "speed"}
+    both = {"task": tuple(languages.tasks), "protocol": languages.protocols}
+    of_language = trained(languages, 25, **both)
+    name = "-{model}-seed{seed}"
     return [
-        *sweep(
-            "speed-T{length}",
-            measure_speed,
-            {"kind": "speed", **fixed},
-            length=speed.lengths,
-            seconds=3,
-        ),
-        *sweep(
-            "mqar{pairs}-{model}-seed{seed}",
-            measure_task,
-            recall,
-            seeds=mqar.seeds,
-            seconds=30,
-            pairs=mqar.pairs,
-            model=mqar.models,
-        ),
-        *sweep(
-            "{task}-{protocol}-{model}-seed{seed}",
-            measure_task,
-            language,
-            seeds=languages.seeds,
-            seconds=25,
-            task=tuple(languages.tasks),
-            protocol=languages.protocols,
-            model=languages.models,
-        ),
-        *sweep(
-            "text-{model}-seed{seed}",
-            measure_text,
-            language_model,
-            seeds=text.seeds,
-            seconds=60,
-            model=text.models,
-        ),
+        *sweep("speed-T{length}", measure_speed, fixed, length=speed.lengths, seconds=3),
+        *sweep("mqar{pairs}" + name, measure_task, recall, **trained(mqar, 30, pairs=mqar.pairs)),
+        *sweep("{task}-{protocol}" + name, measure_task, language, **of_language),
+        *sweep("text" + name, measure_text, language_model, **trained(text, 60)),
     ]
 
 
@@ -84,10 +61,8 @@ def model_keys(model: str, layers: int, width: int, heads: int) -> dict[str, Any
     A hybrid's second layer attends; it learns of positions through the state spaces. The S4D of
     table 2 has no gate.
     """
-    if model == "hybrid":
-        mixers = ("h3", "attention", *("h3",) * (layers - 2))
-    else:
-        mixers = (model,)
+    hybrid = ("h3", "attention", *("h3",) * (layers - 2))
+    mixers = hybrid if model == "hybrid" else (model,)
     return {
         "model.pattern": tuple(block for mixer in mixers for block in (mixer, "mlp")),
         "model.repeats": layers // len(mixers),

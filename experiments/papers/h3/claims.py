@@ -1,47 +1,57 @@
-"""What H3's paper says of recall, perplexity and speed."""
+"""What H3's paper says of recall, of text, and of speed."""
 
 import statistics
 
-from tilescan.experiments.harness.claims import (
-    Claim,
-    Verdict,
-    claim,
-    higher_by,
-    lower_every_seed,
-    not_run,
-)
+from tilescan.experiments.harness import claims as c
+from tilescan.experiments.harness.claims import Claim, Effect, Verdict, claim
 from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Records
-from tilescan.experiments.harness.statistics import Spread
 from tilescan.experiments.harness.tables import percent
-from tilescan.experiments.papers.h3.tables import ATTENTION, NAMES, OURS, PROTOCOLS, TASKS, ms
+from tilescan.experiments.papers.h3.published import PERPLEXITY, RECALL
+from tilescan.experiments.papers.h3.tables import (
+    ATTENTION,
+    NAMES,
+    PROTOCOLS,
+    TASKS,
+    accuracy,
+    over_ours,
+)
 
 SOLVED = 97.0  # percent
+MOST_OF_S4D = 60.0  # percent
+# Why a model does not solve both languages at scale cpu.
+RECALL_CAUSES = {
+    "h3": "12 epochs are too few: after 40, with the paper's rate and no decay for the state "
+    "spaces' parameters, the seed that was worst has 98.8% of associative recall",
+    "attention": "12 epochs are too few: after 40, tried with one seed, attention has 98.4% of the "
+    "induction head and, with learned positions, 99.6% of associative recall",
+}
+# What the paper says of two models of text, the worse and the better one, and why it is not shown.
+ORDERS = {
+    ("s4d", "h3"): ("S4D falls behind H3 on text (Table 3: 24.9 against 21.0).", ""),
+    ("h3", "hybrid"): (
+        "A layer of attention makes H3 better on text (Table 3: 21.0 against 19.6).",
+        "both saw 0.6M tokens in 300 steps where the paper's models saw 50B, and their "
+        "perplexities differ by 2% at the most",
+    ),
+    ("attention", "hybrid"): (
+        "The hybrid is better than a Transformer on text (Table 3: 20.6 against 19.6).",
+        "",
+    ),
+}
 
 
 def claims(records: Records) -> list[Claim]:
     """Returns what the paper says of recall, of text, and of speed."""
-    mqar, text, speed = (records.select(kind=kind) for kind in ("mqar", "text", "speed"))
-
-    def order(worse: str, better: str, says: str) -> Claim:
-        verdict = lower_every_seed(
-            text,
-            "test_perplexity",
-            "test perplexity",
-            NAMES,
-            worse={"model": worse},
-            better={"model": better},
-        )
-        return claim(f"{NAMES[better]} models text better than {NAMES[worse]}", says, verdict)
-
     return [
         *(
             claim(
                 f"{NAMES[model]} recalls",
                 f"{NAMES[model]} solves both synthetic languages (Table 2).",
                 solves(records, model),
+                why=why,
             )
-            for model in ("h3", "attention")
+            for model, why in RECALL_CAUSES.items()
         ),
         claim(
             "S4D cannot find the induction head",
@@ -51,25 +61,25 @@ def claims(records: Records) -> list[Claim]:
         claim(
             "H3 recalls more than S4D",
             "The shift state space and the gates give H3 what S4D lacks: recall.",
-            gap(mqar),
+            gap(records.kind("mqar")),
+            why="600 steps end before a model of one kind of mixer learns the task: even attention "
+            "has little more right than one answer in as many as there are pairs",
         ),
-        order("s4d", "h3", "S4D falls behind H3 on text (Table 3: 24.9 against 21.0)."),
-        order(
-            "h3",
-            "hybrid",
-            "A layer of attention makes H3 better on text (Table 3: 21.0 against 19.6).",
-        ),
-        order(
-            "attention",
-            "hybrid",
-            "The hybrid is better than a Transformer on text (Table 3: 20.6 against 19.6).",
+        *(
+            claim(
+                f"{NAMES[better]} models text better than {NAMES[worse]}",
+                statement,
+                models_better(records.kind("text"), worse, better),
+                why=why,
+            )
+            for (worse, better), (statement, why) in ORDERS.items()
         ),
         claim(
             "long convolutions outrun attention",
             "FlashConv's advantage over attention grows with the length (section 6.3).",
-            scales(speed),
+            scales(records.kind("speed")),
         ),
-        not_run(
+        c.not_run(
             "2.7B parameters",
             "H3 hybrids up to 2.7B parameters reach a lower perplexity than GPT-Neo on the Pile "
             "(Table 4).",
@@ -79,64 +89,85 @@ def claims(records: Records) -> list[Claim]:
     ]
 
 
-def best_protocol(records: Records, model: str) -> dict[str, Spread]:
-    """Returns {language: test accuracy in the protocol with the better validation}."""
+def best_protocol(records: Records, model: str) -> dict[str, Group]:
+    """Returns {language: the records of the protocol with the better validation}."""
     validation = lambda g: statistics.fmean(r.result["validation_accuracy"][-1] for r in g.records)
     found = {}
     for task in TASKS:
         chosen = records.select(kind="language", task=task, model=model)
-        groups = by(chosen, "protocol", order=(PROTOCOLS,))
-        if groups:
-            found[task] = max(groups, key=validation).mean_std("test_accuracy", 100)
+        if groups := by(chosen, "protocol", order=(PROTOCOLS,)):
+            found[task] = max(groups, key=validation)
     return found
 
 
 def solves(records: Records, model: str) -> Verdict:
-    """Returns whether a model solves both languages."""
-    found = best_protocol(records, model)
+    """Returns whether a model solves both languages; the effect is what it has above guesses."""
+    found, effect = best_protocol(records, model), None
+    if both := len(found) == len(TASKS):
+        above = statistics.fmean(RECALL[t][model] - RECALL[t]["guess"] for t in TASKS)
+        guess = statistics.fmean(RECALL[t]["guess"] for t in TASKS)
+        seeds = zip(*(g.values("test_accuracy", 100) for g in found.values()), strict=False)
+        effect = Effect(above, [statistics.fmean(s) - guess for s in seeds], "difference")
     return Verdict(
         f"accuracy of at least {SOLVED:g}% in both, mean over seeds, in the protocol with the "
         "better validation",
-        min(s.mean for s in found.values()) >= SOLVED if len(found) == len(TASKS) else None,
+        min(accuracy()(g).mean for g in found.values()) >= SOLVED if both else None,
         _listed(found),
+        effect,
     )
 
 
 def fails(records: Records) -> Verdict:
-    """Returns whether S4D stays far from solving the induction head."""
-    found = best_protocol(records, "s4d")
+    """Returns whether S4D stays far from solving the induction head; the effect: from H3."""
+    found, h3 = (best_protocol(records, model) for model in ("s4d", "h3"))
+    task, effect = "induction", None
+    if task in found and task in h3:
+        values = (g[task].values("test_accuracy", 100) for g in (h3, found))
+        measured = [a - b for a, b in zip(*values, strict=False)]
+        effect = Effect(RECALL[task]["h3"] - RECALL[task]["s4d"], measured, "difference")
     return Verdict(
-        "at most 60%, mean over seeds, in its protocol with the better validation",
-        found["induction"].mean <= 60 if "induction" in found else None,
+        f"at most {MOST_OF_S4D:g}%, mean over seeds, in its protocol with the better validation",
+        accuracy()(found[task]).mean <= MOST_OF_S4D if task in found else None,
         _listed(found),
+        effect,
     )
 
 
 def gap(mqar: Records) -> Verdict:
     """Returns whether H3 recalls more than S4D at the most pairs."""
     most = max(mqar.values("pairs"), default=None)
-    h3, s4d = (
-        Group(m, mqar.select(model=m, pairs=most)).mean_std("test_accuracy", 100)
-        for m in ("h3", "s4d")
-    )
-    return Verdict(
+    of_most = Group(most, mqar.select(pairs=most))
+    found = {NAMES[m]: accuracy(model=m)(of_most) for m in ("h3", "s4d")}
+    return c.leads(
         "multi-query recall at the most pairs: H3's accuracy is above S4D's by more than 10 "
         "points and twice the larger standard deviation over seeds",
-        higher_by(h3, s4d, 10.0),
-        f"{most} pairs: H3 {percent(h3)}, S4D {percent(s4d)}" if h3 and s4d else "",
+        found,
+        points=10.0,
+        head=f"{most} pairs: " if all(found.values()) else "",
+    )
+
+
+def models_better(text: Records, worse: str, better: str) -> Verdict:
+    """Returns whether one model's perplexity is lower than another's with every seed."""
+    return c.lower_every_seed(
+        text,
+        "test_perplexity",
+        "test perplexity",
+        NAMES,
+        worse={"model": worse},
+        better={"model": better},
+        published=PERPLEXITY[worse] / PERPLEXITY[better],
     )
 
 
 def scales(speed: Records) -> Verdict:
     """Returns whether the advantage over attention grows with the length."""
-    points = [(g.key, ms(ATTENTION)(g) / ms(OURS)(g)) for g in by(speed, "length")]
-    return Verdict(
+    return c.rises(
         "attention / long convolution grows from the shortest to the longest length and ends "
         "above 1",
-        points[-1][1] > max(points[0][1], 1) if len(points) > 1 else None,
-        ", ".join(f"{value:.2f} at {n}" for n, value in points),
+        {g.key: over_ours(ATTENTION)(g) for g in by(speed, "length")},
     )
 
 
-def _listed(found: dict[str, Spread]) -> str:
-    return ", ".join(f"{TASKS[task]} {percent(value)}" for task, value in found.items())
+def _listed(found: dict[str, Group]) -> str:
+    return ", ".join(f"{TASKS[task]} {percent(accuracy()(g))}" for task, g in found.items())

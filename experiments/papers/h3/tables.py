@@ -1,35 +1,42 @@
 """H3's tables and figures."""
 
 from collections.abc import Callable
+from typing import Any
 
 from tilescan.experiments.harness.figures import line_figure
 from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.statistics import Spread, ratio
-from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, Column, Table, table
+from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, Column, Table, columns, table
 from tilescan.experiments.papers.h3.published import PERPLEXITY, RECALL
 
 NAMES = {"attention": "attention", "s4d": "S4D", "h3": "H3", "hybrid": "H3 + attention"}
 TASKS = {"induction": "induction head", "associative_recall": "associative recall"}
 PROTOCOLS = {"answer": "on the answer", "all": "on all tokens"}
-OURS, FFT, ATTENTION = "long convolution", "FFT of JAX", "attention"
+OPS = OURS, FFT, ATTENTION = "long convolution", "FFT of JAX", "attention"
 
 
-def accuracy(group: Group, **settings) -> Spread | None:
-    """Returns the test accuracy in percent of those records that have the settings."""
-    return group.select(**settings).mean_std("test_accuracy", 100)
+def accuracy(**settings: Any) -> Callable[[Group], Spread | None]:
+    """Returns the function of a group: test accuracy in percent of its records with settings."""
+    return lambda group: group.select(**settings).mean_std("test_accuracy", 100)
 
 
-def ms(name: str) -> Callable[[Group], float | None]:
-    """Returns the function of a group that gives the median time of one of the three ops."""
-    return lambda group: group.first.result[name].get("median_ms")
+def ms(op: str) -> Callable[[Group], float | None]:
+    """Returns the function of a group that gives the median time of one of OPS."""
+    return lambda group: group.first.result[op].get("median_ms")
+
+
+def over_ours(op: str) -> Callable[[Group], float | None]:
+    """Returns the function of a group that gives the time of an op over the long convolution's."""
+    return lambda group: ratio(ms(op)(group), ms(OURS)(group))
 
 
 def tables(records: Records) -> list[Table]:
     """Returns tables 2 and 3, multi-query recall, and time against length."""
-    languages, mqar, text, speed = (
-        records.select(kind=kind) for kind in ("language", "mqar", "text", "speed")
-    )
+    languages, mqar, text, speed = map(records.kind, ("language", "mqar", "text", "speed"))
+    of_protocols = {f"accuracy, loss {n}": accuracy(protocol=p) for p, n in PROTOCOLS.items()}
+    of_pairs = {f"{n} pairs": accuracy(pairs=n) for n in mqar.values("pairs")}
+    mixer = Column("mixer", of=lambda g: NAMES[g.key])
     return [
         table(
             "languages",
@@ -39,17 +46,9 @@ def tables(records: Records) -> list[Table]:
                 Column("language", of=lambda g: TASKS[g.key[0]]),
                 Column("mixer", of=lambda g: NAMES[g.key[1]]),
                 Column("accuracy", PUBLISHED, "%", of=lambda g: RECALL[g.key[0]].get(g.key[1])),
-                *(
-                    Column(
-                        f"accuracy, loss {name}",
-                        MEASURED,
-                        "%",
-                        of=lambda g, p=p: accuracy(g, protocol=p),
-                    )
-                    for p, name in PROTOCOLS.items()
-                ),
+                *columns(MEASURED, of_protocols, "%"),
             ],
-            note=first(
+            first(
                 languages,
                 "{train_examples} examples, {epochs} epochs (the paper: 400 and 200), learning "
                 "rate {optimizer.learning_rate:g}; two layers of width {model.d_model}. ",
@@ -61,17 +60,8 @@ def tables(records: Records) -> list[Table]:
             "mqar",
             "Multi-query associative recall",
             by(mqar, "model", order=(NAMES,)),
-            [
-                Column("mixer", of=lambda g: NAMES[g.key]),
-                *(
-                    Column(f"{n} pairs", MEASURED, "%", of=lambda g, n=n: accuracy(g, pairs=n))
-                    for n in mqar.values("pairs")
-                ),
-            ],
-            note=first(
-                mqar,
-                "Sequences of {options[length]}, two layers of width {model.d_model}. ",
-            )
+            [mixer, *columns(MEASURED, of_pairs, "%")],
+            first(mqar, "Sequences of {options[length]}, two layers of width {model.d_model}. ")
             + "Not in the paper: the task on which gaps in recall are robust (Arora et al. 2023). "
             "Answers right, new examples at every step.",
         ),
@@ -80,12 +70,12 @@ def tables(records: Records) -> list[Table]:
             "Table 3: perplexity on held-out text",
             by(text, "model", order=(NAMES,)),
             [
-                Column("mixer", of=lambda g: NAMES[g.key]),
+                mixer,
                 Column("perplexity", PUBLISHED, of=lambda g: PERPLEXITY.get(g.key)),
                 Column("perplexity", MEASURED, of=lambda g: g.mean_std("test_perplexity")),
                 Column("seeds", MEASURED, of=len),
             ],
-            note=first(
+            first(
                 text,
                 "{data.sources[0]}, {data.tokenizer} tokens, width {model.d_model}, "
                 "{train.steps} steps of {data.batch_size} x {data.seq_len}. ",
@@ -99,13 +89,11 @@ def tables(records: Records) -> list[Table]:
             by(speed, "length"),
             [
                 Column("length", of=lambda g: str(g.key)),
-                *(Column(name, MEASURED, "ms", of=ms(name)) for name in (OURS, FFT, ATTENTION)),
-                Column("FFT / ours", MEASURED, of=lambda g: ratio(ms(FFT)(g), ms(OURS)(g))),
-                Column(
-                    "attention / ours", MEASURED, of=lambda g: ratio(ms(ATTENTION)(g), ms(OURS)(g))
-                ),
+                *columns(MEASURED, {op: ms(op) for op in OPS}, "ms"),
+                Column("FFT / ours", MEASURED, of=over_ours(FFT)),
+                Column("attention / ours", MEASURED, of=over_ours(ATTENTION)),
             ],
-            note=first(speed, "{channels} channels, float32; ")
+            first(speed, "{channels} channels, float32; ")
             + "medians of interleaved rounds. Attention is this project's tiled op, causal.",
         ),
     ]
@@ -113,15 +101,9 @@ def tables(records: Records) -> list[Table]:
 
 def figures(records: Records) -> dict[str, str]:
     """Returns time against length, and recall against the number of pairs."""
-    speed, mqar = by(records.select(kind="speed"), "length"), records.select(kind="mqar")
+    speed, mqar = by(records.kind("speed"), "length"), by(records.kind("mqar"), "pairs")
+    times, of_model = {op: ms(op) for op in OPS}, {NAMES[m]: accuracy(model=m) for m in NAMES}
     return {
-        "time-against-length": line_figure(
-            speed, {n: ms(n) for n in (OURS, FFT, ATTENTION)}, x="length (tokens)", y="ms", log=True
-        ),
-        "recall-against-pairs": line_figure(
-            by(mqar, "pairs"),
-            {name: lambda g, m=m: accuracy(g, model=m) for m, name in NAMES.items()},
-            x="pairs",
-            y="answers right (%)",
-        ),
+        "time-against-length": line_figure(speed, times, x="length (tokens)", y="ms", log=True),
+        "recall-against-pairs": line_figure(mqar, of_model, x="pairs", y="answers right (%)"),
     }

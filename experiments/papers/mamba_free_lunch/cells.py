@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from tilescan.configs.common import flat
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.measurements.training import measure_task, state_size
@@ -10,20 +12,16 @@ from tilescan.experiments.papers.mamba_free_lunch import theory
 TRANSFORMER = "Transformer (rotary)"
 
 
-def cells(config) -> list[Cell]:
+def cells(config: ConfigDict) -> list[Cell]:
     """Returns all measurements of the config, cheap ones first."""
-    return [
-        *theory_cells(config.score, config.recall),
-        *copy_cells(config.copy),
-        *dp_cells(config.dp),
-    ]
+    theorems = theory_cells(config.score, config.recall)
+    return [*theorems, *copy_cells(config.copy), *dp_cells(config.dp)]
 
 
-def theory_cells(score, recall) -> list[Cell]:
+def theory_cells(score: ConfigDict, recall: ConfigDict) -> list[Cell]:
     """Returns theorems 1 to 3 on constructed queries, keys and values."""
     base = {"kind": "score", "lengths": tuple(score.lengths), "tolerance": score.tolerance}
-    attention = {**base, "mechanism": theory.ATTENTION}
-    state = {**base, "mechanism": theory.STATE}
+    attention, state = ({**base, "mechanism": m} for m in (theory.ATTENTION, theory.STATE))
     return [
         Cell("score-attention", theory.required_score, attention, seconds=5),
         *sweep("score-decay{decay:g}", theory.required_score, state, decay=score.decays, seconds=5),
@@ -31,7 +29,7 @@ def theory_cells(score, recall) -> list[Cell]:
     ]
 
 
-def copy_cells(c) -> list[Cell]:
+def copy_cells(c: ConfigDict) -> list[Cell]:
     """Returns a Transformer and Mambas of several state sizes that learn to copy."""
     models = {
         TRANSFORMER: transformer(c),
@@ -40,38 +38,26 @@ def copy_cells(c) -> list[Cell]:
     }
 
     def settings(n_max: int, model: str) -> dict[str, Any]:
-        return {
-            "kind": "copy",
-            "task": "copy",
-            "options": {"max_length": n_max},
-            "state_numbers": state_numbers(models[model]),
-            "train": {**models[model], **flat(c.train)},
-        }
+        options = {"max_length": n_max}
+        return {"kind": "copy", "task": "copy", "options": options, **trained(models[model], c)}
 
     def name(n_max: int, model: str, seed: int) -> str:
         label = model.replace(" ", "").replace(",", "-").replace("(", "-").replace(")", "")
         return f"copy{n_max}-{label}-seed{seed}"
 
-    return sweep(
-        name, measure_task, settings, seeds=c.seeds, seconds=40, n_max=c.n_max, model=tuple(models)
-    )
+    axes = {"n_max": c.n_max, "model": tuple(models)}
+    return sweep(name, measure_task, settings, seeds=c.seeds, seconds=40, **axes)
 
 
-def dp_cells(c) -> list[Cell]:
+def dp_cells(c: ConfigDict) -> list[Cell]:
     """Returns a longest increasing subsequence, arithmetic, and a problem whose steps are local."""
-    models = {
-        TRANSFORMER: transformer(c),
-        f"Mamba-2, N={c.mamba2_state_dim}": mamba(c, "mamba2", c.mamba2_state_dim),
-    }
+    N, terms = c.mamba2_state_dim, c.local_length
+    models = {TRANSFORMER: transformer(c), f"Mamba-2, N={N}": mamba(c, "mamba2", N)}
     # Title, options, and whether a step needs only the last few ones.
     problems = {
         "lis": (f"LIS of {c.lis_length}", {"length": c.lis_length}, False),
         "arithmetic": (f"arithmetic, {c.operators} operators", {"operators": c.operators}, False),
-        "lagged_fibonacci": (
-            f"lagged Fibonacci mod 11, {c.local_length} terms",
-            {"length": c.local_length},
-            True,
-        ),
+        "lagged_fibonacci": (f"lagged Fibonacci mod 11, {terms} terms", {"length": terms}, True),
     }
 
     def settings(task: str, steps_written: bool, model: str) -> dict[str, Any]:
@@ -81,37 +67,24 @@ def dp_cells(c) -> list[Cell]:
             "label": f"{title}, {'with steps' if steps_written else 'direct'}",
             "local": local,
             "options": {**options, "steps": steps_written},
-            "state_numbers": state_numbers(models[model]),
-            "train": {**models[model], **flat(c.train)},
+            **trained(models[model], c),
         }
 
     def name(task: str, steps_written: bool, model: str, seed: int) -> str:
         short = model.split()[0].rstrip(",")
         return f"{task}-{'steps' if steps_written else 'direct'}-{short}-seed{seed}"
 
-    return sweep(
-        name,
-        measure_task,
-        settings,
-        seeds=c.seeds,
-        seconds=30,
-        task=c.problems,
-        steps_written=c.steps_written,
-        model=tuple(models),
-    )
+    axes = {"task": c.problems, "steps_written": c.steps_written, "model": tuple(models)}
+    return sweep(name, measure_task, settings, seeds=c.seeds, seconds=30, **axes)
 
 
-def transformer(section) -> dict[str, Any]:
+def transformer(section: ConfigDict) -> dict[str, Any]:
     """Returns the training keys of a Transformer with rotary positions."""
-    return {
-        "model.pattern": ("attention", "mlp"),
-        "model.repeats": section.repeats,
-        "model.d_model": section.d_model,
-        "model.n_heads": section.n_heads,
-    }
+    sizes = {f"model.{name}": section[name] for name in ("repeats", "d_model", "n_heads")}
+    return {"model.pattern": ("attention", "mlp"), **sizes}
 
 
-def mamba(section, kind: str, state_dim: int) -> dict[str, Any]:
+def mamba(section: ConfigDict, kind: str, state_dim: int) -> dict[str, Any]:
     """Returns the keys of a Mamba with about as many parameters: two layers for one of attention.
 
     A Mamba layer has about 6 E^2 parameters, attention with its MLP 12 E^2.
@@ -122,11 +95,14 @@ def mamba(section, kind: str, state_dim: int) -> dict[str, Any]:
         "model.d_model": section.d_model,
         f"model.mixers.{kind}.state_dim": state_dim,
     }
-    if kind == "mamba2":
-        keys["model.mixers.mamba2.head_dim"] = section.mamba2_head_dim
-    return keys
+    heads = {"model.mixers.mamba2.head_dim": section.mamba2_head_dim}
+    return keys | heads if kind == "mamba2" else keys
 
 
-def state_numbers(keys: dict[str, Any]) -> int | None:
-    """Returns the size of the recurrent state of all layers; None for attention's growing cache."""
-    return None if "attention" in keys["model.pattern"] else state_size(keys)
+def trained(keys: dict[str, Any], section: ConfigDict) -> dict[str, Any]:
+    """Returns the settings of a training, and the size of the recurrent state of all layers.
+
+    The size is None for attention, whose cache grows.
+    """
+    size = None if "attention" in keys["model.pattern"] else state_size(keys)
+    return {"state_numbers": size, "train": {**keys, **flat(section.train)}}

@@ -13,8 +13,9 @@ import numpy as np
 
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.groups import Group, by
-from tilescan.experiments.harness.records import Records
-from tilescan.experiments.harness.tables import MEASURED, STATIC, Column, Table, table
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.statistics import Spread
+from tilescan.experiments.harness.tables import MEASURED, STATIC, Column, Table, columns, table
 from tilescan.experiments.measurements.training import examples_to
 from tilescan.experiments.papers.mamba_free_lunch import theory
 
@@ -22,12 +23,9 @@ SOLVED = 0.9  # share of whole strings right
 
 
 def tables(records: Records) -> list[Table]:
-    """Returns copying, dynamic programming, and the two tables of theorems, where measured."""
-    kinds = ("copy", "dp", "score", "recall")
-    made = zip((_copy, _dynamic_programming, _score, _recall), kinds, strict=True)
-    return [
-        function(records.select(kind=kind)) for function, kind in made if records.select(kind=kind)
-    ]
+    """Returns copying, dynamic programming, and the two tables of theorems."""
+    copies, dp, scores, recalls = map(records.kind, ("copy", "dp", "score", "recall"))
+    return [_copy(copies), _dynamic_programming(dp), _score(scores), *map(_recall, recalls)]
 
 
 def models(records: Records) -> list[str]:
@@ -36,34 +34,28 @@ def models(records: Records) -> list[str]:
     return sorted(sizes, key=lambda name: (sizes[name] is not None, sizes[name] or 0, name))
 
 
-def exact(group: Group):
+def exact(group: Group) -> Spread | None:
     """Returns the share of whole answers right in percent, over seeds."""
     return group.mean_std("test_exact", 100)
 
 
 def _copy(copies: Records) -> Table:
-    columns = [
+    shown = [
         Column("model", of=lambda g: g.key),
         Column("numbers in the state", STATIC, of=lambda g: g.first.settings["state_numbers"]),
         Column("parameters", STATIC, of=lambda g: g.first.result["params"]),
     ]
     for n in copies.values("n_max"):
-        columns += [
-            Column(
-                f"strings of {n} copied", MEASURED, "%", of=lambda g, n=n: exact(g.select(n_max=n))
-            ),
-            Column(
-                f"examples to {SOLVED:.0%}, up to {n}",
-                MEASURED,
-                of=lambda g, n=n: _examples(g.select(n_max=n)),
-            ),
-        ]
+        copied = lambda g, n=n: exact(g.select(n_max=n))
+        needed = lambda g, n=n: _examples(g.select(n_max=n))
+        shown.append(Column(f"strings of {n} copied", MEASURED, "%", of=copied))
+        shown.append(Column(f"examples to {SOLVED:.0%}, up to {n}", MEASURED, of=needed))
     return table(
         "copy",
         "Copying: whole strings right, and examples needed",
         by(copies, "model", order=(models(copies),)),
-        columns,
-        note="Random strings over 26 letters of uniform length up to the number given, "
+        shown,
+        "Random strings over 26 letters of uniform length up to the number given, "
         "<BOS> string <COPY> string <EOS>, loss on the copy, new examples at every step; tested on "
         "strings of the greatest length. A string counts when every letter of it is right. "
         "Attention keeps all tokens, so its state has no fixed size.",
@@ -81,38 +73,31 @@ def _examples(group: Group) -> str | float | None:
 
 
 def _dynamic_programming(dp: Records) -> Table:
+    of_models = {m: lambda g, m=m: exact(g.select(model=m)) for m in models(dp)}
     return table(
         "dynamic-programming",
         "Dynamic programming with and without the steps written out: whole answers right",
         by(dp, "label"),
-        [
-            Column("task", of=lambda g: g.key),
-            *(
-                Column(model, MEASURED, "%", of=lambda g, m=model: exact(g.select(model=m)))
-                for model in models(dp)
-            ),
-        ],
-        note="With steps, all of them and the answer must be right; direct, the answer alone.",
+        [Column("task", of=lambda g: g.key), *columns(MEASURED, of_models, "%")],
+        "With steps, all of them and the answer must be right; direct, the answer alone.",
     )
 
 
 def _score(found: Records) -> Table:
     ranked = sorted(found, key=lambda r: (r.settings["mechanism"], r.settings.get("decay") or 0))
-    columns = [Column("distance", of=str)]
+    shown = [Column("distance", of=str)]
     for record in ranked:
         name = mechanism(record.settings)
         scores = dict(zip(record.result["lengths"], record.result["scores"], strict=True))
         formula = lambda length, s=record.settings: _formula(s, length)
-        columns += [
-            Column(name, MEASURED, digits=4, of=scores.get),
-            Column(f"{name}, formula", STATIC, digits=4, of=formula),
-        ]
+        shown.append(Column(name, MEASURED, digits=4, of=scores.get))
+        shown.append(Column(f"{name}, formula", STATIC, digits=4, of=formula))
     return table(
         "score",
         "Theorems 1 and 2: the smallest score that copies from a distance",
         sorted({n for r in ranked for n in r.result["lengths"]}),
-        columns,
-        note="Found by bisection on what the ops put out. Formulas: log(L (2 / tolerance - 1)) for "
+        shown,
+        "Found by bisection on what the ops put out. Formulas: log(L (2 / tolerance - 1)) for "
         "attention, (1 - tolerance) decay^-L for a state. – : beyond what float32 holds.",
     )
 
@@ -131,46 +116,38 @@ def _formula(settings: Mapping[str, Any], length: int) -> float:
     return (1 - tolerance) * settings["decay"] ** -length
 
 
-def _recall(found: Records) -> Table:
-    (record,) = found
-    columns = (record.result[name] for name in ("items", theory.ATTENTION, theory.STATE))
+def _recall(record: Record) -> Table:
+    values = (record.result[name] for name in ("items", theory.ATTENTION, theory.STATE))
     return table(
         "recall",
         f"Theorem 3: items recalled from a state with room for {record.settings['state_dim']} "
         "orthogonal keys",
-        zip(*columns, strict=True),
+        zip(*values, strict=True),
         [
             Column("items stored", of=lambda row: str(row[0])),
             Column("attention", MEASURED, "%", of=lambda row: 100 * row[1]),
             Column("state without decay", MEASURED, "%", of=lambda row: 100 * row[2]),
         ],
-        note="Keys are orthonormal while there are no more items than dimensions, then random.",
+        "Keys are orthonormal while there are no more items than dimensions, then random.",
     )
 
 
 def figures(records: Records) -> dict[str, str]:
     """Returns learning curves of copying, and the required score against distance."""
-    made, panels = {}, {}
-    copies = records.select(kind="copy")
-    for n_max in copies.values("n_max"):
-        of_length = copies.select(n_max=n_max)
-        panels[f"strings up to {n_max}"] = {
-            g.key: (
-                g.first.result["examples"],
-                list(100 * np.mean([r.result["validation_exact"] for r in g.records], axis=0)),
-            )
-            for g in by(of_length, "model", order=(models(copies),))
-        }
-    if panels:
-        made["copy-against-examples"] = line_chart(
-            panels, x_label="examples", y_label="whole strings right (%)"
-        )
+    curves = {}
+    for copies in by(records.kind("copy"), "n_max"):
+        lines = curves[f"strings up to {copies.key}"] = {}
+        for g in by(copies.records, "model", order=(models(records.kind("copy")),)):
+            right = 100 * np.mean([r.result["validation_exact"] for r in g.records], axis=0)
+            lines[g.key] = (g.first.result["examples"], list(right))
     scores = {
         mechanism(r.settings): (r.result["lengths"], r.result["scores"])
-        for r in records.select(kind="score")
+        for r in records.kind("score")
     }
-    if scores:
-        made["score-against-distance"] = line_chart(
-            {"": scores}, x_label="distance (tokens)", y_label="score", log_x=True, log_y=True
-        )
-    return made
+    labels = dict(x_label="distance (tokens)", y_label="score", log_x=True, log_y=True)
+    return {
+        "copy-against-examples": line_chart(
+            curves, x_label="examples", y_label="whole strings right (%)"
+        ),
+        "score-against-distance": line_chart({"": scores}, **labels),
+    }

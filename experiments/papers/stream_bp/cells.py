@@ -14,13 +14,12 @@ def cells(config: ConfigDict) -> list[Cell]:
     memory, trained = config.memory, config.parity
     starts = dict(zip(memory.methods, memory.starts, strict=True))
     rates = dict(zip(trained.losses, trained.learning_rates, strict=True))
-    same = _settings(memory, "memory", "chunks", "logit_chunk", "budget_gb", "step")
-    training = _settings(
-        trained,
-        "parity",
-        *("length", "batch_size", "steps", "chunks", "logit_chunk"),
-        *("sft_steps", "sft_learning_rate"),
-    )
+    same = _settings(memory, "memory", "chunks logit_chunk budget_gb step")
+    training = _settings(trained, "parity", "length batch_size steps chunks logit_chunk")
+    training |= {name: trained[name] for name in ("sft_steps", "sft_learning_rate")}
+    timed = _settings(config.times, "times", "methods chunks logit_chunk repeats")
+    counted = _settings(config.counts, "counts", "length counts logit_chunk repeats")
+    precise = _settings(config.precision, "precision", "length chunks logit_chunk")
     return [
         *sweep(  # table 3: the longest sequence of each method, for each loss
             "memory-{loss}-{method}",
@@ -33,22 +32,14 @@ def cells(config: ConfigDict) -> list[Cell]:
         *sweep(  # table 1: time of a gradient by length
             "times-T{length}",
             times,
-            _settings(config.times, "times", "methods", "chunks", "logit_chunk", "repeats"),
+            timed,
             seconds=lambda length: 15 + length / 60,
             length=config.times.lengths,
         ),
-        *sweep(  # figure 5: time and memory by the number of chunks
-            "counts",
-            chunk_counts,
-            _settings(config.counts, "counts", "length", "counts", "logit_chunk", "repeats"),
-            seconds=120,
-        ),
+        # Figure 5: time and memory by the number of chunks.
+        Cell("counts", chunk_counts, counted, seconds=120),
         *sweep(  # table 6: errors of gradients in float32 and bfloat16
-            "precision-seed{seed}",
-            precision,
-            _settings(config.precision, "precision", "length", "chunks", "logit_chunk"),
-            seeds=config.precision.seeds,
-            seconds=25,
+            "precision-seed{seed}", precision, precise, seeds=config.precision.seeds, seconds=25
         ),
         *sweep(  # table 7: losses of trainings by plain and by streamed gradients
             "parity-{loss}",
@@ -60,5 +51,6 @@ def cells(config: ConfigDict) -> list[Cell]:
     ]
 
 
-def _settings(section: ConfigDict, kind: str, *keys: str) -> dict[str, Any]:
-    return {"kind": kind, "model": section.model.to_dict(), **{key: section[key] for key in keys}}
+def _settings(section: ConfigDict, kind: str, keys: str) -> dict[str, Any]:
+    model = section.model.to_dict()
+    return {"kind": kind, "model": model, **{key: section[key] for key in keys.split()}}

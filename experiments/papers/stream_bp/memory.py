@@ -1,27 +1,20 @@
 """StreamBP's memory, as the compiler plans it, and the time of its gradients."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from tilescan.experiments.measurements import timing
 from tilescan.experiments.measurements.compiled import compiled, largest_within, memory
-from tilescan.experiments.papers.stream_bp.losses import (
-    CHECKPOINT,
-    SFT,
-    STREAM,
-    abstract_batch,
-    abstract_parameters,
-    make,
-    parameters,
-    random_batch,
-)
+from tilescan.experiments.papers.stream_bp import losses
+from tilescan.experiments.papers.stream_bp.losses import CHECKPOINT, SFT, STREAM, make
+from tilescan.models import LanguageModelConfig, abstract_params, count_params, init_params
 
 GB = 1e9
 
 
-def longest(settings: Mapping[str, Any], seed: int) -> dict:
+def longest(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Searches the longest sequence whose gradient needs at most so many bytes of temporaries.
 
     Settings: "loss", "method", "model", "chunks", "logit_chunk" (see `losses.make`);
@@ -30,30 +23,20 @@ def longest(settings: Mapping[str, Any], seed: int) -> dict:
     Returns:
       {"length", "tried": [[length, temporary bytes]...], "parameters" (their number)}.
     """
-    model = dict(settings["model"])
-    loss = make(
-        settings["loss"],
-        settings["method"],
-        model,
-        chunks=settings["chunks"],
-        logit_chunk=settings["logit_chunk"],
-    )
-    params = abstract_parameters(model)
+    s = settings
+    sizes = dict(chunks=s["chunks"], logit_chunk=s["logit_chunk"])
+    loss = make(s["loss"], s["method"], s["model"], **sizes)
+    params = abstract_params(LanguageModelConfig(**s["model"]))
 
-    def need(length):
-        batch = abstract_batch(settings["loss"], length)
+    def need(length: int) -> int:
+        batch = losses.abstract_batch(s["loss"], length)
         return memory(compiled(jax.grad(loss, has_aux=True), params, batch))["temporary"]
 
-    budget = settings["budget_gb"] * GB
-    length, tried = largest_within(need, budget, settings["start"], settings["step"], 0.02)
-    return {
-        "length": length,
-        "tried": sorted(tried.items()),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-    }
+    length, tried = largest_within(need, s["budget_gb"] * GB, s["start"], s["step"], 0.02)
+    return {"length": length, "tried": sorted(tried.items()), "parameters": count_params(params)}
 
 
-def times(settings: Mapping[str, Any], seed: int) -> dict:
+def times(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Times a gradient, forward pass included, by several methods in turn.
 
     Settings: "model", "methods", "length", "chunks", "logit_chunk", "repeats".
@@ -61,16 +44,12 @@ def times(settings: Mapping[str, Any], seed: int) -> dict:
     Returns:
       {"parameters", method: what `timing.compare` gives}.
     """
-    model = dict(settings["model"])
-    options = dict(chunks=settings["chunks"], logit_chunk=settings["logit_chunk"])
-    functions = {
-        method: jax.grad(make(SFT, method, model, **options), has_aux=True)
-        for method in settings["methods"]
-    }
-    return _compared(settings, seed, functions)
+    sizes = dict(chunks=settings["chunks"], logit_chunk=settings["logit_chunk"])
+    made = {m: make(SFT, m, settings["model"], **sizes) for m in settings["methods"]}
+    return _compared(settings, seed, made)
 
 
-def chunk_counts(settings: Mapping[str, Any], seed: int) -> dict:
+def chunk_counts(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Measures time and memory of a streamed gradient by chunks, beside checkpointing.
 
     Settings: "model", "length", "counts", "logit_chunk", "repeats".
@@ -78,19 +57,17 @@ def chunk_counts(settings: Mapping[str, Any], seed: int) -> dict:
     Returns:
       {"parameters", "checkpoint" and each count as text: what `timing.compare` gives}.
     """
-    model, logit_chunk = dict(settings["model"]), settings["logit_chunk"]
-    losses = {CHECKPOINT: make(SFT, CHECKPOINT, model, chunks=1, logit_chunk=logit_chunk)}
-    for chunks in settings["counts"]:
-        losses[str(chunks)] = make(SFT, STREAM, model, chunks=chunks, logit_chunk=logit_chunk)
-    functions = {name: jax.grad(loss, has_aux=True) for name, loss in losses.items()}
-    return _compared(settings, seed, functions)
+    model, logits = settings["model"], {"logit_chunk": settings["logit_chunk"]}
+    made = {CHECKPOINT: make(SFT, CHECKPOINT, model, **logits)}
+    made |= {str(n): make(SFT, STREAM, model, chunks=n, **logits) for n in settings["counts"]}
+    return _compared(settings, seed, made)
 
 
-def _compared(settings, seed, functions) -> dict:
-    model = dict(settings["model"])
-    params = parameters(model, seed)
-    batch = random_batch(settings["length"], model["vocab_size"], seed)
-    return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        **timing.compare(functions, (params, batch), repeats=settings["repeats"]),
-    }
+def _compared(settings: Mapping[str, Any], seed: int, made: Mapping[str, Callable]) -> dict:
+    """Times the gradients of losses by name, on one batch."""
+    model = LanguageModelConfig(**settings["model"])
+    params = init_params(model, seed)
+    batch = losses.random_batch(settings["length"], model.vocab_size, seed)
+    functions = {name: jax.grad(loss, has_aux=True) for name, loss in made.items()}
+    found = timing.compare(functions, (params, batch), repeats=settings["repeats"])
+    return {"parameters": count_params(params), **found}

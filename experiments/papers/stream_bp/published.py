@@ -23,15 +23,7 @@ SECONDS = {
 TIME_RATIO = 21.2 / 24.3  # StreamBP / checkpointing, at the longest that both reach
 # Table 6: mean error of gradients against float32, absolute and in percent.
 ERRORS = {
-    "head": {
-        STREAM32: (6.66e-9, 0.04),
-        BASE16: (2.56e-7, 1.43),
-        STREAM16: (2.64e-7, 1.47),
-    },
-    "layers": {
-        STREAM32: (1.75e-7, 0.04),
-        BASE16: (2.46e-5, 6.63),
-        STREAM16: (2.47e-5, 6.59),
-    },
+    "head": {STREAM32: (6.66e-9, 0.04), BASE16: (2.56e-7, 1.43), STREAM16: (2.64e-7, 1.47)},
+    "layers": {STREAM32: (1.75e-7, 0.04), BASE16: (2.46e-5, 6.63), STREAM16: (2.47e-5, 6.59)},
 }
 DIFFERENCE = 0.004  # table 7, of losses

@@ -1,22 +1,15 @@
 """StreamBP's tables and figures."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from tilescan.experiments.harness import tables as t
 from tilescan.experiments.harness.figures import line_chart, line_figure
 from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread, ratio, scaled, spread
-from tilescan.experiments.harness.tables import (
-    MEASURED,
-    PUBLISHED,
-    STATIC,
-    Column,
-    Table,
-    columns,
-    table,
-)
+from tilescan.experiments.harness.tables import Column, Table, columns, table
 from tilescan.experiments.measurements.timing import speed_up
 from tilescan.experiments.papers.stream_bp import published
 from tilescan.experiments.papers.stream_bp.losses import CHECKPOINT, LOSSES, METHODS, STREAM
@@ -31,18 +24,13 @@ VARIANTS = {
     STREAM16: "StreamBP, bfloat16",
 }
 PARTS = ("head", "layers")
+# Columns that stand twice, published and computed here.
+OVER_CHECKPOINT, SPEED = "/ checkpointing", "StreamBP / checkpointing"
 
 
 def tables(records: Records) -> list[Table]:
-    """Returns the tables that the records suffice for."""
-    made = [
-        _longest(records),
-        _times(records),
-        _chunks(records),
-        _precision(records),
-        _parity(records),
-    ]
-    return [one for one in made if one.rows]
+    """Returns tables 3 and 1, figure 5, and tables 6 and 7."""
+    return [made(records) for made in (_longest, _times, _chunks, _precision, _parity)]
 
 
 def length(records: Records, loss: str, method: str) -> int | None:
@@ -51,48 +39,49 @@ def length(records: Records, loss: str, method: str) -> int | None:
     return None if record is None else record.result["length"]
 
 
-def gain(records: Records, loss: str, over: str) -> float | None:
-    """Returns the longest sequence of StreamBP / of another method."""
-    return ratio(length(records, loss, STREAM), length(records, loss, over))
+def gain(records: Records, loss: str, over: str, method: str = STREAM) -> float | None:
+    """Returns the longest sequence of a method / of another."""
+    return ratio(length(records, loss, method), length(records, loss, over))
 
 
-def time_ratio(record: Record, method: str, other: str = CHECKPOINT) -> Spread | None:
-    """Returns the time of a method / of another."""
+def time_ratio(record: Record, method: str) -> Spread | None:
+    """Returns the time of a method / of checkpointing."""
     found = record.result
-    return speed_up(found[method], found[other]) if {method, other} <= set(found) else None
+    return (
+        speed_up(found[method], found[CHECKPOINT]) if {method, CHECKPOINT} <= set(found) else None
+    )
 
 
 def error(records: Records, variant: str, part: str, kind: str = "relative") -> Spread | None:
     """Returns the error of gradients over seeds."""
-    found = records.select(kind="precision")
-    return spread(r.result[variant][part][kind] for r in found)
+    return spread(r.result[variant][part][kind] for r in records.kind("precision"))
 
 
-def shape(settings: dict[str, Any]) -> str:
+def shape(settings: Mapping[str, Any]) -> str:
     """Returns a model in words."""
-    m = settings["model"]
-    return (
-        f"{m['repeats']} layers of width {m['d_model']}, {m['vocab_size']:,} tokens of vocabulary, "
-        f"{m['dtype']}"
-    )
+    text = "{repeats} layers of width {d_model}, {vocab_size:,} tokens of vocabulary, {dtype}"
+    return text.format(**settings["model"])
 
 
 def memory_groups(records: Records) -> list[Group]:
     """Returns what was searched, by loss and method."""
-    return by(records.select(kind="memory"), "loss", "method", order=(LOSSES, METHODS))
+    return by(records.kind("memory"), "loss", "method", order=(LOSSES, METHODS))
 
 
 def _longest(records: Records) -> Table:
     groups = memory_groups(records)
-    published_length = lambda g: published.LENGTHS[g.key[0]].get(g.key[1])
     size = groups[-1].first.result["parameters"] / 1e9 if groups else 0.0
+
+    def of_paper(group: Group, over: str | None = None) -> float | None:
+        found = published.LENGTHS[group.key[0]]
+        return found.get(group.key[1]) if over is None else ratio(of_paper(group), found[over])
 
     # The slope between the shortest and the longest length that was compiled.
     def kilobytes_per_token(group: Group) -> float | None:
-        tried = group.first.result["tried"]
-        (n0, bytes0), (n1, bytes1) = tried[0], tried[-1]
+        (n0, bytes0), *_, (n1, bytes1) = group.first.result["tried"]
         return ratio((bytes1 - bytes0) / 1e3, n1 - n0)
 
+    over = lambda g: gain(records, g.key[0], CHECKPOINT, g.key[1])
     return table(
         "longest",
         "Table 3: the longest sequence that fits",
@@ -100,28 +89,20 @@ def _longest(records: Records) -> Table:
         [
             Column("loss", of=lambda g: LOSS_NAMES[g.key[0]]),
             Column("method", of=lambda g: NAMES[g.key[1]]),
-            Column("longest", PUBLISHED, "thousands", of=published_length),
-            Column(
-                "/ checkpointing",
-                PUBLISHED,
-                of=lambda g: ratio(published_length(g), published.LENGTHS[g.key[0]][CHECKPOINT]),
-            ),
-            Column("longest", STATIC, "thousands", of=lambda g: length(records, *g.key) / 1000),
-            Column(
-                "/ checkpointing",
-                STATIC,
-                of=lambda g: ratio(length(records, *g.key), length(records, g.key[0], CHECKPOINT)),
-            ),
-            Column("a token more", STATIC, "kB", of=kilobytes_per_token),
+            Column("longest", t.PUBLISHED, "thousands", of=of_paper),
+            Column(OVER_CHECKPOINT, t.PUBLISHED, of=lambda g: of_paper(g, CHECKPOINT)),
+            Column("longest", t.STATIC, "thousands", of=lambda g: length(records, *g.key) / 1000),
+            Column(OVER_CHECKPOINT, t.STATIC, of=over),
+            Column("a token more", t.STATIC, "kB", of=kilobytes_per_token),
         ],
-        note=first(
-            records.select(kind="memory"),
+        first(
+            records.kind("memory"),
             "Published: Qwen3-4B on an A800 of 80 GB, trained in bfloat16. Static: the compiler's "
             "temporary bytes of a gradient, of at most {budget_gb:g} GB, which parameters, "
             f"gradients and optimizer are not part of; {{shape}} and {size:.2g}B parameters; "
             "{chunks} chunks, logits of {logit_chunk} tokens at once; steps of {step} tokens or "
-            "2%. One text, one answer (GRPO) or one pair of that length each (DPO). Attention is "
-            "tiled in all of them. A token more: the slope between the shortest and the longest "
+            "2%. One sequence, one answer (GRPO) or one pair of that length each (DPO). Attention "
+            "is tiled in all of them. A token more: the slope between the shortest and the longest "
             "length that was compiled.",
             shape=shape,
         ),
@@ -129,77 +110,64 @@ def _longest(records: Records) -> Table:
 
 
 def _times(records: Records) -> Table:
-    # Published rows are (thousands of tokens, seconds by method); measured ones are groups.
-    times = records.select(kind="times")
-    groups = by(times, "length")
-    rows = [*published.SECONDS.items(), *groups] if groups else []
-    is_published = lambda row: isinstance(row, tuple)
+    # A row: tokens, published seconds by method, what was measured; one of the two is None.
+    times = records.kind("times")
+    rows = [(f"{k}k, Qwen3-4B", seconds, None) for k, seconds in published.SECONDS.items()]
+    rows += [(str(g.key), None, g.first) for g in by(times, "length")]
 
-    def of_paper(compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda row: compute(row[1]) if is_published(row) else None
+    def of_paper(of: Callable[[Mapping[str, float]], Any]) -> Callable[[Any], Any]:
+        return lambda row: of(dict(zip(METHODS, row[1], strict=True))) if row[1] else None
 
-    def measured(compute: Callable[[Record], Any]) -> Callable[[Any], Any]:
-        return lambda row: None if is_published(row) else compute(row.first)
+    def measured(of: Callable[[Record], Any]) -> Callable[[Any], Any]:
+        return lambda row: of(row[2]) if row[2] else None
 
-    names = enumerate(METHODS)
+    seconds = {NAMES[m]: of_paper(lambda s, m=m: s[m]) for m in METHODS}
+    medians = {NAMES[m]: measured(lambda r, m=m: _median(r, m)) for m in METHODS}
+    faster = of_paper(lambda s: ratio(s[STREAM], s[CHECKPOINT]))
     return table(
         "times",
         "Table 1: time of a gradient",
-        rows,
+        rows if len(times) else (),
         [
-            Column(
-                "tokens",
-                of=lambda row: f"{row[0]}k, Qwen3-4B" if is_published(row) else str(row.key),
-            ),
-            *columns(PUBLISHED, {NAMES[m]: of_paper(lambda s, i=i: s[i]) for i, m in names}, "s"),
-            Column("StreamBP / checkpointing", PUBLISHED, of=of_paper(lambda s: ratio(s[3], s[1]))),
-            *columns(
-                MEASURED,
-                {
-                    NAMES[m]: measured(lambda r, m=m: r.result.get(m, {}).get("median_ms"))
-                    for m in METHODS
-                },
-                "ms",
-            ),
-            Column(
-                "StreamBP / checkpointing", MEASURED, of=measured(lambda r: time_ratio(r, STREAM))
-            ),
+            Column("tokens", of=lambda row: row[0]),
+            *columns(t.PUBLISHED, seconds, "s"),
+            Column(SPEED, t.PUBLISHED, of=faster),
+            *columns(t.MEASURED, medians, "ms"),
+            Column(SPEED, t.MEASURED, of=measured(lambda r: time_ratio(r, STREAM))),
         ],
-        note=first(
+        first(
             times,
             "Published: seconds of a backward pass of Qwen3-4B, one A800. Measured: milliseconds "
-            "of a gradient, forward pass included, of {shape}, one text, {chunks} chunks. Ratio "
-            "of median times ± its standard deviation over rounds. Here checkpointing does not "
-            "compute the masked half of the scores either, which is where the published times "
+            "of a gradient, forward pass included, of {shape}, one sequence, {chunks} chunks. "
+            "Ratio of median times ± its standard deviation over rounds. Here checkpointing does "
+            "not compute the masked half of the scores either, which is where the published times "
             "differ.",
             shape=shape,
         ),
     )
 
 
+def _median(record: Record, method: str) -> float | None:
+    return record.result.get(method, {}).get("median_ms")
+
+
 def _chunks(records: Records) -> Table:
-    counts = records.select(kind="counts")
-    rows = [
-        (name, record) for record in counts for name in (CHECKPOINT, *record.settings["counts"])
-    ]
-    found = lambda row, name=None: row[1].result[name or str(row[0])]
-    temp_bytes = lambda row, name=None: found(row, name).get("temp_bytes")
+    counts = records.kind("counts")
+    rows = [(str(n), r) for r in counts for n in (CHECKPOINT, *r.settings["counts"])]
+    needs = lambda row, name=None: row[1].result[name or row[0]].get("temp_bytes")
+    over = lambda row: ratio(needs(row), needs(row, CHECKPOINT))
     return table(
         "chunks",
         "Figure 5: memory and time by the number of chunks",
         rows,
         [
             Column("method", of=lambda row: NAMES.get(row[0], f"{row[0]} chunks")),
-            Column("temporary memory", STATIC, "MB", of=lambda row: ratio(temp_bytes(row), 1e6)),
-            Column(
-                "/ checkpointing",
-                STATIC,
-                of=lambda row: ratio(temp_bytes(row), temp_bytes(row, CHECKPOINT)),
-            ),
-            Column("time", MEASURED, "ms", of=lambda row: found(row).get("median_ms")),
-            Column("/ checkpointing", MEASURED, of=lambda row: time_ratio(row[1], str(row[0]))),
+            Column("temporary memory", t.STATIC, "MB", of=lambda row: ratio(needs(row), 1e6)),
+            Column(OVER_CHECKPOINT, t.STATIC, of=over),
+            Column("time", t.MEASURED, "ms", of=lambda row: _median(row[1], row[0])),
+            Column(OVER_CHECKPOINT, t.MEASURED, of=lambda row: time_ratio(row[1], row[0])),
         ],
-        note=first(
+        first(
             counts,
             "{length:,} tokens, {shape}. The paper's figure has no numbers to copy.",
             shape=shape,
@@ -208,9 +176,10 @@ def _chunks(records: Records) -> Table:
 
 
 def _precision(records: Records) -> Table:
-    found = by(records.select(kind="precision"), "kind")
+    found = by(records.kind("precision"), "kind")
     rows = [(part, variant, g) for g in found for part in PARTS for variant in VARIANTS]
     of_paper = lambda place: lambda row: published.ERRORS[row[0]][row[1]][place]
+    relative = lambda row: scaled(error(records, row[1], row[0]), 100)
     seeds = sum(map(len, found))
     return table(
         "precision",
@@ -219,14 +188,14 @@ def _precision(records: Records) -> Table:
         [
             Column("parameters", of=lambda row: row[0]),
             Column("gradient", of=lambda row: VARIANTS[row[1]]),
-            Column("mean error", PUBLISHED, of=of_paper(0)),
-            Column("relative", PUBLISHED, "%", of=of_paper(1)),
-            Column("mean error", MEASURED, of=lambda r: error(records, r[1], r[0], "absolute")),
-            Column("relative", MEASURED, "%", of=lambda r: scaled(error(records, r[1], r[0]), 100)),
+            Column("mean error", t.PUBLISHED, of=of_paper(0)),
+            Column("relative", t.PUBLISHED, "%", of=of_paper(1)),
+            Column("mean error", t.MEASURED, of=lambda r: error(records, r[1], r[0], "absolute")),
+            Column("relative", t.MEASURED, "%", of=relative),
         ],
-        note=first(
-            records.select(kind="precision"),
-            "{shape}, parameters as initialised, one text of {length:,} tokens, "
+        first(
+            records.kind("precision"),
+            "{shape}, parameters as initialized, one sequence of {length:,} tokens, "
             f"{seeds} seeds. Measured, relative: norm of the error over norm of the gradient. "
             "bfloat16: of activations; parameters are float32.",
             shape=shape,
@@ -235,31 +204,30 @@ def _precision(records: Records) -> Table:
 
 
 def _parity(records: Records) -> Table:
-    parity = records.select(kind="parity")
-    of = lambda name, part=slice(None): lambda g: statistics.fmean(g.first.result[name][part])
-    first_ten, last_ten = slice(10), slice(-10, None)
-    ends = {
-        "first, plain": of("plain", first_ten),
-        "last, plain": of("plain", last_ten),
-        "last, streamed": of("streamed", last_ten),
-    }
+    parity, ten_first, ten_last = records.kind("parity"), slice(10), slice(-10, None)
+    mean = lambda name, part: lambda g: statistics.fmean(g.first.result[name][part])
     result = lambda name: lambda g: g.first.result[name]
+    ends = {
+        "first, plain": mean("plain", ten_first),
+        "last, plain": mean("plain", ten_last),
+        "last, streamed": mean("streamed", ten_last),
+    }
     return table(
         "parity",
         "Table 7: losses of trainings with plain and with streamed gradients",
         by(parity, "loss", order=(LOSSES,)),
         [
             Column("loss", of=lambda g: LOSS_NAMES[g.key]),
-            Column("steps", MEASURED, of=lambda g: len(g.first.result["plain"])),
-            Column("largest difference", PUBLISHED, of=lambda g: published.DIFFERENCE),
-            Column("largest difference", MEASURED, of=result("largest_difference")),
-            Column("mean difference", MEASURED, of=result("mean_difference")),
-            *columns(MEASURED, ends, digits=4),
+            Column("steps", t.MEASURED, of=lambda g: len(g.first.result["plain"])),
+            Column("largest difference", t.PUBLISHED, of=lambda g: published.DIFFERENCE),
+            Column("largest difference", t.MEASURED, of=result("largest_difference")),
+            Column("mean difference", t.MEASURED, of=result("mean_difference")),
+            *columns(t.MEASURED, ends, digits=4),
         ],
-        note=first(
+        first(
             parity,
             "{shape}, {batch_size} walks of {length} tokens a step, Adam; the synthetic task of "
-            "experiments/stream_bp_training.py. First and last: means of ten steps.",
+            "experiments/papers/stream_bp/training.py. First and last: means of ten steps.",
             shape=shape,
         ),
     )
@@ -267,32 +235,23 @@ def _parity(records: Records) -> Table:
 
 def figures(records: Records) -> dict[str, str]:
     """Returns memory and time against the length, and losses of both trainings."""
-    made, panels = {}, {}
+    memory, losses = {}, {}
     for group in memory_groups(records):
         loss, method = group.key
         n, need = zip(*group.first.result["tried"], strict=True)
-        panels.setdefault(LOSS_NAMES[loss], {})[NAMES[method]] = (n, [x / 1e9 for x in need])
-    if panels:
-        made["memory-against-length"] = line_chart(
-            panels, x_label="tokens", y_label="GB of temporaries", log_x=True, log_y=True
-        )
-    if times := by(records.select(kind="times"), "length"):
-        median = lambda m: lambda g: g.first.result.get(m, {}).get("median_ms")
-        lines = {NAMES[m]: median(m) for m in METHODS}
-        made["time-against-length"] = line_figure(times, lines, x="tokens", y="ms", log=True)
-    panels = {}
-    for group in by(records.select(kind="parity"), "loss", order=(LOSSES,)):
-        result = group.first.result
-        steps = list(range(1, 1 + len(result["plain"])))
-        lines = {f"{name} gradients": (steps, result[name]) for name in ("plain", "streamed")}
-        panels[LOSS_NAMES[group.key]] = lines
-    if panels:
-        made["losses"] = line_chart(
-            panels,
-            x_label="step",
-            y_label="loss",
-            dashed=("streamed gradients",),
-            markers=False,
-            share_y=False,
-        )
-    return made
+        memory.setdefault(LOSS_NAMES[loss], {})[NAMES[method]] = (n, [x / 1e9 for x in need])
+    for group in by(records.kind("parity"), "loss", order=(LOSSES,)):
+        lines = losses[LOSS_NAMES[group.key]] = {}
+        for name in ("plain", "streamed"):
+            values = group.first.result[name]
+            lines[f"{name} gradients"] = (range(1, 1 + len(values)), values)
+
+    times = by(records.kind("times"), "length")
+    medians = {NAMES[m]: lambda g, m=m: _median(g.first, m) for m in METHODS}
+    axes = dict(x_label="tokens", y_label="GB of temporaries", log_x=True, log_y=True)
+    of_steps = dict(x_label="step", y_label="loss", markers=False, share_y=False)
+    return {
+        "memory-against-length": line_chart(memory, **axes),
+        "time-against-length": line_figure(times, medians, x="tokens", y="ms", log=True),
+        "losses": line_chart(losses, dashed=("streamed gradients",), **of_steps),
+    }

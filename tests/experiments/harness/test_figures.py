@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tilescan.experiments.harness.figures import line_chart, line_figure
+
 DRAWING = """
 import sys
 from tilescan.experiments.harness.figures import line_chart
@@ -13,3 +15,9 @@ assert text.startswith("<?xml") and "matplotlib.pyplot" not in sys.modules
 
 def test_drawing_leaves_the_backend_alone():
     subprocess.run([sys.executable, "-c", DRAWING], check=True, timeout=100)
+
+
+def test_nothing_to_show_is_no_figure():
+    assert line_chart({}, x_label="x", y_label="y") == ""
+    assert line_chart({"": {}}, x_label="x", y_label="y", log_x=True, log_y=True) == ""
+    assert line_figure([], {"a": len}, x="x", y="y", log=True) == ""

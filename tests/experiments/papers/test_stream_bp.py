@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from tilescan.configs.common import SCALES
+from tilescan.data.tasks.markov import MarkovChain
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import shared_models
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.measurements.compiled import largest_within
 from tilescan.experiments.papers.stream_bp import cells, claims, losses, tables, training
-from tilescan.models.language_model import count_params
+from tilescan.models import LanguageModelConfig, abstract_params, count_params, init_params
 
 TINY = dict(vocab_size=16, d_model=8, n_heads=2, n_kv_heads=2, repeats=1, mlp_dim=16)
 
@@ -30,7 +31,7 @@ def test_cells_are_unique_and_the_model_is_qwen3s():
         assert len({cell.id for cell in made}) == len(made)
     made = cells.cells(papers.load_config("stream_bp", "cpu"))
     (model,) = {str(c.settings["model"]): c.settings["model"] for c in made[:12]}.values()
-    count = count_params(losses.abstract_parameters(model))
+    count = count_params(abstract_params(LanguageModelConfig(**model)))
     assert count == pytest.approx(4.02e9, rel=0.01)
 
 
@@ -52,8 +53,9 @@ def test_the_longest_length_is_found_in_few_steps(start):
 def test_the_methods_are_one_gradient():
     """Formulas on whole logits, and streamed ones, on batches of the synthetic task."""
     rng = np.random.default_rng(0)
-    batches = {loss: training.Chain(16, 0).batch(loss, 4, 12, rng) for loss in losses.LOSSES}
-    params = losses.parameters(TINY, 0)
+    chain = MarkovChain(16, 0)
+    batches = {loss: training.walks(chain, loss, 4, 12, rng) for loss in losses.LOSSES}
+    params = init_params(LanguageModelConfig(**TINY), 0)
 
     def gradients(method):
         def one(loss, params):
@@ -72,21 +74,15 @@ def test_the_methods_are_one_gradient():
 
 
 def test_answers_are_walks_and_the_better_one_is_chosen():
-    chain, rng = training.Chain(8, 1), np.random.default_rng(0)
-    batch = chain.batch("dpo", 64, 20, rng)
+    chain, rng = MarkovChain(8, 1), np.random.default_rng(0)
+    batch = training.walks(chain, "dpo", 64, 20, rng)
     assert batch["tokens"].shape == (64, 20) and set(batch["weights"][0, :5]) == {0.0}
     np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
     chosen, rejected = np.split(batch["tokens"], 2)
     np.testing.assert_array_equal(chosen[:, :6], rejected[:, :6])  # one prompt for both
     reward = np.mean(batch["targets"][:, 5:] < 4, axis=1)
     assert np.all(reward[:32] >= reward[32:]) and np.mean(reward[:32] > reward[32:]) > 0.5
-    counts = np.zeros((8, 8))
-    long = chain.walks(np.zeros(200, int), 200, rng)
-    np.add.at(counts, (long[:, :-1], long[:, 1:]), 1)
-    seen = counts.sum(1) > 1000
-    shares = counts[seen] / counts[seen].sum(1, keepdims=True)
-    np.testing.assert_allclose(shares, chain.next[seen], atol=0.05)
-    batch = chain.batch("grpo", 8, 20, rng)
+    batch = training.walks(chain, "grpo", 8, 20, rng)
     groups = batch["advantages"].reshape(2, 4)
     np.testing.assert_allclose(groups.sum(1), 0, atol=1e-5)
     np.testing.assert_allclose(groups.std(1), 1, atol=0.02)
@@ -182,7 +178,7 @@ def test_tables_have_published_numbers_beside_measured_ones():
         r.settings.update(
             model=TINY | {"dtype": "float32"}, budget_gb=1.0, chunks=2, logit_chunk=4, step=8
         )
-    (table,) = tables.tables(Records(made))
+    (table,) = [table for table in tables.tables(Records(made)) if table.rows]
     assert table.rows[1] == [
         "SFT",
         "StreamBP",

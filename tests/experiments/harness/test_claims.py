@@ -1,0 +1,46 @@
+"""Predicates that papers share, on made-up numbers."""
+
+import pytest
+
+from tilescan.experiments.harness.claims import Effect, leads, lower_every_seed, rises
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.statistics import Spread
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "points", "holds"),
+    [
+        (Spread(90.0, 1.0, 2), Spread(87.0, 0.5, 2), 0.0, True),
+        (Spread(90.0, 2.0, 2), Spread(87.0, 0.5, 2), 0.0, False),  # within two deviations
+        (Spread(90.0, 1.0, 2), Spread(87.0, 0.5, 2), 5.0, False),  # not by enough
+        (Spread(90.0, 1.0, 2), None, 0.0, None),
+    ],
+)
+def test_a_mean_leads_by_more_than_its_deviation(first, second, points, holds):
+    found = leads("leads", {"a": first, "b": second}, points, head="both: ")
+    assert found.holds is holds and found.evidence.startswith("both: a 90.0")
+
+
+def test_a_ratio_rises_if_it_grows_and_ends_above_one():
+    assert rises("rises", {1: 0.5, 2: 1.5}).holds
+    assert (
+        rises("rises", {1: 0.5, 2: 1.5}, " states").evidence == "0.50 at 1 states, 1.50 at 2 states"
+    )
+    assert rises("rises", {1: 0.5, 2: 0.9}).holds is False
+    assert rises("rises", {1: 1.5, 2: 1.2}).holds is False
+    assert rises("rises", {1: 1.5}).holds is None
+
+
+def test_an_order_of_every_seed_has_its_effect_in_each():
+    made = [
+        Record("p", f"{model}{seed}", "", {"model": model}, seed, {"loss": loss}, 1.0, {})
+        for model, losses in (("a", (2.0, 3.0)), ("b", (1.0, 2.0)))
+        for seed, loss in enumerate(losses)
+    ]
+    options = dict(names={"a": "A", "b": "B"}, worse={"model": "a"}, better={"model": "b"})
+    found = lower_every_seed(Records(made), "loss", "loss", published=1.5, **options)
+    assert found.holds and found.effect == Effect(1.5, [2.0, 1.5])
+    assert lower_every_seed(Records(made), "loss", "loss", **options).effect is None
+    assert (
+        lower_every_seed(Records(made[:2]), "loss", "loss", published=1.5, **options).effect is None
+    )
