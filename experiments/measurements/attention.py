@@ -1,6 +1,6 @@
 """Measurements of attention that several papers share: time and memory against length.
 
-Letters: B batch, T time, H heads, D head dim.
+Dimensions: B batch, T time, H heads, D head dim.
 """
 
 import functools
@@ -9,26 +9,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from tilescan.experiments.measurements import timing
 from tilescan.ops import masks
 from tilescan.ops.attention import attention
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
-DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
-VARIANTS = ("standard", "tiled", "windowed", "block_sparse")
+DIRECTIONS = {FORWARD: "forward", FORWARD_BACKWARD: "forward + backward"}  # with their titles
+STANDARD, TILED = "standard", "tiled"
+VARIANTS = (STANDARD, TILED, "windowed", "block_sparse")
 
 
-def variant(name: str, settings: Mapping[str, Any]) -> Callable:
-    """A function (q, k, v) -> o, all [B, T, H, D].
+def variant(name: str, settings: Mapping[str, Any]) -> Callable[..., Array]:
+    """Returns a function (q, k, v) -> o, all [B, T, H, D].
 
     Args:
       name: "standard" is `jax.nn.dot_product_attention`, which forms the T x T matrix; "tiled" is
         ours; "windowed" and "block_sparse" (flat butterfly) are ours with these masks.
       settings: "length", "causal"; "window" (keys seen by a query) and "block" where used.
+
+    Raises:
+      ValueError: an unknown name.
     """
     causal = settings.get("causal", False)
-    if name == "standard":
+    if name == STANDARD:
         return functools.partial(jax.nn.dot_product_attention, is_causal=causal)
     mask = _mask(name, settings)
     return functools.partial(attention, mask=mask & masks.Causal() if causal else mask)
@@ -36,7 +41,7 @@ def variant(name: str, settings: Mapping[str, Any]) -> Callable:
 
 def _mask(name: str, settings: Mapping[str, Any]) -> masks.Mask:
     length = settings["length"]
-    if name == "tiled":
+    if name == TILED:
         return masks.Full()
     if name == "windowed":
         half = settings["window"] // 2
@@ -48,12 +53,12 @@ def _mask(name: str, settings: Mapping[str, Any]) -> masks.Mask:
 
 
 def live_fraction(length: int, block: int) -> float:
-    """The share of the score matrix that the flat butterfly keeps: s in the paper's IO bound."""
+    """Returns the fraction s of the scores that the flat butterfly keeps, as in the bound of IO."""
     return float(masks.butterfly(-(-length // block)).mean())
 
 
-def in_direction(attend: Callable, direction: str) -> Callable:
-    """`attend` as a function (q, k, v, do) -> o, or -> (o, dq, dk, dv)."""
+def in_direction(attend: Callable[..., Array], direction: str) -> Callable[..., Any]:
+    """Returns `attend` as a function (q, k, v, do) -> o, or -> (o, dq, dk, dv)."""
     if direction == FORWARD:
         return lambda q, k, v, do: attend(q, k, v)
 
@@ -64,27 +69,30 @@ def in_direction(attend: Callable, direction: str) -> Callable:
     return forward_backward
 
 
-def runtime(settings: Mapping[str, Any], seed: int) -> dict:
+def inputs(settings: Mapping[str, Any], seed: int) -> tuple[Float[Array, "B T H D"], ...]:
+    """Returns random (q, k, v, do) of the settings' shape and dtype."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    return tuple(jax.random.normal(key, _shape(settings), settings["dtype"]) for key in keys)
+
+
+def runtime(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Times the variants of one length in one direction, interleaved.
 
     Settings: length, direction, batch, heads, head_dim, dtype, variants, repeats, and those of
     `variant`. Returns what `timing.compare` returns, by variant.
     """
-    shape = _shape(settings)
-    keys = jax.random.split(jax.random.key(seed), 4)
-    arguments = tuple(jax.random.normal(key, shape, settings["dtype"]) for key in keys)
     functions = {
         name: in_direction(variant(name, settings), settings["direction"])
         for name in settings["variants"]
     }
-    return timing.compare(functions, arguments, repeats=settings["repeats"])
+    return timing.compare(functions, inputs(settings, seed), repeats=settings["repeats"])
 
 
-def memory(settings: Mapping[str, Any], seed: int) -> dict:
-    """Bytes of temporaries of each variant at one length: compiled, not run.
+def memory(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Compiles the variants of one length and reads their bytes of temporaries; nothing runs.
 
     Settings as for `runtime`. Returns {variant: {"temp_bytes", "compile_s"}}; a variant that the
-    compiler refuses for want of memory (TPU) has {"error": "out of memory"} instead.
+    compiler refuses for lack of memory (TPU) has {"error": "out of memory"} instead.
     """
     like = jax.ShapeDtypeStruct(_shape(settings), jnp.dtype(settings["dtype"]))
     results = {}

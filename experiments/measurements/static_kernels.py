@@ -1,21 +1,21 @@
 """What compilers say of the kernels without a device: cycles and bytes for TPUs, code for an H100.
 
-`benchmarks.tpu_static` and `benchmarks.gpu_static` compile the kernels for chips that nobody has at
-hand and keep the figures as JSON. The cells here copy the rows they need, so that a paper's tables
-hang on its records alone.
+`benchmarks.tpu_static` and `benchmarks.gpu_static` compile the kernels for chips that are not
+attached and keep the figures as JSON. The cells here copy the rows they need, so that a paper's
+tables depend on its records alone.
 """
 
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tilescan.experiments.harness.cells import Cell
-from tilescan.experiments.harness.claims import Claim, judge
-from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.claims import Claim, Verdict, claim, every
+from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import ratio
-from tilescan.experiments.harness.tables import STATIC, Column, Table
+from tilescan.experiments.harness.tables import STATIC, Column, Table, table
 
 # Rows of a static file that a record keeps; a change of them copies the file again.
 _TPU_KEYS = ("implementation", "kernel", "mask", "generation", "cycles", "bytes",
@@ -29,10 +29,12 @@ FOLDER = pathlib.Path(__file__).resolve().parents[2] / "results" / "benchmarks"
 OURS, STOCK = "tilescan", "jax flash"
 _KERNELS = {OURS: {"forward": ("forward",), "backward": ("dq", "dkv")},
             STOCK: {"forward": ("forward",), "backward": ("backward",)}}  # fmt: skip
+DIRECTIONS = ("forward", "backward")
+Rows = Sequence[Mapping[str, Any]]
 
 
 def cells(folder: pathlib.Path = FOLDER) -> list[Cell]:
-    """A cell for each file of static figures that there is; it copies them."""
+    """Returns a cell for each file of static figures that there is; it copies them."""
     made = []
     for name, copy in (("tpu", copy_tpu), ("gpu", copy_gpu)):
         path = folder / f"{name}_static.json"
@@ -46,7 +48,7 @@ def cells(folder: pathlib.Path = FOLDER) -> list[Cell]:
 
 
 def copy_gpu(path: pathlib.Path) -> dict[str, Any]:
-    """One row a kernel: registers, spills, shared memory and the instructions of its loop."""
+    """Returns a row a kernel: registers, spills, shared memory and the instructions of its loop."""
     rows = []
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         job, plain_heads = row["job"], row["job"]["heads"] == row["job"]["kv_heads"]
@@ -61,7 +63,7 @@ def copy_gpu(path: pathlib.Path) -> dict[str, Any]:
 
 
 def copy_tpu(path: pathlib.Path) -> dict[str, Any]:
-    """The profiled rows of both implementations at the file's first shape, and the versions.
+    """Returns the profiled rows of both implementations at the file's first shape, and versions.
 
     The file has rows of another shape where the profiler compares nothing at the first; the tables
     are of one shape.
@@ -78,8 +80,8 @@ def copy_tpu(path: pathlib.Path) -> dict[str, Any]:
     return {"rows": rows, "versions": data["versions"]}
 
 
-def _values(rows, implementation: str, direction: str, key: str, **where) -> list | None:
-    """`key` of each kernel of one direction, None if one of them is missing."""
+def _values(rows: Rows, implementation: str, key: str, direction: str, **where: str) -> list | None:
+    """Returns `key` of each kernel of one direction, None if one of them is missing."""
     kernels = _KERNELS[implementation][direction]
     found = [
         row.get(key)
@@ -91,165 +93,169 @@ def _values(rows, implementation: str, direction: str, key: str, **where) -> lis
     return found if len(found) == len(kernels) and None not in found else None
 
 
-def _total(rows, implementation: str, direction: str, key: str, **where) -> float | None:
-    """Their sum."""
-    found = _values(rows, implementation, direction, key, **where)
+def _total(rows: Rows, implementation: str, key: str, **where: str) -> float | None:
+    """Returns the sum of `key` over the kernels of one direction."""
+    found = _values(rows, implementation, key, **where)
     return None if found is None else sum(found)
 
 
-def _mxu_share(rows, direction: str, **where) -> float | None:
-    """Our kernels' share of the MXU's peak, each weighted by its cycles."""
-    shares, cycles = (_values(rows, OURS, direction, k, **where) for k in ("mxu_share", "cycles"))
+def _mxu_share(rows: Rows, **where: str) -> float | None:
+    """Returns our kernels' share of the MXU's peak, each weighted by its cycles."""
+    shares, cycles = (_values(rows, OURS, key, **where) for key in ("mxu_share", "cycles"))
     if None in (shares, cycles):
         return None
     return sum(s * c for s, c in zip(shares, cycles, strict=True)) / sum(cycles)
 
 
 def visible_scores(mask: str, length: int) -> int:
-    """Scores that a mask of the static files leaves: "full", "causal" or "window 512"."""
+    """Returns how many scores a mask of the static files leaves: "full", "causal", "window 512"."""
     if mask == "full":
         return length**2
     window = length if mask == "causal" else int(mask.removeprefix("window "))
     return sum(min(i + 1, window) for i in range(length))
 
 
-def operations(kernel: str, mask: str, batch: int, heads: int, length: int, head_dim: int) -> int:
-    """Multiplications and additions of a kernel's products of matrices, visible scores alone."""
+def flops(kernel: str, mask: str, batch: int, heads: int, length: int, head_dim: int) -> int:
+    """Returns the FLOPs of a kernel's products of matrices, of visible scores alone."""
     return _PRODUCTS[kernel] * 2 * batch * heads * visible_scores(mask, length) * head_dim
 
 
-def _rows(records: Records) -> list[Mapping[str, Any]]:
-    record = records.one(kind="static-tpu")
-    return list(record.result["rows"]) if record else []
+def _cases(rows: Rows) -> list[dict[str, str]]:
+    """Returns {"generation", "mask", "direction"} of all kernels, in the order of the file."""
+    places = dict.fromkeys((row["generation"], row["mask"]) for row in rows)
+    return [
+        {"generation": generation, "mask": mask, "direction": direction}
+        for generation, mask in places
+        for direction in DIRECTIONS
+    ]
 
 
-def _places(rows) -> list[tuple[str, str]]:
-    """(generation, mask) in the order of the file."""
-    return list(dict.fromkeys((row["generation"], row["mask"]) for row in rows))
+def _gain(rows: Rows, **where: str) -> float | None:
+    """Returns the cycles of JAX's kernels over those of ours, None where one is missing."""
+    return ratio(*(_total(rows, i, "cycles", **where) for i in (STOCK, OURS)))
 
 
 def tables(records: Records) -> list[Table]:
-    """Our kernels' cycles beside JAX's own, and the bytes that they move."""
-    rows, lines = _rows(records), []
-    for generation, mask in _places(rows):
-        where = {"generation": generation, "mask": mask}
-        for direction in ("forward", "backward"):
-            ours, stock = (_total(rows, i, direction, "cycles", **where) for i in _KERNELS)
-            moved = _total(rows, OURS, direction, "bytes", **where)
-            vmem = _values(rows, OURS, direction, "vmem", **where)
-            shape = (rows[0]["shape"][key] for key in "BHTD")
-            flops = operations(direction, mask, *shape) / 1e9
-            lines.append([
-                generation, mask, direction, flops, ours, stock, ratio(stock, ours),
-                _mxu_share(rows, direction, **where), None if moved is None else moved / 2**20,
-                _total(rows, OURS, direction, "bandwidth_cycles", **where),
-                None if vmem is None else max(vmem) / 2**20,
-            ])  # fmt: skip
-    columns = [
-        Column("TPU"),
-        Column("mask"),
-        Column("direction"),
-        Column("operations", STATIC, "10⁹"),
-        Column("cycles, ours", STATIC),
-        Column("cycles, JAX's flash attention", STATIC),
-        Column("JAX's / ours", STATIC),
-        Column("ours, share of the MXU's peak", STATIC),
-        Column("ours, bytes moved", STATIC, "MiB"),
-        Column("ours, cycles to move them", STATIC),
-        Column("ours, VMEM", STATIC, "MiB"),
-    ]
-    shape = ", ".join(f"{k} {v}" for k, v in rows[0]["shape"].items()) if rows else ""
-    versions = records.one(kind="static-tpu").result["versions"] if rows else {}
-    note = (
-        f"No device: libtpu {versions.get('libtpu', '')}'s static profile of the compiled kernels, "
-        f"bfloat16, {shape}. It ranks two kernels on one generation; it is no time. JAX's kernel "
-        "at its best tiles of a small sweep; – where it lacks the mask or the profiler a model. "
-        "Operations by formula, for visible scores alone. Backward is two kernels, 7 products of "
-        "matrices; their VMEM is the larger one's."
-    )
-    table = Table("static-tpu", "TPU kernels, compiled but not run", columns, lines, note)
-    return [table, _gpu_table(records)]
+    """Returns our kernels' cycles and traffic beside JAX's own, and our machine code."""
+    return [_tpu_table(records.one(kind="static-tpu")), _gpu_table(records.one(kind="static-gpu"))]
 
 
-def _gpu_rows(records: Records) -> list[Mapping[str, Any]]:
-    record = records.one(kind="static-gpu")
-    return list(record.result["rows"]) if record else []
+def _tpu_table(record: Record | None) -> Table:
+    """Returns the profiles of TPU kernels; a row has the record and a case."""
+    rows = record.result["rows"] if record else []
+    versions = record.result["versions"] if record else {}
+    shape = rows[0]["shape"] if rows else {}
+    count = lambda c: flops(c["direction"], c["mask"], *(shape[key] for key in "BHTD")) / 1e9
+    total = lambda *key: lambda row: _total(rows, *key, **row[1])
+    megabytes = lambda number: None if number is None else number / 2**20
+    moved = lambda case: megabytes(_total(rows, OURS, "bytes", **case))
+    vmem = lambda case: megabytes(max(_values(rows, OURS, "vmem", **case) or [], default=None))
 
-
-def _gpu_table(records: Records) -> Table:
-    lines = [
+    return table(
+        "static-tpu",
+        "TPU kernels, compiled but not run",
+        [(record, case) for case in _cases(rows)],
         [
-            str(row["head_dim"]), row["mask"], row["kernel"].replace("_", " "), *_gpu_work(row),
-            row["registers"], row["spills"], row["shared_memory"] / 2**10, row["loop"]["hgmma"],
-            row["loop"]["issue_cycles"],
-        ]
-        for row in _gpu_rows(records)
-    ]  # fmt: skip
-    columns = [
-        Column("head dim"),
-        Column("mask"),
-        Column("kernel"),
-        Column("operations", STATIC, "10⁹"),
-        Column("bytes moved at least", STATIC, "MiB"),
-        Column("registers", STATIC),
-        Column("spills", STATIC, "bytes"),
-        Column("shared memory", STATIC, "KiB"),
-        Column("tensor-core instructions in the loop", STATIC),
-        Column("issue cycles in the loop", STATIC),
-    ]
-    shape = ""
-    for row in _gpu_rows(records)[:1]:
-        shape = f"{row['dtype']}, B {row['batch']}, H {row['heads']}, T {row['length']}"
-    note = (
-        f"No device: machine code for an H100 by ptxas, {shape}. Operations and bytes by formula: "
+            Column("TPU", of=lambda row: row[1]["generation"]),
+            Column("mask", of=lambda row: row[1]["mask"]),
+            Column("direction", of=lambda row: row[1]["direction"]),
+            Column("FLOPs", STATIC, "10⁹", of=lambda row: count(row[1])),
+            Column("cycles, ours", STATIC, of=total(OURS, "cycles")),
+            Column("cycles, JAX's flash attention", STATIC, of=total(STOCK, "cycles")),
+            Column("JAX's / ours", STATIC, of=lambda row: _gain(rows, **row[1])),
+            Column(
+                "ours, share of the MXU's peak", STATIC, of=lambda row: _mxu_share(rows, **row[1])
+            ),
+            Column("ours, bytes moved", STATIC, "MiB", of=lambda row: moved(row[1])),
+            Column("ours, cycles to move them", STATIC, of=total(OURS, "bandwidth_cycles")),
+            Column("ours, VMEM", STATIC, "MiB", of=lambda row: vmem(row[1])),
+        ],
+        f"No device: libtpu {versions.get('libtpu', '')}'s static profile of the compiled kernels, "
+        f"bfloat16, {', '.join(f'{k} {v}' for k, v in shape.items())}. It ranks two kernels on one "
+        "generation; it is no time. JAX's kernel at its best tiles of a small sweep; – where it "
+        "lacks the mask or the profiler a model. FLOPs by formula, for visible scores alone. "
+        "Backward is two kernels, 7 products of matrices; their VMEM is the larger one's.",
+    )
+
+
+def _gpu_table(record: Record | None) -> Table:
+    """Returns the machine code of GPU kernels; a row has the record and a row of the file."""
+    rows = record.result["rows"] if record else []
+    shape = "".join("{dtype}, B {batch}, H {heads}, T {length}".format(**row) for row in rows[:1])
+    work = lambda i: lambda row: _gpu_work(row[1])[i]
+    return table(
+        "static-gpu",
+        "H100 kernels, compiled but not run",
+        [(record, row) for row in rows],
+        [
+            Column("head dim", of=lambda row: str(row[1]["head_dim"])),
+            Column("mask", of=lambda row: row[1]["mask"]),
+            Column("kernel", of=lambda row: row[1]["kernel"].replace("_", " ")),
+            Column("FLOPs", STATIC, "10⁹", of=work(0)),
+            Column("bytes moved at least", STATIC, "MiB", of=work(1)),
+            Column("registers", STATIC, of=lambda row: row[1]["registers"]),
+            Column("spills", STATIC, "bytes", of=lambda row: row[1]["spills"]),
+            Column("shared memory", STATIC, "KiB", of=lambda row: row[1]["shared_memory"] / 2**10),
+            Column(
+                "tensor-core instructions in the loop",
+                STATIC,
+                of=lambda row: row[1]["loop"]["hgmma"],
+            ),
+            Column(
+                "issue cycles in the loop", STATIC, of=lambda row: row[1]["loop"]["issue_cycles"]
+            ),
+        ],
+        f"No device: machine code for an H100 by ptxas, {shape}. FLOPs and bytes by formula: "
         "visible scores alone, every input and output once. Issue cycles are those of one warp for "
         "one pass of the loop over full tiles, without the latencies of tensor cores and memory: "
         "they are no time. Stock kernels are those that JAX installs; theirs has no causal "
-        "backward."
+        "backward.",
     )
-    return Table("static-gpu", "H100 kernels, compiled but not run", columns, lines, note)
 
 
 def _gpu_work(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """(10⁹ operations, least MiB moved) of one of our kernels by formula."""
+    """Returns (10⁹ FLOPs, least MiB moved) of one of our kernels by formula."""
     if row["kernel"] not in _TENSORS:
         return None, None
     shape = tuple(row[key] for key in ("batch", "heads", "length", "head_dim"))
     tensors, statistics = _TENSORS[row["kernel"]]
     batch, heads, length, head_dim = shape
     moved = batch * heads * length * (tensors * head_dim * 2 + statistics * 4)
-    return operations(row["kernel"], row["mask"], *shape) / 1e9, moved / 2**20
+    return flops(row["kernel"], row["mask"], *shape) / 1e9, moved / 2**20
 
 
 def claims(records: Records) -> list[Claim]:
-    """Our TPU kernels against JAX's stock one."""
-    rows, gains = _rows(records), []
-    for generation, mask in _places(rows):
-        for direction in ("forward", "backward"):
-            where = {"generation": generation, "mask": mask}
-            ours, stock = (_total(rows, i, direction, "cycles", **where) for i in _KERNELS)
-            if ours is not None and stock is not None:
-                gains.append(stock / ours)
+    """Returns how our TPU kernels compare with JAX's stock one, and whether ours for GPUs spill."""
     return [
-        judge(
+        claim(
             "TPU kernels, static",
             "FlashAttention-2's order carries over to TPUs (no claim of the paper).",
-            "on every generation, mask and direction that both have, our cycles are at most those "
-            "of JAX's flash attention by the compiler's static profile",
-            min(gains) >= 1 if gains else None,
-            f"JAX's / ours from {min(gains):.2f} to {max(gains):.2f}" if gains else "",
+            _fewer_cycles(records.one(kind="static-tpu")),
         ),
-        _no_spills(records),
+        claim(
+            "H100 kernels, static",
+            "Tiles must not be so large that registers spill (section 3.3).",
+            _no_spills(records.one(kind="static-gpu")),
+        ),
     ]
 
 
-def _no_spills(records: Records) -> Claim:
-    ours = [row for row in _gpu_rows(records) if not row["kernel"].startswith("stock")]
-    spills = max((row["spills"] for row in ours), default=None)
-    return judge(
-        "H100 kernels, static",
-        "Tiles must not be so large that registers spill (section 3.3).",
+def _fewer_cycles(record: Record | None) -> Verdict:
+    rows = record.result["rows"] if record else []
+    gains = [gain for case in _cases(rows) if (gain := _gain(rows, **case)) is not None]
+    return Verdict(
+        "on every generation, mask and direction that both have, our cycles are at most those of "
+        "JAX's flash attention by the compiler's static profile",
+        every(gain >= 1 for gain in gains),
+        f"JAX's / ours from {min(gains):.2f} to {max(gains):.2f}" if gains else "",
+    )
+
+
+def _no_spills(record: Record | None) -> Verdict:
+    rows = record.result["rows"] if record else []
+    ours = [row["spills"] for row in rows if not row["kernel"].startswith("stock")]
+    return Verdict(
         "none of our kernels spills a register on an H100",
-        None if spills is None else spills == 0,
-        "" if spills is None else f"at most {spills} bytes spilled in {len(ours)} kernels",
+        every(spills == 0 for spills in ours),
+        f"at most {max(ours)} bytes spilled in {len(ours)} kernels" if ours else "",
     )

@@ -10,14 +10,18 @@ from typing import Any
 import jax
 
 from tilescan.benchmarks.timing import interleaved, seconds_of
+from tilescan.experiments.harness.claims import Effect
+from tilescan.experiments.harness.records import Record
 from tilescan.experiments.harness.statistics import Spread, spread
 from tilescan.planning.compiled import memory
 
 OUT_OF_MEMORY = "out of memory"
 
 
-def compile_function(function: Callable, *arguments: Any) -> tuple[Any, dict]:
-    """The compiled function and what compiling it showed.
+def compile_function(
+    function: Callable[..., Any], *arguments: Any
+) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+    """Returns the compiled function and what compiling it showed.
 
     Args:
       function: to be jitted.
@@ -39,12 +43,12 @@ def compile_function(function: Callable, *arguments: Any) -> tuple[Any, dict]:
 
 
 def compare(
-    functions: Mapping[str, Callable],
-    arguments: tuple,
+    functions: Mapping[str, Callable[..., Any]],
+    arguments: tuple[Any, ...],
     *,
     repeats: int,
     least_ms: float = 20.0,
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Times `functions` on the same arguments, one round after another.
 
     Rounds go through all functions in turn, so that a machine that slows down slows all of them.
@@ -62,6 +66,7 @@ def compare(
       memory than there is has {"error": "out of memory"} instead.
     """
     calls, inner, results = {}, {}, {}
+    # Compile, warm and count the calls that fill a round.
     for name, function in functions.items():
         try:
             compiled, results[name] = compile_function(function, *arguments)
@@ -75,19 +80,37 @@ def compare(
             results[name] = {"error": OUT_OF_MEMORY}
         else:
             inner[name] = max(1, min(1000, round(least_ms / 1000 / max(once, 1e-7))))
+    # All functions in turn, a round after another.
     for name, times in interleaved(calls, repeats=repeats, calls=inner).items():
         samples = [1000 * seconds for seconds in times]
         results[name] |= {"samples_ms": samples, "median_ms": statistics.median(samples)}
     return results
 
 
-def speed_up(slow: Mapping, fast: Mapping) -> Spread | None:
-    """Ratio of the medians of two results of one `compare`, None if one of them has no times.
+def speed_up(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> Spread | None:
+    """Returns the ratio of the medians of two results of one `compare`; None without both times.
 
-    Its spread is the standard deviation of the rounds' own ratios.
+    Its standard deviation is that of the rounds' own ratios.
     """
-    if "median_ms" not in slow or "median_ms" not in fast:
+    rounds = spread(ratios_of_rounds(slow, fast))
+    if rounds is None:
         return None
-    pairs = zip(slow["samples_ms"], fast["samples_ms"], strict=True)
-    rounds = spread(a / b for a, b in pairs)
     return dataclasses.replace(rounds, mean=slow["median_ms"] / fast["median_ms"])
+
+
+def ratios_of_rounds(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> list[float]:
+    """Returns the ratio of each round of two results of one `compare`; [] without both times."""
+    if "median_ms" not in slow or "median_ms" not in fast:
+        return []
+    return [a / b for a, b in zip(slow["samples_ms"], fast["samples_ms"], strict=True)]
+
+
+def gain(record: Record, slow: str, fast: str) -> Spread | None:
+    """Returns the `speed_up` of two results of one record, by their names."""
+    return speed_up(record.result.get(slow, {}), record.result.get(fast, {}))
+
+
+def effect(published: float | None, record: Record, slow: str, fast: str) -> Effect | None:
+    """Returns a published speed-up beside those of a record's rounds; None without both."""
+    rounds = ratios_of_rounds(record.result.get(slow, {}), record.result.get(fast, {}))
+    return Effect(published, rounds) if published and rounds else None

@@ -1,12 +1,9 @@
 """Cells that train: whole runs of `training.train` on text or on an exact task, small enough."""
 
-import contextlib
-import functools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +13,16 @@ from ml_collections import ConfigDict
 from tilescan.data import tasks
 from tilescan.experiments.harness.shared_models import train_as_set
 from tilescan.experiments.harness.workspace import Workspace
+from tilescan.experiments.measurements.attention import STANDARD, TILED
 from tilescan.models import LanguageModel
-from tilescan.models import attention as attention_module
 from tilescan.models.language_model import count_params
-from tilescan.ops import reference
 from tilescan.training import config as config_lib
 from tilescan.training import inputs
 from tilescan.training.train import train
 from tilescan.training.trained import abstract_tokens
 
-STANDARD, TILED = "standard", "tiled"
+# Standard attention is the definition, by the whole matrix of scores; tiled is the op's default.
+_ATTENTION = {STANDARD: {"model.attention_implementation": "reference"}, TILED: {}}
 # A cell is the unit that is resumed: no checkpoints inside, and no other noise.
 _QUIET = {
     "train.checkpoint_every": 0,
@@ -35,7 +32,7 @@ _QUIET = {
 
 
 def training_config(keys: Mapping[str, Any], seed: int) -> ConfigDict:
-    """The default training config with some keys set, e.g. {"data.seq_len": 64}.
+    """Returns the default training config with some keys set, e.g. {"data.seq_len": 64}.
 
     Raises:
       KeyError, TypeError: an unknown key, or a value of another type.
@@ -45,43 +42,30 @@ def training_config(keys: Mapping[str, Any], seed: int) -> ConfigDict:
     return config
 
 
-@contextlib.contextmanager
-def attention_as(kind: str) -> Iterator[None]:
-    """Inside, models attend by the whole matrix of scores (STANDARD) or in tiles (TILED).
-
-    Nothing else of the program differs: the op is put in place of the other under the same name.
-    """
-    if kind not in (STANDARD, TILED):
-        raise ValueError(f"attention={kind!r} is unknown; it must be {STANDARD!r} or {TILED!r}")
-    if kind == TILED:
-        yield
-        return
-
-    @functools.wraps(reference.attention)
-    def dense(q, k, v, *, implementation=None, **options):
-        return reference.attention(q, k, v, **options).astype(q.dtype)
-
-    with mock.patch.object(attention_module, "attention", dense):
-        yield
-
-
-def measure_text(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
+def measure_text(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict[str, Any]:
     """Trains on text as `settings["train"]` says and returns what was seen.
 
-    Settings: "train", keys of the training config; "attention", STANDARD or TILED (the default).
+    Settings: "train", keys of the training config; "attention", STANDARD or TILED (the default),
+    in which alone two programs of the same keys differ.
 
     Returns:
       {"train_loss": [every logged step], "steps": [their numbers], and the last test metrics
       "test_loss", "test_perplexity", "test_accuracy", "test_weight"}.
+
+    Raises:
+      ValueError: an unknown attention.
     """
-    with attention_as(settings.get("attention", TILED)):
-        final = train(training_config(settings["train"], seed), workspace.folder)
+    kind = settings.get("attention", TILED)
+    if kind not in _ATTENTION:
+        raise ValueError(f"attention={kind!r} is unknown; it must be {STANDARD!r} or {TILED!r}")
+    keys = {**settings["train"], **_ATTENTION[kind]}
+    final = train(training_config(keys, seed), workspace.folder)
     rows = metrics(workspace.folder, "train")
     tested = {f"test_{k}": final[f"test/{k}"] for k in ("loss", "perplexity", "accuracy", "weight")}
     return {"steps": [r["step"] for r in rows], "train_loss": [r["loss"] for r in rows], **tested}
 
 
-def measure_task(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
+def measure_task(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict[str, Any]:
     """Trains on a task and returns what was seen.
 
     Settings: "task", a name of `data.tasks`; "options" of it; "train", keys of the training config;
@@ -114,14 +98,14 @@ def metrics(folder: pathlib.Path, split: str) -> list[dict[str, Any]]:
 
 
 def parameters(config: ConfigDict) -> int:
-    """Number of parameters of the model that a training config describes."""
+    """Returns how many parameters the model has that a training config describes."""
     c = config_lib.settings(config)
     init = inputs.make_model(c).init
     return count_params(jax.eval_shape(init, jax.random.key(0), abstract_tokens(c)))
 
 
 def state_size(keys: Mapping[str, Any]) -> int:
-    """Numbers in the state of one sequence, all layers, of a model without attention.
+    """Returns how many numbers the state of one sequence has, all layers, without attention.
 
     Args:
       keys: of the training config, the model's among them.
@@ -133,6 +117,6 @@ def state_size(keys: Mapping[str, Any]) -> int:
 
 
 def examples_to(result: Mapping[str, Any], share: float, metric: str = "exact") -> int | None:
-    """Examples seen when validation first reached a share of right answers; None: never."""
+    """Returns the examples seen when validation first reached a share of right answers, or None."""
     seen = zip(result["examples"], result[f"validation_{metric}"], strict=True)
     return next((examples for examples, value in seen if value >= share), None)

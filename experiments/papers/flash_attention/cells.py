@@ -6,11 +6,10 @@ from ml_collections import ConfigDict
 
 from tilescan.configs.common import flat
 from tilescan.experiments.harness.cells import Cell, sweep
-from tilescan.experiments.measurements import contexts, static_kernels
-from tilescan.experiments.measurements.attention import DIRECTIONS, VARIANTS, memory, runtime
-from tilescan.experiments.measurements.training import STANDARD, TILED, measure_text
+from tilescan.experiments.measurements import attention, attention_counts, contexts, static_kernels
+from tilescan.experiments.measurements.attention import DIRECTIONS, STANDARD, TILED, VARIANTS
+from tilescan.experiments.measurements.training import measure_text
 from tilescan.experiments.papers.flash_attention.exactness import errors
-from tilescan.experiments.papers.flash_attention.memory_traffic import sparse_traffic, traffic
 
 
 def cells(config: ConfigDict) -> list[Cell]:
@@ -29,8 +28,8 @@ def _traffic(io: ConfigDict) -> list[Cell]:
     shape = {"length": io.length, "head_dim": io.head_dim}
     of_length = {"kind": "io_length", "head_dim": io.head_dim, "on_chip": io.lengths_on_chip}
     sparse = {"kind": "io_sparse", **shape, "block": io.block}
-    blocks = -(-io.length // io.block)
-    factors = range((blocks - 1).bit_length() + 1)
+    factors = range((-(-io.length // io.block) - 1).bit_length() + 1)
+    traffic, sparse_traffic = attention_counts.traffic, attention_counts.sparse_traffic
     return [
         *sweep("io-M{on_chip}", traffic, {"kind": "io", **shape}, on_chip=io.on_chip),
         *sweep("io-N{length}", traffic, of_length, length=io.lengths),
@@ -40,13 +39,11 @@ def _traffic(io: ConfigDict) -> list[Cell]:
 
 def _exactness(e: ConfigDict) -> list[Cell]:
     """Returns the errors of outputs and gradients against float64, per mask and dtype."""
+    shape = {k: e[k] for k in ("length", "heads", "head_dim", "tiles", "kernel_tiles")}
     return sweep(
         lambda mask, dtype, seed: f"exactness-{mask.replace(' ', '-')}-{dtype}",
         errors,
-        {
-            "kind": "exactness",
-            **{k: e[k] for k in ("length", "heads", "head_dim", "tiles", "kernel_tiles")},
-        },
+        {"kind": "exactness", **shape},
         seconds=12,
         mask=e.masks,
         dtype=e.dtypes,
@@ -58,24 +55,24 @@ def _calls(r: ConfigDict, memory_lengths: tuple[int, ...]) -> list[Cell]:
     shape = {k: r[k] for k in ("batch", "heads", "head_dim", "dtype", "window", "block")}
 
     def timed(direction: str, length: int) -> dict[str, Any]:
-        fitting = [v for v in VARIANTS if v != "standard" or length <= r.standard_up_to]
+        fitting = [v for v in VARIANTS if v != STANDARD or length <= r.standard_up_to]
         return {"kind": "runtime", "variants": fitting, "repeats": r.repeats, **shape}
 
     return [
         *sweep(
             "memory-{direction}-T{length}",
-            memory,
+            attention.memory,
             {"kind": "memory", "variants": VARIANTS, **shape},
             seconds=4,
-            direction=DIRECTIONS,
+            direction=tuple(DIRECTIONS),
             length=memory_lengths,
         ),
         *sweep(
             "runtime-{direction}-T{length}",
-            runtime,
+            attention.runtime,
             timed,
             seconds=lambda direction, length: 4 + 15 * (length / 4096) ** 2,
-            direction=DIRECTIONS,
+            direction=tuple(DIRECTIONS),
             length=r.lengths,
         ),
     ]
@@ -84,8 +81,9 @@ def _calls(r: ConfigDict, memory_lengths: tuple[int, ...]) -> list[Cell]:
 def _training(curves: ConfigDict, context: ConfigDict, documents: ConfigDict) -> list[Cell]:
     """Returns the runs with two attentions, several contexts, several lengths of documents."""
     keys = {**flat(context.train), "data.seq_len": max(context.contexts)}
-    compared = {**keys, "model.position": context.compare_position}
-    ends = sorted({min(context.contexts), max(context.contexts)})
+    other = context.compare_position
+    ends = sorted({min(context.contexts), max(context.contexts)}) if other else ()
+    compared = {"kind": "context_compared", "train": {**keys, "model.position": other}}
 
     def classified(length: int) -> dict[str, Any]:
         task = {"task": "classification", "model.causal": False, "data.seq_len": length}
@@ -109,12 +107,12 @@ def _training(curves: ConfigDict, context: ConfigDict, documents: ConfigDict) ->
             context=context.contexts,
         ),
         *sweep(
-            f"context{{context}}-{context.compare_position}-seed{{seed}}",
+            f"context{{context}}-{other}-seed{{seed}}",
             contexts.run,
-            {"kind": "context_compared", "train": compared},
+            compared,
             seeds=context.seeds,
             seconds=30,
-            context=ends if context.compare_position else (),
+            context=ends,
         ),
         *sweep(
             "documents{length}-seed{seed}",

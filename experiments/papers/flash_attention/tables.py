@@ -1,11 +1,10 @@
 """FlashAttention's tables: time and memory of a call, exactness, counted traffic, training."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.statistics import Spread, log_slope, ratio
+from tilescan.experiments.harness.statistics import log_slope, ratio
 from tilescan.experiments.harness.tables import (
     MEASURED,
     PUBLISHED,
@@ -16,18 +15,26 @@ from tilescan.experiments.harness.tables import (
     table,
 )
 from tilescan.experiments.measurements import static_kernels
-from tilescan.experiments.measurements.attention import DIRECTIONS, FORWARD, FORWARD_BACKWARD
-from tilescan.experiments.measurements.timing import speed_up
-from tilescan.experiments.measurements.training import STANDARD, TILED
+from tilescan.experiments.measurements.attention import (
+    DIRECTIONS,
+    FORWARD,
+    FORWARD_BACKWARD,
+    STANDARD,
+    TILED,
+)
+from tilescan.experiments.measurements.timing import gain
 from tilescan.experiments.papers.flash_attention import published
 from tilescan.experiments.papers.flash_attention.exactness import OUTPUTS
 
-TITLES = {FORWARD: "forward", FORWARD_BACKWARD: "forward + backward"}
-NUMBERS = {FORWARD: "Table 9", FORWARD_BACKWARD: "Table 11"}
-NAMES = {v: v.replace("_", "-") for v in ("standard", "tiled", "block_sparse", "windowed")}
+# The numbers of the paper's tables, with dropout and padding, and without.
+NUMBERS = {FORWARD: ("Table 9", "Table 18"), FORWARD_BACKWARD: ("Table 11", "Table 20")}
+SPARSE = "block_sparse"
+NAMES = {v: v.replace("_", "-") for v in (STANDARD, TILED, SPARSE, "windowed")}
+OVER_STANDARD, OVER_SPARSE = (STANDARD, TILED), (TILED, SPARSE)  # (slow, fast)
 PAPER_IO = {"length": 1024, "head_dim": 64, "on_chip": 98304}  # of figure 2, an A100's memory
 IO_HEADS = 16 * 64  # of all sequences of the batch
 CONTEXTS = ("context", "context_compared")  # kinds of records
+Value = float | str | None
 
 
 def tables(records: Records) -> list[Table]:
@@ -36,55 +43,62 @@ def tables(records: Records) -> list[Table]:
         *(runtime_table(records, direction) for direction in DIRECTIONS),
         *(memory_table(records, direction) for direction in DIRECTIONS),
         exactness_table(records.select(kind="exactness")),
-        *traffic_tables(records),
+        figure_2(records.select(kind="io").one(**PAPER_IO)),
+        on_chip_table(records.select(kind="io")),
+        length_table(records.select(kind="io_length")),
+        sparse_table(records.select(kind="io_sparse")),
         curve_table(records.select(kind="curves")),
-        context_table(records),
+        context_table(*(records.select(kind=kind) for kind in CONTEXTS)),
         document_table(records.select(kind="documents")),
         *static_kernels.tables(records),
     ]
-    # The pages of this paper do not link rows with records.
-    return [dataclasses.replace(t, sources=()) for t in made if t.rows]
+    return [table for table in made if table.rows]
 
 
-def outcome(group: Group, variant: str, metric: str) -> float | str | None:
+def outcome(group: Group, variant: str, metric: str) -> Value:
     """Returns "median_ms" or "temp_bytes", OUT_OF_MEMORY, None where it was not measured."""
     result = group.first.result.get(variant, {})
     return result.get(metric, result.get("error"))
 
 
-def gain(group: Group, slow: str, fast: str) -> Spread | None:
-    """Returns slow / fast, None where one of them was not timed."""
-    result = group.first.result
-    return speed_up(result.get(slow, {}), result.get(fast, {}))
+def beside(
+    of_paper: Mapping[str, tuple[Value, ...]],
+    paper_unit: str,
+    kind: str,
+    unit: str,
+    value: Callable[[Group, str], Value],
+) -> list[Column]:
+    """Returns the length and, for each variant, what is published of it and our value."""
+    shown = [Column("length", of=lambda g: str(g.key))]
+    for v, name in NAMES.items():
+        if v in of_paper:
+            of = lambda g, v=v: published.at(g.key, of_paper[v])
+            shown.append(Column(name, PUBLISHED, paper_unit, of=of))
+        shown.append(Column(name, kind, unit, of=lambda g, v=v: value(g, v)))
+    return shown
 
 
 def runtime_table(records: Records, direction: str) -> Table:
     """Returns published and measured times against length, and their ratios."""
-    has = published.MS[direction]
-    paper = lambda g, name: published.ms(direction, name, g.key)
-    shown = [Column("length", of=lambda g: str(g.key))]
-    for v, name in NAMES.items():
-        if v in has:
-            shown.append(Column(name, PUBLISHED, "ms", of=lambda g, v=v: paper(g, v)))
-        shown.append(Column(name, MEASURED, "ms", of=lambda g, v=v: outcome(g, v, "median_ms")))
-    for pair in (("standard", "tiled"), ("tiled", "block_sparse")):
+    runtime, (number, plain) = records.select(kind="runtime"), NUMBERS[direction]
+    of_paper = published.MS[direction], published.PLAIN_MS[direction]
+    shown = beside(of_paper[0], "ms", MEASURED, "ms", lambda g, v: outcome(g, v, "median_ms"))
+    for pair in (OVER_STANDARD, OVER_SPARSE):
         title = " / ".join(NAMES[v] for v in pair)
-        if set(pair) <= set(has):
-            of = lambda g, pair=pair: ratio(*(paper(g, v) for v in pair))
-            shown.append(Column(title, PUBLISHED, of=of))
-        shown.append(Column(title, MEASURED, of=lambda g, pair=pair: gain(g, *pair)))
-    runtime = records.select(kind="runtime")
-    shape = first(runtime, "batch {batch}, {heads} heads of {head_dim}, {dtype}")
+        paper = lambda i, pair=pair: lambda g: published.over(g.key, of_paper[i], *pair)
+        shown += columns(PUBLISHED, {title: paper(0), f"{title}, {plain}": paper(1)})
+        shown.append(Column(title, MEASURED, of=lambda g, pair=pair: gain(g.first, *pair)))
     return table(
         f"runtime-{direction}",
-        f"{NUMBERS[direction]}: time of one attention call against length, {TITLES[direction]}",
+        f"{number}: time of one attention call against length, {DIRECTIONS[direction]}",
         by(runtime.select(direction=direction), "length"),
         shown,
-        note="Published: A100 40 GB, batch 16, 8 heads of 64, 16 bit, with dropout and padding. "
-        f"Measured: {shape}, no dropout; medians of interleaved rounds; "
-        "ratios are of medians, ± their standard deviation over rounds. Times of different "
-        "machines and batches are not comparable. Standard is jax.nn.dot_product_attention; "
-        "windowed and block-sparse are the tiled op with a mask.",
+        "Published: A100 40 GB, batch 16, 8 heads of 64, 16 bit, with dropout and padding; ratios "
+        f"of {plain} are without both, as here. Measured: "
+        + first(runtime, "batch {batch}, {heads} heads of {head_dim}, {dtype}, no dropout; ")
+        + "medians of interleaved rounds; ratios are of medians, ± their standard deviation over "
+        "rounds. Times of different machines and batches are not comparable. Standard is "
+        "jax.nn.dot_product_attention; windowed and block-sparse are the tiled op with a mask.",
     )
 
 
@@ -93,8 +107,8 @@ def growth(memory: Records, variant: str) -> float | None:
     groups = by(memory, "length")
     groups = [g for g in groups if g.key >= 1024] or groups
     points = [(g.key, outcome(g, variant, "temp_bytes")) for g in groups]
-    points = [(n, b) for n, b in points if b and isinstance(b, int)]
-    return log_slope([n for n, _ in points], [b for _, b in points])
+    points = [(n, size) for n, size in points if size and isinstance(size, int)]
+    return log_slope([n for n, _ in points], [size for _, size in points])
 
 
 def memory_table(records: Records, direction: str) -> Table:
@@ -104,23 +118,24 @@ def memory_table(records: Records, direction: str) -> Table:
     rows = by(found, "length")
     if len(rows) > 1:
         rows.append(Group("growth: power of length", found))
+    of_paper = published.MEGABYTES if direction == FORWARD_BACKWARD else {}
 
-    def value(group: Group, variant: str) -> float | str | None:
+    def value(group: Group, variant: str) -> Value:
         if len(group) > 1:
             return growth(group.records, variant)
         size = outcome(group, variant, "temp_bytes")
         return size / 2**20 if isinstance(size, int) else size
 
-    shown = {name: lambda g, v=v: value(g, v) for v, name in NAMES.items()}
-    backends = sorted({r.environment["backend"] for r in memory})
+    backends = ", ".join(sorted({r.environment["backend"] for r in memory}))
     return table(
         f"memory-{direction}",
-        f"Memory of one attention call against length, {TITLES[direction]}",
+        f"Memory of one attention call against length, {DIRECTIONS[direction]}",
         rows,
-        [Column("length", of=lambda g: str(g.key)), *columns(STATIC, shown, "MiB")],
-        note="Temporaries beside arguments and results, by XLA's own buffer assignment for "
-        f"{', '.join(backends)}; compiled, not run. The last row is the slope of log memory over "
-        "log length from length 1024 on: 2 is quadratic, 1 linear.",
+        beside(of_paper, "MB", STATIC, "MiB", value),
+        "Temporaries beside arguments and results, by XLA's own buffer assignment for "
+        f"{backends}; compiled, not run. The last row is the slope of log memory over "
+        "log length from length 1024 on: 2 is quadratic, 1 linear."
+        + (" Published (Table 21): all memory in use, batch 16, 16 bit." if of_paper else ""),
     )
 
 
@@ -137,7 +152,6 @@ def exactness_table(found: Records) -> Table:
     """Returns errors by mask, dtype and implementation, the worst over its tiles."""
     ranked = sorted(found, key=lambda r: r.settings["dtype"], reverse=True)
     worst = {o: lambda row, o=o: max(e[o] for e in row[2].values()) for o in OUTPUTS}
-    shape = "{length} queries and keys, {heads} heads of {head_dim}. "
     return table(
         "exactness",
         "Exactness of outputs and gradients",
@@ -149,9 +163,9 @@ def exactness_table(found: Records) -> Table:
             Column("tiles", of=lambda row: ", ".join(row[2])),
             *columns(MEASURED, worst, digits=2),
         ],
-        note=first(found, shape) + "Largest error over largest value, against dense attention in "
-        "float64, of the worst tile. Tiles are queries x keys; by itself the op takes one for so "
-        "short a sequence.",
+        first(found, "{length} queries and keys, {heads} heads of {head_dim}. ")
+        + "Largest error over largest value, against dense attention in float64, of the worst "
+        "tile. Tiles are queries x keys; by itself the op takes one for so short a sequence.",
     )
 
 
@@ -160,117 +174,118 @@ def gigabytes(elements: int) -> float:
     return elements * IO_HEADS * 2 / 1e9
 
 
+def number(name: str) -> Callable[[Group], float]:
+    """Returns the function of a group that gives a number of its result."""
+    return lambda group: group.first.result[name]
+
+
+def over(one: str, other: str) -> Callable[[Group], float]:
+    """Returns the function of a group that gives the ratio of two numbers of its result."""
+    return lambda group: group.first.result[one] / group.first.result[other]
+
+
 def over_bound(group: Group) -> float:
     """Returns the forward pass's traffic over N²d²/M."""
     s = group.first.settings
     return group.first.result["forward"] / ((s["length"] * s["head_dim"]) ** 2 / s["on_chip"])
 
 
-def numbers(*names: str) -> list[Callable[[Group], float]]:
-    """Returns functions of a group that give these numbers of its result."""
-    return [lambda group, name=name: group.first.result[name] for name in names]
-
-
-def traffic_tables(records: Records) -> list[Table]:
-    """Returns figure 2, and traffic against on-chip memory, length and sparsity."""
-    on_chip, lengths = (records.select(kind=kind) for kind in ("io", "io_length"))
-    sparse = by(records.select(kind="io_sparse"), "factors")
-    visits, forward, both = numbers("visits", "forward", "forward_backward")
-    standard, standard_both = numbers("standard_forward", "standard_forward_backward")
-    live, flops = numbers("live_fraction", "matmul_flops")
-    dense = max((visits(g) / live(g) for g in sparse), default=0)
-    return [
-        _figure_2(on_chip.one(**PAPER_IO)),
-        table(
-            "io-on-chip",
-            "Figure 2, middle: memory traffic against the size of on-chip memory",
-            by(on_chip, "on_chip"),
-            [
-                Column("on-chip elements", of=lambda g: f"{g.key:,}"),
-                Column("tiles", of=lambda g: "{block_q} x {block_k}".format(**g.first.result)),
-                Column("visits a head", STATIC, of=visits),
-                *columns(
-                    STATIC,
-                    {
-                        "tiled, forward + backward": lambda g: gigabytes(both(g)),
-                        "standard, forward + backward": lambda g: gigabytes(standard_both(g)),
-                    },
-                    "GB",
-                ),
-                Column("standard / tiled", STATIC, of=lambda g: standard_both(g) / both(g)),
-                Column("forward / (N²d²/M)", STATIC, of=over_bound),
-            ],
-            note="Counted by the same replay, "
-            + first(on_chip, "N {length}, d {head_dim}")
-            + ", 16 heads, batch 64. Theorem 2, Θ(N²d²/M), says that the last column stays "
-            "constant as long as M is at most Nd; what grows are the keys and values, read once "
-            "however large the memory is, and tiles that do not divide N.",
-        ),
-        table(
-            "io-length",
-            "Theorem 2: memory traffic against length",
-            by(lengths, "length"),
-            [
-                Column("length", of=lambda g: str(g.key)),
-                Column("visits", STATIC, of=visits),
-                Column("elements moved, tiled", STATIC, of=forward),
-                Column("elements moved, standard", STATIC, of=standard),
-                Column("standard / tiled", STATIC, of=lambda g: standard(g) / forward(g)),
-                Column("tiled / (N²d²/M)", STATIC, of=over_bound),
-            ],
-            note="One head, forward, "
-            + first(lengths, "{on_chip:,} on-chip elements, d {head_dim}")
-            + "; counted by the same replay. Both grow with the square of the length: tiling saves "
-            "a factor, M/d² by the theorem.",
-        ),
-        table(
-            "io-sparse",
-            "Figure 2, right: block-sparse attention's traffic against sparsity",
-            sparse,
-            [
-                Column("butterfly factors", of=lambda g: str(g.key)),
-                Column("live fraction s", STATIC, of=live),
-                Column("tiles visited", STATIC, of=visits),
-                Column("of all tiles", STATIC, of=lambda g: visits(g) / dense),
-                Column("elements moved, forward", STATIC, of=forward),
-                Column("operations in matmuls", STATIC, "10⁶", of=lambda g: flops(g) / 1e6),
-            ],
-            note="Counted for one head by the same replay. Traffic is Θ(Nd + N²d²s/M): "
-            "proportional to s beside a constant.",
-        ),
-    ]
-
-
-def _figure_2(record: Record | None) -> Table:
-    """Returns the table of the figure's left; a row has a title, published and counted pairs."""
+def figure_2(record: Record | None) -> Table:
+    """Returns the figure's left; a row has a title, published and counted pairs, and its record."""
     rows = []
     if record:
         products = (6, 7)  # of matrices, forward and backward: standard, tiled
         flops = 2 * PAPER_IO["length"] ** 2 * PAPER_IO["head_dim"] * IO_HEADS  # of a product
         moved = (record.result[k] for k in ("standard_forward_backward", "forward_backward"))
         rows = [
-            ("operations (10⁹)", published.GFLOPS, [n * flops / 1e9 for n in products]),
-            ("traffic (GB)", published.GIGABYTES, [gigabytes(n) for n in moved]),
+            ("FLOPs (10⁹)", published.GFLOPS, [n * flops / 1e9 for n in products]),
+            ("traffic (GB)", published.GIGABYTES, [gigabytes(n) for n in moved], record),
             ("time on an A100 (ms)", published.A100_MS, (None, None)),
         ]
     shown = [Column("forward + backward", of=lambda row: row[0])]
     for i, kind in enumerate((PUBLISHED, STATIC), 1):
-        values = {
-            "standard": lambda row, i=i: row[i][0],
-            "tiled": lambda row, i=i: row[i][1],
-            "standard / tiled": lambda row, i=i: ratio(*row[i]),
-        }
-        shown += columns(kind, values)
+        values = {name: lambda row, i=i, j=j: row[i][j] for j, name in enumerate(OVER_STANDARD)}
+        shown += columns(kind, values | {"standard / tiled": lambda row, i=i: ratio(*row[i])})
     return table(
         "io",
-        "Figure 2, left: operations and memory traffic of attention",
+        "Figure 2, left: FLOPs and memory traffic of attention",
         rows,
         shown,
-        note="N 1024, d 64, 16 heads, batch 64, 2 bytes an element. Static: traffic counted by "
-        "replaying the loops tile by tile with the on-chip memory of an A100, operations by "
+        "N 1024, d 64, 16 heads, batch 64, 2 bytes an element. Static: traffic counted by "
+        "replaying the loops tile by tile with the on-chip memory of an A100, FLOPs by "
         "formula (6 products of matrices, and one more to compute the scores again); no device. "
         "Published: a profiler on an A100, where standard attention masked and dropped out in "
-        "kernels of their own. Its operations are not those of this shape; their ratio compares.",
+        "kernels of their own. Its FLOPs are not those of this shape; their ratio compares.",
+    )
+
+
+def on_chip_table(on_chip: Records) -> Table:
+    """Returns traffic against the size of on-chip memory."""
+    both = ("standard_forward_backward", "forward_backward")
+    moved = {
+        f"{name}, forward + backward": lambda g, key=key: gigabytes(g.first.result[key])
+        for name, key in zip((TILED, STANDARD), both[::-1], strict=True)
+    }
+    return table(
+        "io-on-chip",
+        "Figure 2, middle: memory traffic against the size of on-chip memory",
+        by(on_chip, "on_chip"),
+        [
+            Column("on-chip elements", of=lambda g: f"{g.key:,}"),
+            Column("tiles", of=lambda g: "{block_q} x {block_k}".format(**g.first.result)),
+            Column("visits a head", STATIC, of=number("visits")),
+            *columns(STATIC, moved, "GB"),
+            Column("standard / tiled", STATIC, of=over(*both)),
+            Column("forward / (N²d²/M)", STATIC, of=over_bound),
+        ],
+        "Counted by the same replay, "
+        + first(on_chip, "N {length}, d {head_dim}")
+        + ", 16 heads, batch 64. Theorem 2, Θ(N²d²/M), says that the last column stays constant as "
+        "long as M is at most Nd; what grows are the keys and values, read once however large the "
+        "memory is, and tiles that do not divide N.",
+    )
+
+
+def length_table(lengths: Records) -> Table:
+    """Returns the forward pass's traffic against length."""
+    return table(
+        "io-length",
+        "Theorem 2: memory traffic against length",
+        by(lengths, "length"),
+        [
+            Column("length", of=lambda g: str(g.key)),
+            Column("visits", STATIC, of=number("visits")),
+            Column("elements moved, tiled", STATIC, of=number("forward")),
+            Column("elements moved, standard", STATIC, of=number("standard_forward")),
+            Column("standard / tiled", STATIC, of=over("standard_forward", "forward")),
+            Column("tiled / (N²d²/M)", STATIC, of=over_bound),
+        ],
+        "One head, forward, "
+        + first(lengths, "{on_chip:,} on-chip elements, d {head_dim}")
+        + "; counted by the same replay. Both grow with the square of the length: tiling saves a "
+        "factor, M/d² by the theorem.",
+    )
+
+
+def sparse_table(sparse: Records) -> Table:
+    """Returns the forward pass's traffic against sparsity."""
+    rows = by(sparse, "factors")
+    visits = number("visits")
+    dense = max(map(over("visits", "live_fraction"), rows), default=0)
+    return table(
+        "io-sparse",
+        "Figure 2, right: block-sparse attention's traffic against sparsity",
+        rows,
+        [
+            Column("butterfly factors", of=lambda g: str(g.key)),
+            Column("live fraction s", STATIC, of=number("live_fraction")),
+            Column("tiles visited", STATIC, of=visits),
+            Column("of all tiles", STATIC, of=lambda g: visits(g) / dense),
+            Column("elements moved, forward", STATIC, of=number("forward")),
+            Column("FLOPs in matmuls", STATIC, "10⁶", of=lambda g: number("matmul_flops")(g) / 1e6),
+        ],
+        "Counted for one head by the same replay. Traffic is Θ(Nd + N²d²s/M): proportional to s "
+        "beside a constant.",
     )
 
 
@@ -303,12 +318,13 @@ def curve_table(curves: Records) -> Table:
             Column("test perplexity, standard", MEASURED, digits=5, of=perplexity(0)),
             Column("test perplexity, tiled", MEASURED, digits=5, of=perplexity(1)),
         ],
-        note=f"{_about(curves)}. Same seed, same batches, same program but for the attention. The "
+        f"{_about(curves)}. Same seed, same batches, same program but for the attention. The "
         "paper reports the same perplexity 18.2 for GPT-2 small with both (Table 2).",
     )
 
 
 def _about(found: Records) -> str:
+    """Returns the data and the training that all records agree on, in words."""
     return first(
         found,
         "{data.tokenizer} tokens of {sources}; {model.repeats} layers, width {model.d_model}, "
@@ -317,17 +333,15 @@ def _about(found: Records) -> str:
     )
 
 
-def context_table(records: Records) -> Table:
-    """Returns perplexity against context; a row has a label, published numbers, and a context."""
-    measured, compared = (records.select(kind=kind) for kind in CONTEXTS)
-    rows = [(str(n), (None, None), n) for n in measured.values("context")]
+def context_table(measured: Records, compared: Records) -> Table:
+    """Returns perplexity by context; a row has a label, published numbers, and records or None."""
+    rows = [(str(g.key), (None, None), g) for g in by(Records([*measured, *compared]), "context")]
     if rows:
         rows += [(f"{n} (GPT-2 small)", found, None) for n, found in published.PERPLEXITY.items()]
-    perplexity = {
-        f"perplexity, {position(found)}": lambda row, found=found: Group(
-            row[2], found.select(context=row[2])
-        ).mean_std("test_perplexity")
-        for found in (measured, compared)
+    score = lambda kind: lambda row: row[2] and row[2].select(kind=kind).mean_std("test_perplexity")
+    shown = {
+        f"perplexity, {position(found)}": score(kind)
+        for kind, found in zip(CONTEXTS, (measured, compared), strict=True)
         if found
     }
     note = (
@@ -350,10 +364,10 @@ def context_table(records: Records) -> Table:
             Column("context", of=lambda row: row[0]),
             Column("perplexity", PUBLISHED, of=lambda row: row[1][0]),
             Column("training on 8 A100s", PUBLISHED, "days", of=lambda row: row[1][1]),
-            *columns(MEASURED, perplexity),
-            Column("seeds", MEASURED, of=lambda row: len(measured.select(context=row[2])) or None),
+            *columns(MEASURED, shown),
+            Column("seeds", MEASURED, of=lambda row: row[2] and len(row[2].select(kind="context"))),
         ],
-        note=note,
+        note,
     )
 
 
@@ -367,34 +381,29 @@ def _best(*kinds: Records) -> str:
 def position(found: Records) -> str:
     """Returns what the positions of some models are called."""
     names = {"alibi": "ALiBi", "rope": "rotary"}
-    return first(
-        found,
-        "{name} positions",
-        name=lambda k: names.get(k["model.position"], k["model.position"]),
-    )
+    name = lambda known: names.get(known["model.position"], known["model.position"])
+    return first(found, "{name} positions", name=name)
 
 
 def document_table(documents: Records) -> Table:
-    """Returns scores against what is read; a row has a label, published scores, and a length."""
-    rows = [(str(n), {}, n) for n in documents.values("length")]
+    """Returns scores by what is read; a row has a label, published scores, and records or None."""
+    rows = [(str(g.key), {}, g) for g in by(documents, "length")]
     if rows:
         for n in published.F1["MIMIC-III"]:
             rows.append((str(n), {name: scores[n] for name, scores in published.F1.items()}, None))
-    score = lambda n: Group(n, documents.select(length=n)).mean_std("test_accuracy", 100)
+    of_paper = {f"{n}, micro-F1": lambda row, n=n: row[1].get(n) for n in published.F1}
+    score = lambda row: row[2] and row[2].mean_std("test_accuracy", 100)
     return table(
         "documents",
         "Table 5: classification against how much of a document is read",
         rows,
         [
             Column("tokens read", of=lambda row: row[0]),
-            *(
-                Column(f"{name}, micro-F1", PUBLISHED, "%", of=lambda row, n=name: row[1].get(n))
-                for name in published.F1
-            ),
-            Column("sections of BBC news, micro-F1", MEASURED, "%", of=lambda row: score(row[2])),
-            Column("seeds", MEASURED, of=lambda row: len(documents.select(length=row[2])) or None),
+            *columns(PUBLISHED, of_paper, "%"),
+            Column("sections of BBC news, micro-F1", MEASURED, "%", of=score),
+            Column("seeds", MEASURED, of=lambda row: row[2] and len(row[2])),
         ],
-        note=f"{_about(documents)}. With one label a document micro-F1 is accuracy. The paper "
+        f"{_about(documents)}. With one label a document micro-F1 is accuracy. The paper "
         "fine-tunes RoBERTa on medical notes and court cases, which may not be passed on; here a "
         "small encoder learns the section of news articles from scratch. Only the direction "
         "compares.",

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tilescan.experiments.measurements import attention_counts as counts
-from tilescan.experiments.papers.flash_attention import memory_traffic as attention_io
 from tilescan.ops import masks
 
 D = 16
@@ -80,7 +79,7 @@ def test_causal_visits_the_lower_triangle_of_tiles():
 
 def test_traffic_is_inverse_to_on_chip_memory():
     settings = {"length": 512, "head_dim": D}
-    result = [attention_io.traffic({**settings, "on_chip": size}, 0) for size in (1024, 2048, 4096)]
+    result = [counts.traffic({**settings, "on_chip": size}, 0) for size in (1024, 2048, 4096)]
     moved = [r["forward"] - 2 * 512 * D for r in result]  # K and V are read once at any size
     assert moved[0] == 2 * moved[1] == 4 * moved[2]
     assert result[0]["standard_forward"] == 4 * 512**2 + 4 * 512 * D
@@ -89,7 +88,7 @@ def test_traffic_is_inverse_to_on_chip_memory():
 
 def test_sparse_traffic_is_proportional_to_the_live_fraction():
     base = {"length": 256, "head_dim": D, "block": 32}
-    dense, sparse = (attention_io.sparse_traffic({**base, "factors": f}, 0) for f in (3, 0))
+    dense, sparse = (counts.sparse_traffic({**base, "factors": f}, 0) for f in (3, 0))
     assert sparse["live_fraction"] == 1 / 8 and dense["live_fraction"] == 4 / 8
     assert dense["visits"] == 4 * sparse["visits"]
     assert dense["matmul_flops"] == 4 * sparse["matmul_flops"]

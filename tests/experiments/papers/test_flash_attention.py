@@ -4,6 +4,7 @@ import pytest
 
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import tables
+from tilescan.experiments.harness.claims import Effect
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.papers import flash_attention
 from tilescan.experiments.papers.flash_attention import published
@@ -35,17 +36,29 @@ def claim(name, *made):
 
 
 def test_published_times_are_the_papers():
-    assert published.ms("forward_backward", "standard", 1024) == 8.29
-    assert published.ms("forward_backward", "standard", 8192) == "out of memory"
-    assert published.ms("forward_backward", "standard", 16384) is None
-    assert published.ms("forward_backward", "tiled", 65536) == 9341.3
-    assert published.ms("forward_backward", "block_sparse", 4096) == 4.12
-    assert published.ms("forward", "tiled", 128) == 0.04
-    assert published.ms("forward", "standard", 128) is None
-    assert published.ms("forward", "tiled", 100) is None
-    for direction, rows in published.MS.items():
-        for name, row in rows.items():
-            assert len(row) == (7 if name == "standard" else 10), (direction, name)
+    both, forward = published.MS["forward_backward"], published.MS["forward"]
+    plain = published.PLAIN_MS
+    assert published.at(1024, both["standard"]) == 8.29
+    assert published.at(8192, both["standard"]) == "out of memory"
+    assert published.at(16384, both["standard"]) is None
+    assert published.at(65536, both["tiled"]) == 9341.3
+    assert published.at(4096, both["block_sparse"]) == 4.12
+    assert published.at(128, forward["tiled"]) == 0.04
+    assert published.at(4096, forward["standard"]) == 36.33
+    assert published.at(100, forward["tiled"]) is None
+    assert published.at(4096, plain["forward"]["standard"]) == 16.47
+    assert published.at(65536, plain["forward_backward"]["block_sparse"]) == 50.39
+    assert published.at(2048, published.MEGABYTES["standard"]) == 4416
+    for rows in (*published.MS.values(), *plain.values(), published.MEGABYTES):
+        assert len(rows["tiled"]) == len(rows["block_sparse"]) == len(published.LENGTHS) == 10
+        assert rows["standard"][-1] == "out of memory" and len(rows["standard"]) in (7, 8)
+
+
+def test_published_ratios_need_both_numbers():
+    rows = published.PLAIN_MS["forward_backward"]
+    assert published.over(4096, rows, "standard", "tiled") == 50.44 / 30.09
+    assert published.over(8192, rows, "standard", "tiled") is None  # out of memory
+    assert published.over(100, rows, "tiled", "block_sparse") is None
 
 
 @pytest.mark.parametrize(
@@ -158,7 +171,23 @@ def test_memory_that_the_compiler_refuses_is_named():
 def test_ratios_show_their_spread_over_rounds():
     made = runtime(4096, "forward", standard=20.0, tiled=10.0)
     made.result["standard"]["samples_ms"] = [19.0, 21.0]
-    assert claim("faster, forward", made).evidence == "2.00 ± 0.14 at length 4096"
+    found = claim("faster, forward", made)
+    assert found.evidence == "2.00 ± 0.14 at length 4096"
+    # The effect is the paper's without dropout and padding (table 18), and that of each round.
+    assert found.effect == Effect(16.47 / 8.42, [1.9, 2.1])
+
+
+def test_memory_of_the_longest_published_length_has_an_effect():
+    made = [memory(n, "forward_backward", standard=n**2, tiled=n) for n in (2048, 4096, 8192)]
+    assert claim("linear memory, forward + backward", *made).effect == Effect(17024 / 836, [4096])
+    forward = [memory(n, "forward", standard=n**2, tiled=n) for n in (2048, 4096)]
+    assert claim("linear memory, forward", *forward).effect is None
+
+
+def test_rows_name_the_records_that_they_show():
+    made = Records([runtime(n, "forward", standard=2.0, tiled=1.0) for n in (512, 1024)])
+    (table,) = flash_attention.PAPER.tables(made)
+    assert table.sources == [("runtime-forward-T512",), ("runtime-forward-T1024",)]
 
 
 def test_runtime_table_has_published_and_measured_columns_side_by_side():
@@ -169,6 +198,7 @@ def test_runtime_table_has_published_and_measured_columns_side_by_side():
     row = dict(zip([c.heading for c in table.columns], table.rows[0], strict=True))
     assert row["standard (ms), published"] == 8.29 and row["standard (ms), measured"] == 20.0
     assert row["standard / tiled, published"] == pytest.approx(8.29 / 2.55)
+    assert row["standard / tiled, Table 20, published"] == pytest.approx(3.67 / 2.29)
     assert row["standard / tiled, measured"] == tables.Spread(2.0, 0.0, 2)
 
 

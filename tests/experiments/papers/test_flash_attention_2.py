@@ -7,13 +7,10 @@ import pytest
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import tables
 from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.measurements import attention_counts
 from tilescan.experiments.papers import flash_attention_2
-from tilescan.experiments.papers.flash_attention_2 import (
-    tables as flash_attention_2_tables,
-)
-from tilescan.experiments.papers.flash_attention_2 import (
-    training as flash_attention_2_training,
-)
+from tilescan.experiments.papers.flash_attention_2 import cells
+from tilescan.experiments.papers.flash_attention_2 import tables as paper_tables
 from tilescan.ops import masks, reference
 
 SETTINGS = {"kind": "speed", "batch": 1, "length": 4096, "heads": 8, "head_dim": 64, "dtype": "f"}
@@ -44,18 +41,16 @@ def claim(name, *made):
 
 
 def test_flops_are_the_papers_formula():
-    forward = flash_attention_2_tables.flops(SETTINGS, "forward", causal=False)
+    forward = paper_tables.flops(SETTINGS, "forward", causal=False)
     assert forward == 4 * 4096**2 * 64 * 8
-    assert flash_attention_2_tables.flops(SETTINGS, "backward", causal=False) == 2.5 * forward
-    assert flash_attention_2_tables.flops(SETTINGS, "forward_backward", causal=True) == (
-        3.5 * forward / 2
-    )
+    assert paper_tables.flops(SETTINGS, "backward", causal=False) == 2.5 * forward
+    assert paper_tables.flops(SETTINGS, "forward_backward", causal=True) == (3.5 * forward / 2)
 
 
 def test_backward_is_the_difference():
     made = speed(tiled__full__forward=20.0)
     both, forward, backward = (
-        flash_attention_2_tables.milliseconds(made, "tiled", "full", d)
+        paper_tables.milliseconds(made, "tiled", "full", d)
         for d in ("forward_backward", "forward", "backward")
     )
     assert (both, forward, backward) == (70.0, 20.0, 50.0)
@@ -89,7 +84,7 @@ def test_skipped_tiles(live, partial, status):
 
 
 def test_masks_leave_the_lower_triangle_of_tiles():
-    found = flash_attention_2.count_tiles({"side": 8, "block": 16}, 0)
+    found = attention_counts.causal_tiles({"side": 8, "block": 16}, 0)
     assert found == {"all": 64, "live": 36, "partial": 8}
 
 
@@ -134,16 +129,16 @@ def test_training_steps_differ_in_attention_alone(monkeypatch):
             programs[name] = str(jaxpr), jax.tree.map(lambda x: (x.shape, x.dtype), out)
         return {}
 
-    monkeypatch.setattr(flash_attention_2_training.timing, "compare", compare)
+    monkeypatch.setattr(cells.timing, "compare", compare)
     config = papers.load_config("flash_attention_2", "smoke")
-    cell = flash_attention_2_training.cells(config)[1]
+    cell = cells.cells(config)[-1]
     assert cell.measure(cell.settings, 0)["parameters"] > 2000
     (standard, shapes), (tiled, theirs) = programs["standard"], programs["tiled"]
     assert shapes == theirs and standard != tiled
 
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 9, 2, 4))
     want = reference.attention(q, k, v, mask=masks.Causal(), scale=0.3)
-    got = flash_attention_2_training._standard(q, k, v, mask=masks.Causal(), scale=0.3)
+    got = cells.standard_attention(q, k, v, mask=masks.Causal(), scale=0.3)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -151,7 +146,8 @@ def test_accelerator_scale_is_the_papers_grid():
     config = papers.load_config("flash_attention_2", "accelerator").speed
     assert config.lengths == tuple(2**k for k in range(9, 15)) and config.head_dims == (64, 128)
     assert (config.tokens, config.hidden, config.dtype) == (16384, 2048, "bfloat16")
-    found = flash_attention_2.speed_cells(papers.load_config("flash_attention_2", "accelerator"))
+    made = cells.cells(papers.load_config("flash_attention_2", "accelerator"))
+    found = [c for c in made if c.settings["kind"] == "speed"]
     assert {c.settings["batch"] * c.settings["length"] for c in found} == {16384}
     assert {c.settings["heads"] * c.settings["head_dim"] for c in found} == {2048}
 

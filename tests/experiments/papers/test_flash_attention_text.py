@@ -1,22 +1,23 @@
-"""Training cells: equal tokens for every context, attention put in place of the op, claims."""
+"""Training cells: equal tokens for every context, standard attention by a key, claims."""
 
+import dataclasses
 import itertools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.workspace import Workspace
 from tilescan.experiments.measurements import contexts as long_context
 from tilescan.experiments.measurements import static_kernels as static_figures
 from tilescan.experiments.measurements import training as measurements
 from tilescan.experiments.papers import flash_attention
 from tilescan.experiments.papers.flash_attention import exactness as attention_exactness
-from tilescan.models import attention as attention_module
-from tilescan.ops import masks, reference
-from tilescan.ops.attention import attention
+from tilescan.ops import masks
+from tilescan.training import inputs
+from tilescan.training.config import settings
 
 KEYS = {
     "data.tokenizer": "byte", "data.sources": ["shakespeare"], "model.repeats": 2,
@@ -65,18 +66,23 @@ def test_context_must_divide_the_rows(tmp_path):
         long_context.run(settings, 0, tmp_path)
 
 
-def test_standard_attention_stands_in_for_the_op_and_agrees_with_it():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 40, 2, 16))
-    mask = masks.Causal()
-    with measurements.attention_as("standard"):
-        assert attention_module.attention is not attention
-        dense = attention_module.attention(q, k, v, mask=mask, implementation="xla")
-    assert attention_module.attention is attention
-    np.testing.assert_array_equal(dense, reference.attention(q, k, v, mask=mask))
-    np.testing.assert_allclose(dense, attention(q, k, v, mask=mask), atol=2e-6)
+def test_standard_attention_is_the_definition_and_nothing_else_differs(monkeypatch, tmp_path):
+    trained = []
+
+    def train(config, folder):
+        trained.append(config)
+        (folder / "metrics.jsonl").write_text("")
+        names = ("loss", "perplexity", "accuracy", "weight")
+        return {f"test/{name}": 1.0 for name in names}
+
+    monkeypatch.setattr(measurements, "train", train)
+    for kind in ({"attention": "standard"}, {"attention": "tiled"}, {}):
+        measurements.measure_text({"train": KEYS, **kind}, 0, Workspace(tmp_path))
+    standard, tiled, default = (inputs.make_model(settings(config)).config for config in trained)
+    assert tiled == default
+    assert standard == dataclasses.replace(tiled, attention_implementation="reference")
     with pytest.raises(ValueError, match="attention='dense' is unknown"):
-        with measurements.attention_as("dense"):
-            pass
+        measurements.measure_text({"train": KEYS, "attention": "dense"}, 0, Workspace(tmp_path))
 
 
 def test_unknown_key_of_the_training_config_is_refused():
@@ -164,26 +170,38 @@ def test_exactness_is_measured_in_the_tiles_that_are_asked_for():
         attention_exactness.errors({**settings, "tiles": ("16",)}, 0)
 
 
-@pytest.mark.parametrize("mask", ["full", "causal", "window", "butterfly", "segments"])
-def test_float64_oracle_agrees_with_the_reference(mask):
-    length = 24
-    q, k, v, do = jax.random.normal(jax.random.key(0), (4, 1, length, 2, 8))
-    made = attention_exactness.make_mask(mask, length)
-    visible = np.array(masks.as_array(made, length, length)).reshape(1, 1, length, length)
-    o, pull = jax.vjp(lambda q, k, v: reference.attention(q, k, v, mask=made), q, k, v)
-    truth = attention_exactness.dense_float64(q, k, v, do, visible)
-    for ours, theirs in zip((o, *pull(do)), truth, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+def textbook(q, k, v, do, visible):
+    """(o, dq, dk, dv) by the formulas in NumPy's float64; `visible` is bool [B, 1, T, T]."""
+    q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
+    repeats, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
+    full_k, full_v = (np.repeat(x, repeats, axis=2) for x in (k, v))
+    scores = np.where(visible, scale * np.einsum("bthd,bshd->bhts", q, full_k), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    o = np.einsum("bhts,bshd->bthd", weights, full_v)
+    dweights = np.einsum("bthd,bshd->bhts", do, full_v)
+    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) * scale
+    dq = np.einsum("bhts,bshd->bthd", dscores, full_k)
+    dk = np.einsum("bhts,bthd->bshd", dscores, q)
+    dv = np.einsum("bhts,bthd->bshd", weights, do)
+    grouped = (*k.shape[:3], repeats, k.shape[3])
+    return o, dq, *(x.reshape(grouped).sum(3) for x in (dk, dv))
 
 
-def test_float64_oracle_sums_gradients_over_grouped_heads():
-    q, do = jax.random.normal(jax.random.key(0), (2, 1, 10, 4, 8))
-    k, v = jax.random.normal(jax.random.key(1), (2, 1, 10, 2, 8))
-    visible = np.ones((1, 1, 10, 10), bool)
-    _, pull = jax.vjp(reference.attention, q, k, v)
-    truth = attention_exactness.dense_float64(q, k, v, do, visible)
-    for ours, theirs in zip(pull(jnp.asarray(do)), truth[1:], strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+@pytest.mark.parametrize(
+    "name", ["full", "causal", "window", "butterfly", "segments", "grouped heads"]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float64_oracle_agrees_with_the_textbook(name, dtype):
+    length, groups = 24, 2 if name == "grouped heads" else 4
+    q, do = jax.random.normal(jax.random.key(0), (2, 1, length, 4, 8), dtype)
+    k, v = jax.random.normal(jax.random.key(1), (2, 1, length, groups, 8), dtype)
+    mask = attention_exactness.make_mask(name, length)
+    visible = np.array(masks.as_array(mask, length, length)).reshape(1, 1, length, length)
+    o, gradients = attention_exactness.in_float64(do, q, k, v, mask=mask)
+    for ours, theirs in zip((o, *gradients), textbook(q, k, v, do, visible), strict=True):
+        assert ours.dtype == np.float64
+        np.testing.assert_allclose(ours, theirs, atol=1e-14)
 
 
 def tpu_row(implementation, kernel, cycles):
@@ -207,7 +225,7 @@ def test_static_cycles_add_up_our_backward_kernels(stock, status):
     table = static_figures.tables(made)[0]
     assert table.rows[0][4:6] == [None, None] and table.rows[1][4:6] == [30, stock]
     row = dict(zip([c.title for c in table.columns], table.rows[1], strict=True))
-    assert row["operations"] == 7 * 2 * 8 * 8 * 4 * 2 / 1e9
+    assert row["FLOPs"] == 7 * 2 * 8 * 8 * 4 * 2 / 1e9
     assert row["ours, cycles to move them"] == 15 + 15
     assert row["ours, share of the MXU's peak"] == pytest.approx((10 * 0.1 + 20 * 0.2) / 30)
     assert row["ours, VMEM"] == 20
