@@ -35,6 +35,7 @@ from tilescan.models.positions import token_positions
 from tilescan.models.stream_attention import attention_backward, attention_forward
 from tilescan.models.stream_chunks import TIME, Plan, add, in_turn, like, zeros
 from tilescan.ops.mesh_axes import TIME_AXIS, sequence_devices
+from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sequence_parallel import kinds, layouts
 
 ATTENTION = ("attention", "local_attention")
@@ -181,7 +182,7 @@ class _Inputs(Backbone):
         return x, None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(written_vjp, nondiff_argnums=(0,))
 def _layers(plan, layers, x, tokens):
     """All layers: stacked parameters, x [B, T, E], (positions, segment_ids)."""
     return _layers_fwd(plan, layers, x, tokens)[0]

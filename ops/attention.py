@@ -21,6 +21,7 @@ from tilescan.ops.decode_attention import decode_attention, merge_partials
 from tilescan.ops.explicit_axes import cut_by_letters
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.mask_placed import is_placed
+from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sizes import check_sizes
 from tilescan.pallas_kernels import dropout
 
@@ -194,7 +195,7 @@ class _Options:
 
 
 @functools.partial(jax.jit, static_argnums=6)
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(written_vjp, nondiff_argnums=(6,))
 def _attention(q, k, v, bias, mask, offset_and_dropout, options):
     return _dispatch("forward", options, q, k, v, bias, mask, offset_and_dropout)
 

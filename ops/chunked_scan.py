@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from tilescan.ops.attention_xla import LOG2_E, exp2, varying
 from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.reverse_mode import written_vjp
 
 # Steps of a chunk where none are asked for.
 CHUNK = {"cpu": 64, "cuda": 64, "rocm": 64, "tpu": 128}
@@ -74,7 +75,7 @@ def one_step(q, k, v, log_decay, S):
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(written_vjp, nondiff_argnums=(5, 6))
 def _scan(q, k, v, log_decay, initial_state, chunk, implementation):
     return _dispatch("forward", chunk, implementation, q, k, v, log_decay, initial_state)
 

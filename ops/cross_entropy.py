@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.explicit_axes import as_first, compiler_cuts, whole
+from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sizes import check_sizes
 from tilescan.ops.token_ids import bounded_ids, check_ids, counted_ids
 
@@ -214,7 +215,7 @@ def _wide(x):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(written_vjp, nondiff_argnums=(0, 1))
 def _fused(objective, options, hidden, head, per_token):
     """The sums alone: what an evaluation computes."""
     cut = _Chunks(hidden, per_token, options.chunk)
@@ -266,7 +267,7 @@ def _fused_bwd(objective, options, residuals, cotangents):
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(written_vjp, nondiff_argnums=(0,))
 def _log_probabilities(options, hidden, head, targets):
     cut = _Chunks(hidden, targets, options.chunk)
     head = head.astype(hidden.dtype)

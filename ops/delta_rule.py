@@ -40,6 +40,7 @@ from tilescan.ops.recurrence_arguments import (
     forget_at_starts,
     state_dtype,
 )
+from tilescan.ops.reverse_mode import written_vjp
 
 # Rows of the triangular systems that are solved at once.
 BLOCK = 8
@@ -147,7 +148,7 @@ def _checked(q, k, v, beta, log_decay, scale, initial_state, segment_ids, chunk)
 
 
 @functools.partial(jax.jit, static_argnums=6)
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(written_vjp, nondiff_argnums=(6,))
 def _delta(q, k, v, log_decay, beta, initial_state, chunk):
     return on_platform(_forward, chunk, q, k, v, log_decay, beta, initial_state)
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.reverse_mode import written_vjp
 
 # Steps that are scanned at once where the scan is associative.
 CHUNK = 256
@@ -53,7 +54,7 @@ def check_implementation(implementation):
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(written_vjp, nondiff_argnums=(3, 4, 5))
 def _scan(a, b, state, reverse, after, implementation):
     """`scan`, or where the decay acts `after` the output: o_t = s_{t-1} + b_t, s_t = a_t o_t."""
 
@@ -98,7 +99,7 @@ def _pullback(a, h, state, dh, dlast, reverse, after, implementation):
     return jnp.sum(da, axes, keepdims=True).astype(a.dtype), db, dstate
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(written_vjp, nondiff_argnums=(5, 6))
 def _gradient(a, h, state, dh, dlast, reverse, implementation):
     """`_pullback` for a decay before the output, which a kernel computes in one pass."""
 

@@ -30,6 +30,7 @@ from tilescan.ops.recurrence_arguments import (
     check_shape,
     check_time,
 )
+from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sizes import check_sizes
 
 __all__ = ["long_convolution"]
@@ -124,7 +125,7 @@ def _direct(x, kernel):
     return sum(short[:, j : j + 1] * long[:, n - 1 - j : n - 1 - j + T + K - 1] for j in range(n))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(written_vjp, nondiff_argnums=(2,))
 def _convolve(x, kernel, method):
     """The first T of all T + K - 1 outputs, and the others; x [B, T, E], kernel [K, E]."""
     return _dispatch(_forward, method, x, kernel)

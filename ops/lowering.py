@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from tilescan.ops.reverse_mode import NO_SECOND_DERIVATIVE
+
 _choice = Primitive("choose_when_lowered")
 _choice.multiple_results = True
 
@@ -81,12 +83,7 @@ def _batch(flat, axes, *, pick, like):
 
 def _jvp(primals, tangents, *, pick, like):
     """Refuses: kernels have no derivatives but those that are written."""
-    raise TypeError(
-        "this op has a written derivative of first order in reverse mode: jax.grad, jax.vjp and "
-        "jax.value_and_grad work. For a gradient of a gradient, jax.jvp or jax.hessian use its "
-        "definition in tilescan.ops.reference, which JAX differentiates in both modes and to any "
-        "order, at small sizes"
-    )
+    raise TypeError(NO_SECOND_DERIVATIVE)
 
 
 mlir.register_lowering(_choice, _lower)

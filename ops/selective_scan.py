@@ -25,6 +25,7 @@ from tilescan.ops.recurrence_arguments import (
     check_shape,
     check_time,
 )
+from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sizes import check_sizes
 
 # Steps of a chunk, whose states and decays exist at once in the backward pass.
@@ -134,7 +135,7 @@ def _by_groups(scan, G):
 
 
 @functools.partial(jax.jit, static_argnums=7)
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+@functools.partial(written_vjp, nondiff_argnums=(7,))
 def _core(x, dt, A, B, C, h, first, implementation):
     """(y [B, T, E] without D and z, h [B, N, E]) for A [N, E] and h [B, N, E]."""
     return _core_fwd(x, dt, A, B, C, h, first, implementation)[0]

@@ -20,6 +20,7 @@ from tilescan.ops.recurrence_arguments import (
     check_shape,
     check_time,
 )
+from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sizes import check_sizes
 
 __all__ = ["short_convolution"]
@@ -88,7 +89,7 @@ def short_convolution(
     return y, final_state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(written_vjp, nondiff_argnums=(4,))
 def _convolve(inputs, weight, bias, runs, activation):
     y = _sums(inputs, weight, bias, runs)
     return (jax.nn.silu(y) if activation == "silu" else y).astype(inputs.dtype)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from tilescan.ops import masks
 from tilescan.ops.mask_placed import Stretch
+from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sequence_parallel import layouts, parts
 
 
@@ -85,7 +86,7 @@ class _Options:
         return jax.lax.psum_scatter(x, self.axis_name, scatter_dimension=1, tiled=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(written_vjp, nondiff_argnums=(5,))
 def _attend(q, k, v, bias, mask, options):
     o, lse = parts.forward(*options.call(q, k, v, bias, mask))
     return o.astype(q.dtype), lse

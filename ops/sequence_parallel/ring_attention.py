@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from tilescan.ops import masks
 from tilescan.ops.decode_attention import merge_partials
 from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sequence_parallel import layouts, parts, ring_attention_tpu
 
 
@@ -183,7 +184,7 @@ def _by_kernels(direction, like, options, *arrays):
     return choose_when_lowered(pick, functools.partial(like, options.by_collectives()), *arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(written_vjp, nondiff_argnums=(5,))
 def _ring(q, k, v, bias, mask, options):
     return _forward(q, k, v, bias, mask, options)
 

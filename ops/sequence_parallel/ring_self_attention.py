@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from tilescan.ops import masks
 from tilescan.ops.attention_operands import backward_operands, forward_operands
 from tilescan.ops.mask_placed import Stretch
+from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sequence_parallel import layouts, parts
 from tilescan.ops.sequence_parallel.ring_attention import Ring
 
@@ -99,7 +100,7 @@ class _Options:
         return jax.lax.dynamic_slice_in_dim(total, jax.lax.axis_index(self.axis_name) * n, n, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(written_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, mask, options):
     o, lse, _ = _forward(q, k, v, mask, options)
     return o, lse

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sequence_parallel import all_scan_tpu
 
 __all__ = ["Schedule", "scan"]
@@ -86,7 +87,7 @@ def _of_device(A, own):
     return (own, A[1]) if isinstance(A, tuple) else own
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(written_vjp, nondiff_argnums=(2,))
 def scan(A, S, schedule: Schedule):
     """S_in of the recurrence from zeros, of this device's pair of arrays of one dtype."""
     if schedule.devices == 1:
