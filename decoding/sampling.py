@@ -27,7 +27,7 @@ from tilescan.decoding.filters import (
     is_traced,
 )
 from tilescan.models import LanguageModel
-from tilescan.ops.explicit_axes import compiler_cuts, whole
+from tilescan.ops.explicit_axes import partitioned_by_compiler, replicated
 
 __all__ = ["Generation", "filter_logits", "generate", "stream"]
 
@@ -216,7 +216,7 @@ def _ends(static: _Static, token: Int[Array, " B"]) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-@compiler_cuts(whole)
+@partitioned_by_compiler(replicated)
 def _start(model, static, params, inputs) -> _Carry:
     """Reads the prompt and draws the first token."""
     B, T = inputs.tokens.shape
@@ -237,7 +237,7 @@ def _start(model, static, params, inputs) -> _Carry:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-@compiler_cuts(whole)
+@partitioned_by_compiler(replicated)
 def _next(model, static, params, inputs, carry) -> _Carry:
     """Reads the token drawn last and draws the next one."""
     ones = jnp.ones((len(carry.token), 1), jnp.int32)
@@ -257,7 +257,7 @@ def _next(model, static, params, inputs, carry) -> _Carry:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-@compiler_cuts(whole)
+@partitioned_by_compiler(replicated)
 def _generate(model, static, params, inputs) -> Generation:
     carry = _start(model, static, params, inputs)
     B, N = len(inputs.tokens), static.new_tokens

@@ -10,14 +10,14 @@ from typing import Any
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from tilescan.ops.explicit_axes import as_auto, spec, specs_of, whole
+from tilescan.ops.explicit_axes import as_auto, replicated, spec, specs_of
 
 
 class Module(nn.Module):
     """`flax.linen.Module` whose `apply` and `init` take arrays with Explicit axes.
 
     The output's first dimensions lie as those of the first input do with which they agree, a state
-    as the one that was given; what else there is, as parameters of `init`, is whole everywhere.
+    as the one that was given; what else there is, as parameters of `init`, is replicated.
     Within a module of another class a module runs in that one's mode.
     """
 
@@ -27,7 +27,7 @@ class Module(nn.Module):
 
     @nn.nowrap
     def init_with_output(self, *args, **kwargs):
-        return as_auto(super().init_with_output, args, kwargs, whole)
+        return as_auto(super().init_with_output, args, kwargs, replicated)
 
     @nn.nowrap
     def _results(self, args, kwargs, out) -> Any:
@@ -36,14 +36,14 @@ class Module(nn.Module):
         named = (kwargs[name] for name in ("x", "tokens") if name in kwargs)
         x = next(iter(inputs), None) if inputs else next(named, None)
         if kwargs.get("mutable") or kwargs.get("capture_intermediates"):
-            return self._results(args, kwargs | _PLAIN, out[0]), whole(args, kwargs, out[1])
+            return self._results(args, kwargs | _PLAIN, out[0]), replicated(args, kwargs, out[1])
         if x is None:
-            return whole(args, kwargs, out)
+            return replicated(args, kwargs, out)
         if not isinstance(out, tuple):
             return self.output_spec(variables, x, out)
         y, state = out
         given = kwargs.get("state")
-        specs = whole(args, kwargs, state) if given is None else specs_of(given)
+        specs = replicated(args, kwargs, state) if given is None else specs_of(given)
         return self.output_spec(variables, x, y), specs
 
     @nn.nowrap

@@ -21,7 +21,7 @@ from tilescan.models.layers import RMSNorm, linear
 from tilescan.models.stream_chunks import TIME, WHOLE, add, cut, in_turn, like, put
 from tilescan.ops import masks
 from tilescan.ops.attention import attention
-from tilescan.ops.mask_placed import Stretch, visible
+from tilescan.ops.mask_placed import Range, visible
 from tilescan.ops.mesh_axes import TIME_AXIS
 from tilescan.ops.partitioned import partitioned
 from tilescan.ops.sequence_parallel import ATTENTION, kinds, layouts
@@ -230,6 +230,6 @@ def _seen_chunks(plan, mask, span, T) -> list[tuple[int, int]]:
     """The chunks, from the first to the last, with keys that a chunk of queries may see."""
     spans = plan.spans(T)
     runs = [plan.runs([s]).bounds for s in (span, *spans)]
-    queries, *keys = (Stretch(start, 1, end - start) for start, end in runs)
+    queries, *keys = (Range(start, 1, end - start) for start, end in runs)
     found = np.flatnonzero(visible(mask, [queries], keys)[0])
     return spans[found[0] : found[-1] + 1] if len(found) else [span]

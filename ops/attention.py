@@ -3,22 +3,24 @@
 Forward and backward are tiled (FlashAttention, arXiv 2205.14135; FlashAttention-2, 2307.08691):
 memory is linear in the lengths, and tiles of the score matrix that the mask empties cost nothing.
 
-Letters: B batch, T query time, S key time, H heads, G key-value heads (H is a multiple of G),
+Dimensions: B batch, T query time, S key time, H heads, G key-value heads (H is a multiple of G),
 D head dim, P value dim.
 """
 
 import dataclasses
 import functools
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int32, Integer
 
 from tilescan.ops import attention_xla, masks, reference
+from tilescan.ops.attention_operands import Bias, Offset
 from tilescan.ops.decode_attention import decode_attention, merge_partials
-from tilescan.ops.explicit_axes import cut_by_letters
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.mask_placed import is_placed
 from tilescan.ops.reverse_mode import written_vjp
@@ -30,13 +32,15 @@ __all__ = ["attention", "decode_attention", "merge_partials"]
 IMPLEMENTATIONS = ("xla", "pallas", "reference", None)
 _PLACED = (
     "a mask whose keys are not counted from 0 (Prefix, Lambda, BlockSparse, or a window in "
-    'stripes, in a part of a split sequence) has no kernel; implementation="xla" or None takes it'
+    'stripes, in a shard of a sequence) has no kernel; implementation="xla" or None takes it'
 )
 _KERNELS = {"tpu": "tilescan.ops.attention_tpu", "cuda": "tilescan.ops.attention_gpu"}
+# A number that may be traced.
+Scalar = float | np.floating | Float[Array | np.ndarray, ""]
 
 
 def _with_seeds(op):
-    """`op` given a seed of dropout for each sequence and head, before devices cut its arrays."""
+    """Returns `op`, given a dropout seed of each sequence and head before arrays are sharded."""
 
     @functools.wraps(op)
     def call(q, *args, dropout_rate=0.0, dropout_seed=None, **kwargs):
@@ -49,7 +53,7 @@ def _with_seeds(op):
 
 
 @_with_seeds
-@cut_by_letters(
+@partitioned_by_dimensions(
     "BTH", q="BTHD", k="BSGD", v="BSGP", mask="BT", bias=("BHTS", "HTS", "TS", "S"), q_offset="",
     dropout_seed="BH",
 )  # fmt: skip
@@ -58,17 +62,17 @@ def attention(
     k: Float[Array, "B S G D"],
     v: Float[Array, "B S G P"],
     *,
-    mask=masks.Full(),  # noqa: B008 (frozen)
-    bias: Float[Array, "#B #H #T #S"] | None = None,
-    scale: float | None = None,
+    mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
+    bias: Bias | None = None,
+    scale: Scalar | None = None,
     logit_cap: float | None = None,
-    q_offset: int | Array | None = None,
+    q_offset: int | np.integer | Integer[Array | np.ndarray, ""] | None = None,
     return_lse: bool = False,
     dropout_rate: float = 0.0,
-    dropout_seed: int | Int[Array, ""] | Int[Array, "B H"] | None = None,
+    dropout_seed: Int32[Array, "B H"] | None = None,
     implementation: str | None = None,
-):
-    """softmax(mask(cap(scale q k^T) + bias)) v, in tiles.
+) -> Float[Array, "B T H P"] | tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
+    """Computes softmax(mask(cap(scale q k^T) + bias)) v in tiles.
 
     Args:
       q, k, v: queries [B, T, H, D], keys [B, S, G, D], values [B, S, G, P], all of one floating
@@ -87,15 +91,15 @@ def attention(
       scale: factor of the logits, D**-0.5 when None.
       logit_cap: when given, logits become logit_cap * tanh(logits / logit_cap).
       q_offset: position of the first query among the keys; S - T when None, so that the last
-        query stands at the last key. May be a traced integer.
+        query is at the last key's position. May be a traced integer.
       return_lse: also return the log of each row's sum of exponentials.
-      dropout_rate: share of the weights that are replaced by 0, in [0, 1); the others are divided
-        by 1 - dropout_rate. lse is that of all weights.
-      dropout_seed: with a rate, an integer or an integer scalar, which may be traced. Of it, of
-        the indices of sequence, head, query and key in these arrays, and of nothing else depends
-        which weights are dropped: all backends and tilings, and devices that cut the batch and
+      dropout_rate: fraction of the weights that are replaced by 0, in [0, 1); the others are
+        divided by 1 - dropout_rate. lse is that of all weights.
+      dropout_seed: with a rate, an integer or an integer scalar, which may be traced. Which weights
+        are dropped depends on it and on the indices of sequence, head, query and key in these
+        arrays, and on nothing else: all backends and tilings, and devices that shard the batch and
         the heads, drop the same. Under `jax.vmap` and inside `jax.shard_map` give each its own
-        seed; or integers [B, H], a seed of each sequence and head.
+        seed; or integers [B, H], a seed for each sequence and head.
       implementation: "xla", "pallas" (TPUs and Hopper GPUs), or None, which takes
         the Pallas kernel where the platform the program is lowered for has one for these shapes,
         and "xla" elsewhere. Dropout has no kernel on GPUs. "reference" is the definition of
@@ -109,8 +113,9 @@ def attention(
     Raises:
       ValueError: shapes, mask, bias, dropout or implementation that do not fit, or, when the
         program is lowered, "pallas" on a platform without a kernel for it.
-      TypeError: dtypes that are not floating or differ, a q_offset that is no integer.
+      TypeError: dtypes that are not floating or differ, a q_offset that is not an integer.
     """
+    # Arguments, and their static parts.
     _validate(q, k, v, bias, logit_cap, implementation)
     B, T, H, D = q.shape
     S = k.shape[1]
@@ -120,6 +125,8 @@ def attention(
     scale = D**-0.5 if scale is None else scale
     if not isinstance(scale, (int, float)):  # a traced scale: the kernels take Python numbers
         q, scale = q * jnp.asarray(scale, q.dtype), 1.0
+
+    # An offset that is known becomes static; one that is not stays an int32 scalar.
     static_offset = None
     if q_offset is None:
         static_offset = S - T
@@ -132,6 +139,8 @@ def attention(
         if q_offset.ndim:
             raise ValueError(f"q_offset must be a scalar, got shape {q_offset.shape}")
         q_offset = q_offset.astype(jnp.int32)
+
+    # The definition.
     if implementation == "reference":
         offset = static_offset if q_offset is None else q_offset
         o, lse = reference.attention(
@@ -139,6 +148,8 @@ def attention(
             return_lse=True, dropout_rate=dropout_rate, dropout_seed=dropout_seed,
         )  # fmt: skip
         return (o.astype(q.dtype), lse) if return_lse else o.astype(q.dtype)
+
+    # The tiled implementations.
     options = _Options(
         scale=float(scale),
         logit_cap=None if logit_cap is None else float(logit_cap),
@@ -146,17 +157,17 @@ def attention(
         implementation=implementation,
     )
     drop = None if dropout_seed is None else dropout.Dropout(dropout_seed, float(dropout_rate))
-    # Inside shard_map, what devices share must be theirs before its gradient can differ by device.
+    # Inside shard_map, replicated arrays must be varying before their gradients can differ.
     arrays = (q, k, v, bias)
     q, k, v, bias = attention_xla.varying(arrays, (arrays, mask, q_offset, drop))
     o, lse = _attention(q, k, v, bias, mask, (q_offset, drop), options)
     return (o, lse) if return_lse else o
 
 
-def dropout_seeds(
-    rate: float, seed: int | Array | None, q: Float[Array, "B T H D"]
-) -> Int[Array, "B H"] | None:
-    """Returns int32 seeds of each sequence and head, as `attention` takes them; None for rate 0.
+def dropout_seeds(rate: Any, seed: Any, q: Array | np.ndarray) -> Int32[Array, "B H"] | None:
+    """Returns int32 seeds of each sequence and head of q [B, T, H, D]; None for rate 0.
+
+    rate and seed are `attention`'s arguments.
 
     Raises:
       ValueError: a rate outside [0, 1), or a seed that is missing, or is neither an integer nor
@@ -219,22 +230,51 @@ def _attention_bwd(options, residuals, cotangents):
 _attention.__wrapped__.defvjp(_attention_fwd, _attention_bwd)
 
 
-def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap=None, implementation=None):
-    """(o, lse) of `attention`, for those who write the derivative themselves, as a ring does.
+def forward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "#B #H #T #S"] | None,
+    mask: masks.Mask,
+    q_offset: Offset,
+    *,
+    scale: float,
+    logit_cap: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
+    """Returns (o, lse) of `attention`, for callers with a derivative of their own, such as a ring.
 
-    bias is None or of rank 4, q_offset an integer or an int32 scalar; nothing is checked.
+    Arguments are not checked.
     """
     options, q_offset = _passes(q_offset, scale, logit_cap, implementation)
     return _dispatch("forward", options, q, k, v, bias, mask, (q_offset, None))
 
 
 def backward(
-    q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap=None, implementation=None
-):
-    """What these keys add to the gradients (dq, dk, dv, dbias) of attention to more keys.
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "#B #H #T #S"] | None,
+    mask: masks.Mask,
+    q_offset: Offset,
+    o: Float[Array, "B T H P"],
+    lse: Float[Array, "B T H"],
+    do: Float[Array, "B T H P"],
+    dlse: Float[Array, "B T H"],
+    *,
+    scale: float,
+    logit_cap: float | None = None,
+    implementation: str | None = None,
+) -> tuple[
+    Float[Array, "B T H D"],
+    Float[Array, "B S G D"],
+    Float[Array, "B S G P"],
+    Float[Array, "#B #H #T #S"] | None,
+]:
+    """Returns the contributions of these keys to (dq, dk, dv, dbias) of attention to more keys.
 
-    o, lse and their cotangents are those of the attention to all keys, of which k and v may be a
-    part: rows' weights are powers of logits - lse.
+    o, lse and their cotangents are those of the attention to all keys, of which k and v may be
+    some: weights are exp(logits - lse).
     """
     options, q_offset = _passes(q_offset, scale, logit_cap, implementation)
     arrays = q, k, v, bias, mask, (q_offset, None), o, lse, do, dlse
@@ -250,10 +290,11 @@ def _passes(q_offset, scale, logit_cap, implementation):
 def _dispatch(direction, options, *arrays, exact=False):
     """Calls `direction` of one implementation, or leaves the choice to the lowering.
 
-    exact: have forward give what `attention_xla` calls so, which backward takes last.
+    exact: whether forward also returns `attention_xla`'s (peak, total), which backward takes last.
     """
 
     def call(module, q, k, v, bias, mask, offset_and_dropout, *rest):
+        # A module that can't take these arguments gives way to XLA, or says why.
         q_offset, drop = offset_and_dropout
         q_offset = options.q_offset if q_offset is None else q_offset
         if module is not attention_xla:
@@ -264,6 +305,8 @@ def _dispatch(direction, options, *arrays, exact=False):
             if reason is not None and options.implementation == "pallas":
                 raise ValueError(f'implementation="pallas": {reason}')
             module = attention_xla if reason else module
+
+        # `exact` is XLA's alone; of kernels it is made from their lse.
         constants = dict(scale=options.scale, logit_cap=options.logit_cap)
         constants |= {} if drop is None else dict(dropout=drop)
         run = functools.partial(getattr(module, direction), **constants)

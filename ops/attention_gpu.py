@@ -1,20 +1,23 @@
 """Attention on Hopper GPUs: translates `ops.attention`'s arguments to pallas_kernels.gpu.
 
-What is decided here: which tiles a mask leaves, how it is asked inside them, padding of the head
-dim, and what the kernels can't do.
+Decided here: which tiles a mask leaves, how it is evaluated inside them, padding of the head dim,
+and what the kernels can't do.
 
-Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
+Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
 """
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32
 
 from tilescan.ops import attention_xla, masks
-from tilescan.ops.attention_operands import backward_operands, forward_operands
+from tilescan.ops.attention_operands import Offset, backward_operands, forward_operands
+from tilescan.pallas_kernels.dropout import Dropout
 
 # pallas_kernels.gpu is imported where it is called: it takes 17 MB, and most programs on CPUs are
 # of a dtype that it doesn't take.
@@ -29,9 +32,9 @@ TABLE_LIMIT = 256 * 2**20
 
 
 def is_hopper() -> bool:
-    """Whether the GPU that the program is lowered for has the kernels' instructions.
+    """Returns whether the GPU that the program is lowered for has the kernels' instructions.
 
-    That is the abstract device of the mesh in use, if that is a GPU, or else the GPU at hand.
+    That is the abstract device of the mesh in use, if it is a GPU, or else the attached GPU.
     Without a CUDA backend a program is lowered for a GPU elsewhere, which is taken to be a Hopper.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
@@ -44,8 +47,15 @@ def is_hopper() -> bool:
     return str(capability).startswith("9.")
 
 
-def unsupported(q, k, v, bias, mask, q_offset):
-    """Why the kernels can't take these arguments, in words that say what would work; or None."""
+def unsupported(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "#B #H #T #S"] | None,
+    mask: masks.Mask,
+    q_offset: Offset,
+) -> str | None:
+    """Returns why the kernels can't take these arguments and what would work; None if they can."""
     if q.dtype not in DTYPES:
         return f"q, k and v are {q.dtype}; bfloat16 and float16 have a kernel, and {XLA}"
     for name, size in (("D", q.shape[3]), ("P", v.shape[3])):
@@ -78,14 +88,25 @@ def unsupported(q, k, v, bias, mask, q_offset):
     return None
 
 
-def no_dropout(dropout) -> str:
-    """Why there is no dropout, as in `unsupported`."""
+def no_dropout(dropout: Dropout) -> str:
+    """Returns why there is no dropout, as `unsupported` does."""
     del dropout
     return f"dropout_rate above 0 has no kernel for GPUs; {XLA}"
 
 
-def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False):
-    """(o [B, T, H, P], lse [B, T, H] float32); arguments as in `ops.attention`."""
+def forward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "#B #H #T #S"] | None,
+    mask: masks.Mask,
+    q_offset: Offset,
+    *,
+    scale: float,
+    logit_cap: float | None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B T H P"], Float32[Array, "B T H"]]:
+    """Returns (o, lse); arguments as in `ops.attention`."""
     from tilescan.pallas_kernels import gpu
 
     k, v = forward_operands(k, v, mask, bias)
@@ -102,13 +123,34 @@ def forward(q, k, v, bias, mask, q_offset, *, scale, logit_cap, interpret=False)
     return o[:, :T, :, :P], lse[:, :, :T].swapaxes(1, 2)
 
 
-def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, interpret=False):
-    """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias).
+def backward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "#B #H #T #S"] | None,
+    mask: masks.Mask,
+    q_offset: Offset,
+    o: Float[Array, "B T H P"],
+    lse: Float[Array, "B T H"],
+    do: Float[Array, "B T H P"],
+    dlse: Float[Array, "B T H"],
+    *,
+    scale: float,
+    logit_cap: float | None,
+    interpret: Any = False,
+) -> tuple[
+    Float[Array, "B T H D"],
+    Float[Array, "B S G D"],
+    Float[Array, "B S G P"],
+    Float[Array, "#B #H #T #S"] | None,
+]:
+    """Returns (dq, dk, dv, dbias or None) in the dtypes of (q, k, v, bias).
 
     dbias comes from the XLA implementation, which the compiler drops where dbias is not used.
     """
     from tilescan.pallas_kernels import gpu
 
+    # delta_i = sum_p dO_ip O_ip - dlse_i; lse in units of log 2, inf for rows without keys.
     T, D = q.shape[1], q.shape[3]
     S, P = k.shape[1], v.shape[3]
     rest = q, k, v, o, lse, do, dlse
@@ -122,6 +164,7 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
         options = _options(kernel, q, k, v, bias, mask, q_offset, logit_cap)
         return gpu.flash_attention_dkv(*args, **options, **common, **wanted)
 
+    # dK and dV by one kernel or two, dQ by another.
     if max(D, P) <= MAX_HEAD_DIM_OF_BOTH:
         dk, dv = dkv("dkv")
     else:
@@ -136,14 +179,13 @@ def backward(q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_ca
 
 
 def _pad(x):
-    """x with time padded to a multiple of 8 and the head dim to one of 16, what TMA and wgmma
-    take."""
+    """Returns x with time padded to a multiple of 8 (TMA), the head dim to one of 16 (wgmma)."""
     time, dim = -x.shape[1] % 8, -x.shape[3] % 16
     return jnp.pad(x, ((0, 0), (0, time), (0, 0), (0, dim))) if time or dim else x
 
 
 def _pad_bias(bias):
-    """bias with both times padded to a multiple of 8, in a dtype that the kernels take."""
+    """Returns bias with both times padded to a multiple of 8, in a dtype that the kernels take."""
     if bias is None:
         return None
     if bias.dtype not in (*DTYPES, jnp.float32):
@@ -153,7 +195,7 @@ def _pad_bias(bias):
 
 
 def _window(mask):
-    """(before, after) if query i sees keys i - before .. i + after, None if it isn't so simple."""
+    """Returns (left, right) if query i sees exactly the keys i - left .. i + right, else None."""
     band = mask.band()
     if band is None or band.prefix > 0 or band.limit is not None:
         return None
@@ -161,20 +203,22 @@ def _window(mask):
 
 
 def _interior(mask, q_offset):
-    """The mask as it can be asked inside its partial tiles; None if it can't be."""
+    """Returns the mask as it is evaluated inside its partial tiles; None if it can't be."""
     if q_offset is None:
         q_offset = 1  # unknown: no layout is known to lie on the tiles' grid
     return masks.within_live_tiles(mask, 128, 128, q_offset)
 
 
 def _options(kernel, q, k, v, bias, mask, q_offset, logit_cap):
-    """Schedule, mask and block sizes of one kernel."""
+    """Returns schedule, mask and block sizes of one kernel."""
     from tilescan.pallas_kernels import gpu
 
     T, S = q.shape[1], k.shape[1]
     segments = masks.segments_of(mask)
+    # A cap and segments need registers, and so smaller blocks.
     heavy = logit_cap is not None or segments is not None
     blocks = gpu.default_blocks(kernel, q.shape[3], v.shape[3], heavy=heavy, bias=bias is not None)
+    # Windows are walked by indices, other masks by lists of live tiles.
     static = isinstance(q_offset, (int, np.integer))
     interior = _interior(mask, q_offset if static else None)
     window, transposed = _window(mask), kernel in ("dkv", "dk", "dv")

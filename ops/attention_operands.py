@@ -1,4 +1,4 @@
-"""What attention's passes are given, so that a mask hides even numbers that are not finite.
+"""Operands of attention's passes, prepared so that a mask hides even values that are not finite.
 
 A weight of 0 times NaN is NaN, and so is a sum that holds it: NaN in a value that the mask hides
 from a query would reach the query's output through the product of weights and values. Instead of
@@ -14,14 +14,29 @@ Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D hea
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int32
 
 from tilescan.ops import masks
 
+# Position of the first query: static, or an int32 scalar that may be traced.
+Offset = int | np.integer | Int32[Array, ""]
+# Added to the logits, broadcastable to [B, H, T, S].
+Bias = (
+    Float[Array, "#B #H #T #S"]
+    | Float[Array, "#H #T #S"]
+    | Float[Array, "#T #S"]
+    | Float[Array, "#S"]
+    | Float[Array, ""]
+)
+
 
 def forward_operands(
-    k: Float[Array, "B S G D"], v: Float[Array, "B S G P"], mask: masks.Mask, bias=None
-) -> tuple[Array, Array]:
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    mask: masks.Mask,
+    bias: Float[Array, "..."] | None = None,
+) -> tuple[Float[Array, "B S G D"], Float[Array, "B S G P"]]:
     """Returns k and v for a forward pass; themselves where nothing is hidden."""
     if not hides(mask, bias):
         return k, v
@@ -29,10 +44,28 @@ def forward_operands(
     return jnp.where(usable, k, jnp.nan), jnp.where(usable, v, 0.0)
 
 
-def backward_operands(q, k, v, o, lse, do, dlse, mask: masks.Mask, bias=None) -> tuple:
+def backward_operands(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    o: Float[Array, "B T H P"],
+    lse: Float[Array, "B T H"],
+    do: Float[Array, "B T H P"],
+    dlse: Float[Array, "B T H"],
+    mask: masks.Mask,
+    bias: Float[Array, "..."] | None = None,
+) -> tuple[
+    Float[Array, "B T H D"],
+    Float[Array, "B S G D"],
+    Float[Array, "B S G P"],
+    Float[Array, "B T H P"],
+    Float[Array, "B T H"],
+    Float[Array, "B T H P"],
+    Float[Array, "B T H"],
+]:
     """Returns (q, k, v, o, lse, do, dlse) for a backward pass.
 
-    o, lse [B, T, H] and their cotangents are those of the forward pass. A row whose lse is -inf,
+    o, lse and their cotangents are those of the forward pass. A row whose lse is -inf,
     which sees no key, keeps it, and has no gradient whatever its cotangents are.
     """
     if not hides(mask, bias):
@@ -45,8 +78,8 @@ def backward_operands(q, k, v, o, lse, do, dlse, mask: masks.Mask, bias=None) ->
     return q, k, v, o, lse, do, jnp.where(usable, dlse, 0.0)
 
 
-def hides(mask: masks.Mask, bias=None) -> bool:
-    """Whether a mask, or a bias of -inf, may hide a key from a query."""
+def hides(mask: masks.Mask, bias: Float[Array, "..."] | None = None) -> bool:
+    """Returns whether a mask, or a bias of -inf, may hide a key from a query."""
     return bias is not None or not isinstance(mask, masks.Full)
 
 

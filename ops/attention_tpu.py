@@ -1,30 +1,33 @@
 """Attention on TPUs: translates `ops.attention`'s arguments to pallas_kernels.tpu.flash_attention.
 
-What is decided here: heads before time, padding to tiles, which tiles, how a mask becomes a walk
-over them, and what the kernels can't do. The walk goes by one of three ways:
+Decided here: heads before time, padding to tiles, which tiles, how a mask becomes a walk over them,
+and what the kernels can't do. A walk is one of three:
 
 - masks whose live keys are one range (`mask.band()`): computed from the grid's indices;
 - with Segments: the same, with the ranges of live tiles in a table of two integers per tile row;
 - others (Lambda, BlockSparse, holes in general): lists of live tiles in scalar memory.
 
-Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
+Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32
 
 from tilescan.ops import attention_xla, masks
-from tilescan.ops.attention_operands import backward_operands, forward_operands
+from tilescan.ops.attention_operands import Offset, backward_operands, forward_operands
 from tilescan.pallas_kernels import tiles
+from tilescan.pallas_kernels.dropout import Dropout
 from tilescan.pallas_kernels.tpu import flash_attention as kernels
 from tilescan.pallas_kernels.tpu.block_sizes import tile_for
 
-# Scalar memory is 1 MiB on all generations at hand; the compiler keeps some of it.
+# Scalar memory is 1 MiB on all generations supported; the compiler reserves some of it.
 TABLE_LIMIT = 768 * 2**10
 # Distinct partial tiles are read from HBM like a bias would be.
 STACK_LIMIT = 256 * 2**20
@@ -32,8 +35,15 @@ VMEM_LIMIT = 48 * 2**20
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
-def unsupported(q, k, v, bias, mask, q_offset):
-    """Why the kernels can't take these arguments, in words that say what would work; or None."""
+def unsupported(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "#B #H #T #S"] | None,
+    mask: masks.Mask,
+    q_offset: Offset,
+) -> str | None:
+    """Returns why the kernels can't take these arguments and what would work; None if they can."""
     if q.dtype not in DTYPES:
         return f"q, k and v are {q.dtype}; bfloat16 and float32 have a kernel"
     for name, size in (("D", q.shape[3]), ("P", v.shape[3])):
@@ -47,8 +57,8 @@ def unsupported(q, k, v, bias, mask, q_offset):
     return None
 
 
-def no_dropout(dropout) -> str | None:
-    """Why the kernels can't take this dropout, in words that say what would work; or None."""
+def no_dropout(dropout: Dropout) -> str | None:
+    """Returns why the kernels can't take this dropout and what would work; None if they can."""
     limit = TABLE_LIMIT // 8  # of the same memory as a mask's tables
     if 4 * dropout.seeds.size > limit:
         return (
@@ -59,11 +69,22 @@ def no_dropout(dropout) -> str | None:
 
 
 def forward(
-    q, k, v, bias, mask, q_offset, *, scale, logit_cap, dropout=None, interpret=False, tile=None
-):
-    """(o [B, T, H, P], lse [B, T, H] float32); arguments as in `ops.attention`.
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "#B #H #T #S"] | None,
+    mask: masks.Mask,
+    q_offset: Offset,
+    *,
+    scale: float,
+    logit_cap: float | None,
+    dropout: Dropout | None = None,
+    interpret: Any = False,
+    tile: tuple[int, int] | None = None,
+) -> tuple[Float[Array, "B T H P"], Float32[Array, "B T H"]]:
+    """Returns (o, lse); arguments as in `ops.attention`.
 
-    tile: (queries, keys) of a tile, what suits the chip by default.
+    tile: (queries, keys) of a tile, by default what suits the chip.
     """
     k, v = forward_operands(k, v, mask, bias)
     plan = plan_for("forward", q, k, v, mask, q_offset, _whole("forward", tile)).dropping(dropout)
@@ -77,17 +98,39 @@ def forward(
 
 
 def backward(
-    q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, dropout=None,
-    interpret=False, tile=None,
-):  # fmt: skip
-    """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias); tile as above.
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "#B #H #T #S"] | None,
+    mask: masks.Mask,
+    q_offset: Offset,
+    o: Float[Array, "B T H P"],
+    lse: Float[Array, "B T H"],
+    do: Float[Array, "B T H P"],
+    dlse: Float[Array, "B T H"],
+    *,
+    scale: float,
+    logit_cap: float | None,
+    dropout: Dropout | None = None,
+    interpret: Any = False,
+    tile: tuple[int, int] | None = None,
+) -> tuple[
+    Float[Array, "B T H D"],
+    Float[Array, "B S G D"],
+    Float[Array, "B S G P"],
+    Float[Array, "#B #H #T #S"] | None,
+]:
+    """Returns (dq, dk, dv, dbias or None) in the dtypes of (q, k, v, bias); tile as in `forward`.
 
     dbias comes from the XLA implementation, which the compiler drops where dbias is not used.
     """
+    # delta_i = sum_p dO_ip O_ip - dlse_i; lse in units of log 2, NO_KEYS for rows without keys.
     rest = q, k, v, o, lse, do, dlse
     q, k, v, o, lse, do, dlse = backward_operands(*rest, mask, bias)
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
     lse = jnp.where(jnp.isneginf(lse), kernels.NO_KEYS, lse * math.log2(math.e))
+
+    # Two kernels: dQ walks by queries, dK and dV by keys.
     gradients = []
     for name, kernel in (("dq", kernels.backward_dq), ("dkv", kernels.backward_dkv)):
         plan = plan_for(name, q, k, v, mask, q_offset, _whole(name, tile)).dropping(dropout)
@@ -107,6 +150,8 @@ def backward(
                 **plan.sides(bias), vmem_limit=VMEM_LIMIT, interpret=interpret,
             )
         )  # fmt: skip
+
+    # Without padding, time before heads.
     lengths = (q.shape[1], k.shape[1], k.shape[1])
     dq, dk, dv = (
         x[:, :, :length].swapaxes(1, 2) for x, length in zip(gradients, lengths, strict=True)
@@ -120,34 +165,44 @@ def backward(
 
 
 def _natural(lse):
-    """The inverse of what `backward` does to the log-sum-exp."""
+    """Returns the log-sum-exp in natural units again, the inverse of what `backward` does to it."""
     return jnp.where(lse == kernels.NO_KEYS, -jnp.inf, lse * math.log(2))
 
 
 def _whole(kernel, tile):
-    """The kernel's tile of given sides, whose inner axis is computed in one step; None for None."""
+    """Returns a kernel's tile of these sides whose inner axis is computed in one step, or None."""
     return tile and kernels.Tile(*tile, tile[0] if kernel == "dkv" else tile[1])
 
 
 class _NoKernelError(ValueError):
-    """A mask for which there is no walk; the text says what would work."""
+    """A mask for which there is no walk; the message says what would work."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one kernel walks one problem."""
+    """How one kernel walks one problem.
+
+    Attributes:
+      queries, keys: the two axes of the score matrix, in tiles.
+      compute: queries or keys of a tile that are computed at a time.
+      mask: evaluated inside partial tiles.
+      schedule: which tiles are visited, and in which order.
+      segments: ids of queries and keys, or None.
+      stack: distinct partial tiles of a mask that the kernel can't evaluate, or None.
+      dropout: rate of dropout.
+    """
 
     queries: tiles.Axis
     keys: tiles.Axis
     compute: int
     mask: tiles.TileMask
     schedule: tiles.Schedule
-    segments: tuple | None
+    segments: tuple[Any, Any] | None
     stack: np.ndarray | None
     dropout: float = 0.0
 
-    def dropping(self, dropout):
-        """The plan with a `Dropout`, or without for None."""
+    def dropping(self, dropout: Dropout | None) -> "Plan":
+        """Returns the plan with this dropout."""
         if dropout is None:
             return self
         tables = dict(self.schedule.tables, dropout=dropout.seeds.reshape(-1))
@@ -155,27 +210,32 @@ class Plan:
         return dataclasses.replace(self, schedule=schedule, dropout=dropout.rate)
 
     @property
-    def tile(self):
+    def tile(self) -> kernels.Tile:
+        """The kernel's tile."""
         return kernels.Tile(self.queries.block, self.keys.block, self.compute)
 
-    def scores(self, scale, logit_cap):
+    def scores(self, scale: float, logit_cap: float | None) -> kernels.Scores:
+        """Returns how the kernels compute weights from products of queries and keys."""
         return kernels.Scores(scale, logit_cap, self.keys.length, self.mask, self.dropout)
 
-    def pad(self, x, axis, length, fill=0):
+    def pad(self, x: jax.Array, axis: int, length: tiles.Axis, fill: float = 0) -> jax.Array:
+        """Returns x with an axis padded to whole tiles."""
         if length.padded == x.shape[axis]:
             return x
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, length.padded - x.shape[axis])
         return jnp.pad(x, widths, constant_values=fill)
 
-    def queries_first(self, *arrays):
+    def queries_first(self, *arrays: Float[Array, "B T H _"]) -> list[Float[Array, "B H _ _"]]:
+        """Returns arrays of queries with heads before time, padded."""
         return [self.pad(x.swapaxes(1, 2), 2, self.queries) for x in arrays]
 
-    def keys_first(self, *arrays):
+    def keys_first(self, *arrays: Float[Array, "B S G _"]) -> list[Float[Array, "B G _ _"]]:
+        """Returns arrays of keys with heads before time, padded."""
         return [self.pad(x.swapaxes(1, 2), 2, self.keys) for x in arrays]
 
-    def sides(self, bias):
-        """Optional inputs of the kernels, padded."""
+    def sides(self, bias: Float[Array, "#B #H #T #S"] | None) -> dict[str, Any]:
+        """Returns optional inputs of the kernels, padded."""
         if bias is not None:
             for axis, length in ((2, self.queries), (3, self.keys)):
                 if bias.shape[axis] > 1:
@@ -192,7 +252,7 @@ class Plan:
 
 
 def _fit(length: int, block: int, least: int, divides: int | None = None) -> int:
-    """A block near `block` for an axis: few padded elements, a multiple of `least`."""
+    """Returns a block near `block`, a multiple of `least`, that pads few elements of an axis."""
     if divides is not None:
         return max(b for b in range(least, min(block, divides) + 1, least) if divides % b == 0)
     block = -(-length // max(-(-length // block), 1))
@@ -200,7 +260,7 @@ def _fit(length: int, block: int, least: int, divides: int | None = None) -> int
 
 
 def _compute(block: int, wanted: int) -> int:
-    """The largest divisor of a block, in whole vectors, that is not above `wanted`."""
+    """Returns the largest divisor of a block, in whole vectors, up to `wanted`."""
     if block % kernels.LANES:
         return block
     sizes = range(kernels.LANES, block + 1, kernels.LANES)
@@ -208,7 +268,7 @@ def _compute(block: int, wanted: int) -> int:
 
 
 def _axes(kernel, q, k, v, mask, tile=None):
-    """The two axes of a kernel and its compute step."""
+    """Returns the two axes of a kernel and its compute step."""
     T, S = q.shape[1], k.shape[1]
     tile = tile or tile_for(kernel, max(q.shape[3], v.shape[3]), q.dtype.itemsize, _near(mask))
     # Tiles that lie within the blocks of a layout need no masking; not worth it for small blocks.
@@ -222,14 +282,21 @@ def _axes(kernel, q, k, v, mask, tile=None):
     return queries, keys, _compute((queries if kernel == "dkv" else keys).block, tile.compute)
 
 
-def leaves(mask):
-    """The masks that a mask is composed of."""
-    parts = getattr(mask, "masks", None)
-    return [mask] if parts is None else [leaf for part in parts for leaf in leaves(part)]
+def leaves(mask: masks.Mask) -> list[masks.Mask]:
+    """Returns the masks that a mask is composed of."""
+    operands = getattr(mask, "masks", None)
+    return [mask] if operands is None else [leaf for m in operands for leaf in leaves(m)]
 
 
-def tile_dividing(kernel, queries: int, keys: int, head_dim: int, dtype, mask) -> kernels.Tile:
-    """A tile whose sides divide numbers of queries and keys that are multiples of LANES."""
+def tile_dividing(
+    kernel: str,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    mask: masks.Mask,
+) -> kernels.Tile:
+    """Returns a tile whose sides divide numbers of queries and keys, multiples of LANES."""
     tile = tile_for(kernel, head_dim, jnp.dtype(dtype).itemsize, _near(mask))
     sides = (
         _fit(queries, tile.queries, kernels.LANES, queries),
@@ -238,8 +305,19 @@ def tile_dividing(kernel, queries: int, keys: int, head_dim: int, dtype, mask) -
     return kernels.Tile(*sides, _compute(sides[0 if kernel == "dkv" else 1], tile.compute))
 
 
-def plan_for(kernel, q, k, v, mask, q_offset, tile=None) -> Plan:
-    """The walk of "forward", "dq" or "dkv" over these arguments; `tile` replaces the table's."""
+def plan_for(
+    kernel: str,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    mask: masks.Mask,
+    q_offset: Offset,
+    tile: kernels.Tile | None = None,
+) -> Plan:
+    """Returns the plan of "forward", "dq" or "dkv" for these arguments.
+
+    tile: replaces that of the table of block sizes.
+    """
     queries, keys, compute = _axes(kernel, q, k, v, mask, tile)
     outer = "keys" if kernel == "dkv" else "queries"
     T, S = queries.length, keys.length
@@ -249,6 +327,7 @@ def plan_for(kernel, q, k, v, mask, q_offset, tile=None) -> Plan:
     sparse = any(isinstance(m, masks.BlockSparse) for m in leaves(mask))
     band = mask.band()
 
+    # What the kernel evaluates in partial tiles: the mask, what is left of it there, or a table.
     inside, stack, index = mask, None, None
     if sparse:
         inside = masks.within_live_tiles(mask, queries.block, keys.block, q_offset)
@@ -258,6 +337,8 @@ def plan_for(kernel, q, k, v, mask, q_offset, tile=None) -> Plan:
     tile_mask = tiles.TileMask(
         visible=None if inside is None else inside.visible, summary=mask.tile_summary
     )
+
+    # One range of keys per query: the live tiles follow from the grid's indices.
     if band is not None:
         tile_mask = dataclasses.replace(
             tile_mask,
@@ -267,6 +348,8 @@ def plan_for(kernel, q, k, v, mask, q_offset, tile=None) -> Plan:
         )
         schedule = tiles.interval_schedule(tile_mask, queries, keys, q_offset, outer=outer)
         return Plan(queries, keys, compute, tile_mask, schedule, ids, stack)
+
+    # Otherwise by tables: ranges of live tiles with Segments, lists of them without.
     kinds = masks.tile_kinds(mask, T, S, queries.block, keys.block, q_offset)
     if segments is not None and not sparse:
         bounds = [
@@ -283,8 +366,8 @@ def plan_for(kernel, q, k, v, mask, q_offset, tile=None) -> Plan:
     return Plan(queries, keys, compute, tile_mask, schedule, ids, stack)
 
 
-def span(mask):
-    """Greatest span of live keys of a query; None if unbounded or unknown."""
+def span(mask: masks.Mask) -> int | None:
+    """Returns the greatest span of a query's live keys; None if unbounded or unknown."""
     band = masks.split_segments(mask)[0].band()
     if band is None or band.left is None or band.right is None or band.prefix:
         return None
@@ -292,13 +375,13 @@ def span(mask):
 
 
 def _near(mask):
-    """How many keys near a query matter to the choice of a tile; None if all may."""
+    """Returns how many keys near a query matter to the choice of a tile; None if all may."""
     windows = [m.window for m in leaves(mask) if isinstance(m, masks.Lambda)]
     return min(windows) if windows else span(mask)
 
 
 def _split(mask, static):
-    """(what a kernel can evaluate or None, the static rest) of a mask with BlockSparse in it."""
+    """Splits a mask with BlockSparse into what a kernel evaluates, or None, and the static rest."""
     if not static:
         raise _NoKernelError(
             "BlockSparse with a traced q_offset has no kernel; pass q_offset as an int, or use "
@@ -317,10 +400,11 @@ def _split(mask, static):
 
 @functools.lru_cache(maxsize=16)
 def _stack(mask, queries, keys, offset):
-    """Distinct partial tiles, int8 [n, block_q, block_k], and the place of each tile in them."""
+    """Returns distinct partial tiles, int8 [n, block_q, block_k], and each tile's index in them."""
     T, S = queries.length, keys.length
     kinds = masks.tile_kinds(mask, T, S, queries.block, keys.block, offset)[0]
     index, places, distinct = np.zeros(kinds.shape, np.int32), {}, []
+    # Each partial tile once, by its bytes.
     rows, columns = np.arange(queries.block)[:, None], np.arange(keys.block)[None, :]
     for i, j in np.argwhere(kinds == masks.PARTIAL):
         tile = mask(offset + i * queries.block + rows, j * keys.block + columns).astype(np.int8)
@@ -340,7 +424,7 @@ def _stack(mask, queries, keys, offset):
 
 
 def _check_plan(kernel, q, k, v, mask, q_offset):
-    """Raise _NoKernelError where `plan_for` would, or where its tables would not fit."""
+    """Raises _NoKernelError where `plan_for` would, or where its tables would not fit."""
     queries, keys, _ = _axes(kernel, q, k, v, mask)
     rows, width = (keys.tiles, queries.tiles) if kernel == "dkv" else (queries.tiles, keys.tiles)
     if mask.band() is not None:
@@ -353,6 +437,7 @@ def _check_plan(kernel, q, k, v, mask, q_offset):
         layout = _split(mask, static)[1]
         _stack(layout, queries, keys, int(q_offset))
         stacked = True
+    # Words of the tables in scalar memory.
     if segments is not None and not sparse:
         words = q.shape[0] * (2 * rows + 2 * queries.tiles + 2 * keys.tiles)
     else:

@@ -9,7 +9,7 @@ through a loop without masking.
 Query heads that share a key-value head are rows of one tile, so keys and values are never
 repeated.
 
-Letters: B batch, T query time, S key time, H heads, G key-value heads, R = H / G, D head dim,
+Dimensions: B batch, T query time, S key time, H heads, G key-value heads, R = H / G, D head dim,
 P value dim; I and J queries and keys of a tile, m and n number of tiles, M = R * I rows of a tile.
 """
 
@@ -17,15 +17,17 @@ import dataclasses
 import functools
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PyTree
 
 from tilescan.ops import masks
-from tilescan.ops.attention_operands import backward_operands, forward_operands
+from tilescan.ops.attention_operands import Offset, backward_operands, forward_operands
 from tilescan.ops.lowering import choose_when_lowered
-from tilescan.pallas_kernels.dropout import kept, row_hash
+from tilescan.pallas_kernels.dropout import Dropout, kept, row_hash
 
 LOG2_E = math.log2(math.e)
 # Logits below it, in units of log 2 that of `ops.attention`, are hidden keys'.
@@ -33,30 +35,52 @@ FLOOR = -1e30 * LOG2_E
 # Scores of a tile, in all heads (and sequences, where a batch is computed at once): 8 MiB where a
 # core's cache holds one of 8 heads, half of it elsewhere. Measured on caches of 2 MiB and 512 KiB.
 LARGE, SMALL = 2**21, 2**20
-# Scores of the whole matrix from which on tiles are small: memory counts more there.
+# Matrices of more scores take small tiles: memory counts more there.
 LONG = 2**26
-# Tiles of the whole matrix that are worth to be looked at one by one when tracing.
+# Most tiles of a matrix that are examined one by one when tracing.
 MAX_TILES = 2**17
 
 
-def unsupported(q, k, v, bias, mask, q_offset):
-    """None: this implementation takes every shape, dtype and mask."""
+def unsupported(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "#B #H #T #S"] | None,
+    mask: masks.Mask,
+    q_offset: Offset,
+) -> None:
+    """Returns None: this implementation takes every shape, dtype and mask."""
     return None
 
 
 def forward(
-    q, k, v, bias, mask, q_offset, *, scale, logit_cap, exact=False, dropout=None, tile=None
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "#B #H #T #S"] | None,
+    mask: masks.Mask,
+    q_offset: Offset,
+    *,
+    scale: float,
+    logit_cap: float | None,
+    exact: bool = False,
+    dropout: Dropout | None = None,
+    tile: tuple[int, int] | None = None,
+) -> (
+    tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]
+    | tuple[Float[Array, "B T H P"], Float[Array, "B T H"], list[Float[Array, "B T H"]]]
 ):
-    """(o [B, T, H, P] in q's dtype, lse [B, T, H]); arguments as in `ops.attention`.
+    """Returns (o in q's dtype, lse); arguments as in `ops.attention`.
 
-    With `exact` also (peak, total), each [B, T, H]: lse = (peak + log2 total) ln 2. With them
-    `backward` makes the weights of the same numbers again. A rounded lse of large logits gives
-    weights that don't add up to 1, which the sums over queries in dk and dv add up.
-    tile: (queries, keys) of a tile, those of `tile_sizes` by default.
+    With `exact` also [peak, total]: lse = (peak + log2 total) ln 2. From them `backward` recomputes
+    the same weights. A rounded lse of large logits gives weights that don't add up to 1, an error
+    that the sums over queries in dk and dv accumulate.
+    tile: (queries, keys) of a tile, by default those of `tile_sizes`.
     """
     B, T, H, D = q.shape
     S, G, P = v.shape[1:]
     k, v = forward_operands(k, v, mask, bias)
+    # Live tiles of each row of tiles: full ones first, which need no mask.
     tiles = _Tiles.of(q, k, mask, q_offset, tile, backward=False)
     logits = _Logits(logit_cap, tiles, H // G, mask)
     order, n_full, n_live = tiles.walk(mask)
@@ -70,6 +94,8 @@ def forward(
         def row(i):
             q_i = _heads_first(_slice(q, i, I), G).astype(dtype) * (scale * logits.units)
 
+            # m' = max(m, max_j s_j), p_j = 2^(s_j - m'), l' = 2^(m - m') l + sum_j p_j,
+            # acc' = 2^(m - m') acc + p V; at the end o = acc / l and lse = (m + log2 l) ln 2.
             def step(masked, n, carry):
                 peak, total, acc = carry
                 j = _at(order, i, n)
@@ -95,6 +121,7 @@ def forward(
                 ),
                 x,
             )
+            # Full tiles, then partial ones.
             carry = _loop(0, _at(n_full, i), functools.partial(step, False), carry)
             carry = _loop(_at(n_full, i), _at(n_live, i), functools.partial(step, True), carry)
             peak, total, acc = carry
@@ -123,12 +150,31 @@ def forward(
 
 
 def backward(
-    q, k, v, bias, mask, q_offset, o, lse, do, dlse, *, scale, logit_cap, exact=None, dropout=None,
-    tile=None,
-):  # fmt: skip
-    """(dq, dk, dv, dbias or None) in the dtypes and shapes of (q, k, v, bias).
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "#B #H #T #S"] | None,
+    mask: masks.Mask,
+    q_offset: Offset,
+    o: Float[Array, "B T H P"],
+    lse: Float[Array, "B T H"],
+    do: Float[Array, "B T H P"],
+    dlse: Float[Array, "B T H"],
+    *,
+    scale: float,
+    logit_cap: float | None,
+    exact: list[Float[Array, "B T H"]] | None = None,
+    dropout: Dropout | None = None,
+    tile: tuple[int, int] | None = None,
+) -> tuple[
+    Float[Array, "B T H D"],
+    Float[Array, "B S G D"],
+    Float[Array, "B S G P"],
+    Float[Array, "#B #H #T #S"] | None,
+]:
+    """Returns (dq, dk, dv, dbias or None) in the dtypes of (q, k, v, bias).
 
-    exact: as `forward` gives it, or None; tile as there.
+    exact: as `forward` returns it, or None; tile as there.
     """
     B, T, H, D = q.shape
     S, G, P = v.shape[1:]
@@ -140,6 +186,7 @@ def backward(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     I, J, R = tiles.I, tiles.J, H // G
 
+    # dS = P (dO V^T - delta) with delta_i = sum_p dO_ip O_ip - dlse_i.
     delta = jnp.sum(o.astype(dtype) * do.astype(dtype), axis=-1) - dlse
     # A row without visible keys: exp(logits - inf) = 0 for all of them.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2_E
@@ -173,14 +220,16 @@ def backward(
                 # The recomputed logit may differ from the saved sum's in its last bits, which
                 # at extreme values are large numbers; a weight is at most 1.
                 s = jnp.minimum(s - lse_i[:, None], 0.0)
-                # Hidden only now, as a row's log-sum-exp may be NaN.
+                # Masked only now, as a row's log-sum-exp may be NaN.
                 p = exp2(s if visible is None else jnp.where(visible, s, -jnp.inf))
+                # dV = P^T dO and dS = P (dP - delta), with dP = dO V^T.
                 do_i = do_i if dropout is None else do_i * dropout.scale
                 dv += jnp.einsum("gjm,gmp->gjp", keep(p, i, j), do_i)
                 dp = keep(jnp.einsum("gjp,gmp->gjm", v_j, do_i), i, j)
                 ds = p * (dp - delta_i[:, None])
                 if bias is not None:
                     dbias = _add_bias_tile(dbias, ds, i, j, tiles, R)
+                # Then dK = dS^T Q and dQ = dS K, through the cap.
                 if slope is not None:
                     ds *= slope
                 dk += jnp.einsum("gjm,gmd->gjd", ds, q_i)
@@ -190,6 +239,7 @@ def backward(
 
             dq, dbias = carry
             zeros = varying((jnp.zeros((G, J, D), dtype), jnp.zeros((G, J, P), dtype)), x)
+            # Full tiles, then partial ones.
             carry = dq, *zeros, dbias
             carry = _loop(0, _at(n_full, j), functools.partial(step, False), carry)
             carry = _loop(_at(n_full, j), _at(n_live, j), functools.partial(step, True), carry)
@@ -220,7 +270,7 @@ def backward(
 
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
-    """How the T x S scores are cut: m x n tiles of I queries and J keys."""
+    """The T x S scores in m x n tiles of I queries and J keys."""
 
     T: int
     S: int
@@ -244,9 +294,9 @@ class _Tiles:
         return -(-self.S // self.J)
 
     def walk(self, mask):
-        """Live tiles of each row of tiles (of each column, backward), the full ones first.
+        """Returns the live tiles of each row of tiles (of each column, backward), full ones first.
 
-        Returns (order [1 or B, m, <= n], n_full [1 or B, m], n_live), numpy if nothing is traced.
+        As (order [1 or B, m, <= n], n_full [1 or B, m], n_live), NumPy's if nothing is traced.
         """
         kinds = masks.tile_kinds(mask, self.T, self.S, self.I, self.J, self.q_offset)
         xp = np if isinstance(kinds, np.ndarray) else jnp
@@ -259,7 +309,7 @@ class _Tiles:
         return order, (kinds == masks.FULL).sum(-1), n_live
 
     def ids(self, mask):
-        """The segment ids of the padded queries and keys, or None."""
+        """Returns the segment ids of the padded queries and keys, or None."""
         segments = masks.segments_of(mask)
         if segments is None:
             return None
@@ -281,13 +331,16 @@ class _Tiles:
         return bias
 
 
-def tile_sizes(T, S, H, mask, q_offset, backward):
-    """(queries, keys) of a tile: of the sizes that fit the caches, the cheapest for this mask.
+def tile_sizes(
+    T: int, S: int, H: int, mask: masks.Mask, q_offset: Offset, backward: bool
+) -> tuple[int, int]:
+    """Returns (queries, keys) of a tile: of the sizes that fit the caches, the cheapest for a mask.
 
     The cost, in scores, was fitted on two CPU cores: a tile costs 100,000 scores before its first,
-    bringing a key in place 64, and masking a third of the scores. Long masks take large tiles,
-    narrow windows small ones, backward passes on small caches the smallest.
+    loading a key 64, and masking a third of the scores. Long masks take large tiles, narrow windows
+    small ones, backward passes on small caches the smallest.
     """
+    # Scores of a tile that a cache holds.
     static = not any(isinstance(x, jax.Array) for x in jax.tree.leaves((mask, q_offset)))
     if T * S > LONG:
         limit = SMALL
@@ -295,6 +348,8 @@ def tile_sizes(T, S, H, mask, q_offset, backward):
         limit = LARGE
     else:
         limit = SMALL // 2 if backward else SMALL  # backward, twice as many matrices are alive
+
+    # Candidates.
     sizes = [
         (I, J)
         for I in _sizes(T, 512)
@@ -325,7 +380,7 @@ def tile_sizes(T, S, H, mask, q_offset, backward):
 
 @functools.cache
 def _core_cache() -> int:
-    """Bytes of a core's own cache, its second level, as Linux says; 1 MiB where nothing does."""
+    """Returns the bytes of a core's second-level cache as Linux reports them, or else 1 MiB."""
     try:
         size = pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text()
         return 2**10 * int(size.strip().removesuffix("K"))
@@ -334,7 +389,7 @@ def _core_cache() -> int:
 
 
 def _sizes(length, most):
-    """Sizes of tiles to try: powers of two, and what cuts the length in equal tiles."""
+    """Returns sizes of tiles to try: powers of two, and sizes that split the length equally."""
     sizes = set()
     size = 64
     while size <= most:
@@ -346,9 +401,9 @@ def _sizes(length, most):
 
 @dataclasses.dataclass(frozen=True)
 class _Logits:
-    """Turns a tile of scores into logits in units of log 2: cap, then bias; and asks the mask.
+    """Turns a tile of scores into logits in units of log 2: cap, then bias; and evaluates the mask.
 
-    Powers of two are cheaper than those of e: scores come scaled by `units` for that.
+    Powers of two are cheaper than those of e, so scores come scaled by `units`.
     """
 
     logit_cap: float | None
@@ -361,7 +416,7 @@ class _Logits:
         return LOG2_E if self.logit_cap is None else 1.0
 
     def __call__(self, s, bias, ids, i, j, masked, transposed=False):
-        """(logits, d logits / d scores or None without cap, visible) of tile i, j.
+        """Returns (logits, d logits / d scores or None without cap, visible) of tile i, j.
 
         s is [G, M, J], or [G, J, M] if transposed; visible is bool [1, M, J] or transposed, None
         if not masked.
@@ -404,7 +459,7 @@ class _Logits:
 
 
 def _keep(dropout, seeds, G, I, J, transposed=False):
-    """(x, i, j) -> x [G, M, J] (or [G, J, M]) of tile i, j with 0 for what dropout drops."""
+    """Returns (x, i, j) -> x [G, M, J] (or [G, J, M]) of tile i, j with 0 for dropped weights."""
     if dropout is None:
         return lambda x, i, j: x
     heads = seeds.reshape(G, -1, 1)
@@ -424,7 +479,7 @@ def _keep(dropout, seeds, G, I, J, transposed=False):
 
 
 def _add_bias_tile(dbias, ds, i, j, tiles, R):
-    """dbias [H or 1, T or 1, S or 1] plus the sum of ds [G, J, M] over what is broadcast."""
+    """Returns dbias [H or 1, T or 1, S or 1] plus ds [G, J, M], summed over broadcast axes."""
     G, J, I = ds.shape[0], tiles.J, tiles.I
     tile = ds.reshape(G, J, R, I).transpose(0, 2, 3, 1).reshape(G * R, I, J)
     for axis in range(3):
@@ -438,7 +493,7 @@ def _add_bias_tile(dbias, ds, i, j, tiles, R):
 
 
 def _over_batch(one, dbias, xs, B, size):
-    """one(dbias, x) for each sequence of a batch, at once if a tile of `size` is small.
+    """Returns one(dbias, x) of each sequence of a batch, vectorized if a tile of `size` is small.
 
     A leading axis of length 1 in xs or dbias is shared by the batch: such dbias is summed.
     """
@@ -468,8 +523,8 @@ def _over_batch(one, dbias, xs, B, size):
     return d, ys
 
 
-def exp2(x):
-    """2^x for x <= 0, exactly 0 at -inf and below 2^-126, right to two units of the last place.
+def exp2(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """Returns 2^x for x <= 0, exactly 0 at -inf and below 2^-126, to two units in the last place.
 
     XLA's own takes four times as long on CPUs, a sixth of the forward pass.
     """
@@ -482,7 +537,7 @@ def exp2(x):
 
 # 2^f for |f| <= 1/2, with an error of 1e-7; the first coefficient is 1, so that 2^0 is.
 _EXP2 = np.polynomial.Chebyshev.interpolate(np.exp2, 5, domain=[-0.5, 0.5])
-# As Python numbers, since NumPy's would make float64 of float32 where JAX has that enabled.
+# As Python numbers, since NumPy's would promote float32 to float64 where JAX has that enabled.
 _EXP2 = [1.0, *_EXP2.convert(kind=np.polynomial.Polynomial).coef[1:].tolist()]
 # Added to a float32, rounds it to a whole number, which then stands in the lowest bits.
 _ROUND = np.float32(1.5 * 2**23)
@@ -501,7 +556,7 @@ def _exp2_polynomial(x):
 
 
 def _at(table, *index):
-    """An entry of a table, still a Python number if nothing is traced."""
+    """Returns an entry of a table, a Python number if nothing is traced."""
     if isinstance(table, np.ndarray):
         if all(isinstance(i, int) for i in index):
             return int(table[index])
@@ -543,21 +598,21 @@ def _pad(x, axis, length, value):
 
 
 def _heads_first(x, G):
-    """[I, H, ...] -> [G, R * I, ...]"""
+    """Returns [I, H, ...] as [G, R * I, ...]."""
     I, H, *rest = x.shape
     x = jnp.moveaxis(x.reshape(I, G, H // G, *rest), 0, 2)
     return x.reshape(G, H // G * I, *rest)
 
 
 def _time_first(x, R):
-    """[G, R * I, ...] -> [I, H, ...]"""
+    """Returns [G, R * I, ...] as [I, H, ...]."""
     G, M, *rest = x.shape
     x = jnp.moveaxis(x.reshape(G, R, M // R, *rest), 2, 0)
     return x.reshape(M // R, G * R, *rest)
 
 
-def varying(tree, like):
-    """tree with the manual axes of `like` (inside shard_map, a loop's carry must have them)."""
+def varying(tree: PyTree, like: Any) -> PyTree:
+    """Returns a tree varying over the manual axes of `like`, as carries in shard_map have to."""
     varying = lambda a: jax.typeof(a).manual_axis_type.varying
     axes = frozenset().union(*map(varying, jax.tree.leaves(like)))
     return jax.tree.map(lambda a: jax.lax.pcast(a, tuple(axes - varying(a)), to="varying"), tree)

@@ -1,27 +1,30 @@
 """Decaying states in chunks: S_t = diag(a_t) S_{t-1} + k_t v_t^T and o_t = S_t^T q_t.
 
-One pair (decay, state) stands for a stretch of time: a later pair after an earlier one is
+One pair (decay, state) represents an interval of time: an earlier pair followed by a later one is
 (a2 a1, a2 S1 + S2). Inside a chunk of C steps everything is a matmul (state space duality,
 arXiv 2405.21060, section 6; gated linear attention, arXiv 2312.06635, section 4), between chunks
-runs a scan of the pairs. With b the cumulative decay from the chunk's start, inclusive:
+the pairs are scanned. With b the cumulative decay from the chunk's start, inclusive:
 
     o_i = b_i q_i S_in + sum_{j <= i} (q_i . (b_i / b_j) k_j) v_j
     S_out = b_C S_in + sum_j (b_C / b_j k_j) v_j^T
 
 Ratios b_i / b_j are powers of differences of log-decays, so nothing overflows however strong the
-decay is. The backward pass is written: it keeps the inputs, and recomputes the rest. CPUs take a
-few chunks after the other, so that what these need stays in a cache; others take all at once.
+decay is. The backward pass is a custom one: it keeps the inputs and recomputes the rest. CPUs
+compute a few chunks at a time, so that their intermediates stay in a cache; other platforms all at
+once.
 
-Letters: B batch, T time, H heads, G groups of heads, R heads of a group, D key dim, P value dim,
+Dimensions: B batch, T time, H heads, G groups of heads, R heads of a group, D key dim, P value dim,
 C chunk, N chunks, M chunks that are computed together.
 """
 
 import functools
 import importlib
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
 
 from tilescan.ops.attention_xla import LOG2_E, exp2, varying
 from tilescan.ops.lowering import choose_when_lowered
@@ -40,18 +43,34 @@ UNROLLED = 8
 MILD = 24.0
 
 
-def chunked_scan(q, k, v, log_decay, initial_state, *, chunk=None, implementation="xla"):
-    """(o [B, T, H, P], final_state [B, H, D, P]) of S_t = diag(a_t) S_{t-1} + k_t v_t^T.
+def chunked_scan(
+    q: Float[Array, "B T _ D"],
+    k: Float[Array, "B T _ D"],
+    v: Float[Array, "B T _ P"],
+    log_decay: Float[Array, "B T _ #D"],
+    initial_state: Float[Array, "B H D P"],
+    *,
+    chunk: int | None = None,
+    implementation: str | None = "xla",
+) -> tuple[Float[Array, "B T H P"], Float[Array, "B H D P"]]:
+    """Computes S_t = diag(a_t) S_{t-1} + k_t v_t^T and o_t = S_t^T q_t.
 
     Args:
-      q, k, v: [B, T, H or G, D], the same, and [B, T, H or G, P]; H is a multiple of G, and heads
-        that are fewer serve H // G heads each.
+      q, k, v: [B, T, H or G, D], the same, and [B, T, H or G, P]; H is a multiple of G, and each
+        of G heads serves H // G of the others.
       log_decay: log a_t <= 0, in the state's dtype; -inf forgets all. [B, T, H, D] or, where all
         of D or of the heads share it, 1 in their place.
       initial_state: [B, H, D, P]; its dtype is that of the computation.
       chunk: C, a multiple of 16; by platform when None.
       implementation: "xla", "pallas", or None: the Pallas kernels where the platform that the
         program is lowered for has them for these arguments, "xla" elsewhere.
+
+    Returns:
+      o [B, T, H, P] in q's dtype and the state after the last step [B, H, D, P].
+
+    Raises:
+      ValueError: an unknown implementation, or, when the program is lowered, "pallas" on a platform
+        without a kernel for these arguments.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -60,13 +79,19 @@ def chunked_scan(q, k, v, log_decay, initial_state, *, chunk=None, implementatio
         )
     if q.shape[1] == 1 and implementation != "pallas":
         return one_step(q, k, v, log_decay, initial_state)
-    # A state of zeros that all devices of a shard_map share has a gradient that they don't.
+    # The gradient of a state that is replicated in a shard_map may differ by device.
     arrays = q, k, v, log_decay, initial_state
     return _scan(*varying(arrays, arrays), chunk, implementation)
 
 
-def one_step(q, k, v, log_decay, S):
-    """The formula itself for T = 1, as decoding calls it: a chunk would be mostly padding."""
+def one_step(
+    q: Float[Array, "B 1 _ D"],
+    k: Float[Array, "B 1 _ D"],
+    v: Float[Array, "B 1 _ P"],
+    log_decay: Float[Array, "B 1 _ #D"],
+    S: Float[Array, "B H D P"],
+) -> tuple[Float[Array, "B 1 H P"], Float[Array, "B H D P"]]:
+    """Computes the recurrence itself for T = 1, as in decoding: a chunk would be mostly padding."""
     H = S.shape[1]
     every = lambda x: jnp.repeat(x[:, 0].astype(S.dtype), H // x.shape[2], axis=1)
     S = jnp.exp(every(log_decay))[..., None] * S + every(k)[..., None] * every(v)[..., None, :]
@@ -123,8 +148,11 @@ def _dispatch(direction, chunk, implementation, *arrays):
     return choose_when_lowered(pick, on("cpu"), *arrays)
 
 
-def on_platform(f, chunk, *arrays):
-    """f(*arrays, chunk=C, cached=whether to compute few chunks at once) of the platform."""
+def on_platform(f: Callable[..., PyTree], chunk: int | None, *arrays: Array) -> PyTree:
+    """Returns f(*arrays, chunk=C, cached=...) with the platform's C and whether it is a CPU.
+
+    cached: whether f is to compute a few chunks at a time.
+    """
 
     def of(platform):
         return functools.partial(f, chunk=chunk or CHUNK[platform], cached=platform == "cpu")
@@ -134,86 +162,157 @@ def on_platform(f, chunk, *arrays):
     )
 
 
-def forward(q, k, v, log_decay, initial_state, *, chunk, cached):
-    cut = Chunks.of(q, k, v, initial_state, chunk, cached)
+def forward(
+    q: Float[Array, "B T _ D"],
+    k: Float[Array, "B T _ D"],
+    v: Float[Array, "B T _ P"],
+    log_decay: Float[Array, "B T _ #D"],
+    initial_state: Float[Array, "B H D P"],
+    *,
+    chunk: int,
+    cached: bool,
+) -> tuple[Float[Array, "B T H P"], Float[Array, "B H D P"]]:
+    """Computes `chunked_scan` in XLA; cached: a few chunks at a time.
+
+    With b_i = a_1 ... a_i in a chunk: A_ij = (q_i . (b_i / b_j) k_j) for j <= i, else 0, and
+    o = A V + (b Q) S_in.
+    """
+    chunks = Chunks.of(q, k, v, initial_state, chunk, cached)
 
     def block(S, q, k, v, a):
-        d = decays(a)
-        S_in, S = states(k, v, d, S)
-        return S, (scores(q, k, d) @ v + (q * d.into) @ S_in,)
+        d = cumulative_decays(a)
+        S_in, S = chunk_states(k, v, d, S)
+        # Within the chunk by scores, from before it by the state.
+        return S, (scores(q, k, d) @ v + (q * d.from_start) @ S_in,)
 
-    S, (o,), _ = cut.scan(block, initial_state, (q, k, v, log_decay), cut.outputs(q, v))
+    S, (o,), _ = chunks.scan(block, initial_state, (q, k, v, log_decay), chunks.outputs(q, v))
     return o, S
 
 
-def backward(q, k, v, log_decay, initial_state, do, dS_out, *, chunk, cached):
+def backward(
+    q: Float[Array, "B T _ D"],
+    k: Float[Array, "B T _ D"],
+    v: Float[Array, "B T _ P"],
+    log_decay: Float[Array, "B T _ #D"],
+    initial_state: Float[Array, "B H D P"],
+    do: Float[Array, "B T H P"],
+    dS_out: Float[Array, "B H D P"],
+    *,
+    chunk: int,
+    cached: bool,
+) -> tuple[
+    Float[Array, "B T _ D"],
+    Float[Array, "B T _ D"],
+    Float[Array, "B T _ P"],
+    Float[Array, "B T _ #D"],
+    Float[Array, "B H D P"],
+]:
+    """Computes the gradients of q, k, v, log_decay and initial_state in XLA.
+
+    Chunks are visited in reverse, with the states at their starts recomputed. With dA = dO V^T and
+    dS_out the cotangent of a chunk's last state,
+
+        dS_in = b_C dS_out + (b Q)^T dO        dV = A^T dO + (b_C / b K) dS_out
+        dQ = dA (b_i / b_j K) + b dO S_in^T    dK = dA^T (b_i / b_j Q) + b_C / b V dS_out^T
+    """
     inputs = q, k, v, log_decay
-    cut = Chunks.of(q, k, v, initial_state, chunk, cached)
-    next_state = lambda S, k, v, a: (states(k, v, decays(a), S)[1], ())
-    *_, starts = cut.scan(next_state, initial_state, inputs[1:])
+    chunks = Chunks.of(q, k, v, initial_state, chunk, cached)
+    next_state = lambda S, k, v, a: (chunk_states(k, v, cumulative_decays(a), S)[1], ())
+    # The states before each block of chunks.
+    *_, starts = chunks.scan(next_state, initial_state, inputs[1:])
 
     def block(dS, q, k, v, a, do, S):
-        d = decays(a)
-        S_in, _ = states(k, v, d, S)
+        d = cumulative_decays(a)
+        S_in, _ = chunk_states(k, v, d, S)
+        # From chunk to chunk.
         step = lambda dS, x: (x[1] * dS + x[0], dS)
-        xs = transpose(q * d.into) @ do, transpose(d.whole)
-        dS_out, dS = over_chunks(step, dS, xs, reverse=True)
+        xs = transpose(q * d.from_start) @ do, transpose(d.total)
+        dS_out, dS = scan_chunks(step, dS, xs, reverse=True)
+        # Within a chunk, then by its states.
         A, dq, dk, dlog = score_gradients(q, k, do @ transpose(v), d)
-        dq_state = (do @ transpose(S_in)) * d.into
-        dk_state = (v @ transpose(dS_out)) * d.out
-        dv = transpose(A) @ do + (k * d.out) @ dS_out
-        whole = d.whole * jnp.sum(S_in * dS_out, -1)[..., None, :]
-        da = decay_gradient(dlog, q * dq_state, k * dk_state, whole, a)
-        dq, dk = fit(dq, q) + fit(dq_state, q), fit(dk, k) + fit(dk_state, k)
-        return dS, (dq, dk, fit(dv, v), da)
+        dq_state = (do @ transpose(S_in)) * d.from_start
+        dk_state = (v @ transpose(dS_out)) * d.to_end
+        dv = transpose(A) @ do + (k * d.to_end) @ dS_out
+        total = d.total * jnp.sum(S_in * dS_out, -1)[..., None, :]
+        da = decay_gradient(dlog, q * dq_state, k * dk_state, total, a)
+        dq, dk = (
+            sum_shared_heads(dq, q) + sum_shared_heads(dq_state, q),
+            sum_shared_heads(dk, k) + sum_shared_heads(dk_state, k),
+        )
+        return dS, (dq, dk, sum_shared_heads(dv, v), da)
 
-    dS, grads, _ = cut.scan(block, dS_out, (*inputs, do), inputs, starts, reverse=True)
+    dS, grads, _ = chunks.scan(block, dS_out, (*inputs, do), inputs, starts, reverse=True)
     return *grads, dS
 
 
 class Decays(NamedTuple):
     """Cumulative decays of chunks, [..., C, D or 1], and their logarithms in units of log 2."""
 
-    coarse: jax.Array  # the logarithm, rounded so that sums and differences are exact
-    fine: jax.Array  # what is left of it
-    into: jax.Array  # b_i: from the chunk's start through i
-    out: jax.Array  # b_C / b_j: from after j through the chunk's end
-    whole: jax.Array  # b_C [..., 1, D or 1]
+    coarse: jax.Array  # log2 b_i, rounded so that sums and differences are exact
+    fine: jax.Array  # log2 b_i - coarse
+    from_start: jax.Array  # b_i, of the steps 1 ... i
+    to_end: jax.Array  # b_C / b_j, of the steps j + 1 ... C
+    total: jax.Array  # b_C [..., 1, D or 1]
 
 
-def decays(a):
-    """Of the log-decays `a` [..., C, D or 1]."""
-    a = jnp.maximum(a * LOG2_E, nothing(a.dtype))
+def cumulative_decays(a: Float[Array, "*S C F"]) -> Decays:
+    """Returns the cumulative decays of log-decays [..., C, D or 1]."""
+    a = jnp.maximum(a * LOG2_E, log2_of_zero(a.dtype))
     coarse = jnp.round(a * 256) / 256
     coarse, fine = _sums(coarse, True), _sums(a - coarse, True)
-    into = exp2(coarse + fine)
-    out = exp2((coarse[..., -1:, :] - coarse) + (fine[..., -1:, :] - fine))
-    return Decays(coarse, fine, into, out, into[..., -1:, :])
+    from_start = exp2(coarse + fine)
+    to_end = exp2((coarse[..., -1:, :] - coarse) + (fine[..., -1:, :] - fine))
+    return Decays(coarse, fine, from_start, to_end, from_start[..., -1:, :])
 
 
-def states(k, v, d, S):
-    """The states at each chunk's start, [M, ..., D, P], and at the end."""
-    xs = transpose(k * d.out) @ v, transpose(d.whole)
-    return over_chunks(lambda S, x: (x[1] * S + x[0], S), S, xs)
+def chunk_states(
+    k: Float[Array, "M *_ C D"],
+    v: Float[Array, "M *_ C P"],
+    d: Decays,
+    S: Float[Array, "*h D P"],
+) -> tuple[Float[Array, "M *h D P"], Float[Array, "*h D P"]]:
+    """Returns the states at each chunk's start and at the end, from S at the first start.
+
+    S_out = b_C S_in + sum_j (b_C / b_j k_j) v_j^T.
+    """
+    xs = transpose(k * d.to_end) @ v, transpose(d.total)
+    return scan_chunks(lambda S, x: (x[1] * S + x[0], S), S, xs)
 
 
-def over_chunks(step, carry, xs, reverse=False):
-    """(what `step` gives of each chunk, the last carry)"""
+def scan_chunks(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: PyTree,
+    xs: PyTree,
+    reverse: bool = False,
+) -> tuple[PyTree, PyTree]:
+    """Returns (outputs of `step` for each chunk, last carry) of a scan, unrolled if short."""
     M = jax.tree.leaves(xs)[0].shape[0]
     unroll = M if M <= UNROLLED else 1
     carry, ys = jax.lax.scan(step, varying(carry, xs), xs, reverse=reverse, unroll=unroll)
     return ys, carry
 
 
-def scores(q, k, d):
-    """q_i . (b_i / b_j) k_j for j <= i, else 0: [..., C, C]."""
+def scores(
+    q: Float[Array, "*_ C D"], k: Float[Array, "*_ C D"], d: Decays
+) -> Float[Array, "*s C C"]:
+    """Returns A_ij = q_i . (b_i / b_j) k_j for j <= i, else 0."""
     if d.coarse.shape[-1] == 1:
         return (q @ transpose(k)) * _ratios(d)
     return jax.lax.cond(_mild(d), _mild_scores, _strong_scores, q, k, d)
 
 
-def score_gradients(q, k, dA, d):
-    """(scores A, dq, dk, dlog) where dA [..., C, C] is A's cotangent.
+def score_gradients(
+    q: Float[Array, "*_ C D"],
+    k: Float[Array, "*_ C D"],
+    dA: Float[Array, "*_ C C"],
+    d: Decays,
+) -> tuple[
+    Float[Array, "*s C C"],
+    Float[Array, "*_ C D"],
+    Float[Array, "*_ C D"],
+    Float[Array, "*_ C _"],
+]:
+    """Returns (scores A, dq, dk, dlog) where dA is A's cotangent.
 
     dlog [..., C, D or 1] is that of the log cumulative decays, without the diagonal, whose
     decays are 1: what cancels there would drown the gradients of strong decays.
@@ -221,15 +320,15 @@ def score_gradients(q, k, dA, d):
     if d.coarse.shape[-1] == 1:
         ratios, s = _ratios(d), q @ transpose(k)
         ds = dA * ratios
-        moved = jnp.where(_lower(q, False), ds * s, 0.0)
-        dlog = jnp.sum(moved, -1) - jnp.sum(moved, -2)
-        ds = fit(ds, s)
+        below = jnp.where(_lower(q, False), ds * s, 0.0)
+        dlog = jnp.sum(below, -1) - jnp.sum(below, -2)
+        ds = sum_shared_heads(ds, s)
         return s * ratios, ds @ k, transpose(ds) @ q, dlog[..., None]
     return jax.lax.cond(_mild(d), _mild_gradients, _strong_gradients, q, k, dA, d)
 
 
 def _ratios(d):
-    """b_i / b_j for j <= i, else 0, where D shares the decay: [..., C, C]."""
+    """Returns b_i / b_j for j <= i, else 0, where D shares the decay: [..., C, C]."""
     x = (d.coarse - transpose(d.coarse)) + (d.fine - transpose(d.fine))
     return exp2(jnp.where(_lower(x), x, -jnp.inf))
 
@@ -239,14 +338,14 @@ def _mild(d):
 
 
 def _mild_scores(q, k, d):
-    return jnp.where(_lower(q), (q * d.into) @ transpose(k / d.into), 0.0)
+    return jnp.where(_lower(q), (q * d.from_start) @ transpose(k / d.from_start), 0.0)
 
 
 def _mild_gradients(q, k, dA, d):
-    q_, k_ = q * d.into, k / d.into
+    q_, k_ = q * d.from_start, k / d.from_start
     A = jnp.where(_lower(q), q_ @ transpose(k_), 0.0)
     below = jnp.where(_lower(q, False), dA, 0.0)
-    dq, dk = (below @ k_) * d.into, (transpose(below) @ q_) / d.into
+    dq, dk = (below @ k_) * d.from_start, (transpose(below) @ q_) / d.from_start
     dlog = q * dq - k * dk
     diagonal = jnp.diagonal(dA, axis1=-2, axis2=-1)[..., None]
     return A, dq + diagonal * k, dk + diagonal * q, dlog
@@ -294,7 +393,7 @@ def _strong_gradients(q, k, dA, d):
 
 
 def _at_start(q, k, d, i):
-    """Queries of the subchunk at i, keys before it, each with its decay to or from its start."""
+    """Returns a subchunk's queries and all earlier keys, with decays from and to its start."""
     own, past = slice(i, i + SUBCHUNK), slice(0, i)
     start = slice(max(i - 1, 0), max(i, 1))
     since = lambda x, s: x[..., s, :] - x[..., start, :]
@@ -304,7 +403,7 @@ def _at_start(q, k, d, i):
 
 
 def _pairs(q, k, d, i):
-    """b_i / b_j [..., c, c, D] of the subchunk at i, its queries and its keys."""
+    """Returns b_i / b_j [..., c, c, D] of the subchunk at i, its queries and its keys."""
     own = slice(i, i + SUBCHUNK)
     between = lambda x: x[..., own, None, :] - x[..., None, own, :]
     x = between(d.coarse) + between(d.fine)
@@ -313,37 +412,47 @@ def _pairs(q, k, d, i):
 
 
 def _row(left, own, C):
-    """Scores of a subchunk with all keys of the chunk."""
+    """Returns scores of a subchunk with all keys of the chunk."""
     right = C - left.shape[-1] - own.shape[-1]
     empty = jnp.zeros((*own.shape[:-1], right), own.dtype)
     return jnp.concatenate([left, own, empty], -1)
 
 
-def decay_gradient(dlog, into, out, whole, a):
-    """The cotangent of the log-decays `a` [..., C, D or 1] of a chunk.
+def decay_gradient(
+    dlog: Float[Array, "*_ C _"],
+    from_start: Float[Array, "*_ C D"],
+    to_end: Float[Array, "*_ C D"],
+    total: Float[Array, "*_ 1 D"],
+    a: Float[Array, "*s C F"],
+) -> Float[Array, "*s C F"]:
+    """Returns the cotangent of the log-decays `a` [..., C, D or 1] of a chunk.
 
     Args:
-      dlog: of the log cumulative decays, [..., C, D or 1], by pairs of steps inside the chunk.
-      into, out: [..., C, D], b_i's and (b_C / b_j)'s value times cotangent.
-      whole: [..., 1, D], b_C's value times cotangent.
+      dlog: cotangent of log b by pairs of steps inside the chunk, [..., C, D or 1].
+      from_start, to_end, total: value times cotangent of b_i, b_C / b_j and b_C.
+      a: the log-decays.
     """
     if a.shape[-1] == 1:
-        into, out, whole = (jnp.sum(x, -1, keepdims=True) for x in (into, out, whole))
-    da = _sums(dlog + into, False) + _sums(out, True, inclusive=False) + whole
-    return fit(jnp.where(a * LOG2_E > nothing(a.dtype), da, 0.0), a)
+        from_start, to_end, total = (
+            jnp.sum(x, -1, keepdims=True) for x in (from_start, to_end, total)
+        )
+    # b_i has the log-decays of steps 1 ... i, b_C / b_j those of j + 1 ... C, b_C all.
+    da = _sums(dlog + from_start, False) + _sums(to_end, True, inclusive=False) + total
+    return sum_shared_heads(jnp.where(a * LOG2_E > log2_of_zero(a.dtype), da, 0.0), a)
 
 
-def nothing(dtype):
-    """A log-decay in units of log 2 whose power is exactly 0."""
+def log2_of_zero(dtype: jax.typing.DTypeLike) -> float:
+    """Returns a log-decay in units of log 2 that stands for 0: its power of 2 underflows to 0."""
     return -160.0 if dtype == jnp.float32 else -1200.0
 
 
-def transpose(x):
+def transpose(x: Float[Array, "*s C F"]) -> Float[Array, "*s F C"]:
+    """Returns matrices transposed."""
     return jnp.swapaxes(x, -1, -2)
 
 
-def fit(x, like):
-    """x [..., G, R, C, F] summed over the heads that share `like`."""
+def sum_shared_heads(x: Float[Array, "*_ C F"], like: Float[Array, "*s C _"]) -> Array:
+    """Returns x [..., G, R, C, F] summed over the heads that share `like`."""
     for axis in range(1, x.ndim - 2):
         if like.shape[axis] == 1 and x.shape[axis] > 1:
             x = jnp.sum(x, axis, keepdims=True)
@@ -351,21 +460,29 @@ def fit(x, like):
 
 
 def _lower(like, diagonal=True):
-    """True where j <= i (or j < i), [1, ..., 1, C, C], for `like` [..., C, F]."""
+    """Returns whether j <= i (or j < i), [1, ..., 1, C, C], for `like` [..., C, F]."""
     C = like.shape[-2]
     mask = jnp.tri(C, k=0 if diagonal else -1, dtype=bool)
     return mask.reshape((1,) * (like.ndim - 2) + (C, C))
 
 
 def _sums(x, from_start, inclusive=True):
-    """Sums of x [..., C, F] along C, from its start or through its end."""
+    """Returns sums of x [..., C, F] along C, from its start or through its end."""
     lower = jnp.tri(x.shape[-2], k=0 if inclusive else -1, dtype=x.dtype)
     order = "ij,...jd->...id" if from_start else "ij,...id->...jd"
     return jnp.einsum(order, lower, x, precision="highest")
 
 
 class Chunks(NamedTuple):
-    """How time is cut: into blocks of M chunks of C steps; heads stand as [G, R]."""
+    """Time in blocks of M chunks of C steps, heads as [G, R].
+
+    Attributes:
+      T: steps.
+      G, R: groups of heads, and heads of a group.
+      C: steps of a chunk.
+      M: chunks of a block.
+      blocks: number of blocks.
+    """
 
     T: int
     G: int
@@ -375,7 +492,16 @@ class Chunks(NamedTuple):
     blocks: int
 
     @classmethod
-    def of(cls, q, k, v, S, chunk, cached):
+    def of(
+        cls,
+        q: Float[Array, "B T _ D"],
+        k: Float[Array, "B T _ D"],
+        v: Float[Array, "B T _ P"],
+        S: Float[Array, "B H D P"],
+        chunk: int,
+        cached: bool,
+    ) -> "Chunks":
+        """Returns the chunks of `forward`'s arguments."""
         (B, T), H = q.shape[:2], S.shape[1]
         G = min(x.shape[2] for x in (q, k, v))
         C = min(chunk, -(-T // SUBCHUNK) * SUBCHUNK)
@@ -384,24 +510,36 @@ class Chunks(NamedTuple):
         M = -(-N // -(-N // M))
         return cls(T, G, H // G, C, M, -(-N // M))
 
-    def outputs(self, q, v):
-        """Shapes of outputs: of all heads, in q's dtype."""
+    def outputs(
+        self, q: Float[Array, "B T _ D"], v: Float[Array, "B T _ P"]
+    ) -> list[jax.ShapeDtypeStruct]:
+        """Returns the shapes of outputs: of all heads, in q's dtype."""
         return [jax.ShapeDtypeStruct((*q.shape[:2], self.G * self.R, v.shape[3]), q.dtype)]
 
-    def scan(self, f, S, arrays, like=(), starts=None, reverse=False):
-        """S, results = f(S, *chunks, start) of each block of time, in turn.
+    def scan(
+        self,
+        f: Callable[..., tuple[Array, Sequence[Array]]],
+        S: Float[Array, "B H D P"],
+        arrays: Sequence[Array],
+        like: Sequence[Array | jax.ShapeDtypeStruct] = (),
+        starts: Array | None = None,
+        reverse: bool = False,
+    ) -> tuple[Float[Array, "B H D P"], list[Array], Array]:
+        """Scans S, results = f(S, *chunks, start) over the blocks of time.
 
         Args:
           f: takes chunks [M, B, G, R, C, F] in S's dtype, where 1 stands for G or R that are
             shared, and the block's of `starts`, if any; its results look like the chunks.
           S: the first state [B, H, D, P]; f's is [B, G, R, D, P].
-          arrays: what is cut into chunks, [B, T, heads, F]; zeros follow the end.
+          arrays: [B, T, heads, F], split into chunks and padded with zeros.
           like: shapes [B, T, heads, F] and dtypes of the results.
-          starts: states by blocks, as are returned.
+          starts: states before each block, as returned.
+          reverse: from the last block to the first.
 
         Returns:
           The last S, the results, and the S before each block.
         """
+        # Whole blocks.
         steps = self.M * self.C
         pad = lambda x: ((0, 0), (0, self.blocks * steps - self.T), *[(0, 0)] * (len(x.shape) - 2))
         arrays = [jnp.pad(x, pad(x)) for x in arrays]
@@ -413,12 +551,12 @@ class Chunks(NamedTuple):
 
         def step(carry, x):
             (S, results), (i, start) = carry, x
-            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * steps, steps, 1).astype(S.dtype)
-            new, parts = f(S, *(self._split(cut(x)) for x in arrays), *jax.tree.leaves(start))
-            put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(
-                x, self._join(part).astype(x.dtype), i * steps, 1
+            take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * steps, steps, 1).astype(S.dtype)
+            new, found = f(S, *(self._split(take(x)) for x in arrays), *jax.tree.leaves(start))
+            put = lambda x, block: jax.lax.dynamic_update_slice_in_dim(
+                x, self._join(block).astype(x.dtype), i * steps, 1
             )
-            return (new, [put(*pair) for pair in zip(results, parts, strict=True)]), S
+            return (new, [put(*pair) for pair in zip(results, found, strict=True)]), S
 
         xs = jnp.arange(self.blocks), starts
         (S, results), before = jax.lax.scan(step, carry, xs, reverse=reverse)

@@ -4,7 +4,7 @@ The head is applied to a chunk of positions at a time. A chunk's loss is differe
 the forward pass, and its gradients are added to float32 sums: logits take O(B C V) memory instead
 of O(B T V), and no matrix product is done twice (StreamBP, arXiv 2506.03077, section 3.1).
 
-Letters: B batch, T time, C chunk, E embedding, V vocabulary.
+Dimensions: B batch, T time, C chunk, E embedding, V vocabulary.
 """
 
 import dataclasses
@@ -14,21 +14,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Integer, Num, PyTree
 
 from tilescan.ops.attention_xla import varying
-from tilescan.ops.explicit_axes import as_first, compiler_cuts, whole
+from tilescan.ops.explicit_axes import as_first, partitioned_by_compiler, replicated
 from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sizes import check_sizes
 from tilescan.ops.token_ids import bounded_ids, check_ids, counted_ids
 
 
-@compiler_cuts(whole)
+@partitioned_by_compiler(replicated)
 def chunked_cross_entropy(
     hidden: Float[Array, "B T E"],
     head: Float[Array, "E V"] | Float[Array, "V E"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
+    targets: Integer[Array | np.ndarray, "B T"],
+    weights: Num[Array | np.ndarray, "B T"] | Bool[Array | np.ndarray, "B T"],
     *,
     chunk: int,
     z_loss: float = 0.0,
@@ -36,21 +37,23 @@ def chunked_cross_entropy(
     logit_scale: float | None = None,
     logit_cap: float | None = None,
     axis_name: str | None = None,
-) -> dict[str, Array]:
-    """The sums of `training.steps.cross_entropy` for logits cap(scale hidden head), by chunks.
+) -> dict[str, Float[Array, ""]]:
+    """Computes the sums of `training.steps.cross_entropy` for logits cap(scale hidden head).
+
+    Logits exist for a chunk of positions at a time.
 
     Args:
       hidden: what the head reads.
       head: the head's matrix [E, V], or with `tied` the embedding [V, E]; it is cast to hidden's
         dtype, and products are accumulated in float32.
-      targets: ids in [0, V), of any integer dtype. Where the weight is 0 they are never looked
-        at; elsewhere one that is no token makes the loss and its gradients NaN.
+      targets: ids in [0, V), of any integer dtype. Where the weight is 0 they are not read;
+        elsewhere one outside [0, V) makes the loss and its gradients NaN.
       weights: of the tokens.
       chunk: positions per chunk, C; T need not be a multiple.
       z_loss: "loss" has + z_loss * logsumexp(logits)^2 per token.
       tied: whether head is [V, E].
       logit_scale, logit_cap: as in `models.LanguageModelConfig`.
-      axis_name: inside `jax.shard_map`, the mesh axis that cuts time, over which sums are added.
+      axis_name: inside `jax.shard_map`, the mesh axis that shards time, over which sums are added.
 
     Returns:
       {"loss", "nll", "correct", "weight", "exact", "rows"}, float32 (float64 for float64). "loss"
@@ -74,11 +77,11 @@ def chunked_cross_entropy(
     return {"loss": loss, **whole_rows(sums)}
 
 
-@compiler_cuts(as_first(2))
+@partitioned_by_compiler(as_first(2))
 def chunked_log_probabilities(
     hidden: Float[Array, "B T E"],
     head: Float[Array, "E V"] | Float[Array, "V E"],
-    targets: Int[Array, "B T"],
+    targets: Integer[Array | np.ndarray, "B T"],
     *,
     chunk: int,
     tied: bool = False,
@@ -86,11 +89,11 @@ def chunked_log_probabilities(
     logit_cap: float | None = None,
     temperature: float = 1.0,
 ) -> Float[Array, "B T"]:
-    """log softmax(logits / temperature)[target] of every token, by chunks; float32.
+    """Computes log softmax(logits / temperature)[target] of every token by chunks, in float32.
 
     For losses that are not a sum over tokens: the backward pass takes any cotangent, for which it
-    computes each chunk's logits again. Arguments and errors as in `chunked_cross_entropy`. A target
-    that is no token gives NaN, and a NaN gradient unless its cotangent is 0.
+    recomputes each chunk's logits. Arguments and errors as in `chunked_cross_entropy`. A target
+    outside [0, V) gives NaN, and a NaN gradient unless its cotangent is 0.
     """
     check_ids("targets", targets)
     _check(hidden, head, tied, chunk, {"targets": targets})
@@ -100,24 +103,24 @@ def chunked_log_probabilities(
     return _log_probabilities(options, hidden, head, targets)
 
 
-@compiler_cuts(whole)
+@partitioned_by_compiler(replicated)
 def sum_over_chunks(
-    objective: Callable,
+    objective: Callable[..., tuple[Array, Any]],
     hidden: Float[Array, "B T E"],
     head: Float[Array, "E V"] | Float[Array, "V E"],
-    per_token: Any,
+    per_token: PyTree,
     *,
     chunk: int,
     tied: bool = False,
     logit_scale: float | None = None,
     logit_cap: float | None = None,
     temperature: float = 1.0,
-) -> tuple[Array, Any]:
-    """Any loss that is a sum over tokens: (sum of losses, sums of what else was counted).
+) -> tuple[Float[Array, ""], PyTree]:
+    """Computes any loss that is a sum over tokens: (sum of losses, sums of other counts).
 
     Args:
       objective: `objective(logits [B, C, V], per_token of the chunk) -> (loss, sums)`, a scalar and
-        a pytree of things to add up. It gets logits in float32 or wider and must give 0 for tokens
+        a pytree of arrays to add up. It gets logits in float32 or wider and must give 0 for tokens
         whose per_token entries are all 0, which fill up the last chunk.
       per_token: pytree of arrays [B, T], constants for the gradient.
       temperature: divides the logits, after scale and cap.
@@ -132,25 +135,29 @@ def sum_over_chunks(
     return _fused(objective, options, *varying(arrays, arrays))
 
 
-def log_probabilities_of(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> tuple:
-    """Returns (log softmax(logits)[target], logsumexp(logits)) [*B].
+def log_probabilities_of(
+    logits: Float[Array, "*B V"], targets: Integer[Array | np.ndarray, "*B"]
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """Returns (log softmax(logits)[target], logsumexp(logits)).
 
-    The first is NaN, and so is its gradient, for targets outside [0, V). The target is picked by
+    The first is NaN, and so is its gradient, for targets outside [0, V). The target is selected by
     comparison: its gradient is elementwise where that of a gather would be a scatter.
     """
     targets = bounded_ids(targets, logits.shape[-1], -1)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), axis=-1)
-    # A factor, and not a choice, so that the gradient is NaN as well.
+    # A factor and not a `where`, so that the gradient is NaN as well.
     known = jnp.where(targets < 0, jnp.nan, 1).astype(logits.dtype)
     return (picked - log_z) * known, log_z
 
 
 def count_hits(
-    logits: Float[Array, "B C V"], targets: Int[Array, "B C"], weights: Float[Array, "B C"]
+    logits: Float[Array, "B C V"],
+    targets: Integer[Array, "B C"],
+    weights: Num[Array, "B C"] | Bool[Array, "B C"],
 ) -> dict[str, Array]:
-    """What a chunk adds to "correct", "weight" and, by `whole_rows`, to "exact" and "rows"."""
+    """Returns a chunk's counts for "correct", "weight" and, by `whole_rows`, "exact" and "rows"."""
     hit = jnp.argmax(logits, axis=-1) == targets
     counts = weights > 0
     return {
@@ -162,7 +169,7 @@ def count_hits(
 
 
 def whole_rows(sums: dict[str, Array]) -> dict[str, Array]:
-    """Sums of `count_hits` with "rows" that count and "exact" ones for each row's own counts."""
+    """Returns sums of `count_hits` with "rows" and "exact" in place of the counts of each row."""
     dtype = sums["weight"].dtype
     rows, right = sums["counted"] > 0, sums["wrong"] == 0
     rest = {name: value for name, value in sums.items() if name not in ("counted", "wrong")}
@@ -190,7 +197,7 @@ class _Options:
     chunk: int
 
     def products(self, hidden, head):
-        """hidden head, accumulated in float32."""
+        """Returns hidden head, accumulated in float32."""
         equation = "bce,ve->bcv" if self.tied else "bce,ev->bcv"
         return jnp.einsum(equation, hidden, head, preferred_element_type=_wide(hidden))
 
@@ -202,7 +209,7 @@ class _Options:
         return products if self.temperature == 1 else products / self.temperature
 
     def gradients(self, hidden, head, g):
-        """Cotangents of hidden and head, in float32, for the cotangent g of the products."""
+        """Returns cotangents of hidden and head in float32 for the cotangent g of the products."""
         g, wide = g.astype(hidden.dtype), _wide(hidden)
         to_hidden, to_head = ("ve", "ve") if self.tied else ("ev", "ev")
         return (
@@ -217,27 +224,27 @@ def _wide(x):
 
 @functools.partial(written_vjp, nondiff_argnums=(0, 1))
 def _fused(objective, options, hidden, head, per_token):
-    """The sums alone: what an evaluation computes."""
-    cut = _Chunks(hidden, per_token, options.chunk)
+    """Returns the sums alone, as an evaluation computes them."""
+    chunks = _Chunks(hidden, per_token, options.chunk)
     head = head.astype(hidden.dtype)
 
     def one(i):
-        h, x = cut.take(i, cut.hidden)
+        h, x = chunks.take(i, chunks.hidden)
         return objective(options.logits(options.products(h, head)), x)
 
     def add(total, i):
         return jax.tree.map(jnp.add, total, one(i)), None
 
-    return jax.lax.scan(add, _zeros(one, cut), jnp.arange(cut.n))[0]
+    return jax.lax.scan(add, _zeros(one, chunks), jnp.arange(chunks.n))[0]
 
 
 def _fused_fwd(objective, options, hidden, head, per_token):
-    """The sums, and both gradients of the loss."""
-    cut = _Chunks(hidden, per_token, options.chunk)
+    """Returns the sums, and both gradients of the loss."""
+    chunks = _Chunks(hidden, per_token, options.chunk)
     narrow = head.astype(hidden.dtype)
 
     def one(i, hidden):
-        h, x = cut.take(i, hidden)
+        h, x = chunks.take(i, hidden)
         products = options.products(h, narrow)
         of_products = lambda products: objective(options.logits(products), x)
         sums, g = jax.value_and_grad(of_products, has_aux=True)(products)
@@ -247,12 +254,12 @@ def _fused_fwd(objective, options, hidden, head, per_token):
         total, hidden, to_head = carry
         sums, (dh, dw) = one(i, hidden)
         total = jax.tree.map(jnp.add, total, sums)
-        # Nobody reads this chunk of hidden again: its gradient takes its place.
-        return (total, cut.put(hidden, i, dh), to_head + dw), None
+        # This chunk of hidden is not read again: its gradient replaces it.
+        return (total, chunks.put(hidden, i, dh), to_head + dw), None
 
-    sums = _zeros(lambda i: one(i, cut.hidden)[0], cut)
+    sums = _zeros(lambda i: one(i, chunks.hidden)[0], chunks)
     to_head = varying(jnp.zeros(head.shape, _wide(hidden)), head)
-    carry = jax.lax.scan(add, (sums, cut.hidden, to_head), jnp.arange(cut.n))[0]
+    carry = jax.lax.scan(add, (sums, chunks.hidden, to_head), jnp.arange(chunks.n))[0]
     total, to_hidden, to_head = carry
     like = jnp.zeros((0,), head.dtype)
     return total, (to_hidden[:, : hidden.shape[1]], to_head, like)
@@ -269,16 +276,16 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 
 @functools.partial(written_vjp, nondiff_argnums=(0,))
 def _log_probabilities(options, hidden, head, targets):
-    cut = _Chunks(hidden, targets, options.chunk)
+    chunks = _Chunks(hidden, targets, options.chunk)
     head = head.astype(hidden.dtype)
 
     def add(out, i):
-        h, ids = cut.take(i, cut.hidden)
+        h, ids = chunks.take(i, chunks.hidden)
         log_p = log_probabilities_of(options.logits(options.products(h, head)), ids)[0]
-        return cut.put(out, i, log_p), None
+        return chunks.put(out, i, log_p), None
 
-    out = varying(jnp.zeros(cut.hidden.shape[:2], _wide(hidden)), hidden)
-    return jax.lax.scan(add, out, jnp.arange(cut.n))[0][:, : hidden.shape[1]]
+    out = varying(jnp.zeros(chunks.hidden.shape[:2], _wide(hidden)), hidden)
+    return jax.lax.scan(add, out, jnp.arange(chunks.n))[0][:, : hidden.shape[1]]
 
 
 def _log_probabilities_fwd(options, hidden, head, targets):
@@ -287,7 +294,7 @@ def _log_probabilities_fwd(options, hidden, head, targets):
 
 def _log_probabilities_bwd(options, residuals, g):
     hidden, head, targets = residuals
-    targets = jnp.where(g != 0, targets, 0)  # what the loss left out is not looked at
+    targets = jnp.where(g != 0, targets, 0)  # targets that the loss left out are not read
 
     def weighted(logits, x):
         return jnp.sum(x["g"] * log_probabilities_of(logits, x["targets"])[0]), ()
@@ -316,18 +323,18 @@ class _Chunks:
         self.hidden, self.per_token = jax.tree.map(pad, (hidden, per_token))
 
     def take(self, i, hidden):
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * self.C, self.C, axis=1)
-        return jax.tree.map(cut, (hidden, self.per_token))
+        chunk = lambda x: jax.lax.dynamic_slice_in_dim(x, i * self.C, self.C, axis=1)
+        return jax.tree.map(chunk, (hidden, self.per_token))
 
     def put(self, x, i, part):
         return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * self.C, axis=1)
 
 
-def _zeros(one, cut):
-    """Zeros like what `one` gives for a chunk."""
+def _zeros(one, chunks):
+    """Returns zeros of the shapes and dtypes that `one` returns for a chunk."""
     shapes = jax.eval_shape(one, jnp.int32(0))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return varying(zeros, cut.hidden)
+    return varying(zeros, chunks.hidden)
 
 
 def _vocabulary(head, tied) -> int:

@@ -5,26 +5,33 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Integer
 
 from tilescan.ops import masks
+from tilescan.ops.attention_operands import Bias
 from tilescan.ops.attention_xla import varying
-from tilescan.ops.explicit_axes import cut_by_letters
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.sizes import check_sizes
 
 
-def merge_partials(o1, lse1, o2, lse2):
-    """The attention over two disjoint sets of keys, from the attention over each.
+def merge_partials(
+    o1: Float[Array, "*S P"],
+    lse1: Float[Array, "*S"],
+    o2: Float[Array, "*S P"],
+    lse2: Float[Array, "*S"],
+) -> tuple[Float[Array, "*S P"], Float[Array, "*S"]]:
+    """Returns the attention over two disjoint sets of keys, from the attention over each.
 
     Associative and commutative; (0, -inf), a set without visible keys, is its identity. This is
-    the combination of ring attention, split-key decoding and sinks (card of FlashAttention).
+    the combination that ring attention, split-key decoding and attention sinks share.
 
     Args:
       o1, o2: outputs [..., P], normalised over their own keys.
       lse1, lse2: natural log of each row's sum of exponentials [...], -inf for none.
 
     Returns:
-      (o [..., P] in o1's dtype, lse [...]).
+      o [..., P] in o1's dtype, and lse [...].
     """
     lse = jnp.logaddexp(lse1, lse2)
     # Two empty sets: -inf - -inf would be NaN, and a NaN there would poison the gradient too.
@@ -36,7 +43,7 @@ def merge_partials(o1, lse1, o2, lse2):
     return o.astype(o1.dtype), lse
 
 
-@cut_by_letters(
+@partitioned_by_dimensions(
     "BTH",
     q="BTHD",
     k_cache="BSGD",
@@ -50,24 +57,24 @@ def decode_attention(
     k_cache: Float[Array, "B S G D"],
     v_cache: Float[Array, "B S G P"],
     *,
-    lengths: Int[Array, " B"],
-    mask=masks.Causal(),  # noqa: B008 (frozen)
-    bias: Float[Array, "#B #H #T #S"] | None = None,
-    scale: float | None = None,
+    lengths: Integer[Array | np.ndarray, " B"],
+    mask: masks.Mask = masks.Causal(),  # noqa: B008 (frozen)
+    bias: Bias | None = None,
+    scale: float | np.floating | Float[Array, ""] | None = None,
     logit_cap: float | None = None,
     return_lse: bool = False,
     split: int = 1024,
-):
-    """Attention of the last T tokens of each sequence to a cache that is partly filled.
+) -> Float[Array, "B T H P"] | tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
+    """Computes attention of the last T tokens of each sequence to a cache that is partly filled.
 
-    The same numbers as `ops.attention` gives for each row with its own q_offset, lengths[b] - T.
-    Keys are taken `split` at a time; splits that no query of the batch sees are not computed, so
-    a step costs the longest live length (or the window), not the size of the cache. What stands in
-    slots from lengths[b] on, and in keys and values that the mask hides, changes nothing, NaN and
-    inf included; a key or value that is not finite makes NaN of the rows that see it.
+    Returns what `ops.attention` does for each row with its own q_offset, lengths[b] - T. Keys are
+    read `split` at a time; splits that no query of the batch sees are not computed, so a step costs
+    the longest live length (or the window), not the size of the cache. The contents of slots from
+    lengths[b] on, and of keys and values that the mask hides, change nothing, NaN and inf included;
+    a key or value that is not finite makes NaN of the rows that see it.
 
     Args:
-      q: the T newest queries [B, T, H, D]; query t of row b stands at lengths[b] - T + t.
+      q: the T newest queries [B, T, H, D]; query t of row b is at position lengths[b] - T + t.
       k_cache, v_cache: [B, S, G, D] and [B, S, G, P]; slots from lengths[b] on are not seen.
       lengths: int [B], filled slots of each row, the T newest included.
       mask: as in `ops.attention`; its Segments hold ids [B, T] and [B, S].
@@ -80,6 +87,7 @@ def decode_attention(
     Raises:
       ValueError: shapes or mask that do not fit.
     """
+    # Arguments.
     (B, T, H, D), (S, G) = q.shape, v_cache.shape[1:3]
     if k_cache.shape != (B, S, G, D) or v_cache.shape[0] != B:
         raise ValueError(
@@ -95,11 +103,12 @@ def decode_attention(
         raise ValueError(f"lengths has shape {lengths.shape}; it must be [B] = [{B}]")
     if split < 1:
         raise ValueError(f"split={split} must be at least 1")
-    # Rows differ in their offset; 0 is one at which a layout is checked against the whole cache.
+    # Rows differ in their offset; at 0 a layout is checked against the whole cache.
     masks.validate(mask, B, T, S, 0)
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
 
+    # A traced scale is applied to the queries.
     scale = D**-0.5 if scale is None else scale
     if isinstance(scale, jax.Array):
         q, scale = q * scale.astype(q.dtype), 1.0
@@ -117,10 +126,10 @@ class _Options:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
 def _decode(q, k_cache, v_cache, lengths, mask, bias, options):
-    """(o [B, T, H, P] in q's dtype, lse [B, T, H]).
+    """Returns (o [B, T, H, P] in q's dtype, lse [B, T, H]).
 
-    A weight of 0 times NaN is NaN. To look for it in the result costs nothing; to keep it out
-    needs a copy of the cache, which is made only if the result shows it, or for a derivative.
+    A weight of 0 times NaN is NaN. To find one in the result costs nothing; to exclude it needs a
+    copy of the cache, which is made only if the result shows it, or for a derivative.
     """
     attend = functools.partial(_attend, q, k_cache, v_cache, lengths, mask, bias, options)
     o, lse = attend()
@@ -133,7 +142,7 @@ def _decode_jvp(options, primals, tangents):
 
 
 def _attend(q, k_cache, v_cache, lengths, mask, bias, options, careful=False):
-    """`_decode`; only if careful do numbers in hidden slots need not be finite."""
+    """Computes `_decode`; hidden slots may hold values that are not finite only if careful."""
     (B, T, H, D), (S, G, P) = q.shape, v_cache.shape[1:]
     out_dtype, dtype = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
     R, J, logit_cap = H // G, options.split, options.logit_cap
@@ -145,27 +154,30 @@ def _attend(q, k_cache, v_cache, lengths, mask, bias, options, careful=False):
         q, q_finite = _only_finite(q)
 
     def partial(start, first):
-        """Attention to the keys first <= j < start + J, by the slice that begins at start."""
-        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, J, axis)
-        k, v = (cut(x, 1).astype(dtype) for x in (k_cache, v_cache))
+        """Returns attention to the keys first <= j < start + J, from the slice at start."""
+        # Logits: scale, cap and bias.
+        take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, J, axis)
+        k, v = (take(x, 1).astype(dtype) for x in (k_cache, v_cache))
         if careful:
             (k, k_finite), (v, v_finite) = _only_finite(k), _only_finite(v)
         s = jnp.einsum("bgrtd,bjgd->bgrtj", q, k)
         if logit_cap is not None:
             s = logit_cap * jnp.tanh(s / logit_cap)
         if bias is not None:
-            tile = cut(bias, 3) if bias.shape[3] > 1 else bias
+            tile = take(bias, 3) if bias.shape[3] > 1 else bias
             heads = (G, R) if tile.shape[1] > 1 else (1, 1)
             s += tile.reshape(tile.shape[0], *heads, *tile.shape[2:]).astype(dtype)
+        # NaN where an operand is not finite; then the mask.
         if careful:
             finite = (k_finite & v_finite).swapaxes(1, 2)[:, :, None, None]
             s = jnp.where(q_finite[..., None] & finite, s, jnp.nan)
         keys = start + jnp.arange(J)[None, None]
-        pair = () if ids is None else (ids[0][:, :, None], cut(ids[1], 1)[:, None])
+        pair = () if ids is None else (ids[0][:, :, None], take(ids[1], 1)[:, None])
         seen = mask.visible(positions[:, :, None], keys, *pair)
         seen = (seen & (keys < lengths[:, None, None]) & (keys >= first))[:, None, None]
         s = jnp.where(seen, s, -jnp.inf)
-        # At least the logit below which a key is hidden. The result doesn't depend on it.
+        # Softmax. The peak is at least the logit below which a key is hidden; the result doesn't
+        # depend on it.
         peak = jnp.maximum(jnp.max(s, axis=-1, keepdims=True), -1e30)
         peak = jax.lax.stop_gradient(peak)
         p = jnp.exp(s - peak)
@@ -177,7 +189,7 @@ def _attend(q, k_cache, v_cache, lengths, mask, bias, options, careful=False):
         return o, jnp.where(empty, -jnp.inf, peak + jnp.log(total))[..., 0]
 
     def live(first, stop):
-        """Whether any query of the batch sees a key in first <= j < stop."""
+        """Returns whether any query of the batch sees a key in first <= j < stop."""
         stop = jnp.minimum(stop, lengths)
         bounds = ()
         if ids is not None:
@@ -202,14 +214,14 @@ def _attend(q, k_cache, v_cache, lengths, mask, bias, options, careful=False):
     if J == S:
         o, lse = partial(0, 0)
     else:
-        nothing = jnp.zeros((B, G, R, T, P), dtype), jnp.full((B, G, R, T), -jnp.inf, dtype)
-        nothing = varying(nothing, (q, k_cache, v_cache, lengths, bias, mask))
-        (o, lse), _ = jax.lax.scan(step, nothing, jnp.arange(0, S, J))
+        empty = jnp.zeros((B, G, R, T, P), dtype), jnp.full((B, G, R, T), -jnp.inf, dtype)
+        empty = varying(empty, (q, k_cache, v_cache, lengths, bias, mask))
+        (o, lse), _ = jax.lax.scan(step, empty, jnp.arange(0, S, J))
     o = o.transpose(0, 3, 1, 2, 4).reshape(B, T, H, P).astype(out_dtype)
     return o, lse.transpose(0, 3, 1, 2).reshape(B, T, H)
 
 
 def _only_finite(x):
-    """(x with rows of 0 in place of those that are not finite, which are), x [..., D]."""
+    """Returns x [..., D] with 0 for rows that are not finite, and which rows are finite."""
     finite = jnp.all(jnp.isfinite(x), axis=-1)
     return jnp.where(finite[..., None], x, 0.0), finite

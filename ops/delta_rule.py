@@ -1,13 +1,13 @@
 """The delta rule, plain and gated: a state that replaces what it held for a key.
 
 In chunks by the WY form (arXiv 2406.06484, section 3.2; gated, 2412.06464, section 3.3). With b
-the cumulative decay and S_in the chunk's first state, the values that are written solve
+the cumulative decay and S_in the chunk's first state, the values u that are written solve
 
     u_i + beta_i sum_{j < i} (b_i / b_j) (k_i . k_j) u_j = beta_i (v_i - b_i S_in^T k_i)
 
 a unit triangular system; from there on u is the v of `ops.chunked_scan`.
 
-Letters: B batch, T time, H heads, G key-value heads (H is a multiple of G), D head dim,
+Dimensions: B batch, T time, H heads, G key-value heads (H is a multiple of G), D head dim,
 P value dim, C chunk.
 """
 
@@ -15,22 +15,23 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.chunked_scan import (
     Chunks,
+    cumulative_decays,
     decay_gradient,
-    decays,
-    fit,
     on_platform,
-    over_chunks,
+    scan_chunks,
     score_gradients,
     scores,
+    sum_shared_heads,
     transpose,
 )
-from tilescan.ops.explicit_axes import cut_by_letters
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.recurrence_arguments import (
+    SegmentIds,
     check_chunk,
     check_floating,
     check_heads,
@@ -46,7 +47,7 @@ from tilescan.ops.reverse_mode import written_vjp
 BLOCK = 8
 
 
-@cut_by_letters(
+@partitioned_by_dimensions(
     ("BTHP", "BHDP"),
     q="BTHD",
     k="BTGD",
@@ -63,19 +64,20 @@ def delta_rule(
     *,
     scale: float | None = None,
     initial_state: Float[Array, "B H D P"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
     implementation: str | None = None,
-):
-    """S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T and o_t = scale S_t^T q_t.
+) -> tuple[Float[Array, "B T H P"], Float[Array, "B H D P"]]:
+    """Computes S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T and o_t = scale S_t^T q_t.
 
-    `gated_delta_rule` without decay: arguments, results and errors are described there.
+    Arguments, results and errors are those of `gated_delta_rule`, of which this is the case without
+    decay.
     """
     check_implementation("delta_rule", implementation)
     return _checked(q, k, v, beta, None, scale, initial_state, segment_ids, chunk)
 
 
-@cut_by_letters(
+@partitioned_by_dimensions(
     ("BTHP", "BHDP"),
     q="BTHD",
     k="BTGD",
@@ -94,19 +96,19 @@ def gated_delta_rule(
     *,
     scale: float | None = None,
     initial_state: Float[Array, "B H D P"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
     implementation: str | None = None,
-):
-    """S_t = S' + beta_t k_t (v_t - S'^T k_t)^T with S' = exp(log_decay_t) S_{t-1}.
+) -> tuple[Float[Array, "B T H P"], Float[Array, "B H D P"]]:
+    """Computes S_t = S' + beta_t k_t (v_t - S'^T k_t)^T with S' = exp(log_decay_t) S_{t-1}.
 
     The output is o_t = scale S_t^T q_t.
 
     Args:
       q, k, v: queries [B, T, H, D], keys [B, T, G, D], values [B, T, G, P], of one floating
-        dtype. Query head h reads key-value head h // (H // G). Keys are taken as they come; the
+        dtype. Query head h reads key-value head h // (H // G). Keys are not normalised here; the
         rule is stable where beta |k|^2 <= 2, so models normalise them to length 1.
-      beta: how much is replaced, [B, T, H].
+      beta: fraction of the old value that is replaced, [B, T, H].
       log_decay: log of the decay, at most 0: [B, T, H]. -inf forgets the state.
       scale: factor of the output, D**-0.5 when None.
       initial_state: [B, H, D, P]; zeros when None.
@@ -165,43 +167,44 @@ _delta.__wrapped__.defvjp(_delta_fwd, _delta_bwd)
 
 
 def _forward(q, k, v, log_decay, beta, S, *, chunk, cached):
-    cut = Chunks.of(q, k, v, S, chunk, cached)
+    chunks = Chunks.of(q, k, v, S, chunk, cached)
 
     def block(S, q, k, v, a, beta):
-        d = decays(a)
+        d = cumulative_decays(a)
+        # o = A U + (b Q) S_in, with u in the place of v.
         S_in, U, S = _states(k, d, *_writes(k, v, beta, d), S)
-        return S, (scores(q, k, d) @ U + (q * d.into) @ S_in,)
+        return S, (scores(q, k, d) @ U + (q * d.from_start) @ S_in,)
 
-    S, (o,), _ = cut.scan(block, S, (q, k, v, log_decay, beta), cut.outputs(q, v))
+    S, (o,), _ = chunks.scan(block, S, (q, k, v, log_decay, beta), chunks.outputs(q, v))
     return o, S
 
 
 def _writes(k, v, beta, d):
-    """U_0 and W: what is written is u = U_0 - W S_in, which solve it for beta v and beta b k."""
-    both = jnp.concatenate([beta * v, beta * d.into * k], -1)
+    """Returns U_0 and W such that u = U_0 - W S_in: the solutions for beta v and beta b k."""
+    both = jnp.concatenate([beta * v, beta * d.from_start * k], -1)
     both = _solve(_system(k, beta, d), both)
     return both[..., : v.shape[-1]], both[..., v.shape[-1] :]
 
 
 def _states(k, d, U0, W, S):
-    """The states at each chunk's start, what is written, and the state at the end."""
+    """Returns the states at each chunk's start, the values written, and the state at the end."""
 
     def step(S, x):
-        U0, W, k_out, whole = x
+        U0, W, k_end, total = x
         U = U0 - W @ S
-        return whole * S + transpose(k_out) @ U, (S, U)
+        return total * S + transpose(k_end) @ U, (S, U)
 
-    (S_in, U), S = over_chunks(step, S, (U0, W, k * d.out, transpose(d.whole)))
+    (S_in, U), S = scan_chunks(step, S, (U0, W, k * d.to_end, transpose(d.total)))
     return S_in, U, S
 
 
 def _system(k, beta, d):
-    """The strictly lower part of the triangular system, [..., C, C]."""
+    """Returns the strictly lower part of the triangular system, [..., C, C]."""
     return beta * jnp.tril(scores(k, k, d), -1)
 
 
 def _solve(A, x, transposed=False):
-    """(I + A)^-1 x for a strictly lower A [..., C, C], or its transpose's, by blocks of rows.
+    """Returns (I + A)^-1 x for a strictly lower A [..., C, C], or its transpose, by blocks of rows.
 
     Substitution by matmuls: LAPACK's, a call for each system, takes several times longer on CPUs.
     """
@@ -222,8 +225,8 @@ def _solve(A, x, transposed=False):
 
 
 def _inverses(A):
-    """(I + A)^-1 of many small strictly lower A [..., c, c], row after row."""
-    A = jnp.moveaxis(A, (-2, -1), (0, 1))  # what many share comes last, to be a vector
+    """Returns (I + A)^-1 of many small strictly lower A [..., c, c], row by row."""
+    A = jnp.moveaxis(A, (-2, -1), (0, 1))  # the batch comes last, to be vectorized
     c = A.shape[0]
     X = jnp.broadcast_to(jnp.eye(c, dtype=A.dtype).reshape(c, c, *(1,) * (A.ndim - 2)), A.shape)
     for i in range(1, c):
@@ -233,42 +236,51 @@ def _inverses(A):
 
 def _backward(q, k, v, log_decay, beta, S, do, dS, *, chunk, cached):
     inputs = q, k, v, log_decay, beta
-    cut = Chunks.of(q, k, v, S, chunk, cached)
+    chunks = Chunks.of(q, k, v, S, chunk, cached)
 
     def next_state(S, k, v, a, beta):
-        d = decays(a)
+        d = cumulative_decays(a)
         return _states(k, d, *_writes(k, v, beta, d), S)[2], ()
 
-    *_, starts = cut.scan(next_state, S, inputs[1:])
+    # The states before each block of chunks.
+    *_, starts = chunks.scan(next_state, S, inputs[1:])
 
     def block(dS, q, k, v, a, beta, do, S):
-        d = decays(a)
+        d = cumulative_decays(a)
         U0, W = _writes(k, v, beta, d)
         S_in, U, _ = _states(k, d, U0, W, S)
+        # Of o = A U + (b Q) S_in.
         A, dq, dk, dlog = score_gradients(q, k, do @ transpose(U), d)
 
         def step(dS, x):
-            dU, own, W, k_out, whole = x
-            dU = dU + k_out @ dS
-            return whole * dS + own - transpose(W) @ dU, (dS, dU)
+            dU, own, W, k_end, total = x
+            dU = dU + k_end @ dS
+            return total * dS + own - transpose(W) @ dU, (dS, dU)
 
-        xs = transpose(A) @ do, transpose(q * d.into) @ do, W, k * d.out, transpose(d.whole)
-        (dS_out, dU), dS = over_chunks(step, dS, xs, reverse=True)
-        # Of u = beta (v - b k S_in - A u), solved: dr is the cotangent of what beta multiplies,
-        # but for beta.
+        xs = (
+            transpose(A) @ do,
+            transpose(q * d.from_start) @ do,
+            W,
+            k * d.to_end,
+            transpose(d.total),
+        )
+        (dS_out, dU), dS = scan_chunks(step, dS, xs, reverse=True)
+        # From u = beta (v - b k S_in - A u) with A_ij = (b_i / b_j) k_i . k_j for j < i: dr is the
+        # cotangent of beta times the parenthesis.
         dr = _solve(_system(k, beta, d), dU, transposed=True)
         dv = beta * dr
         A, dk_i, dk_j, dlog_k = score_gradients(k, k, jnp.tril(-dv @ transpose(U), -1), d)
-        left = v - (d.into * k) @ S_in - jnp.tril(A, -1) @ U
-        dbeta = jnp.sum(dr * left, -1, keepdims=True)
-        dq_state = (do @ transpose(S_in)) * d.into
-        dk_start = -(dv @ transpose(S_in)) * d.into
-        dk_end = (U @ transpose(dS_out)) * d.out
-        whole = d.whole * jnp.sum(S_in * dS_out, -1)[..., None, :]
-        into, out = q * dq_state + k * dk_start, k * dk_end
-        da = decay_gradient(dlog + dlog_k, into, out, whole, a)
-        dk = sum(fit(g, k) for g in (dk, dk_i, dk_j, dk_start, dk_end))
-        return dS, (fit(dq + dq_state, q), dk, fit(dv, v), da, dbeta)
+        residual = v - (d.from_start * k) @ S_in - jnp.tril(A, -1) @ U
+        dbeta = jnp.sum(dr * residual, -1, keepdims=True)
+        # By the states: from the chunk's start into o and u, from u into its end.
+        dq_state = (do @ transpose(S_in)) * d.from_start
+        dk_start = -(dv @ transpose(S_in)) * d.from_start
+        dk_end = (U @ transpose(dS_out)) * d.to_end
+        total = d.total * jnp.sum(S_in * dS_out, -1)[..., None, :]
+        from_start, to_end = q * dq_state + k * dk_start, k * dk_end
+        da = decay_gradient(dlog + dlog_k, from_start, to_end, total, a)
+        dk = sum(sum_shared_heads(g, k) for g in (dk, dk_i, dk_j, dk_start, dk_end))
+        return dS, (sum_shared_heads(dq + dq_state, q), dk, sum_shared_heads(dv, v), da, dbeta)
 
-    dS, grads, _ = cut.scan(block, dS, (*inputs, do), inputs, starts, reverse=True)
+    dS, grads, _ = chunks.scan(block, dS, (*inputs, do), inputs, starts, reverse=True)
     return *grads, dS

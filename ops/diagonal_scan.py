@@ -1,22 +1,25 @@
 """h_t = a_t h_{t-1} + b_t by elements: the scan that the diagonal recurrences share.
 
-One pair (decay, state) stands for a stretch of time, and a later pair after an earlier one is
-(a2 a1, a2 b1 + b2). CPUs walk through time one step at a time, which there beats the associative
-scan several times over; TPUs have a kernel (ops/linear_recurrence_tpu.py); other platforms scan the
-pairs within chunks, in log2(CHUNK) rounds.
+One pair (decay, state) represents an interval of time: an earlier pair followed by a later one is
+(a2 a1, a2 b1 + b2). CPUs compute one step at a time, which there is several times faster than the
+associative scan; TPUs have a kernel (ops/linear_recurrence_tpu.py); other platforms scan the pairs
+within chunks, in log2(CHUNK) rounds.
 
 The backward pass is the same scan in the other direction, so derivatives exist to any order, and
-what is kept for it is the inputs and the output. No decay is ever divided by: one that is 0 is
-as good as any other.
+only inputs and output are kept for it. Nothing is divided by a decay, so decays may be 0.
 
-Letters: B batch, T time, D any number of axes of channels.
+Dimensions: B batch, T time, D any number of axes of channels.
 """
 
 import functools
 import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Inexact, PyTree
 
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.lowering import choose_when_lowered
@@ -28,8 +31,15 @@ IMPLEMENTATIONS = ("xla", "pallas", None)
 _KERNELS = {"tpu": "tilescan.ops.linear_recurrence_tpu"}
 
 
-def scan(a, b, state, *, reverse=False, implementation="xla"):
-    """(h [B, T, *D] in b's dtype, the last h [B, *D] in `state`'s) of h_t = a_t h_{t-1} + b_t.
+def scan(
+    a: Inexact[Array, "..."],
+    b: Inexact[Array, "B T *D"],
+    state: Inexact[Array, "B *D"],
+    *,
+    reverse: bool = False,
+    implementation: str | None = "xla",
+) -> tuple[Inexact[Array, "B T *D"], Inexact[Array, "B *D"]]:
+    """Computes h_t = a_t h_{t-1} + b_t: h in b's dtype, and the last h in `state`'s.
 
     Args:
       a: decays [B or 1, T or 1, *(D or 1)].
@@ -37,6 +47,10 @@ def scan(a, b, state, *, reverse=False, implementation="xla"):
       state: [B, *D], the h before the first step; its dtype is that of the computation.
       reverse: from the last step to the first, h_t = a_t h_{t+1} + b_t.
       implementation: "xla", "pallas" or None, as of `ops.linear_recurrence`.
+
+    Raises:
+      ValueError: an unknown implementation, or, when the program is lowered, "pallas" on a platform
+        without a kernel for these arguments.
     """
     check_implementation(implementation)
     # Under shard_map a derivative must vary over the same devices as its argument.
@@ -44,8 +58,12 @@ def scan(a, b, state, *, reverse=False, implementation="xla"):
     return _scan(a, b, state, reverse, False, implementation)
 
 
-def check_implementation(implementation):
-    """Raises ValueError unless `implementation` is one that scans have."""
+def check_implementation(implementation: Any) -> None:
+    """Checks that scans have this implementation.
+
+    Raises:
+      ValueError: they don't.
+    """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; it must be one of "
@@ -56,7 +74,7 @@ def check_implementation(implementation):
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 @functools.partial(written_vjp, nondiff_argnums=(3, 4, 5))
 def _scan(a, b, state, reverse, after, implementation):
-    """`scan`, or where the decay acts `after` the output: o_t = s_{t-1} + b_t, s_t = a_t o_t."""
+    """Computes `scan`, or with a decay `after` the output: o_t = s_{t-1} + b_t, s_t = a_t o_t."""
 
     def on(platform):
         return functools.partial(
@@ -84,7 +102,7 @@ _scan.__wrapped__.defvjp(_scan_fwd, _scan_bwd)
 
 
 def _pullback(a, h, state, dh, dlast, reverse, after, implementation):
-    """(da, db, dstate) by another scan.
+    """Returns (da, db, dstate) by another scan.
 
     The transpose of a scan is the scan in the other direction, its decay on the other side of its
     output: dh_t = dy_t + a_{t+1} dh_{t+1}, da_t = h_{t-1} dh_t.
@@ -101,10 +119,10 @@ def _pullback(a, h, state, dh, dlast, reverse, after, implementation):
 
 @functools.partial(written_vjp, nondiff_argnums=(5, 6))
 def _gradient(a, h, state, dh, dlast, reverse, implementation):
-    """`_pullback` for a decay before the output, which a kernel computes in one pass."""
+    """Computes `_pullback` for a decay before the output, which a kernel does in one pass."""
 
     def on(platform):
-        del platform  # `_pullback`'s scan sees to it
+        del platform  # `_pullback`'s scan chooses by it
         return lambda *arrays: _pullback(*arrays, reverse, False, "xla")
 
     def kernel(module):
@@ -126,13 +144,25 @@ def _gradient_bwd(reverse, implementation, arrays, cotangents):
 _gradient.defvjp(_gradient_fwd, _gradient_bwd)
 
 
-def choose(implementation, kernels, xla, kernel, *arrays):
-    """`kernel(module)(*arrays)` or `xla(platform)(*arrays)`, chosen when the program is lowered.
+def choose(
+    implementation: str | None,
+    kernels: Mapping[str, str],
+    xla: Callable[[str], Callable],
+    kernel: Callable[[Any], Callable],
+    *arrays: PyTree,
+) -> PyTree:
+    """Returns `kernel(module)(*arrays)` or `xla(platform)(*arrays)`, chosen when lowered.
 
     Args:
       implementation: "xla", "pallas" or None.
-      kernels: {platform: name of the module that has its kernels}. The module's `unsupported` says
-        of the arrays why it can't take them, or None.
+      kernels: {platform: name of the module that has its kernels}. The module's `unsupported`
+        returns why it can't take the arrays, or None.
+      xla: from a platform to the implementation in XLA.
+      kernel: from a module to its implementation.
+      *arrays: arguments of both.
+
+    Raises:
+      ValueError: when the program is lowered, "pallas" where there is no kernel for the arrays.
     """
 
     def try_kernel(module, platform, *arrays):
@@ -159,8 +189,15 @@ def choose(implementation, kernels, xla, kernel, *arrays):
     return choose_when_lowered(pick, xla("cpu"), *arrays)
 
 
-def sequential(a, b, state, *, reverse, after):
-    """One step after the other, in place: rows of any batch are read where they lie."""
+def sequential(
+    a: Inexact[Array, "..."],
+    b: Inexact[Array, "B T *D"],
+    state: Inexact[Array, "B *D"],
+    *,
+    reverse: bool,
+    after: bool,
+) -> tuple[Inexact[Array, "B T *D"], Inexact[Array, "B *D"]]:
+    """Computes `scan` step by step, in place: rows of any batch are read without a transpose."""
     T = b.shape[1]
 
     def row(x, t):
@@ -178,7 +215,7 @@ def sequential(a, b, state, *, reverse, after):
 
 
 def _step(a, b, s, after):
-    """(output, next state). The barrier keeps XLA from computing what both need twice."""
+    """Returns (output, next state); the barrier keeps XLA from computing shared terms twice."""
     if after:
         o = jax.lax.optimization_barrier(s + b)
         return o, a * o
@@ -186,15 +223,22 @@ def _step(a, b, s, after):
     return h, h
 
 
-def associative(a, b, state, *, reverse, after):
-    """Chunks of CHUNK steps one after the other, each by an associative scan of its pairs."""
+def associative(
+    a: Inexact[Array, "..."],
+    b: Inexact[Array, "B T *D"],
+    state: Inexact[Array, "B *D"],
+    *,
+    reverse: bool,
+    after: bool,
+) -> tuple[Inexact[Array, "B T *D"], Inexact[Array, "B *D"]]:
+    """Computes `scan` chunk by chunk, each of CHUNK steps by an associative scan of its pairs."""
     T = b.shape[1]
     C = min(CHUNK, T)
     n = -(-T // C)
     a = jnp.broadcast_to(a, b.shape)
 
     def chunks(x, value):
-        # Steps after the end change nothing: (1, 0) is the identity of the pairs.
+        # Padding changes nothing: (1, 0) is the identity of the pairs.
         pad = [(0, n * C - T if axis == 1 else 0) for axis in range(x.ndim)]
         x = jnp.pad(x, pad, constant_values=value)
         return jnp.moveaxis(x.reshape(x.shape[0], n, C, *x.shape[2:]), 1, 0)
@@ -212,30 +256,38 @@ def associative(a, b, state, *, reverse, after):
     return o[:, :T].astype(b.dtype), last
 
 
-def combine(earlier, later):
-    """The pair of two stretches of time, one after the other."""
+def combine(
+    earlier: tuple[Inexact[Array, "*S"], Inexact[Array, "*S"]],
+    later: tuple[Inexact[Array, "*S"], Inexact[Array, "*S"]],
+) -> tuple[Inexact[Array, "*S"], Inexact[Array, "*S"]]:
+    """Returns the pair (decay, state) of two successive intervals of time."""
     a1, b1 = earlier
     a2, b2 = later
     return a2 * a1, a2 * b1 + b2
 
 
 def _previous(h, state, reverse):
-    """The states that steps start from: h, one step later, and `state` at the first."""
+    """Returns the states before each step: `state`, then h but for its last."""
     if reverse:
         return jnp.concatenate([h[:, 1:], state[:, None]], axis=1)
     return jnp.concatenate([state[:, None], h[:, :-1]], axis=1)
 
 
-def resets(segment_ids, B, T, reverse=False):
-    """bool [B, T]: the steps that start a segment, at which the state before them is dropped.
+def resets(
+    segment_ids: Any, B: int, T: int, reverse: bool = False
+) -> Bool[Array | np.ndarray, "{B} {T}"]:
+    """Returns the steps that start a segment, at which the state before them is dropped.
 
     Args:
-      segment_ids: integers [B, T], where the first step goes on with the segment that the initial
-        state was left in; or [B, 1 + T] that name that segment too, first ([B, T + 1], last, if
-        reverse). A segment starts wherever neighbours differ.
+      segment_ids: integers [B, T], where the first step goes on with the initial state's segment;
+        or [B, 1 + T] with that segment first ([B, T + 1], last, if reverse). A segment starts
+        wherever neighbours differ.
+      B, T: numbers of sequences and of steps.
+      reverse: whether the recurrence goes from the last step to the first.
 
     Raises:
-      ValueError, TypeError: ids of another shape, or that are no integers.
+      ValueError: ids of another shape.
+      TypeError: ids that are not integers.
     """
     ids = jnp.asarray(segment_ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):

@@ -1,15 +1,16 @@
 """Linear attention with a decaying state, by scalar, by vector, or not at all.
 
-Letters: B batch, T time, H heads, G key-value heads (H is a multiple of G), D head dim,
+Dimensions: B batch, T time, H heads, G key-value heads (H is a multiple of G), D head dim,
 P value dim.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from tilescan.ops.chunked_scan import chunked_scan
-from tilescan.ops.explicit_axes import cut_by_letters
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.recurrence_arguments import (
+    SegmentIds,
     check_chunk,
     check_floating,
     check_heads,
@@ -19,7 +20,7 @@ from tilescan.ops.recurrence_arguments import (
 )
 
 
-@cut_by_letters(
+@partitioned_by_dimensions(
     ("BTHP", "BHDP"),
     q="BTHD",
     k="BTGD",
@@ -36,11 +37,11 @@ def gated_linear_attention(
     *,
     scale: float | None = None,
     initial_state: Float[Array, "B H D P"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
     implementation: str | None = None,
-):
-    """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T and o_t = scale S_t^T q_t.
+) -> tuple[Float[Array, "B T H P"], Float[Array, "B H D P"]]:
+    """Computes S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T and o_t = scale S_t^T q_t.
 
     Linear attention (arXiv 2006.16236, without its normaliser), retention and lightning attention
     with one decay for a head, GLA (arXiv 2312.06635) with one for each key dimension.
@@ -48,7 +49,7 @@ def gated_linear_attention(
     Args:
       q, k, v: queries [B, T, H, D], keys [B, T, G, D], values [B, T, G, P], of one floating
         dtype. Query head h reads key-value head h // (H // G).
-      log_decay: log of the decay, at most 0: [B, T, H], or [B, T, H, D]; None decays nothing.
+      log_decay: log of the decay, at most 0: [B, T, H], or [B, T, H, D]; no decay when None.
         -inf forgets the state. Keep it in float32 where the inputs are bfloat16.
       scale: factor of the output, D**-0.5 when None.
       initial_state: [B, H, D, P]; zeros when None.
@@ -72,6 +73,7 @@ def gated_linear_attention(
         "pallas" on a platform without a kernel for it.
       TypeError: dtypes that are not floating or differ, ids that are not integers.
     """
+    # The decay of a head or of each of its key dimensions, in the state's dtype.
     B, T, H, D, P = check_heads(q, k, v)
     dtype = state_dtype(q)
     check_chunk(chunk)

@@ -1,28 +1,28 @@
 """The diagonal linear recurrence h_t = a_t h_{t-1} + b_t, real or complex, over any length.
 
-What S4D, S5 (arXiv 2208.04933) and the RG-LRU (2402.19427) run on. Time is walked through step by
-step on CPUs, by a kernel on TPUs, and scanned associatively in chunks elsewhere; memory is linear
-in the length, forward and backward (`ops.diagonal_scan`).
+The recurrence of S4D, S5 (arXiv 2208.04933) and the RG-LRU (2402.19427). It is computed by steps
+on CPUs, by a kernel on TPUs, and by associative scans of chunks elsewhere; memory is linear in the
+length, forward and backward (`ops.diagonal_scan`).
 
-Letters: B batch, T time, D any number of axes of channels.
+Dimensions: B batch, T time, D any number of axes of channels.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Inexact, Int
+from jaxtyping import Array, Inexact
 
 from tilescan.ops import diagonal_scan
-from tilescan.ops.explicit_axes import cut_by_letters
-from tilescan.ops.recurrence_arguments import check_shape, check_time
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
+from tilescan.ops.recurrence_arguments import SegmentIds, check_shape, check_time
 from tilescan.ops.sizes import check_sizes
 
 
 def _with_rank(arrays):
-    """`a` for all of time with the rank of b, where the two fit."""
+    """Returns the arrays with a constant `a` [*D] as [1, 1, *D], of b's rank."""
     a, b = (arrays.get(name) for name in "ab")
     return arrays | {"a": a[None, None]} if a is not None and a.ndim == b.ndim - 2 else arrays
 
 
-@cut_by_letters(
+@partitioned_by_dimensions(
     ("BTE", "BE"), prepare=_with_rank, a="BTE", b="BTE", initial_state="BE", segment_ids="BT"
 )
 def linear_recurrence(
@@ -30,22 +30,22 @@ def linear_recurrence(
     b: Inexact[Array, "B T *D"],
     *,
     initial_state: Inexact[Array, "B *D"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: SegmentIds | None = None,
     reverse: bool = False,
     implementation: str | None = None,
-):
-    """h_t = a_t h_{t-1} + b_t, by elements.
+) -> tuple[Inexact[Array, "B T *D"], Inexact[Array, "B *D"]]:
+    """Computes h_t = a_t h_{t-1} + b_t by elements.
 
     Args:
-      a: decays, [B, T, *D] with 1 wherever they are shared, or [*D] for all of time. Any value:
-        0 forgets, and nothing is ever divided by a decay.
+      a: decays, [B, T, *D] with 1 wherever they are shared, or [*D] if constant. Any value: 0
+        forgets, and nothing is divided by a decay.
       b: inputs [B, T, *D]; any number of axes D, also none.
       initial_state: h before the first step, [B, *D]; zeros when None.
       segment_ids: integers [B, T], or [B, 1 + T] with the segment of initial_state first. Where
         neighbours differ a segment starts, and the state before it counts as 0. By [B, T] ids the
         first step goes on with initial_state's segment.
       reverse: run from the last step to the first, h_t = a_t h_{t+1} + b_t: initial_state then
-        stands after the last step (its segment last among [B, T + 1] ids), and final_state is
+        is after the last step (its segment last among [B, T + 1] ids), and final_state is
         h at the first.
       implementation: "xla", "pallas" (TPU), or None, which takes the Pallas kernel where the
         platform that the program is lowered for has one for these shapes and dtypes, and "xla"
@@ -64,8 +64,9 @@ def linear_recurrence(
     Raises:
       ValueError: shapes or an implementation that do not fit, or, when the program is lowered,
         "pallas" on a platform without a kernel for them.
-      TypeError: dtypes that are neither floating nor complex, ids that are no integers.
+      TypeError: dtypes that are neither floating nor complex, ids that are not integers.
     """
+    # Arguments.
     for name, x in (("a", a), ("b", b), ("initial_state", initial_state)):
         if x is not None and not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(f"{name} must be floating or complex, got {x.dtype}")
@@ -74,6 +75,8 @@ def linear_recurrence(
     B, T, *D = b.shape
     check_sizes(b=(b, "B, T, *D"))
     check_time(b=b)
+
+    # In one dtype if complex; real `a` and b may stay narrower than the state.
     a = _aligned(a, b.shape)
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -86,6 +89,8 @@ def linear_recurrence(
             f"initial_state is {initial_state.dtype}, a and b are computed in {dtype}: "
             "cast one of them"
         )
+
+    # A decay of 0 where a segment starts.
     if segment_ids is not None:
         first = diagonal_scan.resets(segment_ids, B, T, reverse)
         first = first.reshape(B, T, *(1 for _ in D))
@@ -95,7 +100,7 @@ def linear_recurrence(
 
 
 def _aligned(a, shape):
-    """a with the rank of b: [*D] becomes [1, 1, *D]."""
+    """Returns `a` with the rank of b: [*D] becomes [1, 1, *D]."""
     full = a.reshape(1, 1, *a.shape) if a.ndim == len(shape) - 2 else a
     if full.ndim != len(shape) or any(
         n not in (1, m) for n, m in zip(full.shape, shape, strict=True)

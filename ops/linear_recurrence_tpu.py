@@ -1,13 +1,15 @@
-"""The diagonal recurrence on TPUs: from `ops.diagonal_scan`'s arrays to
-pallas_kernels.tpu.linear_scan's, and what the kernels can't do.
+"""The diagonal recurrence on TPUs: translates `ops.diagonal_scan`'s arguments to
+pallas_kernels.tpu.linear_scan, and says what the kernels can't do.
 
-Letters: B batch, T time, D any number of axes of channels.
+Dimensions: B batch, T time, D any number of axes of channels.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Inexact
 
 from tilescan.pallas_kernels.tpu import linear_scan as kernels
 
@@ -16,8 +18,13 @@ DTYPES = (jnp.bfloat16, jnp.float32, jnp.complex64)
 LEAST_CHANNELS = 64
 
 
-def unsupported(a, b, state, *cotangents):
-    """Why the kernels can't take these arguments, in words that say what would work; or None."""
+def unsupported(
+    a: Inexact[Array, "..."],
+    b: Inexact[Array, "B T *D"],
+    state: Inexact[Array, "B *D"],
+    *cotangents: Inexact[Array, "..."],
+) -> str | None:
+    """Returns why the kernels can't take these arguments and what would work; None if they can."""
     del cotangents
     for name, x in (("a", a), ("b", b)):
         if x.dtype not in DTYPES:
@@ -30,8 +37,16 @@ def unsupported(a, b, state, *cotangents):
     return None
 
 
-def scan(a, b, state, *, reverse, after, interpret=False):
-    """(o [B, T, *D] in b's dtype, the last state [B, *D]) of `diagonal_scan`'s arguments."""
+def scan(
+    a: Inexact[Array, "..."],
+    b: Inexact[Array, "B T *D"],
+    state: Inexact[Array, "B *D"],
+    *,
+    reverse: bool,
+    after: bool,
+    interpret: Any = False,
+) -> tuple[Inexact[Array, "B T *D"], Inexact[Array, "B *D"]]:
+    """Returns (o in b's dtype, the last state); arguments as of `diagonal_scan`."""
     arrays = _decays(a, b.shape), _flat(b), _state(state)
     o, last = kernels.scan(
         *(_planes(x, state) for x in arrays), reverse=reverse, after=after, interpret=interpret
@@ -39,8 +54,17 @@ def scan(a, b, state, *, reverse, after, interpret=False):
     return _whole(o).reshape(b.shape), _whole(last).reshape(state.shape)
 
 
-def gradient(a, h, state, dh, dlast, *, reverse, interpret=False):
-    """(da, db, dstate) in the shapes and dtypes of a, h and state."""
+def gradient(
+    a: Inexact[Array, "..."],
+    h: Inexact[Array, "B T *D"],
+    state: Inexact[Array, "B *D"],
+    dh: Inexact[Array, "B T *D"],
+    dlast: Inexact[Array, "B *D"],
+    *,
+    reverse: bool,
+    interpret: Any = False,
+) -> tuple[Inexact[Array, "..."], Inexact[Array, "B T *D"], Inexact[Array, "B *D"]]:
+    """Returns (da, db, dstate) in the shapes and dtypes of a, h and state."""
     arrays = _decays(a, h.shape), _flat(h), _state(state), _flat(dh), _state(dlast)
     da, db, dstate = kernels.gradient(
         *(_planes(x, state) for x in arrays), reverse=reverse, interpret=interpret
@@ -54,7 +78,7 @@ def gradient(a, h, state, dh, dlast, *, reverse, interpret=False):
 
 
 def _decays(a, shape):
-    """Decays [B or 1, T or 1, prod D]."""
+    """Returns decays as [B or 1, T or 1, prod D]."""
     a = jnp.broadcast_to(a, (*a.shape[:2], *shape[2:]))
     return _flat(a)
 

@@ -1,16 +1,16 @@
 """Causal convolution with a kernel as long as the sequence, in O(T log T) time and O(T) memory.
 
-A linear convolution needs 2M points of a cyclic one, M >= (T + K - 1) / 2. All here is real, so M
-complex points are enough: with the weights w^t, w = exp(i pi / 2M), the cyclic convolution of
+A linear convolution needs 2M points of a cyclic one, M >= (T + K - 1) / 2. All inputs are real, so
+M complex points are enough: with the weights w^t, w = exp(i pi / 2M), the cyclic convolution of
 length M multiplies what wraps around by w^M = i, and the real part of the unweighted result is its
 first half, the imaginary part its second (the "right-angle" convolution). No array is padded with
 zeros to twice its length, and the tail that the next call needs is there for free.
 
 The transform is XLA's FFT, or two matmuls with a factored DFT matrix (FlashConv's Monarch form,
 arXiv 2212.14052, section 4; FlashFFTConv, 2311.05908), for machines that multiply matrices fast and
-transform slowly. Channels are taken a block at a time, so that a block's spectra stay in cache.
+transform slowly. Channels are computed a block at a time, so that a block's spectra stay in cache.
 
-Letters: B batch, T time, K kernel length, E embedding (channels).
+Dimensions: B batch, T time, K kernel length, E embedding (channels).
 """
 
 import functools
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tilescan.ops.attention_xla import varying
-from tilescan.ops.explicit_axes import cut_by_letters
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.recurrence_arguments import (
     check_floating,
@@ -38,11 +38,11 @@ __all__ = ["long_convolution"]
 METHODS = ("fft", "matmul", "direct", None)
 # With so few taps or inputs, as in decoding, adding shifted products costs less than transforms.
 _DIRECT = 16
-# Complex numbers of a block of channels. On CPUs a block's spectra should stay in the cache.
+# Complex values of a block of channels. On CPUs a block's spectra should stay in the cache.
 _CPU_BLOCK, _BLOCK = 2**18, 2**25
 
 
-@cut_by_letters(
+@partitioned_by_dimensions(
     ("BTE", "BKE"),
     u="BTE",
     kernel="KE",
@@ -61,17 +61,17 @@ def long_convolution(
     initial_state: Float[Array, "B K-1 E"] | None = None,
     method: str | None = None,
     implementation: str | None = None,
-):
-    """y_t = post_gate_t (sum_(s <= t) kernel_(t-s) x_s + D x_t), x = pre_gate u, by channels.
+) -> tuple[Float[Array, "B T E"], Float[Array, "B K-1 E"]]:
+    """Computes y_t = post_gate_t (sum_(s <= t) kernel_(t-s) x_s + D x_t), x = pre_gate u.
 
     Args:
       u: inputs [B, T, E].
-      kernel: [K, E], of any length K >= 1; kernel_0 meets the present input.
+      kernel: [K, E], of any length K >= 1; kernel_0 multiplies the present input.
       D: skip weights [E], none when None.
       pre_gate, post_gate: factors [B, T, E] of the inputs and of the outputs (H3's gates).
       initial_state: what inputs before u add to the sums of the next K - 1 steps, before D and
         post_gate: [B, K - 1, E], a former call's final_state with the same kernel. Zeros when
-        None. It is exact, however the sequence is cut (overlap-add).
+        None. It is exact, however the sequence is split (overlap-add).
       method: "fft"; "matmul", a DFT by matrix products; "direct", a loop over the fewer of inputs
         and taps; or None: "direct" where one of them is short, otherwise "matmul" when lowered
         for a TPU and "fft" elsewhere.
@@ -90,11 +90,14 @@ def long_convolution(
       TypeError: dtypes that are not floating.
     """
     _validate(u, kernel, D, pre_gate, post_gate, initial_state, method, implementation)
+    # The gated inputs, in float32 at least.
     T, E, K = *u.shape[1:], kernel.shape[0]
     dtype = jnp.promote_types(u.dtype, jnp.float32)
     x = u.astype(dtype)
     if pre_gate is not None:
         x = x * pre_gate.astype(dtype)
+
+    # All T + K - 1 outputs: T are y, the others the state, to which the initial one is added.
     if method is None and min(T, K) <= _DIRECT:
         method = "direct"
     if method == "direct":
@@ -108,6 +111,8 @@ def long_convolution(
         n = min(T, K - 1)
         y = y.at[:, :n].add(state[:, :n])
         final_state = final_state.at[:, : K - 1 - n].add(state[:, n:])
+
+    # Skip and gate.
     if D is not None:
         y = y + x * D.astype(dtype).reshape(1, 1, E)
     if post_gate is not None:
@@ -116,7 +121,7 @@ def long_convolution(
 
 
 def _direct(x, kernel):
-    """All T + K - 1 outputs, as a sum over the shorter of the two."""
+    """Returns all T + K - 1 outputs, as a sum over the shorter of the two."""
     T, K = x.shape[1], kernel.shape[0]
     kernel = kernel[None]
     short, long = (x, kernel) if T < K else (kernel, x)
@@ -127,7 +132,7 @@ def _direct(x, kernel):
 
 @functools.partial(written_vjp, nondiff_argnums=(2,))
 def _convolve(x, kernel, method):
-    """The first T of all T + K - 1 outputs, and the others; x [B, T, E], kernel [K, E]."""
+    """Returns the first T of all T + K - 1 outputs, and the others; x [B, T, E], kernel [K, E]."""
     return _dispatch(_forward, method, x, kernel)
 
 
@@ -172,7 +177,7 @@ def _forward(x, kernel, *, method, block):
 
 
 def _backward(x, kernel, dy, *, method, block):
-    """Correlations with the kernel and with the inputs; the transform is unitary up to 1/M."""
+    """Returns correlations with kernel and inputs; the transform is unitary up to 1/M."""
     T, K = x.shape[1], kernel.shape[0]
     transform = _transform(method, T + K - 1, x.dtype)
 
@@ -187,7 +192,7 @@ def _backward(x, kernel, dy, *, method, block):
 
 
 def _by_channels(function, e, *arrays):
-    """function(*arrays), in a loop over blocks of about `e` of the last axis."""
+    """Returns function(*arrays), in a loop over blocks of about `e` of the last axis."""
     E = arrays[0].shape[-1]
     blocks = -(-E // max(e, 8))
     if blocks == 1:
@@ -214,7 +219,7 @@ def _transform(method, length, dtype):
 
 
 def _fold(x, M):
-    """x_t + i x_(t+M) as real and imaginary part, each [B, M, E]; None where all x are in one."""
+    """Returns x_t + i x_(t+M) as real and imaginary part [B, M, E]; None for the latter if 0."""
     pad = lambda a: jnp.pad(a, ((0, 0), (0, M - a.shape[1]), (0, 0)))
     return pad(x[:, :M]), pad(x[:, M:]) if x.shape[1] > M else None
 
@@ -233,7 +238,7 @@ class _FFT:
         self.cos, self.sin = jnp.asarray(w.real, dtype), jnp.asarray(w.imag, dtype)
 
     def __call__(self, x):
-        re, im = (a if a is None else _alone(jnp.swapaxes(a, 1, 2)) for a in _fold(x, self.M))
+        re, im = (a if a is None else _unfused(jnp.swapaxes(a, 1, 2)) for a in _fold(x, self.M))
         if im is None:
             return jnp.fft.fft(jax.lax.complex(re * self.cos, re * self.sin))
         weights = jax.lax.complex(self.cos, self.sin)
@@ -243,11 +248,11 @@ class _FFT:
         z = jnp.fft.ifft(z)
         re = z.real * self.cos + z.imag * self.sin
         im = z.imag * self.cos - z.real * self.sin
-        return _unfold(*(jnp.swapaxes(_alone(a), 1, 2) for a in (re, im)), length)
+        return _unfold(*(jnp.swapaxes(_unfused(a), 1, 2) for a in (re, im)), length)
 
 
-def _alone(x):
-    """x, not fused with what uses it: on CPUs a transpose is fast alone, and slow within a loop."""
+def _unfused(x):
+    """Returns x, not fused with its users: on CPUs a transpose is slow inside another loop."""
     return jax.lax.optimization_barrier(x)
 
 
@@ -255,8 +260,8 @@ class _Matmul:
     """Spectra as pairs of real arrays [B, N1, N2, E], M = N1 N2, in the order the matmuls leave.
 
     With t = n1 N2 + n2 and frequency k1 + N1 k2, a DFT is one over n1, a factor, and one over n2.
-    The weights w^t = w^(n1 N2) w^n2 are parts of the first matrix and of the factor. Products of
-    spectra are the same in any order, so the order is never undone.
+    The weights w^t = w^(n1 N2) w^n2 are in the first matrix and in the factor. Products of spectra
+    don't depend on the order, so it is never undone.
     """
 
     def __init__(self, points, dtype):
@@ -306,7 +311,7 @@ def _conjugate(x):
 
 
 def _smooth(n):
-    """The least 2^a 3^b 5^c >= n with at most one 3 and one 5: FFTs are fast at those."""
+    """Returns the least 2^a 3^b 5^c >= n with at most one 3 and one 5, for which FFTs are fast."""
     return min(odd * 2 ** max(0, math.ceil(math.log2(n / odd))) for odd in (1, 3, 5, 15))
 
 

@@ -1,7 +1,7 @@
-"""Masks whose live keys are one range per query: all their answers in closed form.
+"""Masks whose live keys are one range per query, in closed form.
 
 A kernel computes the range of its tile from its program id, so that a million tokens need no
-table. Everything works on Python integers, numpy arrays and JAX arrays, traced or not.
+table. Everything works on Python integers, NumPy arrays and JAX arrays, traced or not.
 """
 
 from __future__ import annotations
@@ -9,24 +9,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Integer
+
+# Positions of queries or keys, and what a mask says of them: scalars or arrays that broadcast.
+Index = int | np.integer | Integer[Array | np.ndarray, "..."]
+Visible = bool | np.bool_ | Bool[Array | np.ndarray, "..."]
 
 
-def array_module(*values):
-    """`jnp` if any value is a JAX array (traced or not), else `np`."""
+def array_module(*values: Any) -> ModuleType:
+    """Returns `jnp` if any value is a JAX array (traced or not), else `np`."""
     return jnp if any(isinstance(v, jax.Array) for v in values) else np
 
 
 def _least(a: int | None, b: int | None) -> int | None:
-    """The smaller bound, where None is no bound."""
+    """Returns the smaller bound, where None is no bound."""
     return a if b is None else b if a is None else min(a, b)
 
 
 def _greatest(a: int | None, b: int | None) -> int | None:
-    """The larger bound, where None is no bound."""
+    """Returns the larger bound, where None is no bound."""
     return None if a is None or b is None else max(a, b)
 
 
@@ -34,8 +41,8 @@ def _greatest(a: int | None, b: int | None) -> int | None:
 class Band:
     """Query i sees key j iff  i-left <= j,  j <= i+right or j < prefix,  and  j < limit.
 
-    `left`, `right` and `limit` may be None: no bound. Live keys of any run of queries then form one
-    range, and so do live queries of any run of keys; everything below is exact.
+    `left`, `right` and `limit` may be None: no bound. Live keys of consecutive queries then form
+    one range, and so do live queries of consecutive keys; all methods are exact.
     """
 
     left: int | None = None
@@ -43,18 +50,22 @@ class Band:
     prefix: int = 0
     limit: int | None = None
 
-    def visible(self, q_index, k_index):
-        parts = []
+    def visible(self, q_index: Index, k_index: Index) -> Visible:
+        """Returns whether query i sees key j, broadcastable to the shape of both."""
+        conditions = []
         if self.left is not None:
-            parts.append(k_index >= q_index - self.left)
+            conditions.append(k_index >= q_index - self.left)
         if self.right is not None:
             near = k_index <= q_index + self.right
-            parts.append(near | (k_index < self.prefix) if self.prefix > 0 else near)
+            conditions.append(near | (k_index < self.prefix) if self.prefix > 0 else near)
         if self.limit is not None:
-            parts.append(k_index < self.limit)
-        return functools.reduce(operator.and_, parts) if parts else q_index == q_index
+            conditions.append(k_index < self.limit)
+        return functools.reduce(operator.and_, conditions) if conditions else q_index == q_index
 
-    def tile_summary(self, q_lo, q_hi, k_lo, k_hi):
+    def tile_summary(
+        self, q_lo: Index, q_hi: Index, k_lo: Index, k_hi: Index
+    ) -> tuple[Visible, Visible]:
+        """Returns whether any, and whether all, pairs of a tile are visible."""
         first, last = self._key_range(q_lo, q_hi)
         any_visible = (q_lo <= q_hi) & (k_lo <= k_hi)
         all_visible = any_visible
@@ -71,16 +82,18 @@ class Band:
             all_visible = all_visible & (k_hi < self.limit)
         return any_visible, all_visible
 
-    def key_bounds(self, q_lo, q_hi, S: int):
-        """First and last key, inclusive, that queries q_lo..q_hi see; last < first if none."""
+    def key_bounds(self, q_lo: Index, q_hi: Index, S: Index) -> tuple[Index, Index]:
+        """Returns first and last key, inclusive, that q_lo..q_hi see; last < first if none."""
         first, last = self._key_range(q_lo, q_hi)
         xp = array_module(q_lo, q_hi)
         first = xp.zeros_like(q_lo) if first is None else xp.maximum(first, 0)
         last = xp.minimum(xp.full_like(q_hi, S - 1), S - 1 if last is None else last)
         return first, last
 
-    def query_bounds(self, k_lo, k_hi, q_first, q_last):
-        """First and last query in [q_first, q_last] that sees any key in [k_lo, k_hi]."""
+    def query_bounds(
+        self, k_lo: Index, k_hi: Index, q_first: Index, q_last: Index
+    ) -> tuple[Index, Index]:
+        """Returns first and last query in [q_first, q_last] that see any key in [k_lo, k_hi]."""
         xp = array_module(k_lo, k_hi, q_first, q_last)
         first, last = q_first, q_last
         if self.right is not None:
@@ -94,7 +107,7 @@ class Band:
         return xp.where(none, q_last + 1, first), xp.where(none, q_last, last)
 
     def _key_range(self, q_lo, q_hi):
-        """Unclipped first and last live key; None where there is no bound."""
+        """Returns the unclipped first and last live key; None where there is no bound."""
         first = None if self.left is None else q_lo - self.left
         last = None
         if self.right is not None:
@@ -110,8 +123,8 @@ class Band:
         left, limit = _least(self.left, other.left), _least(self.limit, other.limit)
         if self.right == other.right:
             return Band(left, self.right, min(self.prefix, other.prefix), limit)
-        # The band with the nearer right edge must also have the shorter prefix: else the edge of
-        # the intersection rises, stays and rises again.
+        # The band with the nearer right edge must also have the shorter prefix: else the last key
+        # of the intersection increases, stays constant and increases again, which is not a band.
         if other.right is None or (self.right is not None and self.right < other.right):
             near, far = self, other
         else:

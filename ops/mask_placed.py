@@ -1,7 +1,7 @@
-"""A mask of a part of the score matrix: rows and columns that stand elsewhere, or apart.
+"""The mask of a submatrix of the scores, whose rows and columns have a start and a stride.
 
-A device of a split sequence holds some queries and, at a time, some keys. `Placed` asks the whole
-sequence's mask about them; `place` does the same by moving q_offset wherever that is enough, which
+A device of a sharded sequence holds some queries and, at a time, some keys. `Placed` evaluates the
+whole sequence's mask for them; `place` expresses it by a q_offset where one is enough, which
 kernels prefer.
 """
 
@@ -10,18 +10,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, Integer
 
 from tilescan.ops import masks
+from tilescan.ops.mask_bands import Index, Visible
+from tilescan.ops.mask_types import SegmentBounds, SegmentIds
 
 
-class Stretch(NamedTuple):
-    """Positions start, start + stride, ..., `length` of them, from row `row` of a device on.
+class Range(NamedTuple):
+    """Positions start, start + stride, ... of `length` tokens.
 
-    start may be traced.
+    Attributes:
+      start, stride, length: of the positions; start may be traced.
+      row: index of the first one among its device's tokens.
     """
 
     start: int | jax.Array
@@ -50,10 +56,18 @@ class Placed(masks.Mask):
 
     __hash__ = None
 
-    def segments(self):
+    def segments(self) -> masks.Segments | None:
+        """Returns the Segments of the mask, if any."""
         return self.mask.segments()
 
-    def visible(self, q_index, k_index, q_segments=None, k_segments=None):
+    def visible(
+        self,
+        q_index: Index,
+        k_index: Index,
+        q_segments: SegmentIds = None,
+        k_segments: SegmentIds = None,
+    ) -> Visible:
+        """Returns whether row r sees column c, as `Mask.visible`."""
         return self.mask.visible(
             self.q_start + self.q_stride * q_index,
             self.k_start + self.k_stride * k_index,
@@ -61,14 +75,23 @@ class Placed(masks.Mask):
             k_segments,
         )
 
-    def tile_summary(self, q_lo, q_hi, k_lo, k_hi, q_segments=None, k_segments=None):
+    def tile_summary(
+        self,
+        q_lo: Index,
+        q_hi: Index,
+        k_lo: Index,
+        k_hi: Index,
+        q_segments: SegmentBounds = None,
+        k_segments: SegmentBounds = None,
+    ) -> tuple[Visible, Visible]:
+        """Returns whether any, and whether all, pairs of a tile are visible."""
         q_lo, q_hi = (self.q_start + self.q_stride * x for x in (q_lo, q_hi))
         k_lo, k_hi = (self.k_start + self.k_stride * x for x in (k_lo, k_hi))
         return self.mask.tile_summary(q_lo, q_hi, k_lo, k_hi, q_segments, k_segments)
 
 
-def place(mask: masks.Mask, queries: Stretch, keys: Stretch) -> tuple[masks.Mask, int | jax.Array]:
-    """(mask, q_offset) for these queries and keys, as `ops.attention` takes them.
+def place(mask: masks.Mask, queries: Range, keys: Range) -> tuple[masks.Mask, int | jax.Array]:
+    """Returns (mask, q_offset) of these queries and keys, as `ops.attention` takes them.
 
     `mask` is the whole sequence's, but its Segments, if any, hold the ids of these rows.
     """
@@ -88,32 +111,38 @@ def place(mask: masks.Mask, queries: Stretch, keys: Stretch) -> tuple[masks.Mask
 
 
 def is_placed(mask: masks.Mask) -> bool:
-    """Whether a mask holds a `Placed`, whose starts may be known only when the program runs."""
+    """Returns whether a mask has a `Placed` in it, whose starts may be traced."""
     return isinstance(mask, Placed) or any(map(is_placed, getattr(mask, "masks", ())))
 
 
-def visible(mask: masks.Mask, queries: list[Stretch], keys: list[Stretch]):
-    """Two of bool [queries, keys]: whether any of one may see any of another, whether all do.
+def visible(
+    mask: masks.Mask, queries: Sequence[Range], keys: Sequence[Range]
+) -> tuple[Bool[np.ndarray, "queries keys"], Bool[np.ndarray, "queries keys"]]:
+    """Returns whether any query of a range may see any key of another, and whether all see all.
 
-    The former's False and the latter's True are certain. Segments, if any, are left out. Starts
-    must be static.
+    The former's False and the latter's True are certain. Segments, if any, are ignored. Starts must
+    be static.
     """
     rest, _ = masks.split_segments(mask)
     shape = len(queries), len(keys)
     if rest.segments() is not None:
         return np.ones(shape, bool), np.zeros(shape, bool)
 
-    def ends(stretches):
-        first = np.array([s.start for s in stretches], np.int64)
-        return first, first + [s.stride * (s.length - 1) for s in stretches]
+    def ends(ranges):
+        first = np.array([r.start for r in ranges], np.int64)
+        return first, first + [r.stride * (r.length - 1) for r in ranges]
 
     (q_lo, q_hi), (k_lo, k_hi) = ends(queries), ends(keys)
     found = rest.tile_summary(q_lo[:, None], q_hi[:, None], k_lo[None], k_hi[None])
     return tuple(np.broadcast_to(x, shape) for x in found)
 
 
-def with_segments(mask: masks.Mask, q_ids, kv_ids) -> masks.Mask:
-    """`mask` with these ids in place of its Segments' own."""
+def with_segments(
+    mask: masks.Mask,
+    q_ids: Integer[Array | np.ndarray, "B T"],
+    kv_ids: Integer[Array | np.ndarray, "B S"],
+) -> masks.Mask:
+    """Returns `mask` with these ids in place of its Segments'."""
     if isinstance(mask, masks.Segments):
         return masks.Segments(q_ids, kv_ids)
     if isinstance(mask, (masks.And, masks.Or)):

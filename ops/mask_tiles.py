@@ -1,26 +1,30 @@
-"""What a mask says about whole tiles of the score matrix: empty, partial or full.
+"""Whether a mask leaves whole tiles of the score matrix empty, partial or full.
 
-Kernels walk the live tiles only, and mask only the partial ones, so this table decides how much
+Kernels visit the live tiles only, and mask only the partial ones, so this table decides how much
 work an attention pattern costs.
 
-Letters: B batch, T query time, S key time.
+Dimensions: B batch, T query time, S key time.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int8, Integer
 
-from tilescan.ops.mask_bands import array_module
+from tilescan.ops.mask_bands import Index, array_module
+
+if TYPE_CHECKING:
+    from tilescan.ops.mask_types import Mask
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
 def _tile_bounds(length: int, block: int, offset):
-    """Inclusive bounds of the tiles of an axis; the last tile ends with the last real element."""
+    """Returns inclusive bounds of an axis's tiles; the last ends with the last real element."""
     low = np.arange(0, length, block, dtype=np.int32)
     high = np.minimum(low + (block - 1), np.int32(length - 1))
     if array_module(offset) is jnp:
@@ -28,8 +32,10 @@ def _tile_bounds(length: int, block: int, offset):
     return np.int32(offset) + low, np.int32(offset) + high
 
 
-def segment_bounds(ids, block: int):
-    """Least and greatest segment id of each tile: ids [B, T] -> two arrays [B, ceil(T/block)]."""
+def segment_bounds(
+    ids: Integer[Array | np.ndarray, "B T"], block: int
+) -> tuple[Integer[Array | np.ndarray, "B n"], Integer[Array | np.ndarray, "B n"]]:
+    """Returns least and greatest segment id of each of n = ceil(T/block) tiles."""
     xp = array_module(ids)
     batch, length = ids.shape
     n = -(-length // block)
@@ -41,8 +47,10 @@ def _static(value) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def tile_kinds(mask, T: int, S: int, block_q: int, block_k: int, q_offset=None):
-    """The kind of every tile of the T x S score matrix: EMPTY 0, PARTIAL 1 or FULL 2.
+def tile_kinds(
+    mask: Mask, T: int, S: int, block_q: int, block_k: int, q_offset: Index | None = None
+) -> Int8[Array | np.ndarray, "M m n"]:
+    """Returns the kind of every tile of the T x S score matrix: EMPTY 0, PARTIAL 1 or FULL 2.
 
     Args:
       mask: any mask of `ops.masks`.
@@ -53,13 +61,14 @@ def tile_kinds(mask, T: int, S: int, block_q: int, block_k: int, q_offset=None):
 
     Returns:
       int8 [M, ceil(T/block_q), ceil(S/block_k)], with M = B if the mask holds Segments, else 1.
-      A numpy array unless q_offset or the segment ids are traced. EMPTY and FULL are certain; a
-      PARTIAL tile of a composed mask or of Segments may in truth be empty or full. The padding
-      of a ragged last key tile has to be masked, so such a tile is never FULL.
+      A NumPy array unless q_offset or the segment ids are traced. EMPTY and FULL are certain; a
+      PARTIAL tile of a composed mask or of Segments may be empty or full. The padding of a
+      ragged last key tile has to be masked, so such a tile is never FULL.
 
     Raises:
       ValueError: a length or block that is not positive, or segment ids of the wrong length.
     """
+    # Bounds of the tiles, and of the segment ids in them.
     for name, value in (("T", T), ("S", S), ("block_q", block_q), ("block_k", block_k)):
         if value < 1:
             raise ValueError(f"tile_kinds: {name}={value} must be at least 1")
@@ -79,25 +88,28 @@ def tile_kinds(mask, T: int, S: int, block_q: int, block_k: int, q_offset=None):
         q_segments = tuple(x[:, :, None] for x in segment_bounds(q_ids, block_q))
         k_segments = tuple(x[:, None, :] for x in segment_bounds(k_ids, block_k))
 
+    # What the mask says of them.
     any_visible, all_visible = mask.tile_summary(q_lo, q_hi, k_lo, k_hi, q_segments, k_segments)
     unpadded = (k_hi < S - S % block_k) if S % block_k else True
     xp = array_module(any_visible, all_visible)
     return any_visible.astype(xp.int8) + (any_visible & all_visible & unpadded).astype(xp.int8)
 
 
-def live_tiles(kinds) -> Any:
-    """Number of tiles that have to be computed: the partial and the full ones."""
+def live_tiles(kinds: Int8[Array | np.ndarray, ...]) -> np.integer | Integer[Array, ""]:
+    """Returns the number of tiles that have to be computed: the partial and the full ones."""
     return (kinds != EMPTY).sum()
 
 
-def picture(mask, T: int, S: int, block_q: int, block_k: int, q_offset=None) -> np.ndarray:
-    """A mask and its tiles as an image: int8 [T, S], 2*kind + visible (of batch row 0).
+def picture(
+    mask: Mask, T: int, S: int, block_q: int, block_k: int, q_offset: Index | None = None
+) -> Int8[np.ndarray, "{T} {S}"]:
+    """Returns a mask and its tiles as an image, 2*kind + visible (of batch row 0).
 
     0 is an empty tile; 2 and 3 the hidden and visible scores of a partial tile; 5 a full one.
     """
     kinds = np.asarray(tile_kinds(mask, T, S, block_q, block_k, q_offset))[0]
-    spread = np.repeat(np.repeat(kinds, block_q, axis=0), block_k, axis=1)[:T, :S]
+    repeated = np.repeat(np.repeat(kinds, block_q, axis=0), block_k, axis=1)[:T, :S]
     offset = S - T if q_offset is None else int(q_offset)
     rows, columns = np.arange(T)[:, None] + offset, np.arange(S)[None, :]
     seen = np.asarray(mask(rows, columns, q_offset=offset))
-    return (2 * spread + seen.reshape(-1, T, S)[0]).astype(np.int8)
+    return (2 * repeated + seen.reshape(-1, T, S)[0]).astype(np.int8)

@@ -1,6 +1,6 @@
 """The kinds of mask. Import them from `ops.masks`, which explains them.
 
-Letters: B batch, T query time, S key time.
+Dimensions: B batch, T query time, S key time.
 """
 
 from __future__ import annotations
@@ -8,20 +8,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Integer
 
-from tilescan.ops.mask_bands import Band, array_module
+from tilescan.ops.mask_bands import Band, Index, Visible, array_module
+
+# Segment ids of queries or keys, and (least, greatest) of those of tiles; None without Segments.
+SegmentIds = Index | None
+SegmentBounds = tuple[Index, Index] | None
 
 
 class Mask:
     """The base of all masks. A new mask defines `visible` and `tile_summary`, or just `band`."""
 
-    __array_ufunc__ = None  # numpy arrays must not take `array & mask` apart element by element
+    __array_ufunc__ = None  # NumPy arrays must not apply `array & mask` to each element
 
-    def __call__(self, q_index, k_index, *, q_offset=0):
-        """Whether query i sees key j, elementwise with broadcasting.
+    def __call__(self, q_index: Index, k_index: Index, *, q_offset: Index = 0) -> Visible:
+        """Returns whether query i sees key j, elementwise with broadcasting.
 
         Args:
           q_index, k_index: integers or integer arrays, positions of queries and keys.
@@ -50,8 +56,14 @@ class Mask:
             shape = np.broadcast_shapes(shape, np.shape(q_segments), np.shape(k_segments))
         return array_module(seen).broadcast_to(seen, shape)
 
-    def visible(self, q_index, k_index, q_segments=None, k_segments=None):
-        """`mask(q_index, k_index)` without a gather, for kernels.
+    def visible(
+        self,
+        q_index: Index,
+        k_index: Index,
+        q_segments: SegmentIds = None,
+        k_segments: SegmentIds = None,
+    ) -> Visible:
+        """Returns `mask(q_index, k_index)` without a gather, for kernels.
 
         q_segments and k_segments are the segment ids of these queries and keys, broadcastable
         against the indices, and needed only with Segments in the mask. The result has a shape that
@@ -60,8 +72,16 @@ class Mask:
         del q_segments, k_segments
         return self.band().visible(q_index, k_index)
 
-    def tile_summary(self, q_lo, q_hi, k_lo, k_hi, q_segments=None, k_segments=None):
-        """Whether any, and whether all, pairs of a tile are visible.
+    def tile_summary(
+        self,
+        q_lo: Index,
+        q_hi: Index,
+        k_lo: Index,
+        k_hi: Index,
+        q_segments: SegmentBounds = None,
+        k_segments: SegmentBounds = None,
+    ) -> tuple[Visible, Visible]:
+        """Returns whether any, and whether all, pairs of a tile are visible.
 
         Args:
           q_lo, q_hi, k_lo, k_hi: inclusive bounds of tiles, broadcasting integers or arrays.
@@ -70,31 +90,33 @@ class Mask:
 
         Returns:
           (any_visible, all_visible), bool. Exact for all masks but Segments and those compositions
-          which have no band; there a live tile is never called empty, nor a partial one full.
+          which have no band; there a live tile is never reported empty, nor a partial one full.
         """
         del q_segments, k_segments
         return self.band().tile_summary(q_lo, q_hi, k_lo, k_hi)
 
     def band(self) -> Band | None:
-        """The mask as one range of keys per query, if it is one."""
+        """Returns the mask as one range of keys per query, if it is one."""
         return None
 
-    def key_bounds(self, q_lo, q_hi, S: int):
-        """First and last live key of the queries q_lo..q_hi, all inclusive; None if unknown.
+    def key_bounds(self, q_lo: Index, q_hi: Index, S: Index) -> tuple[Index, Index] | None:
+        """Returns first and last live key of queries q_lo..q_hi, inclusive; None if unknown.
 
         Only for masks whose live keys are one range (`band`), and then exact: all keys in it are
-        seen by some query of the tile. last < first if there are none. Integers, numpy or traced.
+        seen by some query of the tile. last < first if there are none.
         """
         band = self.band()
         return None if band is None else band.key_bounds(q_lo, q_hi, S)
 
-    def query_bounds(self, k_lo, k_hi, q_first, q_last):
-        """First and last of the queries q_first..q_last that see a key in k_lo..k_hi; or None."""
+    def query_bounds(
+        self, k_lo: Index, k_hi: Index, q_first: Index, q_last: Index
+    ) -> tuple[Index, Index] | None:
+        """Returns first and last of queries q_first..q_last that see a key in k_lo..k_hi."""
         band = self.band()
         return None if band is None else band.query_bounds(k_lo, k_hi, q_first, q_last)
 
     def segments(self) -> Segments | None:
-        """The Segments in this mask, None without; ValueError if there are two different ones."""
+        """Returns the Segments in this mask, if any; ValueError if there are two different ones."""
         return None
 
     def __and__(self, other):
@@ -112,8 +134,8 @@ class Mask:
         return Or(flatten(Or, self) + flatten(Or, other))
 
 
-def flatten(kind, mask: Mask) -> tuple[Mask, ...]:
-    """The parts of a mask composed by `kind` (And or Or); of any other mask, itself."""
+def flatten(kind: type[Composed], mask: Mask) -> tuple[Mask, ...]:
+    """Returns the operands of a mask composed by `kind` (And or Or), or any other mask itself."""
     return mask.masks if isinstance(mask, kind) else (mask,)
 
 
@@ -122,12 +144,18 @@ def _with_rank(x, rank: int):
 
 
 def _fold(operation, values):
-    """Combine arrays of different rank without implicit rank promotion."""
+    """Combines arrays of different rank without implicit rank promotion."""
     rank = max(np.ndim(v) for v in values)
     return functools.reduce(operation, (_with_rank(v, rank) for v in values))
 
 
-def check_int(where: str, name: str, value, least: int, or_none: bool = False):
+def check_int(where: str, name: str, value: Any, least: int, or_none: bool = False) -> None:
+    """Checks an integer of at least `least`, or None where `or_none`.
+
+    Raises:
+      TypeError: not an integer.
+      ValueError: an integer below `least`.
+    """
     if value is None and or_none:
         return
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -143,7 +171,8 @@ def check_int(where: str, name: str, value, least: int, or_none: bool = False):
 class Full(Mask):
     """Every query sees every key."""
 
-    def band(self):
+    def band(self) -> Band:
+        """Returns the mask as one range of keys per query."""
         return Band()
 
 
@@ -152,7 +181,8 @@ class Full(Mask):
 class Causal(Mask):
     """Query i sees the keys j <= i."""
 
-    def band(self):
+    def band(self) -> Band:
+        """Returns the mask as one range of keys per query."""
         return Band(right=0)
 
 
@@ -171,7 +201,8 @@ class SlidingWindow(Mask):
         check_int("SlidingWindow", "left", self.left, 0, or_none=True)
         check_int("SlidingWindow", "right", self.right, 0, or_none=True)
 
-    def band(self):
+    def band(self) -> Band:
+        """Returns the mask as one range of keys per query."""
         return Band(left=self.left, right=self.right)
 
 
@@ -185,7 +216,8 @@ class Prefix(Mask):
     def __post_init__(self):
         check_int("Prefix", "n", self.n, 0)
 
-    def band(self):
+    def band(self) -> Band:
+        """Returns the mask as one range of keys per query."""
         return Band(limit=self.n)
 
 
@@ -201,14 +233,30 @@ class Lambda(Mask):
         check_int("Lambda", "sinks", self.sinks, 0)
         check_int("Lambda", "window", self.window, 1)
 
-    def visible(self, q_index, k_index, q_segments=None, k_segments=None):
+    def visible(
+        self,
+        q_index: Index,
+        k_index: Index,
+        q_segments: SegmentIds = None,
+        k_segments: SegmentIds = None,
+    ) -> Visible:
+        """Returns whether query i sees key j, as `Mask.visible`."""
         near_or_sink = (k_index > q_index - self.window) | (k_index < self.sinks)
         return (k_index <= q_index) & near_or_sink
 
-    def tile_summary(self, q_lo, q_hi, k_lo, k_hi, q_segments=None, k_segments=None):
+    def tile_summary(
+        self,
+        q_lo: Index,
+        q_hi: Index,
+        k_lo: Index,
+        k_hi: Index,
+        q_segments: SegmentBounds = None,
+        k_segments: SegmentBounds = None,
+    ) -> tuple[Visible, Visible]:
+        """Returns whether any, and whether all, pairs of a tile are visible."""
         near = k_hi > q_lo - self.window
         any_visible = (k_lo <= q_hi) & (near | (k_lo < self.sinks))
-        # Of the keys past the sinks, the first is the farthest from the last query.
+        # Of the keys after the sinks, the first is the farthest from the last query.
         first = array_module(k_lo).maximum(k_lo, self.sinks)
         all_visible = (k_hi <= q_lo) & ((k_hi < self.sinks) | (first > q_hi - self.window))
         return any_visible, all_visible
@@ -255,7 +303,7 @@ class BlockSparse(Mask):
 
     @functools.cached_property
     def _counts(self):
-        """counts[r, c]: live blocks above row r and left of column c."""
+        """counts[r, c], the number of live blocks above row r and left of column c."""
         return np.pad(self.layout, ((1, 0), (1, 0))).cumsum(0, np.int32).cumsum(1, np.int32)
 
     def __eq__(self, other):
@@ -269,7 +317,14 @@ class BlockSparse(Mask):
         live = int(self.layout.sum())
         return f"BlockSparse({live} live of {rows}x{columns} blocks, block={self.block})"
 
-    def visible(self, q_index, k_index, q_segments=None, k_segments=None):
+    def visible(
+        self,
+        q_index: Index,
+        k_index: Index,
+        q_segments: SegmentIds = None,
+        k_segments: SegmentIds = None,
+    ) -> Visible:
+        """Returns whether query i sees key j, as `Mask.visible`."""
         xp = array_module(q_index, k_index)
         rows, columns = self.layout.shape
         r, c = q_index // self.block, k_index // self.block
@@ -277,7 +332,16 @@ class BlockSparse(Mask):
         layout = xp.asarray(self.layout)
         return inside & layout[xp.clip(r, 0, rows - 1), xp.clip(c, 0, columns - 1)]
 
-    def tile_summary(self, q_lo, q_hi, k_lo, k_hi, q_segments=None, k_segments=None):
+    def tile_summary(
+        self,
+        q_lo: Index,
+        q_hi: Index,
+        k_lo: Index,
+        k_hi: Index,
+        q_segments: SegmentBounds = None,
+        k_segments: SegmentBounds = None,
+    ) -> tuple[Visible, Visible]:
+        """Returns whether any, and whether all, pairs of a tile are visible."""
         xp = array_module(q_lo, q_hi, k_lo, k_hi)
         (r0, r1, rows_inside), (c0, c1, columns_inside) = (
             (xp.clip(lo // b, 0, n), xp.clip(hi // b + 1, 0, n), (lo >= 0) & (hi // b < n))
@@ -305,8 +369,9 @@ class Segments(Mask):
     are one and the same id. That is exact for ids that rise along the sequence without gaps.
     """
 
-    q_ids: jax.Array | np.ndarray
-    kv_ids: jax.Array | np.ndarray | None = None
+    # Arrays, or whatever a tree of arrays is mapped to; `validate` checks them.
+    q_ids: Any
+    kv_ids: Any = None
 
     def __eq__(self, other):
         same = isinstance(other, Segments)
@@ -320,11 +385,14 @@ class Segments(Mask):
 
         return f"Segments(q_ids={show(self.q_ids)}, kv_ids={show(self.kv_ids)})"
 
-    def segments(self):
+    def segments(self) -> Segments:
+        """Returns this mask."""
         return self
 
-    def both(self, T: int, S: int):
-        """The ids of queries [B, T] and of keys [B, S]; ValueError if their lengths differ."""
+    def both(
+        self, T: int, S: int
+    ) -> tuple[Integer[Array | np.ndarray, "B {T}"], Integer[Array | np.ndarray, "B {S}"]]:
+        """Returns the ids of queries and of keys; ValueError if their lengths are not T and S."""
         kv_ids = self.kv_ids
         if kv_ids is None:
             if T != S:
@@ -343,11 +411,27 @@ class Segments(Mask):
                 )
         return self.q_ids, kv_ids
 
-    def visible(self, q_index, k_index, q_segments=None, k_segments=None):
+    def visible(
+        self,
+        q_index: Index,
+        k_index: Index,
+        q_segments: SegmentIds = None,
+        k_segments: SegmentIds = None,
+    ) -> Visible:
+        """Returns whether query i sees key j, as `Mask.visible`."""
         _need_segments("visible", q_segments, k_segments)
         return q_segments == k_segments
 
-    def tile_summary(self, q_lo, q_hi, k_lo, k_hi, q_segments=None, k_segments=None):
+    def tile_summary(
+        self,
+        q_lo: Index,
+        q_hi: Index,
+        k_lo: Index,
+        k_hi: Index,
+        q_segments: SegmentBounds = None,
+        k_segments: SegmentBounds = None,
+    ) -> tuple[Visible, Visible]:
+        """Returns whether any, and whether all, pairs of a tile are visible."""
         _need_segments("tile_summary", q_segments, k_segments)
         (q_min, q_max), (k_min, k_max) = q_segments, k_segments
         return (q_min <= k_max) & (k_min <= q_max), (q_min == k_max) & (k_min == q_max)
@@ -362,6 +446,8 @@ def _need_segments(method, q_segments, k_segments):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Composed(Mask):
+    """Masks combined by an operation; see `And` and `Or`."""
+
     masks: tuple[Mask, ...]
 
     def __repr__(self):
@@ -370,7 +456,8 @@ class Composed(Mask):
 
         return f" {self._sign} ".join(map(show, self.masks))
 
-    def segments(self):
+    def segments(self) -> Segments | None:
+        """Returns the Segments in these masks; ValueError if there are two different ones."""
         found = [s for s in (m.segments() for m in self.masks) if s is not None]
         if any(s != found[0] for s in found[1:]):
             raise ValueError(
@@ -379,7 +466,8 @@ class Composed(Mask):
             )
         return found[0] if found else None
 
-    def band(self):
+    def band(self) -> Band | None:
+        """Returns the mask as one range of keys per query, if it is one."""
         bands = [m.band() for m in self.masks]
         result = bands[0]
         for other in bands[1:]:
@@ -388,28 +476,44 @@ class Composed(Mask):
             result = self._operation(result, other)
         return result
 
-    def visible(self, q_index, k_index, q_segments=None, k_segments=None):
-        parts = [m.visible(q_index, k_index, q_segments, k_segments) for m in self.masks]
-        return _fold(self._operation, parts)
+    def visible(
+        self,
+        q_index: Index,
+        k_index: Index,
+        q_segments: SegmentIds = None,
+        k_segments: SegmentIds = None,
+    ) -> Visible:
+        """Returns whether query i sees key j, as `Mask.visible`."""
+        found = [m.visible(q_index, k_index, q_segments, k_segments) for m in self.masks]
+        return _fold(self._operation, found)
 
-    def tile_summary(self, q_lo, q_hi, k_lo, k_hi, q_segments=None, k_segments=None):
+    def tile_summary(
+        self,
+        q_lo: Index,
+        q_hi: Index,
+        k_lo: Index,
+        k_hi: Index,
+        q_segments: SegmentBounds = None,
+        k_segments: SegmentBounds = None,
+    ) -> tuple[Visible, Visible]:
+        """Returns whether any, and whether all, pairs of a tile are visible."""
         band = self.band()
         if band is not None:
             return band.tile_summary(q_lo, q_hi, k_lo, k_hi)
-        parts = [m.tile_summary(q_lo, q_hi, k_lo, k_hi, q_segments, k_segments) for m in self.masks]
-        any_visible, all_visible = zip(*parts, strict=True)
+        found = [m.tile_summary(q_lo, q_hi, k_lo, k_hi, q_segments, k_segments) for m in self.masks]
+        any_visible, all_visible = zip(*found, strict=True)
         return _fold(self._operation, any_visible), _fold(self._operation, all_visible)
 
 
 class And(Composed):
-    """A query sees what all of `masks` let it see; written `a & b`."""
+    """A query sees the keys that it sees in all of `masks`; written `a & b`."""
 
     _sign = "&"
     _operation = staticmethod(operator.and_)
 
 
 class Or(Composed):
-    """A query sees what any of `masks` lets it see; written `a | b`."""
+    """A query sees the keys that it sees in any of `masks`; written `a | b`."""
 
     _sign = "|"
     _operation = staticmethod(operator.or_)

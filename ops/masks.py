@@ -1,4 +1,4 @@
-"""Attention masks as values: who sees whom, asked by element or by tile.
+"""Attention masks as values: which keys a query sees, by element or by tile.
 
 A mask is an immutable value that is composed with `&` and `|` and passed to an op:
 
@@ -7,28 +7,31 @@ A mask is an immutable value that is composed with `&` and `|` and passed to an 
     prefix_lm = Causal() | Prefix(100)
     packed = Causal() & Segments(segment_ids)
 
-It answers two questions. By element: `mask(q_index, k_index)` says whether a query sees a key, on
-numpy or JAX integers; `mask.visible` is the same inside a kernel. By tile: `mask.tile_summary`
-says of whole tiles of the score matrix whether anything or everything in them is visible;
-`tile_kinds` does it for all tiles at once. Kernels skip empty tiles and mask only partial ones.
+It is evaluated by element or by tile. By element: `mask(q_index, k_index)` is whether a query sees
+a key, on NumPy or JAX integers; `mask.visible` is the same inside a kernel. By tile:
+`mask.tile_summary` is whether any and whether all elements of tiles of the score matrix are
+visible; `tile_kinds` computes it for all tiles at once. Kernels skip empty tiles and mask only
+partial ones.
 
 Indices of queries and keys are positions on one axis, that of the keys: row r of the queries
-stands at q_offset + r. By default q_offset = S - T, the last query beside the last key.
+is at q_offset + r. By default q_offset = S - T: the last query is at the last key's position.
 
 Masks are JAX pytrees. Only `Segments` holds arrays; all others are static and hashable.
 
-Letters: B batch, T query time, S key time.
+Dimensions: B batch, T query time, S key time.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool
 
-from tilescan.ops.mask_bands import array_module
+from tilescan.ops.mask_bands import Index, array_module
 from tilescan.ops.mask_tiles import (
     EMPTY,
     FULL,
@@ -82,29 +85,31 @@ __all__ = [
 
 
 def segments_of(mask: Mask) -> Segments | None:
-    """The Segments that a mask holds, None without; ValueError if there are two different ones."""
+    """Returns the Segments in a mask, if any; ValueError if there are two different ones."""
     return mask.segments()
 
 
 def split_segments(mask: Mask) -> tuple[Mask, Segments | None]:
-    """`rest & segments`, apart, with no Segments in rest.
+    """Splits `rest & segments` into rest, without Segments in it, and segments.
 
-    If Segments stand under an `|` there is no such split: the result is (mask, None), and
-    `segments_of(mask)` tells.
+    If Segments are under an `|` there is no such split: the result is (mask, None), which
+    `segments_of(mask)` distinguishes from a mask without Segments.
     """
-    parts = flatten(And, mask)
-    rest = [m for m in parts if not isinstance(m, Segments)]
-    if len(rest) == len(parts) or any(m.segments() is not None for m in rest):
+    operands = flatten(And, mask)
+    rest = [m for m in operands if not isinstance(m, Segments)]
+    if len(rest) == len(operands) or any(m.segments() is not None for m in rest):
         return mask, None
     return functools.reduce(operator.and_, rest, Full()), mask.segments()
 
 
-def within_live_tiles(mask: Mask, block_q: int, block_k: int, q_offset=0) -> Mask | None:
-    """A mask equal to `mask` inside every PARTIAL tile, and free of BlockSparse; None if unknown.
+def within_live_tiles(
+    mask: Mask, block_q: int, block_k: int, q_offset: Index | None = 0
+) -> Mask | None:
+    """Returns a mask that equals `mask` inside every PARTIAL tile, without BlockSparse, or None.
 
     Where tiles lie within the blocks of a layout, the layout is constant in each of them: in an
-    `&` it then says nothing more about a live tile, and in an `|` nothing about a partial one. So
-    kernels need no look-up. None where tiles straddle blocks or BlockSparse is nested deeper.
+    `&` it is true in a live tile, and in an `|` it is false in a partial one. So kernels need no
+    look-up. None where tiles straddle blocks or BlockSparse is nested deeper.
     """
 
     def aligned(m):
@@ -116,17 +121,20 @@ def within_live_tiles(mask: Mask, block_q: int, block_k: int, q_offset=0) -> Mas
 
     if not holds(mask):
         return mask
-    parts = mask.masks if isinstance(mask, Composed) else (mask,)
-    rest = tuple(m for m in parts if not isinstance(m, BlockSparse))
-    if any(map(holds, rest)) or not all(aligned(m) for m in parts if isinstance(m, BlockSparse)):
+    operands = mask.masks if isinstance(mask, Composed) else (mask,)
+    rest = tuple(m for m in operands if not isinstance(m, BlockSparse))
+    layouts = (m for m in operands if isinstance(m, BlockSparse))
+    if any(map(holds, rest)) or not all(map(aligned, layouts)):
         return None
     if not rest:
         return Full()
     return rest[0] if len(rest) == 1 else type(mask)(rest)
 
 
-def as_array(mask: Mask, T: int, S: int, q_offset=None):
-    """The whole mask, bool [T, S], or [B, T, S] with Segments. For tests and pictures only."""
+def as_array(
+    mask: Mask, T: int, S: int, q_offset: Index | None = None
+) -> Bool[Array | np.ndarray, "{T} {S}"] | Bool[Array | np.ndarray, "B {T} {S}"]:
+    """Returns the whole mask, [B, T, S] with Segments. For tests and pictures only."""
     offset = S - T if q_offset is None else q_offset
     xp = array_module(offset)
     rows, columns = xp.arange(T)[:, None] + offset, xp.arange(S)[None, :]
@@ -135,8 +143,8 @@ def as_array(mask: Mask, T: int, S: int, q_offset=None):
     return mask(rows, columns, q_offset=offset)
 
 
-def validate(mask: Mask, B: int, T: int, S: int, q_offset=None) -> None:
-    """Raise a clear error if a mask doesn't fit B sequences of T queries and S keys.
+def validate(mask: Any, B: int, T: int, S: int, q_offset: Any = None) -> None:
+    """Checks that a mask fits B sequences of T queries and S keys.
 
     Raises:
       TypeError: not a mask, or segment ids that are not integers.
@@ -180,7 +188,7 @@ def _validate_layout(mask: BlockSparse, T: int, S: int, q_offset):
     first = (S - T if q_offset is None else int(q_offset)) if static else 0
     if first < 0:
         raise ValueError(
-            f"BlockSparse: T={T} queries end with S={S} keys, so the first stands at {first}, "
+            f"BlockSparse: T={T} queries end with S={S} keys, so the first is at {first}, "
             "outside the layout; pass q_offset=0 or larger"
         )
     least_rows, right_columns = -(-(first + T) // mask.block), -(-S // mask.block)
@@ -191,8 +199,10 @@ def _validate_layout(mask: BlockSparse, T: int, S: int, q_offset):
         )
 
 
-def butterfly(n_blocks: int, n_factors: int | None = None, global_size: int = 0) -> np.ndarray:
-    """The flat block butterfly of Pixelated Butterfly and block-sparse FlashAttention: a layout.
+def butterfly(
+    n_blocks: int, n_factors: int | None = None, global_size: int = 0
+) -> Bool[np.ndarray, "{n_blocks} {n_blocks}"]:
+    """Returns the flat block butterfly layout of Pixelated Butterfly and FlashAttention.
 
     Block (i, j) is live iff i = j or i XOR j = 2^k for a k < n_factors, or either is among the
     first `global_size` blocks (Dao et al. 2022, arXiv 2205.14135, section 3.3; Chen et al. 2021,
@@ -201,7 +211,7 @@ def butterfly(n_blocks: int, n_factors: int | None = None, global_size: int = 0)
     Args:
       n_blocks: rows and columns of the layout.
       n_factors: number of butterfly factors; all, ceil(log2 n_blocks), if None.
-      global_size: rows and columns at the beginning that are wholly live.
+      global_size: rows and columns at the beginning that are entirely live.
 
     Returns:
       bool [n_blocks, n_blocks] for `BlockSparse(layout, block)`.

@@ -1,4 +1,4 @@
-"""The axes of a mesh by name, and what of a program's arrays each of them cuts."""
+"""The axes of a mesh by name, and which dimensions of a program's arrays each of them shards."""
 
 import jax
 
@@ -11,16 +11,16 @@ TIME_AXIS = "sequence"
 
 
 def batch_axes(B: int, sizes: dict[str, int]) -> tuple[str, ...] | None:
-    """Returns those of BATCH_AXES, the first ones first, whose product divides B.
+    """Returns the axes of BATCH_AXES, taken in order, whose product divides B.
 
     Args:
-      B: rows.
+      B: number of sequences.
       sizes: {axis: devices} of a mesh.
     """
-    axes, parts = (), 1
+    axes, devices = (), 1
     for name in BATCH_AXES:
-        if name in sizes and B % (parts * sizes[name]) == 0:
-            axes, parts = (*axes, name), parts * sizes[name]
+        if name in sizes and B % (devices * sizes[name]) == 0:
+            axes, devices = (*axes, name), devices * sizes[name]
     return axes or None
 
 
@@ -30,15 +30,15 @@ def sequence_devices() -> int:
 
 
 def sequence_parts(T: int) -> int:
-    """Returns over how many devices of the mesh in use T steps are cut; 1 for a single step.
+    """Returns over how many devices of the mesh in use T steps are sharded; 1 for a single step.
 
     Raises:
-      ValueError: a length that they don't divide.
+      ValueError: those devices don't divide T.
     """
     P = 1 if T == 1 else sequence_devices()
     if T % P:
         raise ValueError(
-            f"a sequence of {T} steps can't be cut over mesh.{TIME_AXIS} = {P} devices: its length "
-            f"must be a multiple of {P}"
+            f"a sequence of {T} steps can't be sharded over mesh.{TIME_AXIS} = {P} devices: its "
+            f"length must be a multiple of {P}"
         )
     return P

@@ -1,37 +1,39 @@
 """Attention on a mesh: every device attends for its own rows of the batch and its own heads.
 
-The compiler cuts XLA's operations for the devices of a mesh by itself, but not a Pallas kernel. So
-the op is called inside `jax.shard_map`, where it sees one device's part, whatever implements it.
-Rows and heads know nothing of each other: nothing is sent but sums of gradients that devices
-share. Where the mesh has an axis for it, time is cut as well, and devices exchange keys or heads in
-one of the ways of `ops.sequence_parallel`.
+The compiler partitions XLA's operations over the devices of a mesh by itself, but not a Pallas
+kernel. So the op is called inside `jax.shard_map`, where it sees one device's shard, whatever
+implements it. Rows and heads are independent: nothing is sent but sums of gradients that devices
+share. Where the mesh has an axis for it, time is sharded as well, and devices exchange keys or
+heads by one of the strategies of `ops.sequence_parallel`.
 
-Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
+Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer, Num
 
 from tilescan.ops import masks
 from tilescan.ops.attention import attention, dropout_seeds
+from tilescan.ops.attention_operands import Bias
 from tilescan.ops.cross_entropy import chunked_cross_entropy
+from tilescan.ops.dimensions import repeated, repeats, spec_of
 from tilescan.ops.explicit_axes import (
     as_auto,
     as_first,
     auto_axes,
-    compiler_cuts,
     explicit_devices,
     explicit_mesh,
     is_varying,
+    partitioned_by_compiler,
+    replicated,
     specs_of,
-    whole,
 )
-from tilescan.ops.letters import repeated, repeats, spec_of
 from tilescan.ops.mesh_axes import HEAD_AXIS, TIME_AXIS, batch_axes, sequence_devices
 from tilescan.ops.sequence_parallel import ATTENTION, kinds, layouts
 from tilescan.ops.sequence_parallel.decode import sharded_append, sharded_decode_attention
@@ -44,80 +46,87 @@ def partitioned(
     v: Float[Array, "B S G P"],
     *,
     mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
-    bias: Float[Array, "#B #H #T #S"] | None = None,
-    q_offset: int | Array | None = None,
+    bias: Bias | None = None,
+    q_offset: int | np.integer | Integer[Array | np.ndarray, ""] | None = None,
     sequence_parallel: str | None = None,
     balance: str = "contiguous",
-    **options,
-):
-    """op(q, k, v, mask=mask, bias=bias, q_offset=q_offset, **options), cut for the mesh in use.
+    **options: Any,
+) -> Float[Array, "B T H P"] | tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
+    """Returns op(q, k, v, mask=mask, bias=bias, q_offset=q_offset, **options) on the mesh in use.
 
     The mesh is that of `jax.set_mesh`; without one, on a single device, where all its axes are
-    manual already, and where its axes are Explicit but for a time that is cut, this is the call
-    itself, which heeds Explicit axes (`ops.explicit_axes`). Otherwise the batch is cut over those
-    of BATCH_AXES that divide it, and the heads over HEAD_AXIS if it divides H; what is not cut is
-    whole on every device. If HEAD_AXIS does not divide G, key-value heads are repeated, as few
-    times as needed for each device to hold those that its queries read.
+    manual already, and where its axes are Explicit and time is not sharded, this is the call
+    itself, which heeds Explicit axes (`ops.explicit_axes`). Otherwise the batch is sharded over the
+    axes of BATCH_AXES that divide it, and the heads over HEAD_AXIS if it divides H; all else is
+    replicated. If HEAD_AXIS does not divide G, key-value heads are repeated, as few times as needed
+    for each device to hold those that its queries read.
 
     Args:
       op: `ops.attention.attention` or a function like it.
       q, k, v, mask, bias, q_offset: as there.
-      sequence_parallel: a setting of `ops.sequence_parallel.kinds`, by which time is cut over
-        TIME_AXIS; None keeps time whole. Only for self-attention of whole sequences (q_offset is
+      sequence_parallel: a setting of `ops.sequence_parallel.kinds`, by which time is sharded over
+        TIME_AXIS; None does not shard time. Only for self-attention of whole sequences (q_offset is
         0 or None), and only with `ops.attention.attention` as op.
       balance: the order of the tokens then, by which devices hold equal work.
-      **options: of `op`; no arrays but a dropout_seed, of which devices that cut the batch and
-        the heads make what one device would. There is no dropout where they cut time.
+      **options: of `op`; no arrays but a dropout_seed, by which devices that shard the batch and
+        the heads drop what one device would. There is no dropout where time is sharded.
 
     Returns:
       What `op` returns: arrays whose first dimensions are B, T and H.
 
     Raises:
-      ValueError: time that the devices of TIME_AXIS cannot share equally, dropout where they do,
-        or another op than ours.
+      ValueError: time that the devices of TIME_AXIS don't divide, or dropout or another op than
+        `ops.attention.attention` where they shard time.
     """
     given = dict(mask=mask, bias=bias, q_offset=q_offset)
     if options.get("dropout_rate"):
         rate, seed = options["dropout_rate"], options.pop("dropout_seed", None)
         given["dropout_seed"] = dropout_seeds(rate, seed, q)
-    cuts_time = sequence_parallel is not None and explicit_devices(TIME_AXIS, (q, k, v)) > 1
+
+    # Under Explicit axes: time, and ops that can't shard themselves, are left to Auto axes.
+    shards_time = sequence_parallel is not None and explicit_devices(TIME_AXIS, (q, k, v)) > 1
     mesh = explicit_mesh((q, k, v))
-    if cuts_time or (mesh is not None and mesh.size > 1 and not hasattr(op, "cut")):
+    if shards_time or (mesh is not None and mesh.size > 1 and not hasattr(op, "partitioning")):
         time = dict(sequence_parallel=sequence_parallel, balance=balance)
         call = functools.partial(partitioned, op, **time, **options)
         return as_auto(call, (q, k, v), given, as_first(3))
+
+    # Where no axis is Auto there is nothing to shard.
     mesh = jax.sharding.get_abstract_mesh()
     free = auto_axes(mesh)
     if not free or mesh.size == 1:
         return op(q, k, v, **given, **options)
-    cuts_time = sequence_parallel is not None and free.get(TIME_AXIS, 1) > 1
-    if not cuts_time and is_varying((q, k, v)):
+    shards_time = sequence_parallel is not None and free.get(TIME_AXIS, 1) > 1
+    if not shards_time and is_varying((q, k, v)):
         return op(q, k, v, **given, **options)  # see `ops.explicit_axes`
+
+    # Rows and heads. Key-value heads that HEAD_AXIS does not divide are repeated.
     batch, heads = batch_axes(q.shape[0], free), None
-    parts = free.get(HEAD_AXIS, 1)
-    if parts > 1 and q.shape[2] % parts == 0:
+    devices = free.get(HEAD_AXIS, 1)
+    if devices > 1 and q.shape[2] % devices == 0:
         heads = HEAD_AXIS
-        # Key-value heads that HEAD_AXIS does not divide stand as often in a row as it needs.
-        times = repeats(q.shape[2], k.shape[2], parts)
+        times = repeats(q.shape[2], k.shape[2], devices)
         k, v = (repeated(x, 2, times) for x in (k, v))
 
+    # Time, by a strategy of `ops.sequence_parallel`.
     time = None
-    if cuts_time and "dropout_seed" in given:
+    if shards_time and "dropout_seed" in given:
         raise ValueError(
-            f"dropout_rate={rate}: devices that cut time drop no weights; use dropout_rate=0 or "
+            f"dropout_rate={rate}: devices that shard time drop no weights; use dropout_rate=0 or "
             f"mesh.{TIME_AXIS} = 1"
         )
-    if cuts_time and op is not attention:
+    if shards_time and op is not attention:
         raise ValueError(
-            f"attention by {op} can't share time between {free[TIME_AXIS]} devices, as those of "
+            f"attention by {op} can't shard time over {free[TIME_AXIS]} devices, as those of "
             f"`ops.attention` do; use one of them, or mesh.{TIME_AXIS} = 1"
         )
-    if cuts_time:
+    if shards_time:
         _check_time(q, k, free[TIME_AXIS], balance, q_offset)
         time, q_offset = TIME_AXIS, None
         kind = kinds(sequence_parallel).attention
         op = functools.partial(ATTENTION[kind], axis_name=TIME_AXIS, balance=balance)
 
+    # The partition spec of every array.
     axes = {"B": batch, "T": time, "H": heads}
     arrays = {"q": q, "k": k, "v": v, "mask": mask}
     specs = {name: PartitionSpec(batch, time, heads) for name in ("q", "k", "v")}
@@ -147,19 +156,21 @@ def partitioned(
     )(arrays)
 
 
-@compiler_cuts(lambda args, kwargs, out: (as_first(3)(args, kwargs, out[0]), specs_of(args[2])))
+@partitioned_by_compiler(
+    lambda args, kwargs, out: (as_first(3)(args, kwargs, out[0]), specs_of(args[2]))
+)
 def partitioned_decode(
     q: Float[Array, "B T H D"],
-    new: tuple[Array, ...],
-    caches: tuple[Array, ...],
-    lengths: Int[Array, " B"],
+    new: tuple[Float[Array, "B T G D"], Float[Array, "B T G P"], Integer[Array, "B T"]],
+    caches: tuple[Float[Array, "B S G D"], Float[Array, "B S G P"], Integer[Array, "B S"]],
+    lengths: Integer[Array, " B"],
     *,
     mask: masks.Mask,
-    ids: Int[Array, "B T"] | None,
+    ids: Integer[Array, "B T"] | None,
     bias: Float[Array, "#B H #T S"] | None = None,
-    **options,
-):
-    """Appends to a cache that TIME_AXIS cuts and attends to it, each device to its own slots.
+    **options: Any,
+) -> tuple[Float[Array, "B T H P"], tuple[Array, Array, Array]]:
+    """Appends to a cache that TIME_AXIS shards and attends to it, each device to its own slots.
 
     Args:
       q: queries of T new tokens.
@@ -171,23 +182,23 @@ def partitioned_decode(
       bias, **options: of `ops.decode_attention`.
 
     Returns:
-      (o [B, T, H, P], the caches with the new tokens).
+      o [B, T, H, P], and the caches with the new tokens.
 
     Raises:
-      ValueError: S that the devices along TIME_AXIS don't divide.
+      ValueError: the devices along TIME_AXIS don't divide S.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = auto_axes(mesh)
     P, S = free[TIME_AXIS], caches[0].shape[1]
     if S % P:
         raise ValueError(
-            f"a cache of max_len={S} can't be cut over mesh.{TIME_AXIS} = {P} devices; use "
+            f"a cache of max_len={S} can't be sharded over mesh.{TIME_AXIS} = {P} devices; use "
             f"max_len={-(-S // P) * P}"
         )
-    batch, parts = batch_axes(q.shape[0], free), free.get(HEAD_AXIS, 1)
-    cuts = parts > 1 and q.shape[2] % parts == 0 and new[0].shape[2] % parts == 0
-    heads = HEAD_AXIS if cuts else None
-    whole, cut = (PartitionSpec(batch, time, heads) for time in (None, TIME_AXIS))
+    batch, devices = batch_axes(q.shape[0], free), free.get(HEAD_AXIS, 1)
+    divides = q.shape[2] % devices == 0 and new[0].shape[2] % devices == 0
+    heads = HEAD_AXIS if devices > 1 and divides else None
+    step_spec, cache_spec = (PartitionSpec(batch, time, heads) for time in (None, TIME_AXIS))
     rows = PartitionSpec(batch)
     bias_spec = None
     if bias is not None:
@@ -204,21 +215,27 @@ def partitioned_decode(
         )  # fmt: skip
         return o, (k, v, kv_ids)
 
-    caches_spec = (cut, cut, PartitionSpec(batch, TIME_AXIS))
+    caches_spec = (cache_spec, cache_spec, PartitionSpec(batch, TIME_AXIS))
     return jax.shard_map(
         step,
-        in_specs=(whole, (whole, whole, rows), caches_spec, rows, rows, bias_spec),
-        out_specs=(whole, caches_spec),
+        in_specs=(step_spec, (step_spec, step_spec, rows), caches_spec, rows, rows, bias_spec),
+        out_specs=(step_spec, caches_spec),
         axis_names=set(free),
         check_vma=False,
     )(q, new, caches, lengths, ids, bias)
 
 
-@compiler_cuts(whole)
-def partitioned_cross_entropy(hidden, head, targets, weights, **options) -> dict[str, Array]:
-    """`ops.cross_entropy.chunked_cross_entropy`, each device for its own part of time.
+@partitioned_by_compiler(replicated)
+def partitioned_cross_entropy(
+    hidden: Float[Array, "B T E"],
+    head: Float[Array, "E V"] | Float[Array, "V E"],
+    targets: Integer[Array | np.ndarray, "B T"],
+    weights: Num[Array | np.ndarray, "B T"],
+    **options: Any,
+) -> dict[str, Float[Array, ""]]:
+    """Returns `ops.cross_entropy.chunked_cross_entropy`, each device computing its shard of time.
 
-    Rows, and the parts of the head, are left to the compiler; arguments as there.
+    The batch and the head are partitioned by the compiler; arguments as there.
     """
     if sequence_devices() == 1:
         return chunked_cross_entropy(hidden, head, targets, weights, **options)
@@ -235,6 +252,6 @@ def _check_time(q, k, P: int, balance: str, q_offset) -> None:
     layouts.check(q.shape[1], P, balance)
     if q.shape[1] != k.shape[1] or not (q_offset is None or isinstance(q_offset, int)) or q_offset:
         raise ValueError(
-            f"time is cut over {P} devices only for self-attention from position 0, not for "
+            f"time is sharded over {P} devices only for self-attention from position 0, not for "
             f"{q.shape[1]} queries and {k.shape[1]} keys with q_offset={q_offset}"
         )

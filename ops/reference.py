@@ -1,14 +1,21 @@
-"""Obvious definitions of the ops, to test the fast ones against; they also run in float64.
+"""Plain definitions of the ops, to test the fast ones against; they also run in float64.
 
-Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
+Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim,
+E channels, N state dim.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Float64, Inexact, Integer
 
 from tilescan.ops import masks
+from tilescan.ops.mask_bands import Index
+
+# A real number, which may be traced.
+Scalar = float | np.floating | Float[Array | np.ndarray, ""]
+Seed = int | np.integer | Integer[Array | np.ndarray, "..."]
+SegmentIds = Integer[Array | np.ndarray, "B T"] | Integer[Array | np.ndarray, "B T+1"]
 
 
 def attention(
@@ -16,16 +23,16 @@ def attention(
     k: Float[Array, "B S G D"],
     v: Float[Array, "B S G P"],
     *,
-    mask=None,
-    bias=None,
-    scale=None,
-    logit_cap=None,
-    q_offset=None,
-    return_lse=False,
-    dropout_rate=0.0,
-    dropout_seed=None,
-):
-    """Softmax attention by the whole [B, H, T, S] matrix of logits: quadratic memory, no tiles.
+    mask: masks.Mask | None = None,
+    bias: Float[Array, "..."] | None = None,
+    scale: Scalar | None = None,
+    logit_cap: float | None = None,
+    q_offset: Index | None = None,
+    return_lse: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_seed: Seed | None = None,
+) -> Float[Array, "B T H P"] | tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
+    """Computes softmax attention by the whole [B, H, T, S] matrix of logits, in quadratic memory.
 
     Takes what `ops.attention` takes and returns the same, computed in the inputs' own precision
     (float32 at least). Rows that see no key give zeros, and lse = -inf.
@@ -35,7 +42,7 @@ def attention(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     k, v = (jnp.repeat(x, H // G, axis=2) for x in (k, v))
-    # Logits are NaN where a query, key or value is not finite: then the mask hides that as well.
+    # Logits are NaN where a query, key or value is not finite, so that the mask hides those too.
     finite = lambda x: jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
     q_finite, k_finite = finite(q), finite(k) & finite(v)
     q, k, v = jnp.where(q_finite, q, 0), jnp.where(k_finite, k, 0), jnp.where(k_finite, v, 0)
@@ -43,6 +50,7 @@ def attention(
     rows = lambda x: x[..., 0].swapaxes(1, 2)
     logits = jnp.where(rows(q_finite)[..., None] & rows(k_finite)[:, :, None], logits, jnp.nan)
     logits = logits * (D**-0.5 if scale is None else scale)
+    # Cap, bias and mask.
     if logit_cap is not None:
         logits = logit_cap * jnp.tanh(logits / logit_cap)
     if bias is not None:
@@ -51,7 +59,7 @@ def attention(
     visible = masks.as_array(masks.Full() if mask is None else mask, T, S, q_offset)
     visible = jnp.asarray(visible).reshape((-1, 1, T, S))
     logits = jnp.where(visible, logits, -jnp.inf)
-    # A row without keys has no maximum: the least that counts stands in.
+    # Softmax. A row without keys has no maximum: its peak is the least logit that counts.
     peak = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), -1e30)
     peak = jax.lax.stop_gradient(peak)
     weights = jnp.exp(logits - peak)
@@ -59,6 +67,7 @@ def attention(
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
     weights = jnp.where(visible, weights / total, 0.0)  # also of a row whose sum is NaN
+    # Dropout, and the sum of values.
     if dropout_rate:
         keep = dropout_mask(dropout_rate, dropout_seed, (B, H, T, S))
         weights = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
@@ -69,10 +78,17 @@ def attention(
     return o, jnp.moveaxis(lse[..., 0], 1, 2)
 
 
-def dropout_mask(rate: float, seed, shape) -> np.ndarray | jax.Array:
-    """bool [B, H, T, S]: which weights `ops.attention` keeps, in unsigned integers.
+def dropout_mask(
+    rate: float, seed: Seed, shape: tuple[int, int, int, int]
+) -> Bool[Array | np.ndarray, "B H T S"]:
+    """Returns which weights of `shape` [B, H, T, S] `ops.attention` keeps.
 
-    seed: an integer, or integers [B, H].
+    Computed by unsigned integers, without the kernels' arithmetic.
+
+    Args:
+      rate: of dropout.
+      seed: an integer, or integers [B, H].
+      shape: of the weights.
     """
 
     def mix(x):
@@ -95,14 +111,33 @@ def dropout_mask(rate: float, seed, shape) -> np.ndarray | jax.Array:
 
 
 def attention_and_gradients(
-    q, k, v, do, dlse, *, mask=None, bias=None, scale=None, logit_cap=None, q_offset=None,
-    dropout_rate=0.0, dropout_seed=None,
-):  # fmt: skip
-    """o, lse, dq, dk, dv, dbias in numpy's float64, by the formulas and not by differentiation.
+    q: Float[Array | np.ndarray, "B T H D"],
+    k: Float[Array | np.ndarray, "B S G D"],
+    v: Float[Array | np.ndarray, "B S G P"],
+    do: Float[Array | np.ndarray, "B T H P"],
+    dlse: Float[Array | np.ndarray, "B T H"],
+    *,
+    mask: masks.Mask | None = None,
+    bias: Float[Array | np.ndarray, "..."] | None = None,
+    scale: Scalar | None = None,
+    logit_cap: float | None = None,
+    q_offset: Index | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: Seed | None = None,
+) -> tuple[
+    Float64[np.ndarray, "B T H P"],
+    Float64[np.ndarray, "B T H"],
+    Float64[np.ndarray, "B T H D"],
+    Float64[np.ndarray, "B S G D"],
+    Float64[np.ndarray, "B S G P"],
+    Float64[np.ndarray, "..."] | None,
+]:
+    """Computes o, lse, dq, dk, dv, dbias in NumPy by formulas, not by differentiation.
 
     Shares nothing with the rest but the mask. Args as in `attention`; do and dlse are the
     cotangents of o and lse. With P the weights: dV = P^T dO, dS = P (dO V^T - rowsum(dO O) + dlse).
     """
+    # Logits: scale, cap, bias, mask.
     f64 = lambda x: np.asarray(x, np.float64)
     q, k, v, do, dlse = map(f64, (q, k, v, do, dlse))
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
@@ -122,6 +157,7 @@ def attention_and_gradients(
         s = np.where(
             np.asarray(masks.as_array(mask, T, S, q_offset)).reshape(-1, 1, T, S), s, -np.inf
         )
+    # Weights and outputs.
     with np.errstate(divide="ignore"):
         peak = np.maximum(s.max(-1), -1e30)
         lse = peak + np.log(np.exp(s - peak[..., None]).sum(-1))
@@ -130,6 +166,7 @@ def attention_and_gradients(
     if dropout_rate:
         kept = dropout_mask(dropout_rate, dropout_seed, p.shape) / (1 - dropout_rate)
     o = np.einsum("bhts,bshp->bthp", p * kept, vr)
+    # Gradients.
     delta = np.einsum("bthp,bthp->bht", do, o) - dlse.transpose(0, 2, 1)
     ds = p * (kept * np.einsum("bthp,bshp->bhts", do, vr) - delta[..., None])
     dbias = None
@@ -144,11 +181,18 @@ def attention_and_gradients(
     return o, lse.transpose(0, 2, 1), dq, dk, dv, dbias
 
 
-def flash_attention_1(q, k, v, visible, block_q, block_k):
-    """FlashAttention's loops for one head, keys outside (arXiv 2205.14135, algorithm 1).
+def flash_attention_1(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S P"],
+    visible: Bool[Array | np.ndarray, "T S"],
+    block_q: int,
+    block_k: int,
+) -> Float[Array, "T P"]:
+    """Computes FlashAttention's loops for one head, keys outside (arXiv 2205.14135, algorithm 1).
 
-    q [T, D], k [S, D], v [S, P], visible bool [T, S]; every query sees a key of the first block.
-    O, the sum and the maximum are brought up to date, O normalised, at each pair of tiles.
+    Every query has to see a key of the first block. Each pair of tiles updates the sum, the maximum
+    and O, which stays normalised.
     """
     T = q.shape[0]
     rows = [slice(i, i + block_q) for i in range(0, T, block_q)]
@@ -167,11 +211,18 @@ def flash_attention_1(q, k, v, visible, block_q, block_k):
     return jnp.concatenate(o)
 
 
-def flash_attention_2(q, k, v, visible, block_q, block_k):
-    """FlashAttention-2's loops for one head, queries outside (arXiv 2307.08691, algorithm 1).
+def flash_attention_2(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    v: Float[Array, "S P"],
+    visible: Bool[Array | np.ndarray, "T S"],
+    block_q: int,
+    block_k: int,
+) -> Float[Array, "T P"]:
+    """Computes FlashAttention-2's loops for one head, queries outside (2307.08691, algorithm 1).
 
-    Arguments as of `flash_attention_1`. O stays unnormalised until its last tile of keys. (The
-    paper's algorithm 1 prints an inverse at the rescaling of O, which is not there in truth.)
+    Arguments are those of `flash_attention_1`. O stays unnormalised until its last tile of keys.
+    (Algorithm 1 of the paper prints an inverse at the rescaling of O, a misprint.)
     """
     o = []
     for i in range(0, q.shape[0], block_q):
@@ -192,8 +243,15 @@ def flash_attention_2(q, k, v, visible, block_q, block_k):
     return jnp.concatenate(o)
 
 
-def linear_recurrence(a, b, *, initial_state=None, segment_ids=None, reverse=False):
-    """h_t = a_t h_{t-1} + b_t one step after the other; takes what `ops.linear_recurrence` takes.
+def linear_recurrence(
+    a: Inexact[Array, "..."],
+    b: Inexact[Array, "B T *D"],
+    *,
+    initial_state: Inexact[Array, "B *D"] | None = None,
+    segment_ids: SegmentIds | None = None,
+    reverse: bool = False,
+) -> tuple[Inexact[Array, "B T *D"], Inexact[Array, "B *D"]]:
+    """Computes h_t = a_t h_{t-1} + b_t by steps, with the arguments of `ops.linear_recurrence`.
 
     Computed in the inputs' own precision; differentiated by JAX.
     """
@@ -204,6 +262,7 @@ def linear_recurrence(a, b, *, initial_state=None, segment_ids=None, reverse=Fal
     h = jnp.zeros((B, *D), jnp.promote_types(a.dtype, b.dtype))
     if initial_state is not None:
         h = h + initial_state
+    # The steps at which a segment starts.
     starts = np.zeros((B, T), bool)
     if segment_ids is not None:
         ids = np.asarray(segment_ids)
@@ -222,12 +281,22 @@ def linear_recurrence(a, b, *, initial_state=None, segment_ids=None, reverse=Fal
 
 
 def selective_scan(
-    x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=False, initial_state=None,
-    segment_ids=None,
-):  # fmt: skip
-    """Mamba-1's recurrence one step after the other; takes what `ops.selective_scan` takes.
+    x: Float[Array, "B T E"],
+    dt: Float[Array, "B T E"],
+    A: Float[Array, "E N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    *,
+    D: Float[Array, " E"] | None = None,
+    z: Float[Array, "B T E"] | None = None,
+    dt_bias: Float[Array, " E"] | None = None,
+    dt_softplus: bool = False,
+    initial_state: Float[Array, "B E N"] | None = None,
+    segment_ids: SegmentIds | None = None,
+) -> tuple[Float[Array, "B T E"], Float[Array, "B E N"]]:
+    """Computes Mamba-1's recurrence by steps, with the arguments of `ops.selective_scan`.
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t and y_t = C_t h_t + D x_t, times silu(z_t).
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t and y_t = (C_t h_t + D x_t) silu(z_t).
     """
     dt = dt if dt_bias is None else dt + dt_bias[None, None]
     dt = jnp.logaddexp(dt, 0.0) if dt_softplus else dt
@@ -244,11 +313,21 @@ def selective_scan(
     return y, last
 
 
-def linear_attention(q, k, v, log_decay=None, beta=None, *, scale=None, state=None, starts=None):
-    """(o [B, T, H, P], S_T [B, H, D, P]) of gated linear attention and the delta rules, by steps.
+def linear_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T G D"],
+    v: Float[Array, "B T G P"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H D"] | None = None,
+    beta: Float[Array, "B T H"] | None = None,
+    *,
+    scale: float | None = None,
+    state: Float[Array, "B H D P"] | None = None,
+    starts: Bool[Array | np.ndarray, "B T"] | None = None,
+) -> tuple[Float[Array, "B T H P"], Float[Array, "B H D P"]]:
+    """Computes gated linear attention and the delta rules by steps.
 
-    S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t; beta [B, T, H] puts
-    beta_t (v_t - (decayed S_{t-1})^T k_t) in v_t's place. Arguments as of
+    S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t; with beta,
+    beta_t (v_t - (decayed S_{t-1})^T k_t) replaces v_t. Arguments as of
     `ops.gated_linear_attention`; starts, bool [B, T], are the steps that forget what was before.
     """
     (B, T, H, D), P = q.shape, v.shape[3]

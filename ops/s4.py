@@ -5,7 +5,7 @@ K_l = C Abar^l Bbar or the recurrence x_t = Abar x_(t-1) + Bbar u_t, y_t = C x_t
 conjugate pairs and half of each is stored: N here counts the half, and every output is twice a
 real part. A is diagonal (S4D), or Lambda - P P* over the whole of the pairs (S4, "DPLR").
 
-Letters: B batch, L kernel length, H channels, N half of the state dim.
+Dimensions: B batch, L kernel length, H channels, N half of the state dim.
 """
 
 import math
@@ -13,9 +13,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Complex, Complex128, Float, Float64
 
-from tilescan.ops.explicit_axes import cut_by_letters
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.sizes import check_sizes
 
 __all__ = [
@@ -33,23 +33,23 @@ __all__ = [
 
 DISCRETIZATIONS = ("zoh", "bilinear")
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Nodes of the Cauchy product that are computed at a time: [H, N, nodes] is its memory.
+# Nodes of the Cauchy product that are computed at a time, in [H, N, nodes] memory.
 _NODES = 256
 
 
-@cut_by_letters("LH", log_dt="H", A="HN", B="HN", C="HN")
+@partitioned_by_dimensions("LH", log_dt="H", A="HN", B="HN", C="HN")
 def s4d_kernel(
     log_dt: Float[Array, " H"],
-    A: Complex[Array, "H N"],
-    B: Complex[Array, "H N"],
-    C: Complex[Array, "H N"],
+    A: Complex[Array, "#H N"],
+    B: Complex[Array, "#H N"],
+    C: Complex[Array, "#H N"],
     length: int,
     discretization: str = "zoh",
-) -> Float[Array, "L H"]:
-    """K_l = 2 Re sum_n C_n Bbar_n Abar_n^l for l < length: a Vandermonde product.
+) -> Float[Array, "{length} H"]:
+    """Computes K_l = 2 Re sum_n C_n Bbar_n Abar_n^l for l < length, a Vandermonde product.
 
     Powers are factored, l = i c + j: two real matmuls of [L/c, N] and [N, c] tables per channel,
-    c about the root of L, so that memory is O(H N sqrt(L)) beside the kernel.
+    c about the root of L, so that memory is O(H N sqrt(L)) besides the kernel.
 
     Args:
       log_dt: log of each channel's step [H].
@@ -64,6 +64,7 @@ def s4d_kernel(
       ValueError: shapes, length or discretization that do not fit.
       TypeError: A, B or C that are not complex, a log_dt that is not floating.
     """
+    # Weights of the powers.
     _validate(log_dt, A=A, B=B, C=C)
     _validate_length(length)
     H, N = log_dt.shape[0], A.shape[1]
@@ -79,6 +80,7 @@ def s4d_kernel(
         rest = _polar(jnp.exp(log_decay[..., None] * l), angle[..., None] * l)
         return jnp.where(first, 1, Abar[..., None] * rest)
 
+    # K_(i c + j) = 2 Re sum_n (C Bbar Abar^(i c))_n (Abar^j)_n.
     far = power(c * np.arange(-(-length // c))) * weight[..., None]
     far = jnp.stack([far.real, -far.imag])
     near = power(np.arange(c))
@@ -87,9 +89,14 @@ def s4d_kernel(
     return kernel.reshape(-1, H)[:length]
 
 
-@cut_by_letters(("HN", "HN"), log_dt="H", A="HN", B="HN")
-def s4d_discretize(log_dt, A, B, discretization="zoh"):
-    """Returns Abar, Bbar [H, N], complex: x_t = Abar x_(t-1) + Bbar u_t.
+@partitioned_by_dimensions(("HN", "HN"), log_dt="H", A="HN", B="HN")
+def s4d_discretize(
+    log_dt: Float[Array, " H"],
+    A: Complex[Array, "#H N"],
+    B: Complex[Array, "#H N"],
+    discretization: str = "zoh",
+) -> tuple[Complex[Array, "H N"], Complex[Array, "H N"]]:
+    """Returns Abar and Bbar of x_t = Abar x_(t-1) + Bbar u_t.
 
     Arguments and errors as of `s4d_kernel`.
     """
@@ -97,9 +104,15 @@ def s4d_discretize(log_dt, A, B, discretization="zoh"):
     return _discretize(log_dt, A, B, discretization)[2:]
 
 
-@cut_by_letters(("BHN", "BH"), state="BHN", u="BH", Abar="HN", Bbar="HN", C="HN")
-def s4d_step(state, u, Abar, Bbar, C):
-    """One step of the recurrence: the new state [B, H, N], and y [B, H].
+@partitioned_by_dimensions(("BHN", "BH"), state="BHN", u="BH", Abar="HN", Bbar="HN", C="HN")
+def s4d_step(
+    state: Complex[Array, "B H N"],
+    u: Float[Array, "B H"],
+    Abar: Complex[Array, "#H N"],
+    Bbar: Complex[Array, "#H N"],
+    C: Complex[Array, "#H N"],
+) -> tuple[Complex[Array, "B H N"], Float[Array, "B H"]]:
+    """Computes one step of the recurrence: the new state [B, H, N], and y [B, H].
 
     Args:
       state: [B, H, N], complex; zeros at the start.
@@ -111,18 +124,20 @@ def s4d_step(state, u, Abar, Bbar, C):
     return state, 2 * (C[None] * state).sum(-1).real
 
 
-@cut_by_letters("LH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN")
+@partitioned_by_dimensions("LH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN")
 def s4_dplr_kernel(
     log_dt: Float[Array, " H"],
-    Lambda: Complex[Array, "H N"],
-    P: Complex[Array, "H N"],
-    B: Complex[Array, "H N"],
-    C: Complex[Array, "H N"],
+    Lambda: Complex[Array, "#H N"],
+    P: Complex[Array, "#H N"],
+    B: Complex[Array, "#H N"],
+    C: Complex[Array, "#H N"],
     length: int,
     *,
     truncated: bool = False,
-) -> Float[Array, "L H"]:
-    """K_l = C Abar^l Bbar of A = Lambda - P P*, bilinear, by Cauchy products at roots of unity.
+) -> Float[Array, "{length} H"]:
+    """Computes K_l = C Abar^l Bbar of A = Lambda - P P*, bilinear, by Cauchy products.
+
+    They are taken at the roots of unity.
 
     The paper's K(omega) = 2 / (1 + omega) (k_CB - k_CP k_PB / (1 + k_PP)) has a pole of its
     parametrisation at omega = -1. With omega = exp(-i theta), c = cos(theta / 2) and
@@ -133,14 +148,14 @@ def s4_dplr_kernel(
 
     It needs modes that decay over L steps: where some |Abar|^L is near 1 (dt A below 1e-3 / L, or
     dt A in the thousands, where Abar is near -1) C (I - Abar^L) cancels, and in float32 the kernel
-    loses digits, at last all. `state_space.dplr_kernel` has no such limit.
+    loses digits, in the end all. `state_space.dplr_kernel` has no such limit.
 
     Args:
       log_dt: log of each channel's step [H].
       Lambda, P, B, C: [H, N] or [1, N], complex, Re Lambda < 0.
       length: L.
-      truncated: C is already C (I - Abar^L) of this length, as where that is what is trained;
-        otherwise `dplr_truncate` computes it, which takes powers of dense matrices.
+      truncated: whether C is already C (I - Abar^L) of this length, as where that is the
+        parameter; otherwise `dplr_truncate` computes it, which takes powers of dense matrices.
 
     Returns:
       [L, H], float32 (float64 for complex128). Memory is O(H (N nodes + L)), not O(H N L), also
@@ -158,6 +173,7 @@ def s4_dplr_kernel(
     pairs = jnp.stack(
         [jnp.broadcast_to(v * w, shape) for v in (C, P.conj()) for w in (B, P)]
     )  # [4, H, N]: CB, CP, P*B, P*P
+    # Nodes theta / 2 by tiles.
     rate = 2 * jnp.exp(-log_dt)[:, None, None]
     nodes = length // 2 + 1
     half = np.pi * np.arange(nodes) / length  # theta / 2
@@ -183,9 +199,14 @@ def s4_dplr_kernel(
     return jnp.fft.irfft(spectrum, length).T
 
 
-@cut_by_letters(("HNN", "HN"), log_dt="H", Lambda="HN", P="HN", B="HN")
-def dplr_discretize(log_dt, Lambda, P, B):
-    """Abar [H, 2N, 2N] and Bbar [H, 2N], dense and bilinear, over both halves of the pairs.
+@partitioned_by_dimensions(("HNN", "HN"), log_dt="H", Lambda="HN", P="HN", B="HN")
+def dplr_discretize(
+    log_dt: Float[Array, " H"],
+    Lambda: Complex[Array, "#H N"],
+    P: Complex[Array, "#H N"],
+    B: Complex[Array, "#H N"],
+) -> tuple[Complex[Array, "H 2*N 2*N"], Complex[Array, "H 2*N"]]:
+    """Returns Abar and Bbar, dense and bilinear, over both halves of the pairs.
 
     States are [x, conj x]. For powers and tests; `s4_dplr_step` steps in O(N).
     """
@@ -205,9 +226,15 @@ def dplr_discretize(log_dt, Lambda, P, B):
     return solved[..., :-1], solved[..., -1]
 
 
-@cut_by_letters("HN", log_dt="H", Lambda="HN", P="HN", C="HN")
-def dplr_truncate(log_dt, Lambda, P, C, length):
-    """C (I - Abar^length), [H, N]: O(N^3 log length) per channel, for once and not every step."""
+@partitioned_by_dimensions("HN", log_dt="H", Lambda="HN", P="HN", C="HN")
+def dplr_truncate(
+    log_dt: Float[Array, " H"],
+    Lambda: Complex[Array, "#H N"],
+    P: Complex[Array, "#H N"],
+    C: Complex[Array, "#H N"],
+    length: int,
+) -> Complex[Array, "H N"]:
+    """Returns C (I - Abar^length) in O(N^3 log length) per channel: once, not every step."""
     _validate(log_dt, Lambda=Lambda, P=P, C=C)
     _validate_length(length)
     shape = (log_dt.shape[0], Lambda.shape[1])
@@ -219,9 +246,19 @@ def dplr_truncate(log_dt, Lambda, P, C, length):
     return C - tail[:, : shape[1]]
 
 
-@cut_by_letters(("BHN", "BH"), state="BHN", u="BH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN")
-def s4_dplr_step(state, u, log_dt, Lambda, P, B, C):
-    """One bilinear step of A = Lambda - P P*, by Woodbury: new state [B, H, N], and y [B, H].
+@partitioned_by_dimensions(
+    ("BHN", "BH"), state="BHN", u="BH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN"
+)
+def s4_dplr_step(
+    state: Complex[Array, "B H N"],
+    u: Float[Array, "B H"],
+    log_dt: Float[Array, " H"],
+    Lambda: Complex[Array, "#H N"],
+    P: Complex[Array, "#H N"],
+    B: Complex[Array, "#H N"],
+    C: Complex[Array, "#H N"],
+) -> tuple[Complex[Array, "B H N"], Float[Array, "B H"]]:
+    """Computes one bilinear step of A = Lambda - P P* by Woodbury: the new state, and y.
 
     (2/dt - A) x' = (2/dt + A) x + 2 B u, in O(N). C is the system's own, not a truncated one.
     """
@@ -237,15 +274,22 @@ def s4_dplr_step(state, u, log_dt, Lambda, P, B, C):
     return state, 2 * (C[None] * state).sum(-1).real
 
 
-def hippo_legs(N):
-    """HiPPO-LegS (arXiv 2008.07669): A [N, N] and B [N], numpy float64."""
+def hippo_legs(N: int) -> tuple[Float64[np.ndarray, "{N} {N}"], Float64[np.ndarray, " {N}"]]:
+    """Returns A and B of HiPPO-LegS (arXiv 2008.07669)."""
     n = np.arange(N, dtype=np.float64)
     root = np.sqrt(2 * n + 1)
     return -np.tril(root[:, None] * root[None, :], -1) - np.diag(n + 1), root
 
 
-def hippo_legs_nplr(N):
-    """HiPPO-LegS as normal plus low rank: A = V (diag Lambda - P P*) V* over conjugate pairs.
+def hippo_legs_nplr(
+    N: int,
+) -> tuple[
+    Complex128[np.ndarray, " n"],
+    Complex128[np.ndarray, " n"],
+    Complex128[np.ndarray, " n"],
+    Complex128[np.ndarray, "2*n n"],
+]:
+    """Returns HiPPO-LegS as normal plus low rank: A = V (diag Lambda - P P*) V* over pairs.
 
     A + p p^T = -1/2 + a skew matrix, p_n = sqrt(n + 1/2): a Hermitian eigenproblem, whereas A's own
     eigenvectors are exponentially ill-conditioned (2111.00396, section 3 and appendix C).
@@ -254,8 +298,8 @@ def hippo_legs_nplr(N):
       N: the whole state dim, even.
 
     Returns:
-      Lambda, P, B [N/2] and V [N, N/2], numpy complex128, of the halves with Im Lambda > 0 in
-      rising order; B = V* B_n.
+      Lambda, P, B [N/2] and V [N, N/2], NumPy complex128, of the halves with Im Lambda > 0 in
+      ascending order; B = V* B_n.
 
     Raises:
       ValueError: N that is odd or not positive.
@@ -270,11 +314,16 @@ def hippo_legs_nplr(N):
     return -0.5 + 1j * frequencies[N // 2 :], V.conj().T @ p, V.conj().T @ B, V
 
 
-def s4d_init(N, kind="lin"):
-    """A of S4D (2206.11893, section 4): the halves of N states, [N/2], numpy complex128.
+def s4d_init(N: int, kind: str = "lin") -> Complex128[np.ndarray, " n"]:
+    """Returns A of S4D (2206.11893, section 4): the halves of N states, [N/2].
 
-    kind: "lin", -1/2 + i pi n; "inv", -1/2 + i (N / pi) (N / (2n + 1) - 1), N the whole state dim;
-    "legs", Lambda of `hippo_legs_nplr`.
+    Args:
+      N: the whole state dim, even.
+      kind: "lin", -1/2 + i pi n; "inv", -1/2 + i (N / pi) (N / (2n + 1) - 1); "legs", Lambda of
+        `hippo_legs_nplr`.
+
+    Raises:
+      ValueError: N that is odd or not positive, or an unknown kind.
     """
     if N < 2 or N % 2:
         raise ValueError(f"N must be even and positive (states come in conjugate pairs), got {N}")
@@ -288,12 +337,12 @@ def s4d_init(N, kind="lin"):
     raise ValueError(f'kind must be "lin", "inv" or "legs", got {kind!r}')
 
 
-# Where (exp(z) - 1) / z is summed as a series: up to there, and so many terms, float64's.
+# Largest |Re z|, |Im z| at which (exp(z) - 1) / z is summed as a series, and its terms for float64.
 _SERIES, _TERMS = 0.5, 15
 
 
 def _discretize(log_dt, A, B, discretization):
-    """log |Abar| and arg Abar [H, N], real, and Abar and Bbar [H, N], complex.
+    """Returns log |Abar| and arg Abar [H, N], real, and Abar and Bbar [H, N], complex.
 
     Values and gradients hold for any step: near 0, at the bilinear pole dt A = -2, where Abar is 0,
     and for dt |A| so large that exp(-dt A) overflows.
@@ -306,7 +355,7 @@ def _discretize(log_dt, A, B, discretization):
 
 
 def _zero_order_hold(log_dt, A, B):
-    """Abar = exp(z) and Bbar = (exp(z) - 1) / A B, z = dt A."""
+    """Discretizes by Abar = exp(z) and Bbar = (exp(z) - 1) / A B, z = dt A."""
     dt = jnp.exp(log_dt)[:, None]
     z = dt * A
     near = jnp.maximum(jnp.abs(z.real), jnp.abs(z.imag)) < _SERIES
@@ -329,7 +378,7 @@ def _zero_order_hold(log_dt, A, B):
 
 
 def _bilinear(log_dt, A, B):
-    """Abar = (2/dt + A) / (2/dt - A) and Bbar = 2 B / (2/dt - A)."""
+    """Discretizes by Abar = (2/dt + A) / (2/dt - A) and Bbar = 2 B / (2/dt - A)."""
     # In units of the larger one, rate and A are at most 1, and their squares at most 1 as well.
     rate = 2 * jnp.exp(-log_dt)[:, None]
     largest = jnp.maximum(jnp.abs(A.real), jnp.abs(A.imag))

@@ -2,24 +2,26 @@
 
 arXiv 2312.00752, algorithm 2.
 
-The states of all steps, [T, N, E], never exist at once. Time is cut into chunks; forward keeps the
-state at the start of each, and backward recomputes a chunk's states from there and walks back
-through them. CPUs take a chunk's steps one by one, TPUs have a kernel that does so too
-(ops/selective_scan_tpu.py), other platforms take them by an associative scan.
+The states of all steps, [T, N, E], never exist at once. Time is split into chunks; the forward pass
+keeps the state at the start of each, and the backward pass recomputes a chunk's states from there.
+CPUs compute a chunk step by step, as do TPUs in a kernel (ops/selective_scan_tpu.py); other
+platforms by an associative scan.
 
-Letters: B batch, T time, E channels, G groups of channels that share B and C, N state dim, C chunk.
+Dimensions: B batch, T time, E channels, G groups of channels that share B and C, N state dim,
+C chunk.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from tilescan.ops import diagonal_scan
 from tilescan.ops.attention_xla import varying
-from tilescan.ops.explicit_axes import cut_by_letters
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.recurrence_arguments import (
+    SegmentIds,
     check_floating,
     check_groups,
     check_shape,
@@ -33,7 +35,7 @@ CHUNK = 64
 _KERNELS = {"tpu": "tilescan.ops.selective_scan_tpu"}
 
 
-@cut_by_letters(
+@partitioned_by_dimensions(
     ("BTE", "BEN"),
     x="BTE",
     dt="BTE",
@@ -58,19 +60,19 @@ def selective_scan(
     dt_bias: Float[Array, "E"] | None = None,
     dt_softplus: bool = False,
     initial_state: Float[Array, "B E N"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: SegmentIds | None = None,
     implementation: str | None = None,
-):
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t and y_t = C_t h_t + D x_t, times silu(z_t).
+) -> tuple[Float[Array, "B T E"], Float[Array, "B E N"]]:
+    """Computes h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t and y_t = (C_t h_t + D x_t) silu(z_t).
 
     Args:
       x: inputs [B, T, E].
-      dt: step sizes [B, T, E]; 0 leaves the state as it is. Any floating dtype, as all below.
-      A: rates [E, N], negative where the state is to decay. Decays are exp(dt A), never divided
-        by: a dt that makes them 0 is as good as any other.
-      B, C: into and out of the state, [B, T, N]; or [B, T, G, N], and channel e reads group
+      dt: step sizes [B, T, E]; 0 leaves the state unchanged. Any floating dtype, as all below.
+      A: rates [E, N], negative where the state is to decay. Nothing is divided by the
+        decays exp(dt A), so they may be 0.
+      B, C: input and output projections, [B, T, N]; or [B, T, G, N], and channel e reads group
         e // (E // G).
-      D: factor of the direct path, [E].
+      D: factor of the skip connection, [E].
       z: gate [B, T, E]; y is multiplied by silu(z).
       dt_bias: added to dt, [E].
       dt_softplus: dt becomes log(1 + exp(dt)), after the bias.
@@ -94,11 +96,12 @@ def selective_scan(
     Raises:
       ValueError: shapes or an implementation that do not fit, or, when the program is lowered,
         "pallas" on a platform without a kernel for them.
-      TypeError: dtypes that are not floating, ids that are no integers.
+      TypeError: dtypes that are not floating, ids that are not integers.
     """
     diagonal_scan.check_implementation(implementation)
     _validate(x, dt, A, B, C, D, z, dt_bias, initial_state)
     (b, T, E), N = x.shape, A.shape[1]
+    # All in float32 at least.
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     wide = lambda v: v.astype(dtype)
     dt = wide(dt)
@@ -106,6 +109,8 @@ def selective_scan(
         dt = dt + wide(dt_bias)[None, None]
     if dt_softplus:
         dt = jax.nn.softplus(dt)
+
+    # The scan, over channels last.
     first = None if segment_ids is None else diagonal_scan.resets(segment_ids, b, T)
     h = jnp.zeros((b, E, N), dtype) if initial_state is None else wide(initial_state)
     arrays = x, dt, wide(A).T, B, C, jnp.swapaxes(h, 1, 2), first
@@ -113,6 +118,8 @@ def selective_scan(
     scan = scan if B.ndim == 3 else _by_groups(scan, B.shape[2])
     # Under shard_map a derivative must vary over the same devices as its argument.
     y, h = scan(*varying(arrays, arrays))
+
+    # Skip connection and gate.
     if D is not None:
         y = y + wide(D)[None, None] * wide(x)
     if z is not None:
@@ -121,13 +128,13 @@ def selective_scan(
 
 
 def _by_groups(scan, G):
-    """`scan`, which is `_core`, for B and C [B, T, G, N]."""
+    """Returns `scan`, which is `_core`, for B and C [B, T, G, N]."""
 
     def grouped(x, dt, A, B, C, h, first):
-        cut = lambda v: v.reshape(*v.shape[:-1], G, v.shape[-1] // G)
+        split = lambda v: v.reshape(*v.shape[:-1], G, v.shape[-1] // G)
         axes = 2, 2, 1, 2, 2, 2, None
         y, h = jax.vmap(scan, in_axes=axes, out_axes=2)(
-            cut(x), cut(dt), cut(A), B, C, cut(h), first
+            split(x), split(dt), split(A), B, C, split(h), first
         )
         return y.reshape(x.shape), h.reshape(*h.shape[:2], x.shape[2])
 
@@ -137,7 +144,7 @@ def _by_groups(scan, G):
 @functools.partial(jax.jit, static_argnums=7)
 @functools.partial(written_vjp, nondiff_argnums=(7,))
 def _core(x, dt, A, B, C, h, first, implementation):
-    """(y [B, T, E] without D and z, h [B, N, E]) for A [N, E] and h [B, N, E]."""
+    """Returns (y [B, T, E] without D and z, h [B, N, E]) for A [N, E] and h [B, N, E]."""
     return _core_fwd(x, dt, A, B, C, h, first, implementation)[0]
 
 
@@ -161,18 +168,18 @@ _core.__wrapped__.defvjp(_core_fwd, _core_bwd)
 
 
 def _on_platform(f, loop, tree):
-    """From a platform to f with `loop` for its chunks on CPUs, with `tree` elsewhere."""
+    """Returns platform -> f that computes chunks by `loop` on CPUs, by `tree` elsewhere."""
     return lambda platform: functools.partial(f, loop if platform == "cpu" else tree)
 
 
 def _forward(chunk, x, dt, A, B, C, h, first):
-    """(y, the last h, h at the start of each chunk [T / C, B, N, E])"""
+    """Returns (y, the last h, h at the start of each chunk [T / C, B, N, E])."""
     T = x.shape[1]
     steps = jax.tree.map(_padded, (x, dt, B, C, first))
 
     def step(carry, i):
         h, y = carry
-        new, y_i = chunk(A, h, *_cut(steps, i))
+        new, y_i = chunk(A, h, *_chunk(steps, i))
         return (new, _paste(y, y_i, i)), h
 
     y = varying(jnp.zeros(steps[0].shape, h.dtype), h)
@@ -181,14 +188,14 @@ def _forward(chunk, x, dt, A, B, C, h, first):
 
 
 def _backward(chunk_vjp, x, dt, A, B, C, first, starts, dy, dh):
-    """Cotangents of x, dt, A, B, C and the first h."""
+    """Returns cotangents of x, dt, A, B, C and the first h."""
     T = x.shape[1]
     steps = jax.tree.map(_padded, (x, dt, B, C, first, dy))
 
     def step(carry, x):
         dh, dA, grads = carry
         i, h = x
-        *steps_i, dy_i = _cut(steps, i)
+        *steps_i, dy_i = _chunk(steps, i)
         dh, dA_i, *grads_i = chunk_vjp(A, h, *steps_i, dh, dy_i)
         grads = tuple(_paste(g, g_i, i) for g, g_i in zip(grads, grads_i, strict=True))
         return (dh, dA + dA_i, grads), None
@@ -203,7 +210,7 @@ def _backward(chunk_vjp, x, dt, A, B, C, first, starts, dy, dh):
 
 
 def _loop(A, h, x, dt, B, C, first):
-    """(h after a chunk, y [B, C, E]), a step at a time."""
+    """Returns (h after a chunk, y [B, C, E]), a step at a time."""
 
     def step(t, carry):
         h, y = carry
@@ -214,7 +221,8 @@ def _loop(A, h, x, dt, B, C, first):
 
 
 def _loop_vjp(A, h, x, dt, B, C, first, dh, dy):
-    """Cotangents (dh, dA, dx, ddt, dB, dC) of a chunk, from those of its last h and of y."""
+    """Returns cotangents (dh, dA, dx, ddt, dB, dC) of a chunk from those of its last h and of y."""
+    # The chunk's states and decays again.
     size = x.shape[1]
 
     def remember(t, carry):
@@ -225,6 +233,8 @@ def _loop_vjp(A, h, x, dt, B, C, first, dh, dy):
     empty = varying(jnp.zeros((size, *h.shape), h.dtype), h)
     h, before, decays = jax.lax.fori_loop(0, size, remember, (h, empty, empty))
 
+    # Back through its steps: y_t = C_t h_t, h_t = a_t h_{t-1} + u_t B_t, a_t = exp(dt_t A) and
+    # u_t = dt_t x_t.
     def step(i, carry):
         t = size - 1 - i
         dh, h, dA, (dx, ddt, dB, dC) = carry
@@ -248,14 +258,14 @@ def _loop_vjp(A, h, x, dt, B, C, first, dh, dy):
 
 
 def _step(A, h, x, dt, B, first):
-    """(decay, next h), [B, N, E]"""
+    """Returns (decay, next h), [B, N, E]."""
     x, dt, B = (v.astype(h.dtype) for v in (x, dt, B))
     decay = _forget(jnp.exp(dt[:, None] * A[None]), first)
     return decay, decay * h + (dt * x)[:, None] * B[..., None]
 
 
 def _tree(A, h, x, dt, B, C, first):
-    """As `_loop`, by an associative scan."""
+    """Computes `_loop` by an associative scan."""
     x, dt, B, C = (v.astype(h.dtype) for v in (x, dt, B, C))
     decay = _forget(jnp.exp(dt[:, :, None] * A[None, None]), first)
     inputs = (dt * x)[:, :, None] * B[..., None]
@@ -271,7 +281,7 @@ def _tree_vjp(A, h, x, dt, B, C, first, dh, dy):
 
 
 def _forget(decay, first):
-    """decay [B, ..., N, E], 0 where a segment starts, `first` [B, ...] or None."""
+    """Returns decay [B, ..., N, E] with 0 where a segment starts, `first` [B, ...] or None."""
     return decay if first is None else jnp.where(first[..., None, None], 0.0, decay)
 
 
@@ -280,17 +290,17 @@ def _size(T):
 
 
 def _padded(v):
-    """Whole chunks of steps: dt = 0 in those after the end, which leaves the state as it is."""
+    """Returns v padded to whole chunks with zeros: dt = 0 leaves the state unchanged."""
     T = v.shape[1]
     extra = -T % _size(T)
     return jnp.pad(v, ((0, 0), (0, extra), *[(0, 0)] * (v.ndim - 2))) if extra else v
 
 
-def _cut(steps, i):
-    """The i-th chunk of arrays [B, T, ...] of whole chunks; None stays."""
+def _chunk(steps, i):
+    """Returns the i-th chunk of arrays [B, T, ...] of whole chunks; None stays."""
     size = _size(steps[0].shape[1])
-    cut = lambda v: jax.lax.dynamic_slice_in_dim(v, i * size, size, axis=1)
-    return jax.tree.map(cut, steps)
+    take = lambda v: jax.lax.dynamic_slice_in_dim(v, i * size, size, axis=1)
+    return jax.tree.map(take, steps)
 
 
 def _paste(v, chunk, i):
@@ -298,7 +308,7 @@ def _paste(v, chunk, i):
 
 
 def _at(steps, t, like=None):
-    """Step t of arrays [B, C, ...], in `like`'s dtype."""
+    """Returns step t of arrays [B, C, ...], in `like`'s dtype."""
     dtype = lambda v: v.dtype if like is None else like.dtype
     at = lambda v: jax.lax.dynamic_index_in_dim(v, t, axis=1, keepdims=False).astype(dtype(v))
     return jax.tree.map(at, steps)

@@ -1,12 +1,15 @@
-"""The selective scan on TPUs: from `ops.selective_scan`'s arrays to those of
-pallas_kernels.tpu.selective_scan, and what the kernels can't do.
+"""The selective scan on TPUs: translates `ops.selective_scan`'s arguments to
+pallas_kernels.tpu.selective_scan, and says what the kernels can't do.
 
-What is decided here: padding to blocks, how long chunks are and how many channels a grid step has.
+Decided here: padding to blocks, how long chunks are and how many channels a grid step has.
 
-Letters: B batch, T time, E channels, N state dim, C chunk.
+Dimensions: B batch, T time, E channels, N state dim, C chunk.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
 
 from tilescan.pallas_kernels.tpu import selective_scan as kernels
 
@@ -15,8 +18,13 @@ CHUNK = 64  # as in `ops.selective_scan`: the states that backward starts from a
 LARGEST_N = 64  # all states of a chunk are in VMEM
 
 
-def unsupported(x, dt, A, *rest):
-    """Why the kernels can't take these arguments, in words that say what would work; or None."""
+def unsupported(
+    x: Float[Array, "B T E"],
+    dt: Float[Array, "B T E"],
+    A: Float[Array, "N E"],
+    *rest: Array | None,
+) -> str | None:
+    """Returns why the kernels can't take these arguments and what would work; None if they can."""
     del rest
     if x.dtype not in DTYPES or dt.dtype != jnp.float32:
         return f"x is {x.dtype}; bfloat16 and float32 have a kernel"
@@ -25,9 +33,21 @@ def unsupported(x, dt, A, *rest):
     return None
 
 
-def forward(x, dt, A, B, C, h, first, *, interpret=False):
-    """(y [B, T, E], the last h [B, N, E], h at the start of each chunk [T / C, B, N, E]), all
-    float32; arguments as of `selective_scan._core`.
+def forward(
+    x: Float[Array, "B T E"],
+    dt: Float[Array, "B T E"],
+    A: Float[Array, "N E"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    h: Float[Array, "B N E"],
+    first: Bool[Array, "B T"] | None,
+    *,
+    interpret: Any = False,
+) -> tuple[Float32[Array, "B T E"], Float32[Array, "B N E"], Float32[Array, "_ B N E"]]:
+    """Returns (y, the last h, h at the start of each chunk [T / C, B, N, E]).
+
+    first: the steps that start a segment; otherwise arguments are those of `selective_scan`, in
+    the layout of its scan.
     """
     (b, T, E), N = x.shape, A.shape[0]
     block = block_for(b, T, E, N)
@@ -38,8 +58,27 @@ def forward(x, dt, A, B, C, h, first, *, interpret=False):
     return y[:, :T, :E], last[:, :N, :E], starts[:, :, :N, :E]
 
 
-def backward(x, dt, A, B, C, first, starts, dy, dh, *, interpret=False):
-    """Cotangents of x, dt, A, B, C and the first h."""
+def backward(
+    x: Float[Array, "B T E"],
+    dt: Float[Array, "B T E"],
+    A: Float[Array, "N E"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    first: Bool[Array, "B T"] | None,
+    starts: Float[Array, "_ B N E"],
+    dy: Float[Array, "B T E"],
+    dh: Float[Array, "B N E"],
+    *,
+    interpret: Any = False,
+) -> tuple[
+    Float[Array, "B T E"],
+    Float[Array, "B T E"],
+    Float[Array, "N E"],
+    Float[Array, "B T N"],
+    Float[Array, "B T N"],
+    Float[Array, "B N E"],
+]:
+    """Returns cotangents of x, dt, A, B, C and the first h; starts as `forward` returns them."""
     (b, T, E), N = x.shape, A.shape[0]
     block = block_for(b, T, E, N)
     dy = _pad(_pad(dy, 1, block.steps), 2, block.channels)
@@ -57,11 +96,11 @@ def backward(x, dt, A, B, C, first, starts, dy, dh, *, interpret=False):
     return dx[:, :T, :E], ddt[:, :T, :E], dA, unpack(dB, B), unpack(dC, C), dh[:, :N, :E]
 
 
-def block_for(batch, T, E, N):
-    """Steps and channels of a grid step.
+def block_for(batch: int, T: int, E: int, N: int) -> kernels.Block:
+    """Returns steps and channels of a grid step.
 
-    The more channels, the better the latency of a step is hidden, as far as VMEM goes. Where the
-    batch gives two cores nothing to share, channels in two parts do.
+    The more channels, the better a step's latency is hidden, within VMEM. Where two cores can't
+    share the batch, they share the channels.
     """
     E, most = _up(E, kernels.LANES), 512 if N <= 16 else 256 if N <= 32 else 128
     channels = max(c for c in (128, 256, 512) if E % c == 0 and c <= most)
@@ -81,14 +120,14 @@ def _pad(x, axis, multiple):
 
 
 def _padded(block, x, dt, A, B, C):
-    """Whole chunks, whose steps after the end have dt = 0, whole blocks of channels, N by 8."""
+    """Returns whole chunks, padded with dt = 0, whole blocks of channels, N a multiple of 8."""
     x, dt = (_pad(_pad(v, 1, block.steps), 2, block.channels) for v in (x, dt))
     A = _pad(_pad(A, 0, 8), 1, block.channels)
     return x, dt, A, _packed(B, block), _packed(C, block)
 
 
 def _packed(v, block):
-    """[B, T, N] as [B, T / C, N, C]."""
+    """Returns [B, T, N] as [B, T / C, N, C]."""
     v = _pad(_pad(v.astype(jnp.float32), 1, block.steps), 2, 8)
     chunks = v.shape[1] // block.steps
     return v.reshape(v.shape[0], chunks, block.steps, -1).swapaxes(2, 3)

@@ -1,6 +1,6 @@
-"""Depthwise causal convolution with a short kernel, and the few inputs that it must remember.
+"""Depthwise causal convolution with a short kernel, and the few inputs that are its state.
 
-Letters: B batch, T time, E embedding (channels), W kernel width.
+Dimensions: B batch, T time, E embedding (channels), W kernel width.
 """
 
 import dataclasses
@@ -8,13 +8,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from tilescan.ops import diagonal_scan
 from tilescan.ops.attention_xla import varying
-from tilescan.ops.explicit_axes import cut_by_letters
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.recurrence_arguments import (
+    SegmentIds,
     check_floating,
     check_implementation,
     check_shape,
@@ -25,12 +26,12 @@ from tilescan.ops.sizes import check_sizes
 
 __all__ = ["short_convolution"]
 
-# Measured on two CPU cores: so many taps XLA fuses well by itself; numbers of a block's outputs
-# that stay in a core's cache with the inputs they see; taps that one loop adds up.
+# Measured on two CPU cores: taps that XLA fuses well by itself; elements of a block's outputs that
+# stay in a core's cache with their inputs; taps of one iteration of the loop over them.
 FEW_TAPS, BLOCK, UNROLL = 8, 2**15, 4
 
 
-@cut_by_letters(
+@partitioned_by_dimensions(
     ("BTE", "BWE"), x="BTE", weight="WE", bias="E", initial_state="BWE", segment_ids="BT"
 )
 def short_convolution(
@@ -40,13 +41,13 @@ def short_convolution(
     bias: Float[Array, " E"] | None = None,
     activation: str | None = None,
     initial_state: Float[Array, "B W-1 E"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: SegmentIds | None = None,
     implementation: str | None = None,
-):
-    """y_t = activation(bias + sum_j weight_j x_(t - (W-1) + j)), each channel by itself.
+) -> tuple[Float[Array, "B T E"], Float[Array, "B W-1 E"]]:
+    """Computes y_t = activation(bias + sum_j weight_j x_(t - (W-1) + j)) in each channel.
 
-    The last row of `weight` meets the present input, as in torch's padded Conv1d. Any T >= 1 is
-    right, shorter than W - 1 too: state and gradients then keep the older inputs of the state.
+    The last row of `weight` multiplies the present input, as in PyTorch's padded Conv1d. T may be
+    shorter than W - 1: the final state then has the older inputs of the initial one.
 
     Args:
       x: inputs [B, T, E].
@@ -61,13 +62,14 @@ def short_convolution(
 
     Returns:
       y [B, T, E] in x's dtype, summed in float32 (float64 for float64); final_state [B, W - 1, E]
-      in x's dtype, the last W - 1 inputs, with zeros for those of segments before the last.
+      in x's dtype, the last W - 1 inputs, with zeros for inputs of earlier segments.
 
     Raises:
       ValueError: shapes, activation or implementation that do not fit.
       TypeError: dtypes that are not floating, segment_ids that are not integers.
     """
     _validate(x, weight, bias, activation, initial_state, implementation)
+    # Inputs, the state's first, and the number of each one's segment.
     B, T, E = x.shape
     W = weight.shape[0]
     if initial_state is None:
@@ -78,6 +80,8 @@ def short_convolution(
         starts = diagonal_scan.resets(segment_ids, B, T)
         runs = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
         runs = jnp.pad(runs, ((0, 0), (W - 1, 0)))
+
+    # Outputs, and the last W - 1 inputs of their segment.
     shift = jnp.zeros((E,), weight.dtype) if bias is None else bias
     arrays = (inputs, weight, shift)
     y = _convolve(*varying(arrays, arrays), runs, activation)
@@ -101,7 +105,7 @@ def _convolve_forward(inputs, weight, bias, runs, activation):
 
 
 def _convolve_backward(activation, residuals, dy):
-    """The sums are computed again: kept, they would double what a layer's backward pass holds."""
+    """Recomputes the sums: kept, they would double the memory of a layer's backward pass."""
     inputs, weight, bias, runs = residuals
     W = weight.shape[0]
     dtype = jnp.promote_types(inputs.dtype, jnp.float32)
@@ -110,11 +114,11 @@ def _convolve_backward(activation, residuals, dy):
         y = _sums(inputs, weight, bias, runs)
         sigmoid = jax.nn.sigmoid(y)
         dy = dy * sigmoid * (1 + y * (1 - sigmoid))
-    # W reductions and W shifted sums read dy: compute it once.
+    # dw_j = sum_t dy_t x_(t-(W-1)+j) and dx_t = sum_j w_j dy_(t+(W-1)-j) read dy: compute it once.
     dy = jax.lax.optimization_barrier(dy)
     dweight = _chosen(_products_blocked, _products, dy, inputs, runs, W)
     padded = jnp.pad(dy, ((0, 0), (W - 1, W - 1), (0, 0)))
-    if runs is not None:  # of no segment: what lies before the first output and behind the last
+    if runs is not None:  # of no segment: what is before the first output and after the last
         around = jnp.pad(runs[:, W - 1 :], ((0, 0), (W - 1, W - 1)), constant_values=-1)
         runs = around, runs
     dinputs = _correlated(padded, weight[::-1], runs)
@@ -131,7 +135,7 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _sums(inputs, weight, bias, runs):
-    """bias + sum_j weight_j x_(t - (W-1) + j), in float32 at least."""
+    """Returns bias + sum_j weight_j x_(t - (W-1) + j), in float32 at least."""
     if runs is not None:
         runs = runs, runs[:, weight.shape[0] - 1 :]
     y = _correlated(inputs, weight, runs)
@@ -139,17 +143,21 @@ def _sums(inputs, weight, bias, runs):
 
 
 def _correlated(x, weight, runs):
-    """sum_j weight_j x_(l + j), [B, L, E] of x [B, L + W-1, E], in float32 at least.
+    """Returns sum_j weight_j x_(l + j), [B, L, E] of x [B, L + W-1, E], in float32 at least.
 
-    runs: None, or those of x, [B, L + W-1], and of the sums, [B, L]: others' inputs do not count.
+    runs: None, or the segments of x, [B, L + W-1], and of the sums, [B, L]; inputs of another
+    segment are 0.
     """
     weight = weight.astype(jnp.promote_types(x.dtype, jnp.float32))
     return _chosen(_sums_blocked, _sums_whole, x, weight, runs, weight.shape[0])
 
 
 def _chosen(blocked, whole, a, b, runs, W):
-    """Many taps on a CPU: by blocks that its cache holds, since XLA would store dozens of arrays
-    as long as the sequence. A few taps, and what runs elsewhere, become one loop over it."""
+    """Computes `blocked` for many taps on a CPU, else `whole`.
+
+    XLA would store dozens of arrays as long as the sequence there. A few taps, and programs for
+    other platforms, become one loop over the sequence.
+    """
     if W <= FEW_TAPS:
         return whole(a, b, runs)
     return choose_when_lowered(lambda p: blocked if p == "cpu" else None, whole, a, b, runs)
@@ -162,7 +170,7 @@ def _sums_whole(x, weight, runs):
 
 
 def _products(dy, inputs, runs):
-    """The kernel's gradient, sum_t dy_t x_(t - (W-1) + j), [W, E]."""
+    """Returns the kernel's gradient, sum_t dy_t x_(t - (W-1) + j), [W, E]."""
     W = inputs.shape[1] - dy.shape[1] + 1
     if runs is not None:
         runs = runs, runs[:, W - 1 :]
@@ -170,7 +178,7 @@ def _products(dy, inputs, runs):
 
 
 def _shifted(x, W, runs, dtype):
-    """What row 0, 1, ... of the kernel meets, 0 where it is of another segment, [B, L, E]."""
+    """Yields the inputs of row 0, 1, ... of the kernel, 0 for another segment's, [B, L, E]."""
     L = x.shape[1] - (W - 1)
     for j in range(W):
         seen = x[:, j : j + L].astype(dtype)
@@ -231,12 +239,12 @@ class _Blocks:
         return cls(longer(x), jax.tree.map(longer, runs), W, size, count)
 
     def slice(self, a, k, length):
-        """`length` steps of block k of all rows' blocks."""
+        """Returns `length` steps of block k of all rows' blocks."""
         start = (k // self.count, k % self.count * self.size) + (0,) * (a.ndim - 2)
         return jax.lax.dynamic_slice(a, start, (1, length, *a.shape[2:]))[0]
 
     def window(self, k, dtype):
-        """From j to what row j of the kernel meets in block k, [size, E]."""
+        """Returns j -> inputs of row j of the kernel in block k, [size, E]."""
         x = self.slice(self.x, k, self.size + self.W - 1).astype(dtype)
         at = lambda a, j: jax.lax.dynamic_slice_in_dim(a, j, self.size)
         if self.runs is None:

@@ -1,15 +1,16 @@
 """Mamba-2's state space duality: scalar decays that the input selects (arXiv 2405.21060).
 
-Letters: B batch, T time, H heads, G groups of heads that share B and C, P head dim, N state dim.
+Dimensions: B batch, T time, H heads, G groups of heads that share B and C, P head dim, N state dim.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from tilescan.ops.chunked_scan import chunked_scan
-from tilescan.ops.explicit_axes import cut_by_letters
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.recurrence_arguments import (
+    SegmentIds,
     check_chunk,
     check_floating,
     check_groups,
@@ -23,7 +24,7 @@ from tilescan.ops.recurrence_arguments import (
 from tilescan.ops.sizes import check_sizes
 
 
-@cut_by_letters(
+@partitioned_by_dimensions(
     ("BTHP", "BHPN"),
     x="BTHP",
     dt="BTH",
@@ -46,18 +47,18 @@ def ssd(
     dt_bias: Float[Array, "H"] | None = None,
     dt_softplus: bool = False,
     initial_state: Float[Array, "B H P N"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
     implementation: str | None = None,
-):
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T and y_t = h_t C_t + D x_t.
+) -> tuple[Float[Array, "B T H P"], Float[Array, "B H P N"]]:
+    """Computes h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T and y_t = h_t C_t + D x_t.
 
     Args:
       x: inputs [B, T, H, P]. B and C have its dtype; dt, A, D and dt_bias may have another.
       dt: step sizes [B, T, H], at least 0 after dt_bias and softplus.
       A: [H], negative.
       B, C: input and output projections [B, T, G, N]; head h reads group h // (H // G).
-      D: [H], a way round the state.
+      D: [H], factor of the skip connection.
       dt_bias: [H], added to dt.
       dt_softplus: whether dt becomes log(1 + exp(dt)), after the bias.
       initial_state: [B, H, P, N]; zeros when None.
@@ -82,6 +83,7 @@ def ssd(
       TypeError: dtypes that are not floating, x, B and C that differ in theirs, ids that are not
         integers.
     """
+    # Arguments.
     check_one_dtype(x=x, B=B, C=C)
     check_floating(dt=dt, A=A, D=D, dt_bias=dt_bias)
     if x.ndim != 4:
@@ -102,6 +104,7 @@ def ssd(
     dtype = state_dtype(x)
     state = check_state(initial_state, (batch, H, P, N), "B, H, P, N", dtype)
 
+    # The recurrence of `chunked_scan` with k = B, v = dt x, q = C and log-decay dt A.
     dt = dt.astype(dtype)
     if dt_bias is not None:
         dt = dt + dt_bias.astype(dtype)[None, None]

@@ -1,33 +1,40 @@
 """Linear time-invariant state spaces over any length, with states and segments, in chunks.
 
-A convolution by FFT is the fastest way through a whole sequence, but it knows no segments, and
-every output has rounding errors of the whole. Here a sequence is cut into chunks of C steps. With
-x the state before a chunk,
+A convolution by FFT is the fastest method for a whole sequence, but it has no segments, and every
+output has rounding errors of the whole. Here a sequence is split into chunks of C steps. With x the
+state before a chunk,
 
     y_i = sum_(j <= i) K_(i-j) u_j + C Abar^(i+1) x
     x'  = Abar^C x + sum_j Abar^(C-1-j) Bbar u_j
 
 are matrix products with tables that all chunks share (state passing, arXiv 2212.14052, section
 4.2). Powers of Abar come by repeated squaring, so a chunk of one step is the recurrence, and all
-chunk sizes agree to rounding. In packed sequences no state enters another segment, and no sum
-reaches into one.
+chunk sizes agree to rounding. In packed sequences no state and no sum
+crosses the boundary of a segment.
 
 Complex states come in conjugate pairs, of which half is stored (`ops.s4`): N half of the state
-dim, and S = 2N real numbers.
+dim, and S = 2N real values.
 
-Letters: B batch, T time, H systems, R channels of a system, N half of the state dim, S = 2N,
+Dimensions: B batch, T time, H systems, R channels of a system, N half of the state dim, S = 2N,
 C chunk, n chunks.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, Complex, Float
 
 from tilescan.ops import diagonal_scan, s4
-from tilescan.ops.explicit_axes import cut_by_letters
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
+from tilescan.ops.recurrence_arguments import SegmentIds
 from tilescan.ops.sizes import check_sizes
-from tilescan.ops.state_space_chunks import Tables, checked_state, run, squares_of, times
+from tilescan.ops.state_space_chunks import (
+    Tables,
+    checked_state,
+    chunked_state_space,
+    repeated_squares,
+    system_matmul,
+)
 
 __all__ = [
     "diagonal_state_space",
@@ -42,7 +49,7 @@ CHUNK, PACKED_CHUNK = 64, 32
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-@cut_by_letters(
+@partitioned_by_dimensions(
     ("BTH", "BH"),
     u="BTH",
     log_dt="H",
@@ -55,16 +62,19 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def diagonal_state_space(
     u: Float[Array, "B T H"] | Float[Array, "B T H R"],
     log_dt: Float[Array, " H"],
-    A: Complex[Array, "H N"],
-    B: Complex[Array, "H N"],
-    C: Complex[Array, "H N"],
+    A: Complex[Array, "#H N"],
+    B: Complex[Array, "#H N"],
+    C: Complex[Array, "#H N"],
     *,
     discretization: str = "zoh",
     initial_state: Float[Array, "B H S"] | Float[Array, "B H R S"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
-):
-    """S4D (arXiv 2206.11893): x_t = Abar x_(t-1) + Bbar u_t and y_t = 2 Re(C x_t).
+) -> tuple[
+    Float[Array, "B T H"] | Float[Array, "B T H R"],
+    Float[Array, "B H S"] | Float[Array, "B H R S"],
+]:
+    """Computes S4D (arXiv 2206.11893): x_t = Abar x_(t-1) + Bbar u_t and y_t = 2 Re(C x_t).
 
     Args:
       u: inputs [B, T, H], or [B, T, H, R] for R channels by each of the systems.
@@ -80,14 +90,27 @@ def diagonal_state_space(
       y in u's shape and dtype, and the state after the last step, float32 (float64 for float64).
 
     Raises:
-      ValueError, TypeError: shapes, dtypes, discretization or chunk that do not fit.
+      ValueError: shapes, discretization or chunk that do not fit.
+      TypeError: dtypes that do not fit.
     """
     tables = diagonal_tables(u, log_dt, A, B, C, discretization, segment_ids, chunk)
-    return run(u, tables, initial_state, segment_ids)
+    return chunked_state_space(u, tables, initial_state, segment_ids)
 
 
-def diagonal_tables(u, log_dt, A, B, C, discretization, segment_ids, chunk) -> Tables:
-    """Those of `diagonal_state_space`, whose arguments they are."""
+def diagonal_tables(
+    u: Float[Array, "B T H"] | Float[Array, "B T H R"],
+    log_dt: Float[Array, " H"],
+    A: Complex[Array, "#H N"],
+    B: Complex[Array, "#H N"],
+    C: Complex[Array, "#H N"],
+    discretization: str,
+    segment_ids: SegmentIds | None,
+    chunk: int | None,
+) -> Tables:
+    """Returns the tables of `diagonal_state_space`, which has these arguments.
+
+    With Abar^l by doubling: K_l = 2 Re(C Bbar Abar^l), Abar^(C-1-j) Bbar, and C Abar^(i+1).
+    """
     chunk = _checked_chunk(u, log_dt, chunk, segment_ids)
     Abar, Bbar = s4.s4d_discretize(log_dt, A, B, discretization)
     Abar, Bbar, C = jnp.broadcast_arrays(Abar, Bbar, C)
@@ -96,12 +119,12 @@ def diagonal_tables(u, log_dt, A, B, C, discretization, segment_ids, chunk) -> T
         powers = jnp.concatenate([powers, powers * squares[-1][..., None]], -1)
         squares.append(squares[-1] * squares[-1])
     kernel = 2 * jnp.einsum("hn,hnl->hl", C * Bbar, powers, precision=_HIGHEST).real
-    into = _parts(powers[..., ::-1] * Bbar[..., None], axis=1)
-    out = _parts(2 * (powers * (C * Abar)[..., None]).conj(), axis=1)
-    return Tables(kernel, into.swapaxes(1, 2), out, squares)
+    input_to_state = _real_and_imaginary(powers[..., ::-1] * Bbar[..., None], axis=1)
+    state_to_output = _real_and_imaginary(2 * (powers * (C * Abar)[..., None]).conj(), axis=1)
+    return Tables(kernel, input_to_state.swapaxes(1, 2), state_to_output, squares)
 
 
-@cut_by_letters(
+@partitioned_by_dimensions(
     ("BTH", "BH"),
     u="BTH",
     log_dt="H",
@@ -115,62 +138,75 @@ def diagonal_tables(u, log_dt, A, B, C, discretization, segment_ids, chunk) -> T
 def dplr_state_space(
     u: Float[Array, "B T H"],
     log_dt: Float[Array, " H"],
-    Lambda: Complex[Array, "H N"],
-    P: Complex[Array, "H N"],
-    B: Complex[Array, "H N"],
-    C: Complex[Array, "H N"],
+    Lambda: Complex[Array, "#H N"],
+    P: Complex[Array, "#H N"],
+    B: Complex[Array, "#H N"],
+    C: Complex[Array, "#H N"],
     *,
     initial_state: Float[Array, "B H S"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
-):
-    """S4 (arXiv 2111.00396): the bilinear recurrence of A = Lambda - P P*, y_t = 2 Re(C x_t).
+) -> tuple[Float[Array, "B T H"], Float[Array, "B H S"]]:
+    """Computes S4 (arXiv 2111.00396): the bilinear recurrence of A = Lambda - P P*.
 
-    As `diagonal_state_space`, without channels R. From chunk to chunk leads a dense real matrix,
-    whose powers cost O(H S^3 log C). A single step is O(S), by Woodbury.
+    y_t = 2 Re(C x_t); arguments, results and errors as of `diagonal_state_space`, without channels
+    R. The transition from chunk to chunk is a dense real matrix, whose powers cost
+    O(H S^3 log C). A single step is O(S), by Woodbury.
     """
     if u.ndim == 3 and u.shape[1] == 1:
         _checked_chunk(u, log_dt, chunk, segment_ids)
         return _dplr_step(u, (log_dt, Lambda, P, B, C), initial_state, segment_ids)
     tables = dplr_tables(u, log_dt, Lambda, P, B, C, segment_ids, chunk)
-    return run(u, tables, initial_state, segment_ids)
+    return chunked_state_space(u, tables, initial_state, segment_ids)
 
 
-def dplr_tables(u, log_dt, Lambda, P, B, C, segment_ids, chunk) -> Tables:
-    """Those of `dplr_state_space`, whose arguments they are."""
+def dplr_tables(
+    u: Float[Array, "B T H"],
+    log_dt: Float[Array, " H"],
+    Lambda: Complex[Array, "#H N"],
+    P: Complex[Array, "#H N"],
+    B: Complex[Array, "#H N"],
+    C: Complex[Array, "#H N"],
+    segment_ids: SegmentIds | None,
+    chunk: int | None,
+) -> Tables:
+    """Returns the tables of `dplr_state_space`, which has these arguments.
+
+    Over real and imaginary parts, with columns Abar^j Bbar and rows C Abar^(i+1) by doubling.
+    """
     if u.ndim != 3:
         raise ValueError(f"u must be [B, T, H], got shape {u.shape}")
     chunk = _checked_chunk(u, log_dt, chunk, segment_ids)
     A, b, c = _dplr_real(log_dt, Lambda, P, B, C)
-    squares = squares_of(A, chunk)
+    squares = repeated_squares(A, chunk)
     columns = _orbit(b, [A.swapaxes(1, 2) for A in squares], chunk)
-    rows = _orbit(times(c[:, None], A)[:, 0], squares, chunk)
+    rows = _orbit(system_matmul(c[:, None], A)[:, 0], squares, chunk)
     kernel = jnp.einsum("hs,hls->hl", c, columns, precision=_HIGHEST)
     return Tables(kernel, columns[:, ::-1], rows.swapaxes(1, 2), squares)
 
 
-@cut_by_letters("LH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN")
+@partitioned_by_dimensions("LH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN")
 def dplr_kernel(
     log_dt: Float[Array, " H"],
-    Lambda: Complex[Array, "H N"],
-    P: Complex[Array, "H N"],
-    B: Complex[Array, "H N"],
-    C: Complex[Array, "H N"],
+    Lambda: Complex[Array, "#H N"],
+    P: Complex[Array, "#H N"],
+    B: Complex[Array, "#H N"],
+    C: Complex[Array, "#H N"],
     length: int,
-) -> Float[Array, "L H"]:
-    """What `s4.s4_dplr_kernel` computes, by powers: K_(i + r j) = (c A^i) (A^(r j) b).
+) -> Float[Array, "{length} H"]:
+    """Computes the kernel of `s4.s4_dplr_kernel` by powers: K_(i + r j) = (c A^i) (A^(r j) b).
 
     With c A^i for i < r, about the root of L, and as many A^(r j) b it takes O(H S^3 log L) real
-    operations, fewer than the truncation of C that Cauchy products need.
+    FLOPs, fewer than the truncation of C that Cauchy products need.
     """
     if not isinstance(length, (int, np.integer)) or length < 1:
         raise ValueError(f"length must be a positive integer, got {length!r}")
     A, b, c = _dplr_real(log_dt, Lambda, P, B, C)
     r = 2 ** ((int(length) - 1).bit_length() // 2)
     columns = -(-length // r)
-    squares = squares_of(A, r)
+    squares = repeated_squares(A, r)
     rows = _orbit(c, squares, r)
-    squares = [A.swapaxes(1, 2) for A in squares_of(squares[-1], columns)]
+    squares = [A.swapaxes(1, 2) for A in repeated_squares(squares[-1], columns)]
     columns = _orbit(b, squares, columns)
     kernel = jnp.einsum("his,hjs->jih", rows, columns, precision=_HIGHEST)
     return kernel.reshape(-1, log_dt.shape[0])[:length]
@@ -185,11 +221,11 @@ def _dplr_step(u, system, initial_state, segment_ids):
         start = diagonal_scan.resets(segment_ids, B, 1)
         x = jnp.where(start[..., None], 0, x)
     x, y = s4.s4_dplr_step(jax.lax.complex(x[..., :N], x[..., N:]), u[:, 0].astype(dtype), *system)
-    return y[:, None].astype(u.dtype), _parts(x, axis=2)
+    return y[:, None].astype(u.dtype), _real_and_imaginary(x, axis=2)
 
 
 def _dplr_real(log_dt, Lambda, P, B, C):
-    """Abar [H, S, S], Bbar [H, S] and C [H, S] over the real and the imaginary parts of x.
+    """Returns Abar [H, S, S], Bbar [H, S] and C [H, S] over real and imaginary parts of x.
 
     There A is D - 2 p p^T with D = diag(Lambda), and Abar = 2 (1 - dt/2 A)^-1 - 1. With
     G = (1 - dt/2 D)^-1 the inverse is G - dt (G p) (G^T p)^T / (1 + dt p^T G p).
@@ -200,29 +236,29 @@ def _dplr_real(log_dt, Lambda, P, B, C):
     P, B, C = (jnp.broadcast_to(x, shape) for x in (P, B, C))
     dt = jnp.exp(log_dt)[:, None]
     g = 1 / (1 - dt / 2 * Lambda)
-    Gp, pG = _parts(g * P, axis=1), _parts(g.conj() * P, axis=1)
+    Gp, pG = _real_and_imaginary(g * P, axis=1), _real_and_imaginary(g.conj() * P, axis=1)
     low_rank = dt / (1 + dt * ((P * P.conj()).real * g.real).sum(-1, keepdims=True)) * Gp
     diagonal = lambda x: x[..., None] * jnp.eye(shape[1], dtype=x.dtype)[None]
     re, im = diagonal(g.real), diagonal(g.imag)
     G = jnp.block([[re, -im], [im, re]])
     inverse = G - low_rank[..., None] * pG[:, None]
-    b = _parts(B, axis=1)
-    b = dt * (_parts(g * B, axis=1) - low_rank * (pG * b).sum(-1, keepdims=True))
+    b = _real_and_imaginary(B, axis=1)
+    b = dt * (_real_and_imaginary(g * B, axis=1) - low_rank * (pG * b).sum(-1, keepdims=True))
     eye = jnp.eye(2 * shape[1], dtype=inverse.dtype)[None]
-    return 2 * inverse - eye, b, _parts(2 * C.conj(), axis=1)
+    return 2 * inverse - eye, b, _real_and_imaginary(2 * C.conj(), axis=1)
 
 
 def _orbit(x, squares, count):
-    """x, x A, ... x A^(count-1), [H, count, S], by doubling."""
+    """Returns x, x A, ... x A^(count-1), [H, count, S], by doubling."""
     x = x[:, None]
     for A in squares:
         if x.shape[1] >= count:
             break
-        x = jnp.concatenate([x, times(x, A)], 1)
+        x = jnp.concatenate([x, system_matmul(x, A)], 1)
     return x[:, :count]
 
 
-def _parts(x, axis):
+def _real_and_imaginary(x, axis):
     return jnp.concatenate([x.real, x.imag], axis)
 
 

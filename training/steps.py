@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from tilescan.ops.cross_entropy import log_probabilities_of
-from tilescan.ops.explicit_axes import compiler_cuts, specs_of, whole
+from tilescan.ops.explicit_axes import partitioned_by_compiler, replicated, specs_of
 from tilescan.ops.token_ids import check_ids, counted_ids
 
 # Sums over tokens: "loss", "nll", "correct", "weight"; over rows: "exact", "rows".
@@ -113,7 +113,7 @@ def model_inputs(batch: dict) -> dict:
     return {k: batch[k] for k in ("tokens", "positions", "segment_ids") if k in batch}
 
 
-@compiler_cuts(whole)
+@partitioned_by_compiler(replicated)
 def cross_entropy(
     logits: Float[Array, "*B V"],
     targets: Int[Array, "*B"],
@@ -234,7 +234,9 @@ def make_train_step(loss: Callable, tx, rate: Callable, microbatches: int = 1) -
     learning_rate.
     """
 
-    @compiler_cuts(lambda args, kwargs, out: (specs_of(args[0]), whole(args, kwargs, out[1])))
+    @partitioned_by_compiler(
+        lambda args, kwargs, out: (specs_of(args[0]), replicated(args, kwargs, out[1]))
+    )
     def train_step(state: TrainState, batch: dict):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         grads, sums = summed_gradients(loss, state.params, batch, key, microbatches)

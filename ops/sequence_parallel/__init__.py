@@ -6,7 +6,7 @@
             in_specs=P(None, "sequence"), out_specs=P(None, "sequence"),
         )(q, k, v)
 
-Models do this by themselves where the mesh in use has such an axis, as their configuration's
+Models do this where the mesh in use has such an axis, as their configuration's
 `sequence_parallel` and `sequence_balance` say. Letters are those of `ops`; T and S are the tokens
 of one device, P the devices along the axis.
 """

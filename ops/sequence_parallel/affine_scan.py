@@ -1,31 +1,34 @@
 """States from device to device: an exclusive scan of (decay, state) pairs along a mesh axis.
 
-A recurrence that is affine in its state leaves one pair for a device's stretch of time: what the
-stretch adds to the state, from zeros, and what it does to the state that enters. With device p
-after devices 0 ... p - 1,
+A recurrence that is affine in its state maps the state before a device's shard of time to the state
+after it by one pair: the decay of the former, and the state that the shard adds, from zeros. With
+device p after devices 0 ... p - 1,
 
     S_in(0) = S_0,    S_in(p + 1) = A(p) S_in(p) + S(p)
 
-by elements, or with a matrix A(p). Four schedules compute S_in, all of them exactly:
+by elements, or with a matrix A(p). Four schedules compute S_in exactly:
 
     "chain"       P - 1 messages, each of a state, one after the other (LASP, arXiv 2404.02882)
     "all_gather"  every device gathers all pairs and folds those before it (LASP-2, 2502.07563)
-    "all_scan"    a chain of K blocks of the state, all devices at work at once: P + K - 2 messages
+    "all_scan"    a chain of K blocks of the state, in a pipeline: P + K - 2 messages
                   of a block. What is sent does not depend on P (ZeCO, 2507.01004)
     "log_step"    1 + ceil(log2(P - 1)) messages of a pair (Hillis and Steele)
 
-Where the stretches of all devices have one matrix, but for columns that are forgotten, every device
-makes its powers by itself, and a pair is (which columns, state).
+Where the shards of all devices have the same matrix, but for columns that are forgotten, every
+device computes its powers by itself, and a pair is (which columns, state).
 
-A cotangent of S_in travels the other way by the same recurrence, dS(p) = A(p+1)^T dS(p+1) +
-dS_in(p+1), so the backward pass is the same scan, reversed. Kept for it are A and S_in alone.
+A cotangent of S_in travels in the other direction by the same recurrence,
+dS(p) = A(p+1)^T dS(p+1) + dS_in(p+1), so the backward pass is the same scan, reversed. Only A and
+S_in are kept for it.
 
-All of it is for the inside of `jax.shard_map`. Every device runs the same program, so devices send
-also where nobody needs what they send: in "all_scan" (P + K - 2) / K states in all, not one, but
-for TPUs, where a kernel sends by remote copies.
+All functions are called inside `jax.shard_map`. Every device runs the same program, so devices also
+send messages that no device needs: in "all_scan" (P + K - 2) / K states in all, not one, except on
+TPUs, where a kernel sends by remote copies.
 
-Letters: p of P devices, K blocks, D decayed dim, V value dim.
+Dimensions: p of P devices, K blocks, D decayed dim, V value dim.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,18 +45,16 @@ def affine_scan(
     log_decay: Float[Array, "*#S"],
     state: Float[Array, "*S"],
     axis_name: str = "sequence",
-    **options,
+    **options: Any,
 ) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
-    """(S_in, final state) of S -> exp(log_decay) S + state, device after device.
+    """Computes (S_in, final state) of S -> exp(log_decay) S + state over the devices.
 
     Args:
-      log_decay: of a device's whole stretch, at most 0; -inf forgets. Its shape is the state's, or
+      log_decay: of a device's whole shard, at most 0; -inf forgets. Its shape is the state's, or
         has 1 where the decay is shared.
-      state: what the stretch leaves, starting from zeros.
+      state: the state after the shard, from zeros before it.
       axis_name: of the mesh, in the order of time.
-      **options: as of `factor_scan`.
-
-    Returns, raises: as `factor_scan`.
+      **options: as of `factor_scan`, as are results and errors.
     """
     return factor_scan(jnp.exp(_wide(log_decay)), state, axis_name, **options)
 
@@ -69,14 +70,14 @@ def factor_scan(
     initial_state: Inexact[Array, "*S"] | None = None,
     reverse: bool = False,
 ) -> tuple[Inexact[Array, "*S"], Inexact[Array, "*S"]]:
-    """(S_in, final state) of S -> decay S + state: factors of any value, real or complex.
+    """Computes (S_in, final state) of S -> decay S + state for any factors, real or complex.
 
     Args:
       decay, state, axis_name: as of `affine_scan`, the decay itself in place of its logarithm.
       kind: a name of `SCAN_KINDS`.
       blocks: K of "all_scan", a divisor of the dimension that is split; by default the least one
-        from P on, or all of the dimension.
-      split: the dimension that "all_scan" cuts into blocks.
+        that is at least P, or all of the dimension.
+      split: the dimension that "all_scan" splits into blocks.
       initial_state: the state before the whole sequence, the same on all devices; zeros when None.
       reverse: from the last device to the first.
 
@@ -107,15 +108,18 @@ def matrix_scan(
     initial_state: Float[Array, "*B D V"] | None = None,
     reverse: bool = False,
 ) -> tuple[Float[Array, "*B D V"], Float[Array, "*B D V"]]:
-    """(S_in, final state) of S -> transition @ S + state, as `factor_scan`.
+    """Computes (S_in, final state) of S -> transition @ S + state, as `factor_scan`.
 
-    Only the columns of a state are independent then, so "all_scan" cuts V into blocks. "all_gather"
-    and "log_step" send the transitions too.
+    Only the columns of a state are independent then, so "all_scan" splits V into blocks.
+    "all_gather" and "log_step" send the transitions too.
 
     Args:
-      transition: of a device's whole stretch [..., D, D]; 1 where it is shared.
+      transition: of a device's whole shard [..., D, D]; 1 where it is shared.
       state: [..., D, V].
       axis_name, kind, blocks, initial_state, reverse: as of `factor_scan`.
+
+    Raises:
+      ValueError: shapes, kind or blocks that do not fit.
     """
     D = state.shape[-2]
     if transition.shape[-2:] != (D, D) or transition.ndim != state.ndim:
@@ -137,16 +141,19 @@ def power_scan(
     initial_state: Inexact[Array, "H D V"] | None = None,
     reverse: bool = False,
 ) -> tuple[Inexact[Array, "H D V"], Inexact[Array, "H D V"]]:
-    """(S_in, final state) of S -> transition @ (keep S) + state, as `factor_scan`.
+    """Computes (S_in, final state) of S -> transition @ (keep S) + state, as `factor_scan`.
 
-    The transition is the same on all devices, so each makes the powers of it that it needs, and
-    only `keep` and states are sent. "all_scan" cuts H into blocks.
+    The transition is the same on all devices, so each computes the powers that it needs, and only
+    `keep` and states are sent. "all_scan" splits H into blocks.
 
     Args:
-      transition: of a stretch on any device, [H, D, D]; [H, D, 1] are the diagonals of as many.
-      keep: of this device's stretch, for each column: 0 where it forgets, else 1.
+      transition: of a shard on any device, [H, D, D]; or [H, D, 1], the diagonals of matrices.
+      keep: of this device's shard, for each column: 0 where it forgets, else 1.
       state: [H, D, V].
       axis_name, kind, blocks, initial_state, reverse: as of `factor_scan`.
+
+    Raises:
+      ValueError: shapes, kind or blocks that do not fit.
     """
     H, D, V = state.shape
     if transition.shape not in ((H, D, D), (H, D, 1)) or keep.shape not in ((1, 1, 1), (1, 1, V)):
@@ -159,7 +166,7 @@ def power_scan(
 
 
 def from_last_device(x: Array, axis_name: str = "sequence", *, reverse: bool = False) -> Array:
-    """What the device at the end of time (at its start, if reverse) has, on every device."""
+    """Returns x of the device at the end of time (at its start, if reverse) on every device."""
     return jax.lax.psum(jnp.where(_place(axis_name, reverse)[1], x, 0), axis_name)
 
 
@@ -176,12 +183,12 @@ def _affine(A, S, initial, axis_name, matrix, kind, blocks, split, reverse):
     first, last = _place(axis_name, reverse)
     A, S = varying((A, S), (A, S, first))
     schedule = Schedule(axis_name, matrix, kind, blocks, split, reverse)
-    # The first device's stretch starts from the initial state; the scan then is one from zeros.
+    # The first device's shard starts from the initial state; the scan then is one from zeros.
     if initial is not None:
         initial = jnp.where(first, initial.astype(dtype), 0)
-        S = S + schedule.through(A, initial)
+        S = S + schedule.apply(A, initial)
     S_in = scan(A, S, schedule)
-    S_out = schedule.through(A, S_in) + S
+    S_out = schedule.apply(A, S_in) + S
     if initial is not None:
         S_in = S_in + initial
     return S_in, from_last_device(S_out, axis_name, reverse=reverse)
@@ -192,6 +199,6 @@ def _wide(x):
 
 
 def _place(axis_name, reverse):
-    """Whether this device is the first, and the last, in time."""
+    """Returns whether this device is the first, and the last, in time."""
     p, end = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name) - 1
     return (p == end, p == 0) if reverse else (p == 0, p == end)

@@ -1,14 +1,19 @@
-"""All-Scan on TPUs: shapes states for pallas_kernels.tpu.all_scan, and knows what it can't take.
+"""All-Scan on TPUs: shapes states for pallas_kernels.tpu.all_scan, and says what it can't take.
 
-Letters: V value dim, the last of a state.
+Dimensions: V value dim, the last of a state.
 """
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Inexact
 
 from tilescan.pallas_kernels.tpu import all_scan as kernels
+
+if TYPE_CHECKING:
+    from tilescan.ops.sequence_parallel.schedules import Schedule
 
 # Lanes of a row of VMEM: decays that differ by value are flattened into rows of it.
 LANES = 128
@@ -17,8 +22,10 @@ VMEM_LIMIT = 40 * 2**20
 MAX_BLOCKS = 64
 
 
-def unsupported(A, S, schedule) -> str | None:
-    """Why the kernel can't take these states; or None."""
+def unsupported(
+    A: Array | tuple[Array, Array], S: Inexact[Array, "*S"], schedule: "Schedule"
+) -> str | None:
+    """Returns why the kernel can't take these states; None if it can."""
     if schedule.matrix or isinstance(A, tuple):
         return "transitions that are matrices, or the same on all devices, have no kernel"
     if S.dtype != jnp.float32 or A.dtype != jnp.float32:
@@ -30,8 +37,10 @@ def unsupported(A, S, schedule) -> str | None:
     return None
 
 
-def scan(A, S, *, schedule, interpret=False):
-    """S_in of `affine_scan`'s recurrence from zeros."""
+def scan(
+    A: Array, S: Inexact[Array, "*S"], *, schedule: "Schedule", interpret: Any = False
+) -> Inexact[Array, "*S"]:
+    """Returns S_in of `affine_scan`'s recurrence from zeros."""
     rows, V, decays = _layout(A, S)
     if decays == 1:
         flat = jnp.broadcast_to(A, (*S.shape[:-1], 1)).reshape(-1, 1)
@@ -53,7 +62,7 @@ def _blocks(rows: int, schedule) -> int:
 
 
 def _layout(A, S) -> tuple[int, int, int]:
-    """(rows, values of a row, decays of a row): a state's own, if its rows share their decay."""
+    """Returns (rows, values of a row, decays of a row), of the state if its rows share decays."""
     if A.shape[-1] == 1 and S.shape[-1] >= LANES // 2:
         return math.prod(S.shape[:-1]), S.shape[-1], 1
     return -(-math.prod(S.shape) // LANES), LANES, LANES

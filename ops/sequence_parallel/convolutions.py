@@ -1,8 +1,8 @@
-"""Causal convolutions over time that is cut over devices, inside `jax.shard_map`.
+"""Causal convolutions over time that is sharded over devices, inside `jax.shard_map`.
 
-A short kernel reads the last W - 1 inputs of the device before: a halo. A long one that is no
-longer than a device's stretch of time reaches one device further, and what it adds there is passed
-on (overlap-add). Longer kernels need all of time: devices exchange time for channels (all-to-all),
+A short kernel reads the last W - 1 inputs of the device before: a halo. A long one that is not
+longer than a device's shard of time reaches one device further, to which its sums there are sent
+(overlap-add). Longer kernels need all of time: devices exchange time for channels (all-to-all),
 convolve whole sequences of E / P channels each, and exchange back.
 
 Arguments and results are those of the op of the same name, with the differences that
@@ -11,6 +11,7 @@ Arguments and results are those of the op of the same name, with the differences
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
 
 from tilescan.ops import diagonal_scan
 from tilescan.ops.long_convolution import long_convolution as _long
@@ -23,24 +24,24 @@ __all__ = ["long_convolution", "short_convolution"]
 
 
 def short_convolution(
-    x,
-    weight,
+    x: Float[Array, "B T E"],
+    weight: Float[Array, "W E"],
     *,
-    bias=None,
-    activation=None,
-    initial_state=None,
-    segment_ids=None,
-    segment_before=None,
-    implementation=None,
-    axis_name="sequence",
-    kind=None,
-):
-    """`ops.short_convolution`: y [B, T, E] of this device, the last inputs [B, W - 1, E] of all.
+    bias: Float[Array, " E"] | None = None,
+    activation: str | None = None,
+    initial_state: Float[Array, "B W-1 E"] | None = None,
+    segment_ids: Integer[Array, "B T"] | None = None,
+    segment_before: Integer[Array, " B"] | None = None,
+    implementation: str | None = None,
+    axis_name: str = "sequence",
+    kind: str | None = None,
+) -> tuple[Float[Array, "B T E"], Float[Array, "B W-1 E"]]:
+    """Computes `ops.short_convolution`: y of this device, the last inputs of all.
 
-    `kind` is not used: one message to the next device is all.
+    `kind` is not used: there is one message, to the next device.
 
     Raises:
-      ValueError: a device with fewer steps than the kernel looks back, beside the op's own errors.
+      ValueError: a device with fewer steps than the kernel looks back, besides the op's own errors.
     """
     del kind
     (B, T, E), halo = x.shape, weight.shape[0] - 1
@@ -51,6 +52,7 @@ def short_convolution(
             f"device before has only {T} steps: use at most {P * T // halo} devices along "
             f"{axis_name!r}, or sequences of at least {P * halo} steps"
         )
+    # The inputs before the device's first: the initial state's, or the device before's.
     ids = with_neighbour(segment_ids, segment_before, axis_name)
     before = initial_state
     if before is None:
@@ -58,7 +60,7 @@ def short_convolution(
     if P > 1 and halo:
         tail = x[:, T - halo :]
         if ids is not None:
-            # Nothing of segments before the last enters the next device.
+            # Only the last segment continues on the next device.
             starts = diagonal_scan.resets(ids, B, T)[:, T - halo :]
             later = jnp.cumsum(starts[:, ::-1], 1, dtype=jnp.int32)[:, ::-1]
             later = jnp.pad(later[:, 1:], ((0, 0), (0, 1)))
@@ -78,41 +80,45 @@ def reads_one_device_back(sizes: dict[str, int], P: int) -> bool:
 
 
 def long_kernel_by_channels(sizes: dict[str, int], P: int) -> dict[str, str]:
-    """Returns that channels of the kernel are cut where it is longer than a device's time."""
+    """Returns {"kernel": "E"}, to shard its channels, if it is longer than a device's time."""
     return {"kernel": "E"} if sizes["K"] > sizes["T"] // P + 1 else {}
 
 
 def long_convolution(
-    u,
-    kernel,
+    u: Float[Array, "B T E"],
+    kernel: Float[Array, "K _"],
     *,
-    D=None,
-    pre_gate=None,
-    post_gate=None,
-    initial_state=None,
-    method=None,
-    implementation=None,
-    axis_name="sequence",
-    kind=None,
-):
-    """`ops.long_convolution`: y [B, T, E] of this device, final_state [B, K - 1, E] of all.
+    D: Float[Array, " E"] | None = None,
+    pre_gate: Float[Array, "B T E"] | None = None,
+    post_gate: Float[Array, "B T E"] | None = None,
+    initial_state: Float[Array, "B K-1 E"] | None = None,
+    method: str | None = None,
+    implementation: str | None = None,
+    axis_name: str = "sequence",
+    kind: str | None = None,
+) -> tuple[Float[Array, "B T E"], Float[Array, "B K-1 E"]]:
+    """Computes `ops.long_convolution`: y of this device, and final_state of all.
 
     Args:
       u, D, pre_gate, post_gate, initial_state, method, implementation: as of the op.
       kernel: [K, E], the same on all devices. Where K > T + 1 and P divides E it may also be
-        [K, E / P], the columns of this device's channels, E / P p and on: then no device holds,
-        nor sums over devices a gradient of, what is as large as the sequence.
+        [K, E / P], the columns of this device's channels, from E / P p on: then no device holds an
+        array as large as the sequence, nor sums a gradient as large over devices.
+      axis_name: of the mesh, in the order of time.
       kind: not used.
 
-    Up to K = T + 1, K - 1 sums per channel go to the next device. Longer kernels move u and y once
-    each, all but a P-th of them, and E is filled up to a multiple of P.
+    Up to K = T + 1, K - 1 sums per channel go to the next device. Longer kernels send (P - 1) / P
+    of u and of y once, and E is padded to a multiple of P.
+
+    Raises:
+      ValueError: a kernel of neither shape, besides the op's own errors.
     """
     del kind
     options = dict(method=method, implementation=implementation)
     P, dtype = jax.lax.axis_size(axis_name), state_dtype(u)
     wide = lambda x: None if x is None else x.astype(dtype)
     x = u if pre_gate is None else wide(u) * wide(pre_gate)
-    convolve = _passed_on if kernel.shape[0] - 1 <= u.shape[1] else _exchanged
+    convolve = _overlap_add if kernel.shape[0] - 1 <= u.shape[1] else _exchanged
     y, final = convolve(x, wide(kernel), wide(initial_state), dtype, axis_name, P, options)
     if D is not None:
         y = y + wide(x) * wide(D).reshape(1, 1, -1)
@@ -121,8 +127,8 @@ def long_convolution(
     return y.astype(u.dtype), final
 
 
-def _passed_on(x, kernel, state, dtype, axis_name, P, options):
-    """y without skip and gates, in `dtype`, and the final state: K - 1 sums go one device on."""
+def _overlap_add(x, kernel, state, dtype, axis_name, P, options):
+    """Returns y without skip and gates, and the final state: K - 1 sums go to the next device."""
     y, tail = _long(x.astype(dtype), kernel, **options)
     n = tail.shape[1]
     if n and P > 1:
@@ -136,12 +142,12 @@ def _passed_on(x, kernel, state, dtype, axis_name, P, options):
 
 
 def _exchanged(x, kernel, state, dtype, axis_name, P, options):
-    """As `_passed_on`, of whole sequences of a P-th of the channels."""
+    """Returns the same as `_overlap_add`, by whole sequences of a P-th of the channels."""
     E = x.shape[2]
     own = -(-E // P)
-    fill = lambda v: jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, own * P - E)])
+    pad = lambda v: jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, own * P - E)])
     start = jax.lax.axis_index(axis_name) * own
-    mine = lambda v: jax.lax.dynamic_slice_in_dim(fill(v), start, own, v.ndim - 1)
+    mine = lambda v: jax.lax.dynamic_slice_in_dim(pad(v), start, own, v.ndim - 1)
     if kernel.shape[1] == E:
         kernel = mine(kernel)
     elif kernel.shape[1] * P != E:
@@ -149,7 +155,7 @@ def _exchanged(x, kernel, state, dtype, axis_name, P, options):
             f"kernel must be [K, E] or a device's own [K, E / P] with u's E = {E} and P = {P} "
             f"devices along {axis_name!r}, got shape {kernel.shape}"
         )
-    x = jax.lax.all_to_all(fill(x), axis_name, 2, 1, tiled=True)
+    x = jax.lax.all_to_all(pad(x), axis_name, 2, 1, tiled=True)
     state = None if state is None else mine(state)
     y, final = _long(x.astype(dtype), kernel, initial_state=state, **options)
     y = jax.lax.all_to_all(y, axis_name, 1, 2, tiled=True)[..., :E]
@@ -157,7 +163,7 @@ def _exchanged(x, kernel, state, dtype, axis_name, P, options):
 
 
 def _joined(x, axis_name, start, E):
-    """[..., E], the same on all devices, of their channels `start` and on."""
+    """Returns [..., E] on all devices, from each one's channels, the first of which is `start`."""
     whole = jnp.zeros((*x.shape[:-1], E), x.dtype)
     whole = jax.lax.dynamic_update_slice_in_dim(whole, x, start, x.ndim - 1)
     return jax.lax.psum(whole, axis_name)

@@ -1,17 +1,20 @@
-"""Decoding with a key-value cache that is cut along time (flash-decoding over devices).
+"""Decoding with a key-value cache that is sharded along time (flash-decoding over devices).
 
 Each device attends to the slots that it holds, and the results are merged by their log-sum-exp: a
-step sends B T H (P + 1) numbers, however long the cache is.
+step sends B T H (P + 1) values, however long the cache is.
 
-Letters: B batch, T new tokens, S slots of one device, H heads, G key-value heads, D head dim,
+Dimensions: B batch, T new tokens, S slots of one device, H heads, G key-value heads, D head dim,
 P value dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer, Shaped
 
 from tilescan.ops import masks
+from tilescan.ops.attention_operands import Bias
 from tilescan.ops.decode_attention import decode_attention
 from tilescan.ops.mask_placed import Placed
 
@@ -21,13 +24,13 @@ def sharded_decode_attention(
     k_cache: Float[Array, "B S G D"],
     v_cache: Float[Array, "B S G P"],
     *,
-    lengths: Int[Array, " B"],
+    lengths: Integer[Array, " B"],
     mask: masks.Mask = masks.Causal(),  # noqa: B008 (frozen)
-    bias: Float[Array, "#B #H #T #S"] | None = None,
+    bias: Bias | None = None,
     axis_name: str = "sequence",
-    **options,
-):
-    """`ops.decode_attention` to a cache cut over a mesh axis; called inside `jax.shard_map`.
+    **options: Any,
+) -> Float[Array, "B T H P"]:
+    """Computes `ops.decode_attention` to a cache sharded over a mesh axis, inside `jax.shard_map`.
 
     Args:
       q: the newest queries, the same on all devices.
@@ -55,14 +58,14 @@ def sharded_decode_attention(
 
 
 def sharded_append(
-    cache: Float[Array, "B S ..."],
-    new: Float[Array, "B T ..."],
-    lengths: Int[Array, " B"],
+    cache: Shaped[Array, "B S ..."],
+    new: Shaped[Array, "B T ..."],
+    lengths: Integer[Array, " B"],
     axis_name: str = "sequence",
-):
-    """The cache with T new entries behind the `lengths` that are filled, each on its device.
+) -> Shaped[Array, "B S ..."]:
+    """Returns the cache with T new entries after the `lengths` filled slots, each on its device.
 
-    What is past the last device's slots is dropped.
+    Entries beyond the last device's slots are dropped.
     """
     (B, T), S = new.shape[:2], cache.shape[1]
     slots = lengths[:, None] + jnp.arange(T)[None] - jax.lax.axis_index(axis_name) * S

@@ -1,6 +1,6 @@
-"""The ways to split one sequence over devices, by name.
+"""The strategies to shard one sequence over devices, by name.
 
-One setting names a way for attention, a way for recurrences, or both:
+One setting names a strategy for attention, one for recurrences, or both:
 
     "ring"              attention by a ring; recurrences by their default, "all_scan"
     "ring_kernel"       the ring on TPUs alone, its transfers within the attention kernels
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tilescan.spelling import did_you_mean
 
-# What travels, per layer and device; see the modules named so.
+# Each is described in the module of its name.
 ATTENTION_KINDS = ("ring", "ulysses", "usp", "all_gather", "ring_self_attention")
 # The same for TPUs alone.
 TPU_ATTENTION_KINDS = ("ring_kernel",)
@@ -23,23 +23,23 @@ BALANCES = ("contiguous", "zigzag", "striped")
 
 
 class Kinds(NamedTuple):
-    """The ways chosen for attention and for recurrences."""
+    """The strategies of attention and of recurrences."""
 
     attention: str
     scan: str
 
 
 def kinds(setting: str) -> Kinds:
-    """The ways that a setting names; what it leaves out is "ring" or "all_scan".
+    """Returns the strategies that a setting names; by default "ring" and "all_scan".
 
     Raises:
-      ValueError: a name that neither attention nor recurrences know.
+      ValueError: a name that neither attention nor recurrences have.
     """
-    parts = setting.split("+")
+    names = setting.split("+")
     attention = ATTENTION_KINDS + TPU_ATTENTION_KINDS
-    if len(parts) == 2 and parts[0] in attention and parts[1] in SCAN_KINDS:
-        return Kinds(*parts)
-    if len(parts) == 1 and setting in attention + SCAN_KINDS:
+    if len(names) == 2 and names[0] in attention and names[1] in SCAN_KINDS:
+        return Kinds(*names)
+    if len(names) == 1 and setting in attention + SCAN_KINDS:
         return Kinds(
             setting if setting in attention else ATTENTION_KINDS[0],
             setting if setting in SCAN_KINDS else SCAN_KINDS[0],

@@ -1,13 +1,13 @@
-"""Ring attention: keys and values travel round the devices, queries stay (arXiv 2310.01889).
+"""Ring attention: keys and values travel around the devices, queries stay (arXiv 2310.01889).
 
-Every device attends to the keys that it holds at the moment, merges the result by its
-log-sum-exp, and hands the keys on. The backward pass is a second ring, in which the gradients of
+Every device attends to the keys that it has at the moment, merges the result by its log-sum-exp,
+and sends the keys on. The backward pass is a second ring, in which the gradients of
 the keys travel with them: a device never keeps another's keys, so its memory is linear in its own
-tokens, whatever the number of devices. The next keys are asked for before the present ones are
-used, so that the compiler can hide the transfer; or, on TPUs, the attention kernels themselves send
+tokens, whatever the number of devices. The transfer of the next keys starts before the present ones
+are used, so that the compiler can hide it; or, on TPUs, the attention kernels themselves send
 them (`ring_attention_tpu`).
 
-Letters: B batch, T query time, S key time of one device, H heads, G key-value heads, D head dim,
+Dimensions: B batch, T query time, S key time of one device, H heads, G key-value heads, D head dim,
 P value dim, R devices of the ring.
 """
 
@@ -17,20 +17,22 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32, PyTree
 
 from tilescan.ops import masks
 from tilescan.ops.decode_attention import merge_partials
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.reverse_mode import written_vjp
-from tilescan.ops.sequence_parallel import layouts, parts, ring_attention_tpu
+from tilescan.ops.sequence_parallel import layouts, ring_attention_tpu, shard_attention
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """The devices of a mesh axis that form rings of `size`; by default all of them form one.
+    """The devices of a mesh axis in one or more rings of equal size.
 
-    rings[i] are the axis indices of ring i, in their order; each device is in one.
+    Attributes:
+      axis_name: of the mesh.
+      rings: rings[i] are the axis indices of ring i, in their order; each device is in one.
     """
 
     axis_name: str
@@ -38,22 +40,24 @@ class Ring:
 
     @property
     def size(self) -> int:
+        """The number of devices of a ring."""
         return len(self.rings[0])
 
     @classmethod
     def whole(cls, axis_name: str) -> "Ring":
+        """Returns one ring of all devices of an axis."""
         return cls(axis_name, (tuple(range(jax.lax.axis_size(axis_name))),))
 
-    def index(self):
-        """This device's place in its ring."""
+    def index(self) -> Int32[Array, ""]:
+        """Returns this device's index in its ring."""
         if len(self.rings) == 1:
             return jax.lax.axis_index(self.axis_name)
         places = {device: i for ring in self.rings for i, device in enumerate(ring)}
         table = jnp.asarray([places[d] for d in range(len(places))], jnp.int32)
         return table[jax.lax.axis_index(self.axis_name)]
 
-    def send(self, tree, hops: int = 1):
-        """tree of the device `hops` places before this one."""
+    def send(self, tree: PyTree, hops: int = 1) -> PyTree:
+        """Sends a tree `hops` devices on; returns that of the device `hops` before this one."""
         n = self.size
         if hops % n == 0:
             return tree
@@ -67,17 +71,17 @@ def ring_attention(
     v: Float[Array, "B S G P"],
     *,
     mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
-    bias: Float[Array, "#B #H #T #RS"] | None = None,
+    bias: shard_attention.Bias | None = None,
     scale: float | None = None,
     logit_cap: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
     axis_name: str = "sequence",
-    balance: str = "contiguous",
+    balance: shard_attention.Balances = "contiguous",
     ring: Ring | None = None,
     transfers: str | ring_attention_tpu.Transfers | None = None,
-):
-    """`ops.attention` of a sequence that a mesh axis splits; called inside `jax.shard_map`.
+) -> Float[Array, "B T H P"] | tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
+    """Computes `ops.attention` of a sequence sharded over a mesh axis, inside `jax.shard_map`.
 
     Args:
       q, k, v: this device's tokens, in the order of `balance`.
@@ -86,33 +90,35 @@ def ring_attention(
       bias: of this device's queries (or 1) and the keys of all devices (or 1), in the devices'
         order.
       scale, logit_cap, return_lse, implementation: as in `ops.attention`.
-      axis_name: the mesh axis that splits time.
+      axis_name: the mesh axis that shards time.
       balance: which tokens a device holds, see `ops.sequence_parallel.layouts`; a pair of queries'
         and keys' where they differ.
       ring: some of the axis's devices, for several rings side by side; default: all.
       transfers: "xla" (or None), collectives between calls of attention, or "kernel", for TPUs:
-        remote copies within the attention kernels, one call of which is a round. What the latter
-        take is said by `ring_attention_tpu.unsupported`.
+        remote copies within the attention kernels, one call of which is a round; what these support
+        is in `ring_attention_tpu.unsupported`.
 
     Returns:
       o [B, T, H, P] in q's dtype; with return_lse also lse [B, T, H].
 
-    Rounds in which no device sees any of the keys are left out: a window costs as many rounds as
-    it is long. Each round sends S (D + P) G elements (and their gradients in the backward pass).
+    Rounds in which no device sees any of the keys are skipped: the rounds of a window are
+    proportional to its length. Each round sends S (D + P) G elements (and their gradients in the
+    backward pass).
 
     Raises:
-      ValueError: as `ops.attention`; T that differs from S in one order; lengths that `balance`
-        cannot deal; transfers="kernel" for what has no such kernel, or, when the program is
-        lowered, for another platform than TPUs.
+      ValueError: as `ops.attention`; T that differs from S in one order; lengths that do not
+        fit `balance`; transfers="kernel" for arguments without such a kernel, or, when the program
+        is lowered, for another platform than TPUs.
     """
+    # What is static: the rounds, the pairs of ranges that see each other, and the transfers.
     ring = Ring.whole(axis_name) if ring is None else ring
-    parts.check(q, k, v, mask, bias, ring.size, balance)
+    shard_attention.check(q, k, v, mask, bias, ring.size, balance)
     options = _Options(
-        parts.options(q, scale, logit_cap, implementation),
+        shard_attention.options(q, scale, logit_cap, implementation),
         ring,
         balance,
         rounds(mask, ring.size, q.shape[1], balance, k.shape[1]),
-        parts.pairs(mask, ring.size, q.shape[1], balance, k.shape[1]),
+        shard_attention.pairs(mask, ring.size, q.shape[1], balance, k.shape[1]),
     )
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
@@ -125,7 +131,7 @@ def ring_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    attention: parts.Options
+    attention: shard_attention.Options
     ring: Ring
     balance: layouts.Balance | tuple[layouts.Balance, layouts.Balance]
     rounds: int
@@ -137,15 +143,15 @@ class _Options:
 
     def queries(self, p, T):
         of_queries, _ = layouts.of_queries_and_keys(self.balance)
-        return layouts.stretches(p, self.ring.size, T, of_queries)
+        return layouts.ranges(p, self.ring.size, T, of_queries)
 
     def keys(self, p, S):
         _, of_keys = layouts.of_queries_and_keys(self.balance)
-        return layouts.stretches(p, self.ring.size, S, of_keys)
+        return layouts.ranges(p, self.ring.size, S, of_keys)
 
 
 def _transfers(transfers, q, k, v, bias, mask, options):
-    """The kernels' way to send, or None for collectives."""
+    """Returns how the kernels send, or None for collectives."""
     if transfers in ("xla", None):
         return None
     if transfers == "kernel":
@@ -167,7 +173,7 @@ def _transfers(transfers, q, k, v, bias, mask, options):
 
 
 def _by_kernels(direction, like, options, *arrays):
-    """direction(*arrays) of `ring_attention_tpu`, for TPUs; `like` is the same by collectives."""
+    """Computes direction(*arrays) of `ring_attention_tpu` on TPUs; `like` does by collectives."""
     call = functools.partial(direction, options=options, transfers=options.transfers)
     if options.transfers.interpret:
         return call(*arrays)
@@ -200,31 +206,33 @@ def _forward(q, k, v, bias, mask, options):
         return _by_kernels(ring_attention_tpu.forward, like, options, q, k, v, mask)
     T, S, P = q.shape[1], k.shape[1], options.ring.size
     here = options.ring.index()
-    q_ids, kv_ids = parts.segment_ids(mask, T, S)
+    q_ids, kv_ids = shard_attention.segment_ids(mask, T, S)
 
-    def attend(part, r, keys):
-        """part, merged with the attention to the keys that have made r hops."""
+    # After r hops a device has the keys of device here - r: (o, lse) of all rounds are merged.
+    def attend(partial, r, keys):
+        """Returns (o, lse) merged with the attention to the keys that have made r hops."""
         k, v, kv_ids = keys
         owner = (here - r) % P
-        new = parts.forward(
-            q, k, v, parts.columns(bias, owner, S), mask, (q_ids, kv_ids),
+        new = shard_attention.forward(
+            q, k, v, shard_attention.columns(bias, owner, S), mask, (q_ids, kv_ids),
             options.queries(here, T), options.keys(owner, S), options.attention,
             seen=options.seen,
         )  # fmt: skip
-        return merge_partials(*part, *new)
+        return merge_partials(*partial, *new)
 
     def one_round(carry, r):
-        part, keys = carry
-        coming = options.ring.send(keys)
-        return (attend(part, r, keys), coming), None
+        partial, keys = carry
+        next_keys = options.ring.send(keys)
+        return (attend(partial, r, keys), next_keys), None
 
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     B, _, H, _ = q.shape
-    part = jnp.zeros((B, T, H, v.shape[3]), dtype), jnp.full((B, T, H), -jnp.inf, dtype)
+    partial = jnp.zeros((B, T, H, v.shape[3]), dtype), jnp.full((B, T, H), -jnp.inf, dtype)
     keys = k, v, kv_ids
     last = options.rounds - 1
-    (part, keys), _ = jax.lax.scan(one_round, (part, keys), jnp.arange(last))
-    o, lse = attend(part, last, keys)
+    (partial, keys), _ = jax.lax.scan(one_round, (partial, keys), jnp.arange(last))
+    # The last round sends nothing.
+    o, lse = attend(partial, last, keys)
     return o.astype(q.dtype), lse
 
 
@@ -240,31 +248,32 @@ def _ring_bwd(options, residuals, cotangents):
         return *_by_kernels(ring_attention_tpu.backward, like, options, *arrays), None, None
     T, S, P = q.shape[1], k.shape[1], options.ring.size
     here = options.ring.index()
-    q_ids, kv_ids = parts.segment_ids(mask, T, S)
+    q_ids, kv_ids = shard_attention.segment_ids(mask, T, S)
 
+    # dQ and dbias stay; dK and dV travel with their keys, and each device adds its own.
     def add(sums, dkeys, r, keys):
         k, v, kv_ids = keys
         owner = (here - r) % P
-        dq, dk, dv, dbias = parts.backward(
-            q, k, v, parts.columns(bias, owner, S), mask, (q_ids, kv_ids),
+        dq, dk, dv, dbias = shard_attention.backward(
+            q, k, v, shard_attention.columns(bias, owner, S), mask, (q_ids, kv_ids),
             options.queries(here, T), options.keys(owner, S), options.attention,
             o, lse, do, dlse, seen=options.seen,
         )  # fmt: skip
-        sums = sums[0] + dq, parts.add_columns(sums[1], dbias, owner, S)
+        sums = sums[0] + dq, shard_attention.add_columns(sums[1], dbias, owner, S)
         return sums, (dkeys[0] + dk, dkeys[1] + dv)
 
     def one_round(carry, r):
         sums, dkeys, keys = carry
-        coming = options.ring.send(keys)
+        next_keys = options.ring.send(keys)
         sums, dkeys = add(sums, dkeys, r, keys)
-        return (sums, options.ring.send(dkeys), coming), None
+        return (sums, options.ring.send(dkeys), next_keys), None
 
     zeros = lambda x: None if x is None else jnp.zeros(x.shape, lse.dtype)
     carry = (zeros(q), zeros(bias)), (zeros(k), zeros(v)), (k, v, kv_ids)
     last = options.rounds - 1
     (sums, dkeys, keys), _ = jax.lax.scan(one_round, carry, jnp.arange(last))
     (dq, dbias), dkeys = add(sums, dkeys, last, keys)
-    dk, dv = options.ring.send(dkeys, -last)  # home, in one message
+    dk, dv = options.ring.send(dkeys, -last)  # to the keys' own device, in one message
     cast = lambda x, like: None if like is None else x.astype(like.dtype)
     return cast(dq, q), cast(dk, k), cast(dv, v), cast(dbias, bias), None
 
@@ -272,9 +281,14 @@ def _ring_bwd(options, residuals, cotangents):
 _ring.defvjp(_ring_fwd, _ring_bwd)
 
 
-def rounds(mask: masks.Mask, P: int, T: int, balance, S: int | None = None) -> int:
-    """How many devices' keys any device has to look at: 1 + the hops to the farthest."""
-    found = parts.sees(mask, P, T, balance, S).any(axis=(1, 3))
+def rounds(
+    mask: masks.Mask, P: int, T: int, balance: shard_attention.Balances, S: int | None = None
+) -> int:
+    """Returns the rounds after which all devices have seen all keys that they see.
+
+    That is 1 + the hops to the farthest of them.
+    """
+    found = shard_attention.sees(mask, P, T, balance, S).any(axis=(1, 3))
     device = np.arange(P)
     hops = (device[:, None] - device[None]) % P
     return 1 + int(hops[found].max(initial=0))

@@ -1,25 +1,29 @@
 """Ring attention on TPUs whose transfers run inside the attention kernels.
 
-One call of `pallas_kernels.tpu.flash_attention` is one round: it attends to all stretches of the
-keys at hand, while it sends them on. In the backward pass the dK/dV call sends the keys, and the dQ
+One call of `pallas_kernels.tpu.flash_attention` is one round: it attends to all ranges of the
+present keys while it sends them on. In the backward pass the dK/dV call sends the keys, and the dQ
 call of the same round, which has nothing to wait for, the gradients of the keys; in the last round
-these go straight home. What is decided here: tiles that divide a device's stretches, where each
-tile stands, which tiles are live, and what the kernels can't take.
+these are sent to the keys' own device. Decided here: tiles that divide a device's ranges, the
+position of each tile, which tiles are live, and what the kernels can't take.
 
-Letters: B batch, T query time, S key time of one device, H heads, G key-value heads, D head dim,
+Dimensions: B batch, T query time, S key time of one device, H heads, G key-value heads, D head dim,
 P value dim, M batch or 1, I and J tiles of queries and keys.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from tilescan.ops import attention_tpu, masks
 from tilescan.ops.attention_operands import backward_operands, forward_operands
 from tilescan.ops.decode_attention import merge_partials
-from tilescan.ops.sequence_parallel import parts
+from tilescan.ops.mask_placed import Range
+from tilescan.ops.sequence_parallel import shard_attention
 from tilescan.pallas_kernels import tiles
 from tilescan.pallas_kernels.tpu import flash_attention as kernels
 from tilescan.pallas_kernels.tpu.ring_attention import Carry
@@ -32,10 +36,12 @@ COLLECTIVE_ID = 16
 class Transfers:
     """How the kernels of a ring send.
 
-    cores: TensorCores of a device.
-    collective_id: of the barrier with the next device; the next id is that of the barrier with the
-      device that gradients go home to. Rings along other axes have others.
-    interpret: False, or `pltpu.InterpretParams` on CPUs.
+    Attributes:
+      axis_name: of the mesh.
+      cores: TensorCores of a device.
+      collective_id: of the barrier with the next device; the next id is that of the barrier with
+        the device to which gradients return. Rings along other axes have others.
+      interpret: False, or `pltpu.InterpretParams` on CPUs.
     """
 
     axis_name: str
@@ -44,15 +50,16 @@ class Transfers:
     interpret: object = False
 
     @classmethod
-    def along(cls, axis_name: str, interpret=False) -> "Transfers":
-        """Of the mesh at hand; inside `jax.shard_map`."""
+    def along(cls, axis_name: str, interpret: Any = False) -> "Transfers":
+        """Returns the transfers along an axis of the mesh in use; inside `jax.shard_map`."""
         mesh = jax.sharding.get_abstract_mesh()
         device = mesh.abstract_device
         cores = (device.num_cores if device is not None else None) or 1
         ids = COLLECTIVE_ID + 2 * mesh.axis_names.index(axis_name)
         return cls(axis_name, cores, ids, interpret)
 
-    def carry(self, arrays, hops: int) -> Carry | None:
+    def carry(self, arrays: Sequence[jax.Array], hops: int) -> Carry | None:
+        """Returns what a kernel sends `hops` devices on; None if that is the device itself."""
         hops %= jax.lax.axis_size(self.axis_name)
         if hops == 0:
             return None
@@ -61,11 +68,24 @@ class Transfers:
         )
 
 
-def unsupported(q, k, v, bias, mask, ring, queries, keys) -> str | None:
-    """Why the kernels can't take these arguments of a ring, in words that say what would; or None.
+def unsupported(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    bias: Float[Array, "..."] | None,
+    mask: masks.Mask,
+    ring: Any,
+    queries: tuple[Range, ...],
+    keys: tuple[Range, ...],
+) -> str | None:
+    """Returns why the kernels can't take these arguments and what would work; None if they can.
 
-    queries, keys: the stretches of any device.
+    Args:
+      q, k, v, bias, mask: of `ring_attention`.
+      ring: its `Ring`.
+      queries, keys: the ranges of any device.
     """
+    # What kernels that send don't have at all.
     if ring.size != jax.lax.axis_size(ring.axis_name):
         return "a ring of some of an axis's devices has no kernel; a ring of all of them has"
     if bias is not None:
@@ -77,12 +97,14 @@ def unsupported(q, k, v, bias, mask, ring, queries, keys) -> str | None:
             return f"head dim {name}={size}; 16 to 256 have a kernel"
     if any(isinstance(m, masks.BlockSparse) for m in attention_tpu.leaves(mask)):
         return "BlockSparse has no kernel that sends; masks without it have"
+    # Ranges in whole tiles.
     lengths = [s.length for s in (*queries, *keys)]
     if math.gcd(*lengths) % kernels.LANES:
         return (
-            f"a device holds stretches of {', '.join(map(str, sorted(set(lengths))))} tokens; "
+            f"a device holds ranges of {', '.join(map(str, sorted(set(lengths))))} tokens; "
             f"multiples of {kernels.LANES} have a kernel: pad the sequence"
         )
+    # Tables in scalar memory.
     M = 1 if masks.segments_of(mask) is None else q.shape[0]
     for kernel in ("forward", "dq", "dkv"):
         tile = _tile(kernel, q, v, mask, queries, keys)
@@ -97,47 +119,70 @@ def unsupported(q, k, v, bias, mask, ring, queries, keys) -> str | None:
     return None
 
 
-def forward(q, k, v, mask, *, options, transfers: Transfers):
-    """(o [B, T, H, P] in q's dtype, lse [B, T, H] float32) of the attention to all devices' keys.
+def forward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    mask: masks.Mask,
+    *,
+    options: Any,
+    transfers: Transfers,
+) -> tuple[Float[Array, "B T H P"], Float32[Array, "B T H"]]:
+    """Returns (o in q's dtype, lse) of the attention to all devices' keys.
 
-    options: a ring's, `ring_attention._Options`.
+    options: those of `ring_attention`, an `_Options`.
     """
     k, v = forward_operands(k, v, mask)
     ring = _Ring.of(q, k, v, mask, options, transfers, ("forward",))
 
-    def attend(part, r, keys, hops):
+    def attend(partial, r, keys, hops):
         call, sides = ring.call("forward", r, keys)
-        o, lse, *coming = kernels.forward(*call, **sides, carry=transfers.carry(keys, hops))
-        return merge_partials(*part, o.astype(lse.dtype), lse[:, :, 0]), coming or keys
+        o, lse, *next_keys = kernels.forward(*call, **sides, carry=transfers.carry(keys, hops))
+        return merge_partials(*partial, o.astype(lse.dtype), lse[:, :, 0]), next_keys or keys
 
     def one_round(carry, r):
         return attend(carry[0], r, carry[1], 1), None
 
     B, T, H, _ = q.shape
-    part = jnp.zeros((B, H, T, v.shape[3]), jnp.float32), jnp.full((B, H, T), -jnp.inf, jnp.float32)
+    zeros = jnp.zeros((B, H, T, v.shape[3]), jnp.float32)
+    partial = zeros, jnp.full((B, H, T), -jnp.inf, jnp.float32)
     last = options.rounds - 1
-    (part, keys), _ = jax.lax.scan(one_round, (part, ring.keys), jnp.arange(last), unroll=2)
-    (o, lse), _ = attend(part, last, keys, 0)
+    (partial, keys), _ = jax.lax.scan(one_round, (partial, ring.keys), jnp.arange(last), unroll=2)
+    (o, lse), _ = attend(partial, last, keys, 0)
     return o.astype(q.dtype).swapaxes(1, 2), lse.swapaxes(1, 2)
 
 
-def backward(q, k, v, mask, o, lse, do, dlse, *, options, transfers: Transfers):
-    """(dq, dk, dv) in the shapes and dtypes of (q, k, v), from the results and their cotangents."""
+def backward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    mask: masks.Mask,
+    o: Float[Array, "B T H P"],
+    lse: Float[Array, "B T H"],
+    do: Float[Array, "B T H P"],
+    dlse: Float[Array, "B T H"],
+    *,
+    options: Any,
+    transfers: Transfers,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B S G D"], Float[Array, "B S G P"]]:
+    """Returns (dq, dk, dv) in the dtypes of (q, k, v), from results and their cotangents."""
+    # Rows of the kernels: dO, lse in units of log 2, and delta_i = sum_p dO_ip O_ip - dlse_i.
     q, k, v, o, lse, do, dlse = backward_operands(q, k, v, o, lse, do, dlse, mask)
     ring = _Ring.of(q, k, v, mask, options, transfers, ("dkv", "dq"))
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
     lse = jnp.where(jnp.isneginf(lse), kernels.NO_KEYS, lse * kernels.LOG2E)
     rows = do.swapaxes(1, 2), *(x.swapaxes(1, 2)[:, :, None] for x in (lse, delta))
 
-    def add(sums, r, hops, homewards, dtype=jnp.float32):
+    def add(sums, r, hops, home_hops, dtype=jnp.float32):
+        # The dK/dV kernel sends the keys, the dQ kernel the sums of their gradients.
         dq, dkeys, keys = sums
         call, sides = ring.call("dkv", r, keys, rows)
         (*new,) = kernels.backward_dkv(*call, **sides, carry=transfers.carry(keys, hops))
         dkeys = [(x + y.astype(x.dtype)).astype(dtype) for x, y in zip(dkeys, new, strict=False)]
         call, sides = ring.call("dq", r, keys, rows)
-        carry = transfers.carry(dkeys, homewards)
-        part, *arrived = kernels.backward_dq(*call, **sides, carry=carry)
-        return dq + part.astype(dq.dtype), arrived or dkeys, new[2:] or keys
+        carry = transfers.carry(dkeys, home_hops)
+        new_dq, *arrived = kernels.backward_dq(*call, **sides, carry=carry)
+        return dq + new_dq.astype(dq.dtype), arrived or dkeys, new[2:] or keys
 
     def one_round(sums, r):
         return add(sums, r, 1, 1), None
@@ -154,7 +199,7 @@ def backward(q, k, v, mask, o, lse, do, dlse, *, options, transfers: Transfers):
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """What all rounds of a device share; heads come before time, as kernels have it."""
+    """What all rounds of a device share; heads are before time, as in the kernels."""
 
     q: jax.Array
     keys: list[jax.Array]  # k, v and the segment ids of keys, if any: this device's own
@@ -162,14 +207,14 @@ class _Ring:
     mask: masks.Mask
     options: object
     transfers: Transfers
-    # Of the walks of all rounds, {kernel: {name: [rounds, ...]}}, worked out at once. Where segment
-    # ids travel there are none: each round has to wait for its ids.
+    # Tables of the walks of all rounds, {kernel: {name: [rounds, ...]}}, computed at once. Where
+    # segment ids travel there are none: each round has to wait for its ids.
     tables: dict | None = None
 
     @classmethod
     def of(cls, q, k, v, mask, options, transfers, names):
-        """names: of the kernels."""
-        q_ids, k_ids = parts.segment_ids(mask, q.shape[1], k.shape[1])
+        """Returns what the rounds of the kernels `names` share."""
+        q_ids, k_ids = shard_attention.segment_ids(mask, q.shape[1], k.shape[1])
         q, *keys = (x.swapaxes(1, 2) for x in (q, k, v))
         if k_ids is not None:
             q_ids, k_ids = q_ids.astype(jnp.int32), k_ids.astype(jnp.int32)
@@ -182,7 +227,7 @@ class _Ring:
         return dataclasses.replace(ring, tables=tables)
 
     def walk(self, kernel, r, ids=None):
-        """(schedule, tile) over keys that have made r hops."""
+        """Returns (schedule, tile) over keys that have made r hops."""
         options, here = self.options, self.options.ring.index()
         owner = (here - r) % options.ring.size
         k, v = self.keys[:2]
@@ -191,7 +236,7 @@ class _Ring:
         return _schedule(kernel, tile, self.mask, ids, queries, keys), tile
 
     def call(self, kernel, r, keys, rows=()):
-        """Arguments of a kernel for keys that have made r hops."""
+        """Returns arguments of a kernel for keys that have made r hops."""
         k, v, *k_ids = keys
         ids = None if self.q_ids is None else (self.q_ids, *k_ids)
         walk, tile = self.walk(kernel, r, ids)
@@ -211,16 +256,17 @@ class _Ring:
 
 
 def _tile(kernel, q, v, mask, queries, keys):
-    """The tile of a kernel, whose sides divide all stretches."""
-    lengths = (math.gcd(*(s.length for s in stretches)) for stretches in (queries, keys))
+    """Returns the tile of a kernel, whose sides divide all ranges."""
+    lengths = (math.gcd(*(s.length for s in ranges)) for ranges in (queries, keys))
     return attention_tpu.tile_dividing(kernel, *lengths, max(q.shape[3], v.shape[3]), q.dtype, mask)
 
 
 def _schedule(kernel, tile, mask, ids, queries, keys) -> tiles.Schedule:
-    """The walk of a kernel over a device's queries and keys, given the stretches of both.
+    """Returns the walk of a kernel over a device's queries and keys, given the ranges of both.
 
     ids: segment ids of queries [B, T] and keys [B, S], or None.
     """
+    # Every query sees every key: no tables.
     outer = "keys" if kernel == "dkv" else "queries"
     band = mask.band()
     if band is not None and band.left is band.right is band.limit is None:
@@ -228,11 +274,12 @@ def _schedule(kernel, tile, mask, ids, queries, keys) -> tiles.Schedule:
             mask.visible, mask.tile_summary, band.key_bounds, band.query_bounds
         )
         axes = (
-            tiles.Axis(sum(s.length for s in stretches), block)
-            for stretches, block in ((queries, tile.queries), (keys, tile.keys))
+            tiles.Axis(sum(s.length for s in ranges), block)
+            for ranges, block in ((queries, tile.queries), (keys, tile.keys))
         )
         return tiles.interval_schedule(everything, *axes, 0, outer=outer)
 
+    # The kind of every tile, from the positions and segment ids of its first and last tokens.
     q_stride, k_stride = queries[0].stride, keys[0].stride
     q_at, k_at = _places(queries, tile.queries), _places(keys, tile.keys)
     tables, q_bounds, k_bounds = {"q_at": q_at, "k_at": k_at}, None, None
@@ -249,6 +296,7 @@ def _schedule(kernel, tile, mask, ids, queries, keys) -> tiles.Schedule:
     M, I, J = 1 if ids is None else len(ids[0]), len(q_at), len(k_at)
     kinds = seen.astype(jnp.int8) + (seen & whole).astype(jnp.int8)
 
+    # The same inside a tile, for the kernel.
     def place(q_row, k_row, tables):
         i, j = tiles.divide(q_row, tile.queries), tiles.divide(k_row, tile.keys)
         return (
@@ -270,6 +318,7 @@ def _schedule(kernel, tile, mask, ids, queries, keys) -> tiles.Schedule:
         q_end, k_end = q + q_stride * (q_hi - q_lo), k + k_stride * (k_hi - k_lo)
         return mask.tile_summary(q, q_end, k, k_end, *segments)
 
+    # Lists of live tiles, as long as the mask allows.
     sides = (queries, tile.queries), (keys, tile.keys)
     most = _most_live(mask, *(sides if outer == "queries" else sides[::-1]))
     schedule = tiles.list_schedule(jnp.broadcast_to(kinds, (M, I, J)), 0, outer=outer, most=most)
@@ -282,25 +331,25 @@ def _schedule(kernel, tile, mask, ids, queries, keys) -> tiles.Schedule:
     )
 
 
-def _places(stretches, block: int):
-    """int32 [tiles]: the position of each tile's first token."""
+def _places(ranges, block: int):
+    """Returns the position of each tile's first token, int32 [tiles]."""
     return jnp.concatenate(
         [
             jnp.asarray(s.start, jnp.int32)
             + s.stride * jnp.arange(0, s.length, block, dtype=jnp.int32)
-            for s in stretches
+            for s in ranges
         ]
     )
 
 
 def _most_live(mask, along, across) -> int | None:
-    """More tiles than any tile of one side sees of the other; None where all may be.
+    """Returns a bound on the tiles of one side that a tile of the other sees; None without one.
 
-    A tile sees a run of at most `positions` of the other side, a few tiles of each stretch.
+    A tile sees at most `positions` consecutive ones of the other side, a few tiles of each range.
     """
     width = attention_tpu.span(mask)
     if width is None:
         return None
-    (stretches, block), (others, step) = along, across
-    positions = stretches[0].stride * (block - 1) + width
+    (ranges, block), (others, step) = along, across
+    positions = ranges[0].stride * (block - 1) + width
     return sum(min(s.length // step, (positions - 2) // (step * s.stride) + 2) for s in others)

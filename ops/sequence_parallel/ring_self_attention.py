@@ -1,11 +1,11 @@
 """Ring Self-Attention of "Sequence Parallelism" (Li et al., arXiv 2105.13120).
 
-Two rings: keys go round and give each device complete rows of scores, the softmax is taken, then
-values go round. Rows are as long as the sequence, so memory is T times that of all devices; the
-ring with a running softmax (`ring_attention`) needs no row. The scale is D**-0.5, not the
-reference code's root of the hidden size.
+Two rings: keys travel around and give each device complete rows of scores, the softmax is taken,
+then values travel around. Rows are as long as the sequence, so memory is T times that of all
+devices; the ring with an online softmax (`ring_attention`) needs no row. The scale is D**-0.5, not
+the reference code's root of the hidden size.
 
-Letters: B batch, T query time, S key time of one device, H heads, G key-value heads, R = H / G,
+Dimensions: B batch, T query time, S key time of one device, H heads, G key-value heads, R = H / G,
 D head dim, P value dim, or devices along the axis.
 """
 
@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 
 from tilescan.ops import masks
 from tilescan.ops.attention_operands import backward_operands, forward_operands
-from tilescan.ops.mask_placed import Stretch
+from tilescan.ops.mask_placed import Range
 from tilescan.ops.reverse_mode import written_vjp
-from tilescan.ops.sequence_parallel import layouts, parts
+from tilescan.ops.sequence_parallel import layouts, shard_attention
 from tilescan.ops.sequence_parallel.ring_attention import Ring
 
 REDUCTIONS = ("reduce_scatter", "all_reduce")
@@ -38,10 +38,10 @@ def ring_self_attention(
     return_lse: bool = False,
     implementation: str | None = None,
     axis_name: str = "sequence",
-    balance: str = "contiguous",
+    balance: shard_attention.Balances = "contiguous",
     reduction: str = "reduce_scatter",
-):
-    """`ops.attention` of a sequence that a mesh axis splits; called inside `jax.shard_map`.
+) -> Float[Array, "B T H P"] | tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
+    """Computes `ops.attention` of a sequence sharded over a mesh axis, inside `jax.shard_map`.
 
     Arguments, results and errors are those of `ring_attention`, but for:
 
@@ -49,14 +49,14 @@ def ring_self_attention(
       bias, logit_cap: None.
       implementation: "xla" or None, which is the same.
       reduction: how the gradients of keys and values reach their device: "reduce_scatter", or the
-        paper's "all_reduce", of which a device keeps its part, with twice the traffic.
+        paper's "all_reduce", of which a device keeps its shard, with twice the traffic.
     """
     if isinstance(balance, tuple):
         raise ValueError(
             "ring_self_attention takes queries and keys in one order, not those of a chunk; "
             "sequence_parallel='ring' takes both"
         )
-    parts.check(q, k, v, mask, bias, jax.lax.axis_size(axis_name), balance)
+    shard_attention.check(q, k, v, mask, bias, jax.lax.axis_size(axis_name), balance)
     if bias is not None or logit_cap is not None:
         raise ValueError(
             "ring_self_attention takes no bias and no logit_cap; sequence_parallel='ring' does"
@@ -78,21 +78,21 @@ class _Options:
     reduction: str
 
     def round_trip(self, visit, carry, rotating, S: int):
-        """carry = visit(carry, first column of rotating's owner, rotating), for all owners."""
+        """Folds visit(carry, first column of rotating's owner, rotating) over all owners."""
         ring = Ring.whole(self.axis_name)
         here = ring.index()
 
         def step(state, r):
             carry, rotating = state
-            coming = ring.send(rotating)
-            return (visit(carry, (here - r) % ring.size * S, rotating), coming), None
+            next_arrays = ring.send(rotating)
+            return (visit(carry, (here - r) % ring.size * S, rotating), next_arrays), None
 
         last = ring.size - 1
         (carry, rotating), _ = jax.lax.scan(step, (carry, rotating), jnp.arange(last))
         return visit(carry, (here - last) % ring.size * S, rotating)
 
     def reduce(self, x):
-        """This device's part of the sum of x [B, S of all devices, ...]."""
+        """Returns this device's shard of the sum of x [B, S of all devices, ...]."""
         if self.reduction == "reduce_scatter":
             return jax.lax.psum_scatter(x, self.axis_name, scatter_dimension=1, tiled=True)
         P = jax.lax.axis_size(self.axis_name)
@@ -116,6 +116,7 @@ def _forward(q, k, v, mask, options):
     S, G, P = v.shape[1:]
     n = jax.lax.axis_size(options.axis_name)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+    # The first ring: rows of scores.
     k, v = forward_operands(k, v, mask)
     grouped = q.reshape(B, T, G, H // G, D).astype(dtype) * options.scale
 
@@ -125,15 +126,17 @@ def _forward(q, k, v, mask, options):
 
     rows = jnp.zeros((B, G, H // G, T, S * n), dtype)
     rows = options.round_trip(scores, rows, k, S)
+    # Softmax of whole rows.
     visible = _visible(mask, T, S, options)[:, None, None]
     rows = jnp.where(visible, rows, -jnp.inf)
     lse = jax.nn.logsumexp(rows, axis=-1)
     p = jnp.exp(rows - jnp.where(jnp.isneginf(lse), 0.0, lse)[..., None])
     p = jnp.where(visible, p, 0.0)  # also of a row that sees NaN
 
+    # The second ring: values.
     def weigh(o, column, v):
-        part = jax.lax.dynamic_slice_in_dim(p, column, S, axis=4)
-        return o + jnp.einsum("bgrts,bsgp->btgrp", part, v.astype(dtype))
+        weights = jax.lax.dynamic_slice_in_dim(p, column, S, axis=4)
+        return o + jnp.einsum("bgrts,bsgp->btgrp", weights, v.astype(dtype))
 
     o = options.round_trip(weigh, jnp.zeros((B, T, G, H // G, P), dtype), v, S)
     return o.reshape(B, T, H, P).astype(q.dtype), _heads_last(lse), p
@@ -150,18 +153,20 @@ def _attend_bwd(options, residuals, cotangents):
     # Weights of rows that are not finite are NaN, but for the hidden ones.
     undefined = jnp.isnan(grouped(lse)).transpose(0, 2, 3, 1, 4)
     p = jnp.where(undefined & (p != 0), jnp.nan, p)
+    # dV = P^T dO; dS = P (dO V^T - delta), by a ring of values; dQ = dS K, by one of keys;
+    # dK = dS^T Q
     dv = options.reduce(jnp.einsum("bgrts,btgrp->bsgp", p, grouped(do)))
 
     def slopes(ds, column, v):
-        part = jax.lax.dynamic_slice_in_dim(p, column, S, axis=4)
+        weights = jax.lax.dynamic_slice_in_dim(p, column, S, axis=4)
         dp = jnp.einsum("btgrp,bsgp->bgrts", grouped(do), v.astype(p.dtype))
-        return jax.lax.dynamic_update_slice_in_dim(ds, part * (dp - delta), column, axis=4)
+        return jax.lax.dynamic_update_slice_in_dim(ds, weights * (dp - delta), column, axis=4)
 
     ds = options.round_trip(slopes, jnp.zeros_like(p), v, S)
 
     def queries(dq, column, k):
-        part = jax.lax.dynamic_slice_in_dim(ds, column, S, axis=4)
-        return dq + jnp.einsum("bgrts,bsgd->btgrd", part, k.astype(p.dtype))
+        columns = jax.lax.dynamic_slice_in_dim(ds, column, S, axis=4)
+        return dq + jnp.einsum("bgrts,bsgd->btgrd", columns, k.astype(p.dtype))
 
     dq = options.round_trip(queries, jnp.zeros(grouped(q).shape, p.dtype), k, S)
     dk = options.reduce(jnp.einsum("bgrts,btgrd->bsgd", ds, grouped(q)))
@@ -173,16 +178,16 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _visible(mask, T: int, S: int, options):
-    """bool [B or 1, T, S of all devices]: what this device's queries see, in the devices' order."""
+    """Returns bool [B or 1, T, S of all devices], in their order: what these queries see."""
     P = jax.lax.axis_size(options.axis_name)
-    q_ids, kv_ids = parts.segment_ids(mask, T, S)
+    q_ids, kv_ids = shard_attention.segment_ids(mask, T, S)
     if q_ids is not None:
         kv_ids = jax.lax.all_gather(kv_ids, options.axis_name, axis=1, tiled=True)
         pair = q_ids[:, :, None], kv_ids[:, None]
     else:
         pair = ()
     where = lambda device: jnp.concatenate(
-        [_positions(s) for s in layouts.stretches(device, P, T, options.balance)]
+        [_positions(s) for s in layouts.ranges(device, P, T, options.balance)]
     )
     rows = where(jax.lax.axis_index(options.axis_name))
     columns = jnp.asarray(layouts.order(S * P, P, options.balance))
@@ -190,11 +195,11 @@ def _visible(mask, T: int, S: int, options):
     return jnp.broadcast_to(seen, (seen.shape[0] if seen.ndim == 3 else 1, T, S * P))
 
 
-def _positions(stretch: Stretch):
-    return stretch.start + stretch.stride * jnp.arange(stretch.length)
+def _positions(where: Range):
+    return where.start + where.stride * jnp.arange(where.length)
 
 
 def _heads_last(x):
-    """[B, G, R, T] -> [B, T, H]"""
+    """Returns [B, G, R, T] as [B, T, H]."""
     B, G, R, T = x.shape
     return x.transpose(0, 3, 1, 2).reshape(B, T, G * R)

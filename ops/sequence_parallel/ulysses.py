@@ -1,11 +1,11 @@
 """Ulysses: all tokens of some heads instead of some tokens of all heads (arXiv 2309.14509).
 
-An all-to-all before attention gives each device the whole sequence in H / P heads, one behind it
-gives the tokens back. Any attention fits between. With a ring between (USP, arXiv 2405.07719), only
+An all-to-all before attention gives each device the whole sequence in H / P heads, one after it
+returns the tokens. Any attention fits between. With a ring between (USP, arXiv 2405.07719), only
 groups of devices exchange heads, and the groups' sequences meet in a ring: so P may exceed the
 number of key-value heads.
 
-Letters: B batch, T query time, S key time of one device, H heads, G key-value heads, D head dim,
+Dimensions: B batch, T query time, S key time of one device, H heads, G key-value heads, D head dim,
 P devices along the axis, U devices of a group, R groups.
 """
 
@@ -15,12 +15,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Int32
 
 from tilescan.ops import masks
 from tilescan.ops.attention import attention
-from tilescan.ops.mask_placed import Stretch, place, with_segments
-from tilescan.ops.sequence_parallel import layouts, parts
+from tilescan.ops.mask_placed import Range, place, with_segments
+from tilescan.ops.sequence_parallel import layouts, shard_attention
 from tilescan.ops.sequence_parallel.ring_attention import Ring, ring_attention
 
 
@@ -30,15 +30,15 @@ def ulysses_attention(
     v: Float[Array, "B S G P"],
     *,
     mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
-    bias: Float[Array, "#B #H #T #PS"] | None = None,
+    bias: shard_attention.Bias | None = None,
     scale: float | None = None,
     logit_cap: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
     axis_name: str = "sequence",
-    balance: str = "contiguous",
-):
-    """`ops.attention` of a sequence that a mesh axis splits; called inside `jax.shard_map`.
+    balance: shard_attention.Balances = "contiguous",
+) -> Float[Array, "B T H P"] | tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
+    """Computes `ops.attention` of a sequence sharded over a mesh axis, inside `jax.shard_map`.
 
     Arguments, results and errors are those of `ring_attention`. Each device sends
     (P - 1) / P of its q, k, v and o once forward and once backward. P that does not divide G
@@ -51,9 +51,10 @@ def ulysses_attention(
 
     def inner(q, k, v, *, mask, **rest):
         q_offset, start = map(layouts.first, layouts.of_queries_and_keys(balance))
-        part = isinstance(balance, tuple) and masks.split_segments(mask)[0].band() is None
-        if start or part:  # a layout of blocks is for all keys
-            queries, keys = Stretch(q_offset, 1, q.shape[1]), Stretch(start, 1, k.shape[1])
+        # A chunk's queries have an offset; a layout of blocks is for all keys.
+        blocks = isinstance(balance, tuple) and masks.split_segments(mask)[0].band() is None
+        if start or blocks:
+            queries, keys = Range(q_offset, 1, q.shape[1]), Range(start, 1, k.shape[1])
             mask, q_offset = place(mask, queries, keys)
         return attention(q, k, v, mask=mask, q_offset=q_offset, **options, **rest)
 
@@ -66,16 +67,18 @@ def usp_attention(
     v: Float[Array, "B S G P"],
     *,
     mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
-    bias: Float[Array, "#B #H #T #PS"] | None = None,
+    bias: shard_attention.Bias | None = None,
     scale: float | None = None,
     logit_cap: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
     axis_name: str = "sequence",
-    balance: str = "contiguous",
+    balance: shard_attention.Balances = "contiguous",
     group_size: int | None = None,
-):
-    """Ulysses among `group_size` devices, a ring among the groups; otherwise as `ring_attention`.
+) -> Float[Array, "B T H P"] | tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
+    """Computes Ulysses among `group_size` devices, a ring among the groups.
+
+    Otherwise arguments, results and errors are those of `ring_attention`.
 
     Args:
       group_size: U, a divisor of P; default: the largest that divides P and G, so that no
@@ -98,9 +101,14 @@ def usp_attention(
 
 
 class Groups:
-    """The devices of an axis in groups, which trade heads for time.
+    """The devices of an axis in groups, which exchange heads for time.
 
-    members[r] are the axis indices of group r, in the order in which their tokens are joined.
+    Attributes:
+      axis_name: of the mesh.
+      members: members[r] are the axis indices of group r, in the order in which their tokens are
+        concatenated.
+      size: devices of a group.
+      options: of the collectives among them.
     """
 
     def __init__(self, axis_name: str, members: tuple[tuple[int, ...], ...]):
@@ -111,35 +119,36 @@ class Groups:
             self.options["axis_index_groups"] = [list(group) for group in members]
 
     @classmethod
-    def of(cls, axis_name: str, P: int, U: int, balance) -> "Groups":
-        """Groups whose joined tokens lie as one device's of a mesh of P / U devices do."""
+    def of(cls, axis_name: str, P: int, U: int, balance: shard_attention.Balances) -> "Groups":
+        """Returns groups whose tokens are those of one of P / U devices in the same order."""
         R = P // U
         if balance == "striped":
             return cls(axis_name, tuple(tuple(range(r, P, R)) for r in range(R)))
         return cls(axis_name, tuple(tuple(range(r * U, r * U + U)) for r in range(R)))
 
-    def index(self):
-        """This device's place in its group."""
+    def index(self) -> Int32[Array, ""]:
+        """Returns this device's index in its group."""
         places = {device: i for group in self.members for i, device in enumerate(group)}
         table = jnp.asarray([places[d] for d in range(len(places))], jnp.int32)
         return table[jax.lax.axis_index(self.axis_name)]
 
-    def to_heads(self, x):
-        """[B, T, H, D] -> [B, U T, H / U, D]"""
+    def to_heads(self, x: Float[Array, "B T H D"]) -> Float[Array, "B _ _ D"]:
+        """Returns the group's tokens of this device's heads, [B, U T, H / U, D]."""
         return jax.lax.all_to_all(x, split_axis=2, concat_axis=1, **self.options)
 
-    def to_time(self, x):
-        """[B, U T, H / U, D] -> [B, T, H, D]"""
+    def to_time(self, x: Float[Array, "B _ _ D"]) -> Float[Array, "B _ _ D"]:
+        """Returns this device's tokens of all heads, the inverse of `to_heads`."""
         return jax.lax.all_to_all(x, split_axis=1, concat_axis=2, **self.options)
 
-    def gather(self, x, axis: int):
+    def gather(self, x: Array, axis: int) -> Array:
+        """Returns x of all devices of the group, concatenated along an axis."""
         return jax.lax.all_gather(x, axis=axis, **self.options)
 
-    def joined(self, T: int, balance: layouts.Balance) -> np.ndarray:
-        """int [U T]: which row of the joined devices stands where in their group's order."""
+    def joined(self, T: int, balance: layouts.Balance) -> Int[np.ndarray, " n"]:
+        """Returns the permutation of the group's concatenated U T tokens into its own order."""
         U, rows = self.size, np.arange(self.size * T)
         if isinstance(balance, layouts.Runs):
-            runs = layouts.stretches(0, U * len(self.members), T, balance)
+            runs = layouts.ranges(0, U * len(self.members), T, balance)
             rows = rows.reshape(U, T)
             return np.concatenate([rows[:, r.row : r.row + r.length].reshape(-1) for r in runs])
         if len(self.members) == 1:
@@ -153,18 +162,19 @@ class Groups:
 
 
 def _between(groups, balance, q, k, v, mask, bias, return_lse, inner):
-    """inner(q, k, v, mask=, bias=, return_lse=) between the two all-to-alls."""
+    """Computes inner(q, k, v, mask=, bias=, return_lse=) between the two all-to-alls."""
     (_, T, H, _), S, U = q.shape, k.shape[1], groups.size
     P = U * len(groups.members)
-    parts.check(q, k, v, mask, bias, P, balance)
-    ids = parts.segment_ids(mask, T, S)
+    shard_attention.check(q, k, v, mask, bias, P, balance)
+    ids = shard_attention.segment_ids(mask, T, S)
     of_queries, of_keys = layouts.of_queries_and_keys(balance)
     order, k_order = groups.joined(T, of_queries), groups.joined(S, of_keys)
     arrange = lambda x, order, axis=1: x if _plain(order) else jnp.take(x, order, axis=axis)
     back = lambda x: arrange(x, np.argsort(order))
 
+    # To heads: q, k and v by all-to-all, segment ids and bias gathered.
     H_all = -(-H // U) * U
-    k, v = (_spread_heads(x, H, H_all, U) for x in (k, v))
+    k, v = (_repeat_heads(x, H, H_all, U) for x in (k, v))
     q = arrange(groups.to_heads(_pad_heads(q, H_all)), order)
     k, v = (arrange(groups.to_heads(x), k_order) for x in (k, v))
     if ids[0] is not None:
@@ -173,6 +183,7 @@ def _between(groups, balance, q, k, v, mask, bias, return_lse, inner):
     if bias is not None:
         rows = lambda x: arrange(x, order, 2)
         bias = _group_bias(bias, groups, k_order, H_all, rows)
+    # Attention, and back to time.
     o, lse = inner(q, k, v, mask=mask, bias=bias, return_lse=True)
     o = groups.to_time(back(o))[:, :, :H]
     if not return_lse:
@@ -184,8 +195,8 @@ def _pad_heads(x, H: int):
     return jnp.pad(x, ((0, 0), (0, 0), (0, H - x.shape[2]), (0, 0)))
 
 
-def _spread_heads(x, H: int, H_all: int, U: int):
-    """Key-value heads such that U parts of them serve the U parts of H_all query heads."""
+def _repeat_heads(x, H: int, H_all: int, U: int):
+    """Repeats key-value heads so that each of U devices has those of its H_all / U query heads."""
     G = x.shape[2]
     if H == H_all:
         R = H // G
@@ -199,7 +210,7 @@ def _plain(order) -> bool:
 
 
 def _group_bias(bias, groups, k_order, H_all, arrange_rows):
-    """The bias of this device's heads, all the group's queries and the keys of all devices."""
+    """Returns the bias of this device's heads, the group's queries and all devices' keys."""
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     U = groups.size
     rows = bias.shape[2] > 1
@@ -215,7 +226,7 @@ def _group_bias(bias, groups, k_order, H_all, arrange_rows):
     if rows:
         bias = arrange_rows(bias)
     if bias.shape[3] > 1:
-        # The ring's order of keys: group after group, each arranged as its keys are.
+        # The ring's order of keys: group by group, each in the order of its keys.
         S = len(k_order) // U
         columns = [np.concatenate([np.arange(d * S, d * S + S) for d in g]) for g in groups.members]
         bias = jnp.take(bias, np.concatenate([c[k_order] for c in columns]), axis=3)

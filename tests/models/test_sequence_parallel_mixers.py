@@ -148,6 +148,8 @@ def test_what_cannot_be_cut_says_so():
 
 def test_time_that_the_devices_do_not_divide():
     mixer = GatedLinearAttention(E, n_heads=2)
-    message = "22 steps can't be cut over mesh.sequence = 4 devices: its length must be a multiple"
+    message = (
+        "22 steps can't be sharded over mesh.sequence = 4 devices: its length must be a multiple"
+    )
     with jax.set_mesh(mesh_of(sequence=4)), pytest.raises(ValueError, match=message):
         jax.eval_shape(mixer.apply, {"params": params_of(mixer)}, X[:, :22])

@@ -87,6 +87,6 @@ def test_a_cache_that_devices_cannot_share_is_an_error():
     params = nn.unbox(model.init(jax.random.key(1), token))
     with (
         sharding.use(sharding.make_mesh(MeshConfig(data=1, sequence=8))),
-        pytest.raises(ValueError, match="max_len=30 can't be cut .* use max_len=32"),
+        pytest.raises(ValueError, match="max_len=30 can't be sharded .* use max_len=32"),
     ):
         model.apply(params, token, state=model.init_state(1, 30))

@@ -1,8 +1,8 @@
 """Every op with a batch and a time, as a table that tests of all of them go through.
 
-Letters: B batch, T query time, S key time, H heads or channels of a state space, G key-value heads
-or groups, D head dim, P value dim, N state dim, E embedding, V vocabulary, W and K kernel widths;
-w, k and n are W - 1, K - 1 and 2 N.
+Dimensions: B batch, T query time, S key time, H heads or channels of a state space, G key-value
+heads or groups, D head dim, P value dim, N state dim, E embedding, V vocabulary, W and K kernel
+widths; w, k and n are W - 1, K - 1 and 2 N.
 """
 
 from collections.abc import Callable

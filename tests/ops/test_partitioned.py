@@ -162,7 +162,7 @@ def test_time_is_shared_by_our_attention_alone():
     with jax.set_mesh(mesh_of(sequence=4)):
         with pytest.raises(ValueError, match="can't share time between 4 devices"):
             partitioned(lambda *x, **options: x[0], q, k, v, sequence_parallel="ring")
-        with pytest.raises(ValueError, match="'reference' is unknown to attention in parts"):
+        with pytest.raises(ValueError, match="'reference' is unknown to attention of shards"):
             partitioned(attention, q, k, v, sequence_parallel="ring", implementation="reference")
 
 

@@ -175,7 +175,7 @@ def test_orders_are_permutations_and_say_where_tokens_stand():
         np.testing.assert_array_equal(order[layouts.restore(T, n, balance)], np.arange(T))
         rows = order.reshape(n, T // n)
         for p in range(n):
-            for s in layouts.stretches(p, n, T // n, balance):
+            for s in layouts.ranges(p, n, T // n, balance):
                 want = s.start + s.stride * np.arange(s.length)
                 np.testing.assert_array_equal(rows[p, s.row : s.row + s.length], want)
 

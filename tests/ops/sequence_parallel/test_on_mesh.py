@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from tilescan.ops.explicit_axes import cut_by_letters
+from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.gated_linear_attention import gated_linear_attention
 from tilescan.ops.linear_recurrence import linear_recurrence
 from tilescan.ops.long_convolution import long_convolution
@@ -134,7 +134,7 @@ def test_devices_run_kernels_on_their_stretch(platform, target):
 
 
 def test_an_op_that_is_not_computed_over_time_is_refused():
-    @cut_by_letters(("BTE",), x="BTE")
+    @partitioned_by_dimensions(("BTE",), x="BTE")
     def op(x):
         return (x,)
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from tilescan.ops import masks
-from tilescan.ops.sequence_parallel import ATTENTION, layouts, parts
+from tilescan.ops.sequence_parallel import ATTENTION, layouts, shard_attention
 from tilescan.ops.sequence_parallel.layouts import Runs
 from tilescan.ops.sequence_parallel.ring_attention import ring_attention
 
@@ -117,7 +117,7 @@ def test_runs_are_dealt_in_equal_parts():
 def test_runs_that_all_queries_see_are_one_call():
     """Of a causal mask the past, of a window the middle of it; the chunk itself is another."""
     keys, queries = Runs(tuple(range(0, 80, 16))), Runs((48, 64))
-    pairs = lambda mask: parts.pairs(mask, 4, 4, (queries, keys), 16)
+    pairs = lambda mask: shard_attention.pairs(mask, 4, 4, (queries, keys), 16)
     assert pairs(masks.Causal()) == (((0, 1, 2), (3,)),)
     assert pairs(masks.Causal() & masks.SlidingWindow(32)) == (((1,), (2,), (3,)),)
     assert pairs(masks.Causal() & masks.SlidingWindow(47)) == (((0,), (1, 2), (3,)),)
