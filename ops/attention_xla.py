@@ -539,7 +539,7 @@ def exp2(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
 _EXP2 = np.polynomial.Chebyshev.interpolate(np.exp2, 5, domain=[-0.5, 0.5])
 # As Python numbers, since NumPy's would promote float32 to float64 where JAX has that enabled.
 _EXP2 = [1.0, *_EXP2.convert(kind=np.polynomial.Polynomial).coef[1:].tolist()]
-# Added to a float32, rounds it to a whole number, which then stands in the lowest bits.
+# Added to a float32, rounds it to an integer, which then is in the lowest bits.
 _ROUND = np.float32(1.5 * 2**23)
 
 

@@ -7,8 +7,8 @@
         )(q, k, v)
 
 Models do this where the mesh in use has such an axis, as their configuration's
-`sequence_parallel` and `sequence_balance` say. Letters are those of `ops`; T and S are the tokens
-of one device, P the devices along the axis.
+`sequence_parallel` and `sequence_balance` say. Dimensions are those of `ops`; T and S are the
+tokens of one device, P the devices along the axis.
 """
 
 import functools

@@ -6,7 +6,7 @@ longer than a device's shard of time reaches one device further, to which its su
 convolve whole sequences of E / P channels each, and exchange back.
 
 Arguments and results are those of the op of the same name, with the differences that
-`ops.sequence_parallel.scans` names. Letters are those of `ops`, p of P devices.
+`ops.sequence_parallel.scans` names. Dimensions are those of `ops`, p of P devices.
 """
 
 import jax

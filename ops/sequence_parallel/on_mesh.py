@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from tilescan.ops.delta_rule import delta_rule, gated_delta_rule
 from tilescan.ops.dimensions import of_rank, spec_of
@@ -67,7 +67,7 @@ _OVER_TIME = {
 }
 
 
-def on_mesh(op: Callable, setting: str, *arrays: Array, **options: Any) -> tuple[Array, Array]:
+def on_mesh(op: Callable, setting: str, *arrays: Array | None, **options: Any) -> PyTree:
     """Returns op(*arrays, **options), sharded over the mesh in use.
 
     The mesh is that of `jax.set_mesh`; without one, on a single device, where all its axes are

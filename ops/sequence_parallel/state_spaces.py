@@ -9,7 +9,7 @@ The products within chunks are computed once, and the states from chunk to chunk
 zeros, for the state after the shard, then from the state that enters.
 
 Arguments and results are those of the op of the same name, with the differences that
-`ops.sequence_parallel.scans` names. Letters are those of `ops.state_space`.
+`ops.sequence_parallel.scans` names. Dimensions are those of `ops.state_space`.
 """
 
 import jax

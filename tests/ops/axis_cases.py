@@ -20,7 +20,7 @@ from tilescan.ops.ssd import ssd
 
 B, T, H, G, D, P, N, E = 4, 10, 4, 2, 4, 3, 3, 8
 CAUSAL = masks.Causal()
-# Which axis of a mesh cuts what.
+# Which axis of a mesh shards which dimension.
 CUT = {"B": "data", "H": "tensor", "G": "tensor", "E": "tensor", "V": "tensor"}
 
 
@@ -52,7 +52,7 @@ SIZES = dict(B=B, T=T, S=T, H=H, G=G, D=D, P=P, N=N, E=E, W=3, K=5, V=12, M=8, L
 
 
 def case(op, results, options=None, **letters):
-    """A case of op(**arrays): normal numbers of the sizes that the letters have."""
+    """A case of op(**arrays): standard normal values, with the sizes of the letters."""
     arrays = {name: normal(name, *(SIZES[c] for c in of)) for name, of in letters.items()}
     call = lambda arrays: _tuple(op(**arrays, **(options or {})))
     return Case(call, arrays, letters, results)
@@ -161,7 +161,7 @@ def _real(x):
 
 
 def _system(op, letters, results, options=None, **more):
-    """Of systems; complex results have their parts in front, which no axis cuts."""
+    """Of systems; complex results have a replicated leading axis of real and imaginary part."""
     base = adapted(case(op, results, options, **letters, **more), _complex)
     call = base.call
     base.call = lambda arrays: tuple(map(_real, call(arrays)))

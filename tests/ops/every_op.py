@@ -50,7 +50,7 @@ def _attention(mask):
 
 
 def _scan(op, *names, gates=(), packed=True):
-    """op of the arrays named, with decays and steps that are made of any numbers."""
+    """op of the named arrays, with decays and steps computed from any values."""
     of = dict(dt=jax.nn.softplus, A=lambda a: -jnp.exp(a), beta=jax.nn.sigmoid)
     of |= dict(decay=lambda a: -jnp.exp(a))
 

@@ -10,7 +10,7 @@ NOT_FINITE = (np.nan, np.inf, -np.inf)
 
 
 def poisoned(x, rows, rng):
-    """x [B, T, ...] with numbers that are not finite in half of the entries of bool rows [B, T]."""
+    """x [B, T, ...] with values that are not finite in half of the entries of bool rows [B, T]."""
     x = np.array(x, np.float32)
     entries = rng.random(x.shape) < 0.5
     entries.reshape(*rows.shape, -1)[..., 0] = True

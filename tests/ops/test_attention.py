@@ -172,12 +172,12 @@ def test_hand_value():
     assert float(lse[0, 0, 0]) == pytest.approx(np.log(8), rel=1e-6)
 
 
-@pytest.mark.parametrize("cut", [1, 37, 64, 99])
-def test_two_halves_of_the_keys_merge_to_the_whole(cut):
+@pytest.mark.parametrize("split", [1, 37, 64, 99])
+def test_two_halves_of_the_keys_merge_to_the_whole(split):
     q, k, v, _ = inputs(2, 20, 100, 4, 2, 16, 16)
     whole, whole_lse = attention(q, k, v, return_lse=True)
     parts = [
-        attention(q, k[:, s], v[:, s], return_lse=True) for s in (slice(cut), slice(cut, None))
+        attention(q, k[:, s], v[:, s], return_lse=True) for s in (slice(split), slice(split, None))
     ]
     o, lse = merge_partials(*parts[0], *parts[1])
     np.testing.assert_allclose(o, whole, atol=1e-5)

@@ -152,8 +152,8 @@ def test_devices_that_cut_rows_and_heads_drop_the_same(kind):
     want = attention(q, k, v, dropout_seed=9, **options)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), (kind,) * 2, devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
-        cut = NamedSharding(mesh, P("data", None, "tensor"))
-        arrays = [jax.device_put(x, cut) for x in (q, k, v)]
+        sharding = NamedSharding(mesh, P("data", None, "tensor"))
+        arrays = [jax.device_put(x, sharding) for x in (q, k, v)]
         run = jax.jit(lambda seed, *x: partitioned(attention, *x, dropout_seed=seed, **options))
         np.testing.assert_allclose(run(9, *arrays), want, atol=1e-6)
         if kind == AxisType.Explicit:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from axis_cases import CASES, CUT, Case, everything, normal
+from axis_cases import CASES, SHARDED, Case, everything, normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,8 +47,8 @@ def mesh_of(kind):
 
 
 def spec_of(letters, shape, axes):
-    cut = [CUT.get(letter) for letter in letters]
-    return P(*(a if a in axes and n > 1 else None for a, n in zip(cut, shape, strict=True)))
+    sharded = [SHARDED.get(letter) for letter in letters]
+    return P(*(a if a in axes and n > 1 else None for a, n in zip(sharded, shape, strict=True)))
 
 
 @functools.cache
@@ -130,7 +130,7 @@ def test_values_and_gradients(op, name, kind, split):
     compiled = program.lower().compile()
     agree(compiled(arrays), expected(op, name))
     if kind == "explicit" and "V" not in "".join(CASES[op][name].letters.values()):
-        # What is cut stays cut; gradients of what devices share are summed.
+        # Sharded dimensions stay sharded; gradients of replicated arrays are summed.
         assert "all-gather" not in compiled.as_text()
 
 
@@ -161,8 +161,8 @@ def test_what_does_not_fit_is_said_in_the_shapes_of_the_call():
 def test_arrays_need_no_jit_and_no_mesh_in_use():
     mesh = jax.make_mesh((4, 2), ("data", "tensor"))
     x, w = normal("x", 4, 6, 8), normal("w", 3, 8)
-    cut = jax.device_put(x, NamedSharding(mesh, P("data", None, "tensor")))
-    y, state = short_convolution(cut, w)
+    sharded = jax.device_put(x, NamedSharding(mesh, P("data", None, "tensor")))
+    y, state = short_convolution(sharded, w)
     assert jax.typeof(y).sharding.spec == P("data", None, "tensor")
     agree((y, state), short_convolution(x, w))
 
@@ -196,8 +196,8 @@ def test_axes_that_a_checked_shard_map_leaves(rest):
 def test_time_that_an_explicit_axis_cuts_is_shared_like_that_of_an_auto_one(time):
     """By `partitioned`, `on_mesh` and `partitioned_cross_entropy`; results lie as arguments do."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "tensor"))
-    cut = P("data", time, "tensor")
-    at = lambda x, spec=cut: jax.device_put(x, NamedSharding(mesh, spec))
+    sharded = P("data", time, "tensor")
+    at = lambda x, spec=sharded: jax.device_put(x, NamedSharding(mesh, spec))
     q, k, v = (normal(n, 4, 8, 2, 4) for n in "qkv")
     a, b = np.abs(normal("a", 4, 8, 4)) / 4, normal("b", 4, 8, 4)
     hidden, head = normal("hidden", 4, 8, 6), normal("head", 6, 10)
@@ -218,11 +218,11 @@ def test_time_that_an_explicit_axis_cuts_is_shared_like_that_of_an_auto_one(time
 
     arrays = q, k, v, a, b, hidden, head, ids, weights
     want = jax.jit(run)(*arrays)
-    specs = *(cut,) * 5, P("data", time), P(None, "tensor"), P("data", time), P("data", time)
+    specs = *(sharded,) * 5, P("data", time), P(None, "tensor"), P("data", time), P("data", time)
     with jax.set_mesh(mesh):
         got = jax.jit(run)(*map(at, arrays, specs))
     agree(got, want)
     _, (o, h, last, _) = got
     assert jax.typeof(o).sharding.spec == P("data", time, "tensor", None)
-    assert jax.typeof(h).sharding.spec == cut
+    assert jax.typeof(h).sharding.spec == sharded
     assert jax.typeof(last).sharding.spec == P("data", "tensor")

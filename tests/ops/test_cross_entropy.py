@@ -161,7 +161,7 @@ def test_logits_are_never_whole():
 
 
 def test_devices_share_the_head():
-    """Inside shard_map rows are cut and the head's gradient is summed over devices."""
+    """Inside shard_map rows are sharded and the head's gradient is summed over devices."""
     mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
     hidden, head, targets, weights = inputs(np.float32)
     call = functools.partial(chunked_cross_entropy, chunk=4)
@@ -169,8 +169,10 @@ def test_devices_share_the_head():
     def local(hidden, head, targets, weights):
         return jax.lax.psum(call(hidden, head, targets, weights)["loss"], "data")
 
-    cut = P("data")
-    shared = jax.shard_map(local, mesh=mesh, in_specs=(cut, P(), cut, cut), out_specs=P())
+    sharded = P("data")
+    shared = jax.shard_map(
+        local, mesh=mesh, in_specs=(sharded, P(), sharded, sharded), out_specs=P()
+    )
     got = jax.jit(jax.grad(shared, (0, 1)))(hidden, head, targets, weights)
     whole = lambda *a: call(*a)["loss"]
     want = jax.jit(jax.grad(whole, (0, 1)))(hidden, head, targets, weights)

@@ -159,9 +159,9 @@ def test_the_first_id_of_one_more_tells_whether_the_state_goes_on():
 def test_a_split_sequence_equals_the_whole():
     arrays = inputs(2, 100, 2, 2, 8, 8)
     whole = op(*arrays)
-    for cut in (1, 37, 64, 99):
-        first, state = op(*(a[:, :cut] for a in arrays[:5]), arrays[5])
-        second, state = op(*(a[:, cut:] for a in arrays[:5]), state)
+    for split in (1, 37, 64, 99):
+        first, state = op(*(a[:, :split] for a in arrays[:5]), arrays[5])
+        second, state = op(*(a[:, split:] for a in arrays[:5]), state)
         for x, y in zip((jnp.concatenate([first, second], 1), state), whole, strict=True):
             np.testing.assert_allclose(x, y, atol=TOLERANCE * np.abs(y).max())
 

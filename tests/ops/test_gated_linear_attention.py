@@ -115,8 +115,8 @@ def test_packed_segments_equal_separate_sequences(decay):
     starts = np.pad(np.diff(ids) != 0, ((0, 0), (1, 0)))
     got = results(functools.partial(op, segment_ids=jnp.asarray(ids)), arrays)
     assert_close(got, expected(arrays, starts))
-    cuts, state = [0, 20, 21, 64, 90], arrays[4]
-    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+    splits, state = [0, 20, 21, 64, 90], arrays[4]
+    for a, b in zip(splits[:-1], splits[1:], strict=True):
         o, S = op(*(x[:, a:b] for x in arrays[:4]), state)
         np.testing.assert_allclose(got[0][:, a:b], o, atol=2e-6 * np.abs(o).max())
         state = jnp.zeros_like(state)
@@ -146,10 +146,10 @@ def test_the_first_id_of_one_more_tells_whether_the_state_goes_on(decay):
 def test_a_split_sequence_equals_the_whole(decay):
     arrays = inputs(2, 100, 2, 2, 8, 8, decay, strength=-2.0)
     whole = op(*arrays)
-    for cut in (1, 64, 99):
+    for split in (1, 64, 99):
         part = lambda s: [a if a is None else a[:, s] for a in arrays[:4]]
-        first, state = op(*part(slice(0, cut)), arrays[4])
-        second, state = op(*part(slice(cut, None)), state)
+        first, state = op(*part(slice(0, split)), arrays[4])
+        second, state = op(*part(slice(split, None)), state)
         got = jnp.concatenate([first, second], 1), state
         for x, y in zip(got, whole, strict=True):
             np.testing.assert_allclose(x, y, atol=3e-6 * np.abs(y).max())

@@ -129,8 +129,8 @@ def test_split_equals_whole(reverse):
     ids = np.sort(np.random.default_rng(0).integers(0, 5, (2, 51)), axis=1)
     run = functools.partial(linear_recurrence, reverse=reverse)
     h, last = run(a, b, initial_state=state, segment_ids=ids)
-    for cut in (1, 20, 49):
-        first, second = slice(0, cut), slice(cut, 50)
+    for split in (1, 20, 49):
+        first, second = slice(0, split), slice(split, 50)
         if reverse:
             first, second = second, first
         ids_of = lambda s: ids[:, s.start : s.stop + 1]

@@ -90,15 +90,15 @@ def test_channels_in_blocks_that_do_not_divide(method, monkeypatch):
     jax.tree.map(lambda x, y: close(x, y, 3e-6), gradients, want)
 
 
-@pytest.mark.parametrize("cuts", [[50], [1, 3, 40], [1, 2, 3, 4, 5]])
-def test_split_equals_whole(cuts):
+@pytest.mark.parametrize("splits", [[50], [1, 3, 40], [1, 2, 3, 4, 5]])
+def test_split_equals_whole(splits):
     """Overlap-add is exact, also with chunks shorter than the kernel, forward and backward."""
     arrays = inputs(2, 60, 33, 3)
 
     def split(arrays):
         state, parts = arrays["initial_state"], []
-        cut = lambda name: jnp.split(arrays[name], cuts, axis=1)
-        for u, pre, post in zip(cut("u"), cut("pre_gate"), cut("post_gate"), strict=True):
+        pieces = lambda name: jnp.split(arrays[name], splits, axis=1)
+        for u, pre, post in zip(pieces("u"), pieces("pre_gate"), pieces("post_gate"), strict=True):
             chunk = dict(u=u, pre_gate=pre, post_gate=post, initial_state=state)
             y, state = long_convolution(**arrays | chunk)
             parts.append(y)

@@ -1,4 +1,4 @@
-"""Attention cut over a mesh is attention, and each device does its part of it."""
+"""Attention sharded over a mesh equals attention, and each device computes its shard of it."""
 
 import functools
 import re

@@ -169,10 +169,10 @@ def test_split_equals_whole():
     arrays = inputs(2, 80, 3, 2)
     ids = np.sort(np.random.default_rng(0).integers(0, 5, (2, 81)), axis=1)
     y, h = run(**arrays, segment_ids=ids)
-    for cut in (1, 30, 79):
-        y1, s = run(**part(arrays, slice(0, cut)), segment_ids=ids[:, : cut + 1])
-        rest = part(arrays, slice(cut, 80), initial_state=s)
-        y2, s = run(**rest, segment_ids=ids[:, cut:])
+    for split in (1, 30, 79):
+        y1, s = run(**part(arrays, slice(0, split)), segment_ids=ids[:, : split + 1])
+        rest = part(arrays, slice(split, 80), initial_state=s)
+        y2, s = run(**rest, segment_ids=ids[:, split:])
         np.testing.assert_allclose(y, np.concatenate([y1, y2], axis=1), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(h, s, rtol=1e-5, atol=1e-5)
 

@@ -117,8 +117,10 @@ def test_rows_on_devices_are_the_rows(name):
         return y, gradients
 
     mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
-    cut = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("rows"), P(), P("rows")))
-    got, gradients = jax.jit(cut(part, out_specs=(P("rows"), (P("rows"), P()))))(own, shared, ids)
+    mapped = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("rows"), P(), P("rows")))
+    got, gradients = jax.jit(mapped(part, out_specs=(P("rows"), (P("rows"), P()))))(
+        own, shared, ids
+    )
     np.testing.assert_allclose(got, want, atol=1e-5)
     for a, b in zip(*map(jax.tree.leaves, (gradients, want_gradients)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max()))
@@ -147,6 +149,6 @@ def test_kernels_lower_with_their_gradients(name, platform):
     own = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
     ids = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
     gradients = jax.grad(lambda own, ids: jnp.sum(call(*own, ids).astype(jnp.float32)))
-    cut = jax.shard_map(gradients, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
-    text = jax.jit(cut).trace(own, ids).lower(lowering_platforms=(platform,)).as_text()
+    mapped = jax.shard_map(gradients, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
+    text = jax.jit(mapped).trace(own, ids).lower(lowering_platforms=(platform,)).as_text()
     assert {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}[platform] in text

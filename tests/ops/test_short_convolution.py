@@ -105,14 +105,14 @@ def test_many_taps_in_blocks(T, packed, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("cuts", [[1], [2, 3], [1, 2, 3, 4], [7]])
-def test_split_equals_whole(cuts):
+@pytest.mark.parametrize("splits", [[1], [2, 3], [1, 2, 3, 4], [7]])
+def test_split_equals_whole(splits):
     """Outputs, final state and all gradients, with chunks shorter than W - 1."""
     arrays = inputs(2, 9, 3, 5)
 
     def split(arrays):
         state, parts = arrays["initial_state"], []
-        for x in jnp.split(arrays["x"], cuts, axis=1):
+        for x in jnp.split(arrays["x"], splits, axis=1):
             y, state = short_convolution(**arrays | dict(x=x, initial_state=state))
             parts.append(y)
         return jnp.concatenate(parts, axis=1), state

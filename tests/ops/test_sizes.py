@@ -133,8 +133,8 @@ def test_an_empty_batch_of_sequences_cut_over_devices(name):
         return sum(jnp.sum(a) for a in jax.tree.leaves(SPLIT[name](*x)))
 
     time = P(None, "sequence")
-    cut = functools.partial(jax.shard_map, mesh=mesh, in_specs=time, out_specs=time)
-    gradients = jax.eval_shape(cut(jax.grad(loss), check_vma=False), [jnp.zeros(TIME)] * 3)
+    mapped = functools.partial(jax.shard_map, mesh=mesh, in_specs=time, out_specs=time)
+    gradients = jax.eval_shape(mapped(jax.grad(loss), check_vma=False), [jnp.zeros(TIME)] * 3)
     assert [g.shape for g in gradients] == [TIME] * 3
 
 

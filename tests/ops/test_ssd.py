@@ -139,7 +139,7 @@ def test_packed_segments_equal_separate_sequences():
 
 
 def test_the_first_id_of_one_more_tells_whether_the_state_goes_on():
-    """Segments cut at any step, each part given the id before it, equal the whole."""
+    """Segments split at any step, each part with the id before it, equal the whole."""
     arrays = inputs(2, 40, 2, 1, 8, 8)
     state = arrays.pop("initial_state")
     ids = jnp.asarray([[1] * 21 + [2] * 20, [7] + [1] * 40])

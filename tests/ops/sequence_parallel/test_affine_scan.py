@@ -31,9 +31,13 @@ def over_devices(call, devices, check_vma=True):
         S_in, final = call(A[0], S[0], initial_state=S_0)
         return S_in[None], final
 
-    cut = P("sequence")
+    sharded = P("sequence")
     return jax.shard_map(
-        one, mesh=mesh, in_specs=(cut, cut, P()), out_specs=(cut, P()), check_vma=check_vma
+        one,
+        mesh=mesh,
+        in_specs=(sharded, sharded, P()),
+        out_specs=(sharded, P()),
+        check_vma=check_vma,
     )
 
 

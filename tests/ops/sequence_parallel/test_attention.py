@@ -1,4 +1,4 @@
-"""Attention with its sequence cut over devices is the attention of one device."""
+"""Attention with its sequence sharded over devices equals that of one device."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Ops cut over a mesh: what each device gets, and the kernels that it runs."""
+"""Ops sharded over a mesh: what each device gets, and the kernels that it runs."""
 
 import functools
 import re
@@ -51,7 +51,7 @@ def one_group():
 
 
 def convolution(K):
-    """A kernel that goes one device on, or one that is cut by channels."""
+    """A kernel that reaches the next device, or one that is sharded by channels."""
     return (normal(0, B, T, E), normal(1, K, E)), dict(initial_state=normal(2, B, K - 1, E))
 
 
@@ -107,7 +107,7 @@ def test_each_device_gets_its_rows_heads_and_stretch(sizes, shape):
     shapes = re.findall(r"tensor<([\dx]+)xf32>", arguments)
     of = lambda *shape: "x".join(map(str, shape))
     b, t, _, n = shape
-    # One key-value head is whole on every device.
+    # A single key-value head is replicated.
     assert sorted(shapes) == sorted([of(*shape), of(b, t, 1, n), of(b, t, 1, E)])
 
 

@@ -35,11 +35,11 @@ def a_chunk(op, n, chunk, mask, first, packed):
     T, last = BOUNDS[-1], chunk + 2 if mask not in (MASKS["full"], MASKS["prefix"]) else 4
     queries, keys = Runs(BOUNDS[chunk : chunk + 2]), Runs(BOUNDS[first:last])
     rng = np.random.default_rng(0)
-    draw = lambda runs, *shape: jnp.asarray(
+    sample = lambda runs, *shape: jnp.asarray(
         rng.normal(size=(B, runs.bounds[-1] - runs.bounds[0], *shape))
     )
-    q, k, v = draw(queries, H, D), draw(keys, G, D), draw(keys, G, D)
-    do, dlse = draw(queries, H, D), draw(queries, H)
+    q, k, v = sample(queries, H, D), sample(keys, G, D), sample(keys, G, D)
+    do, dlse = sample(queries, H, D), sample(queries, H)
     bias = jnp.asarray(rng.normal(size=(1, H, 1, k.shape[1])))
     ids = np.sort(rng.integers(0, 4, (B, T)), axis=1).astype(np.int32)
     of = lambda runs: jnp.asarray(ids[:, runs.bounds[0] : runs.bounds[-1]])
@@ -56,7 +56,7 @@ def a_chunk(op, n, chunk, mask, first, packed):
         o = jnp.einsum("bhts,bshd->bthd", jnp.where(seen, jnp.exp(s - lse[..., None]), 0), v)
         return o, lse.swapaxes(1, 2)
 
-    def cut(q, k, v, bias):
+    def sharded(q, k, v, bias):
         orders = [
             layouts.order(x.shape[1], n, runs) - runs.bounds[0]
             for x, runs in ((q, queries), (k, keys))
@@ -79,7 +79,7 @@ def a_chunk(op, n, chunk, mask, first, packed):
         out, pull = jax.vjp(attend, q, k, v, bias)
         return out, pull((do, dlse))
 
-    return jax.jit(run, static_argnums=0)(cut), jax.jit(run, static_argnums=0)(whole)
+    return jax.jit(run, static_argnums=0)(sharded), jax.jit(run, static_argnums=0)(whole)
 
 
 CELLS = [

@@ -1,4 +1,4 @@
-"""Recurrences and convolutions over time cut over devices are those of one device, exactly."""
+"""Recurrences and convolutions over sharded time equal those of one device, exactly."""
 
 import functools
 
@@ -111,7 +111,7 @@ def program(op, arrays, devices=None, **options):
     call = functools.partial(op, **options)
     run = lambda arrays: call(**arrays)
     if devices is not None:
-        # What has as many steps as the first array is cut.
+        # Arrays with as many steps as the first one are sharded.
         T = next(iter(arrays.values())).shape[1]
         timed = lambda name, x: x.ndim > 1 and x.shape[1] == T and name != "initial_state"
         specs = {k: TIME if timed(k, v) else WHOLE for k, v in arrays.items()}

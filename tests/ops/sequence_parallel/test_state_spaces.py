@@ -1,4 +1,4 @@
-"""State spaces over time cut over devices against one device's, in float64."""
+"""State spaces over time sharded over devices against one device's, in float64."""
 
 import functools
 import re
@@ -112,7 +112,7 @@ def segmented(name, devices):
 )
 def test_packed_sequences_with_a_state(name, kinds):
     """Values, the last state and all gradients, of each kind."""
-    arrays, cut = segmented(name, 4)
+    arrays, split = segmented(name, 4)
     cotangents = cotangents_of(arrays)
     want = program(functools.partial(getattr(state_space, name), chunk=8), arrays)(cotangents)
 
@@ -120,7 +120,7 @@ def test_packed_sequences_with_a_state(name, kinds):
         call = functools.partial(getattr(state_spaces, name), chunk=4)
         return tuple(zip(*(call(**arrays, kind=kind) for kind in kinds), strict=True))
 
-    run = program(every_kind, cut, 4)
+    run = program(every_kind, split, 4)
     for i, kind in enumerate(kinds):
         # Where the others' cotangents are 0, gradients are this kind's.
         own = tuple(tuple(x * (i == j) for j in range(len(kinds))) for x in cotangents)
@@ -169,14 +169,14 @@ def test_every_axis_is_cut_at_once(name):
 )
 def test_what_devices_send_knows_no_matrix(kind):
     """Messages are states and whether they are kept: none is as large as a transition."""
-    arrays, cut = segmented(OPS[1], 4)
+    arrays, split = segmented(OPS[1], 4)
     call = functools.partial(state_spaces.dplr_state_space, kind=kind)
-    specs = {k: TIME if k in ("u", "segment_ids") else WHOLE for k in cut}
+    specs = {k: TIME if k in ("u", "segment_ids") else WHOLE for k in split}
     run = jax.shard_map(
         lambda arrays: call(**arrays)[0],
         mesh=mesh_of(sequence=4), in_specs=(specs,), out_specs=TIME, check_vma=False,
     )  # fmt: skip
-    text = jax.jit(run).lower(jax.tree.map(jnp.asarray, cut)).compile().as_text()
+    text = jax.jit(run).lower(jax.tree.map(jnp.asarray, split)).compile().as_text()
     found = re.findall(r"= \(?(.*?)\)? (?:collective-permute|all-gather)(?:-start)?\(", text)
     sizes = [
         int(np.prod([int(n) for n in shape.split(",") if n]))
