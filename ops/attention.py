@@ -336,6 +336,7 @@ def _dispatch(direction, options, *arrays, exact=False):
 
 
 def _validate(q, k, v, bias, logit_cap, implementation):
+    # Each argument by itself.
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; it must be one of "
@@ -353,6 +354,7 @@ def _validate(q, k, v, bias, logit_cap, implementation):
         )
     if logit_cap is not None and not logit_cap > 0:
         raise ValueError(f"logit_cap must be positive or None, got {logit_cap}")
+    # Shapes that must agree.
     B, T, H, D = q.shape
     S, G = k.shape[1:3]
     expected = "attention takes q [B, T, H, D], k [B, S, G, D] and v [B, S, G, P]"

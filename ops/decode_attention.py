@@ -143,6 +143,7 @@ def _decode_jvp(options, primals, tangents):
 
 def _attend(q, k_cache, v_cache, lengths, mask, bias, options, careful=False):
     """Computes `_decode`; hidden slots may hold values that are not finite only if careful."""
+    # Scaled queries [B, G, R, T, D] and their positions.
     (B, T, H, D), (S, G, P) = q.shape, v_cache.shape[1:]
     out_dtype, dtype = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
     R, J, logit_cap = H // G, options.split, options.logit_cap
@@ -211,6 +212,7 @@ def _attend(q, k_cache, v_cache, lengths, mask, bias, options, careful=False):
         merged = lambda: merge_partials(*carry, *partial(start, first))
         return jax.lax.cond(live(first, first + J), merged, lambda: carry), None
 
+    # All keys at once, or split by split.
     if J == S:
         o, lse = partial(0, 0)
     else:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Integer, Num
+from jaxtyping import Array, Float, Integer, Num, PyTree
 
 from tilescan.ops import masks
 from tilescan.ops.attention import attention, dropout_seeds
@@ -51,7 +51,7 @@ def partitioned(
     sequence_parallel: str | None = None,
     balance: str = "contiguous",
     **options: Any,
-) -> Float[Array, "B T H P"] | tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
+) -> PyTree:
     """Returns op(q, k, v, mask=mask, bias=bias, q_offset=q_offset, **options) on the mesh in use.
 
     The mesh is that of `jax.set_mesh`; without one, on a single device, where all its axes are
@@ -187,6 +187,7 @@ def partitioned_decode(
     Raises:
       ValueError: the devices along TIME_AXIS don't divide S.
     """
+    # Slots must divide; heads are sharded if both kinds do.
     mesh = jax.sharding.get_abstract_mesh()
     free = auto_axes(mesh)
     P, S = free[TIME_AXIS], caches[0].shape[1]
@@ -204,6 +205,7 @@ def partitioned_decode(
     if bias is not None:
         bias_spec = PartitionSpec(batch if bias.shape[0] > 1 else None, heads, None, TIME_AXIS)
 
+    # Each device appends the new tokens in its slots, and attends to its slots.
     def step(q, new, caches, lengths, ids, bias):
         k, v, kv_ids = (
             sharded_append(c, x, lengths, TIME_AXIS) for c, x in zip(caches, new, strict=True)

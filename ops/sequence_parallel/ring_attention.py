@@ -237,6 +237,7 @@ def _forward(q, k, v, bias, mask, options):
 
 
 def _ring_bwd(options, residuals, cotangents):
+    # By the kernels, which have no bias.
     q, k, v, bias, mask, o, lse = residuals
     do, dlse = cotangents
     if options.transfers is not None:
@@ -268,6 +269,7 @@ def _ring_bwd(options, residuals, cotangents):
         sums, dkeys = add(sums, dkeys, r, keys)
         return (sums, options.ring.send(dkeys), next_keys), None
 
+    # All rounds but the last send keys and gradients on.
     zeros = lambda x: None if x is None else jnp.zeros(x.shape, lse.dtype)
     carry = (zeros(q), zeros(bias)), (zeros(k), zeros(v)), (k, v, kv_ids)
     last = options.rounds - 1

@@ -160,7 +160,7 @@ def test_without_devices_to_share_the_work_the_op_is_called_as_it_is():
 def test_time_is_shared_by_our_attention_alone():
     q, k, v, _ = arrays(2, 4, 2)
     with jax.set_mesh(mesh_of(sequence=4)):
-        with pytest.raises(ValueError, match="can't share time between 4 devices"):
+        with pytest.raises(ValueError, match="can't shard time over 4 devices"):
             partitioned(lambda *x, **options: x[0], q, k, v, sequence_parallel="ring")
         with pytest.raises(ValueError, match="'reference' is unknown to attention of shards"):
             partitioned(attention, q, k, v, sequence_parallel="ring", implementation="reference")
