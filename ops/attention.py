@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Integer
 
 from tilescan.ops import attention_xla, masks, reference
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention_operands import Bias, Offset
 from tilescan.ops.decode_attention import decode_attention, merge_partials
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
@@ -36,7 +37,7 @@ _PLACED = (
 )
 _KERNELS = {"tpu": "tilescan.ops.attention_tpu", "cuda": "tilescan.ops.attention_gpu"}
 # A number that may be traced.
-Scalar = float | np.floating | Float[Array | np.ndarray, ""]
+Scalar = float | np.floating | Float[AnyArray, ""]
 
 
 def _with_seeds(op):
@@ -58,18 +59,18 @@ def _with_seeds(op):
     dropout_seed="BH",
 )  # fmt: skip
 def attention(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S G D"],
-    v: Float[Array, "B S G P"],
+    q: Float[AnyArray, "B T H D"],
+    k: Float[AnyArray, "B S G D"],
+    v: Float[AnyArray, "B S G P"],
     *,
     mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
     bias: Bias | None = None,
     scale: Scalar | None = None,
     logit_cap: float | None = None,
-    q_offset: int | np.integer | Integer[Array | np.ndarray, ""] | None = None,
+    q_offset: int | np.integer | Integer[AnyArray, ""] | None = None,
     return_lse: bool = False,
     dropout_rate: float = 0.0,
-    dropout_seed: Int32[Array, "B H"] | None = None,
+    dropout_seed: Int32[AnyArray, "B H"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H P"] | tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
     """Computes softmax(mask(cap(scale q k^T) + bias)) v in tiles.
@@ -164,7 +165,7 @@ def attention(
     return (o, lse) if return_lse else o
 
 
-def dropout_seeds(rate: Any, seed: Any, q: Array | np.ndarray) -> Int32[Array, "B H"] | None:
+def dropout_seeds(rate: Any, seed: Any, q: AnyArray) -> Int32[Array, "B H"] | None:
     """Returns int32 seeds of each sequence and head of q [B, T, H, D]; None for rate 0.
 
     rate and seed are `attention`'s arguments.
@@ -231,10 +232,10 @@ _attention.__wrapped__.defvjp(_attention_fwd, _attention_bwd)
 
 
 def forward(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S G D"],
-    v: Float[Array, "B S G P"],
-    bias: Float[Array, "#B #H #T #S"] | None,
+    q: Float[AnyArray, "B T H D"],
+    k: Float[AnyArray, "B S G D"],
+    v: Float[AnyArray, "B S G P"],
+    bias: Float[AnyArray, "#B #H #T #S"] | None,
     mask: masks.Mask,
     q_offset: Offset,
     *,
@@ -251,16 +252,16 @@ def forward(
 
 
 def backward(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S G D"],
-    v: Float[Array, "B S G P"],
-    bias: Float[Array, "#B #H #T #S"] | None,
+    q: Float[AnyArray, "B T H D"],
+    k: Float[AnyArray, "B S G D"],
+    v: Float[AnyArray, "B S G P"],
+    bias: Float[AnyArray, "#B #H #T #S"] | None,
     mask: masks.Mask,
     q_offset: Offset,
-    o: Float[Array, "B T H P"],
-    lse: Float[Array, "B T H"],
-    do: Float[Array, "B T H P"],
-    dlse: Float[Array, "B T H"],
+    o: Float[AnyArray, "B T H P"],
+    lse: Float[AnyArray, "B T H"],
+    do: Float[AnyArray, "B T H P"],
+    dlse: Float[AnyArray, "B T H"],
     *,
     scale: float,
     logit_cap: float | None = None,

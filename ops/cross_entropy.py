@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Num, PyTree
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.explicit_axes import as_first, partitioned_by_compiler, replicated
 from tilescan.ops.reverse_mode import written_vjp
@@ -26,10 +26,10 @@ from tilescan.ops.token_ids import bounded_ids, check_ids, counted_ids
 
 @partitioned_by_compiler(replicated)
 def chunked_cross_entropy(
-    hidden: Float[Array, "B T E"],
-    head: Float[Array, "E V"] | Float[Array, "V E"],
-    targets: Integer[Array | np.ndarray, "B T"],
-    weights: Num[Array | np.ndarray, "B T"] | Bool[Array | np.ndarray, "B T"],
+    hidden: Float[AnyArray, "B T E"],
+    head: Float[AnyArray, "E V"] | Float[AnyArray, "V E"],
+    targets: Integer[AnyArray, "B T"],
+    weights: Num[AnyArray, "B T"] | Bool[AnyArray, "B T"],
     *,
     chunk: int,
     z_loss: float = 0.0,
@@ -79,9 +79,9 @@ def chunked_cross_entropy(
 
 @partitioned_by_compiler(as_first(2))
 def chunked_log_probabilities(
-    hidden: Float[Array, "B T E"],
-    head: Float[Array, "E V"] | Float[Array, "V E"],
-    targets: Integer[Array | np.ndarray, "B T"],
+    hidden: Float[AnyArray, "B T E"],
+    head: Float[AnyArray, "E V"] | Float[AnyArray, "V E"],
+    targets: Integer[AnyArray, "B T"],
     *,
     chunk: int,
     tied: bool = False,
@@ -105,9 +105,9 @@ def chunked_log_probabilities(
 
 @partitioned_by_compiler(replicated)
 def sum_over_chunks(
-    objective: Callable[..., tuple[Array, Any]],
-    hidden: Float[Array, "B T E"],
-    head: Float[Array, "E V"] | Float[Array, "V E"],
+    objective: Callable[..., tuple[AnyArray, Any]],
+    hidden: Float[AnyArray, "B T E"],
+    head: Float[AnyArray, "E V"] | Float[AnyArray, "V E"],
     per_token: PyTree,
     *,
     chunk: int,
@@ -136,7 +136,7 @@ def sum_over_chunks(
 
 
 def log_probabilities_of(
-    logits: Float[Array, "*B V"], targets: Integer[Array | np.ndarray, "*B"]
+    logits: Float[AnyArray, "*B V"], targets: Integer[AnyArray, "*B"]
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """Returns (log softmax(logits)[target], logsumexp(logits)).
 
@@ -153,9 +153,9 @@ def log_probabilities_of(
 
 
 def count_hits(
-    logits: Float[Array, "B C V"],
-    targets: Integer[Array, "B C"],
-    weights: Num[Array, "B C"] | Bool[Array, "B C"],
+    logits: Float[AnyArray, "B C V"],
+    targets: Integer[AnyArray, "B C"],
+    weights: Num[AnyArray, "B C"] | Bool[AnyArray, "B C"],
 ) -> dict[str, Array]:
     """Returns a chunk's counts for "correct", "weight" and, by `whole_rows`, "exact" and "rows"."""
     hit = jnp.argmax(logits, axis=-1) == targets

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from tilescan.ops import masks
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention_operands import Bias
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
@@ -16,10 +17,10 @@ from tilescan.ops.sizes import check_sizes
 
 
 def merge_partials(
-    o1: Float[Array, "*S P"],
-    lse1: Float[Array, "*S"],
-    o2: Float[Array, "*S P"],
-    lse2: Float[Array, "*S"],
+    o1: Float[AnyArray, "*S P"],
+    lse1: Float[AnyArray, "*S"],
+    o2: Float[AnyArray, "*S P"],
+    lse2: Float[AnyArray, "*S"],
 ) -> tuple[Float[Array, "*S P"], Float[Array, "*S"]]:
     """Returns the attention over two disjoint sets of keys, from the attention over each.
 
@@ -53,14 +54,14 @@ def merge_partials(
     bias=("BHTS", "HTS", "TS", "S"),
 )
 def decode_attention(
-    q: Float[Array, "B T H D"],
-    k_cache: Float[Array, "B S G D"],
-    v_cache: Float[Array, "B S G P"],
+    q: Float[AnyArray, "B T H D"],
+    k_cache: Float[AnyArray, "B S G D"],
+    v_cache: Float[AnyArray, "B S G P"],
     *,
-    lengths: Integer[Array | np.ndarray, " B"],
+    lengths: Integer[AnyArray, " B"],
     mask: masks.Mask = masks.Causal(),  # noqa: B008 (frozen)
     bias: Bias | None = None,
-    scale: float | np.floating | Float[Array, ""] | None = None,
+    scale: float | np.floating | Float[AnyArray, ""] | None = None,
     logit_cap: float | None = None,
     return_lse: bool = False,
     split: int = 1024,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.chunked_scan import (
     Chunks,
@@ -57,13 +58,13 @@ BLOCK = 8
     segment_ids="BT",
 )
 def delta_rule(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B T G D"],
-    v: Float[Array, "B T G P"],
-    beta: Float[Array, "B T H"],
+    q: Float[AnyArray, "B T H D"],
+    k: Float[AnyArray, "B T G D"],
+    v: Float[AnyArray, "B T G P"],
+    beta: Float[AnyArray, "B T H"],
     *,
     scale: float | None = None,
-    initial_state: Float[Array, "B H D P"] | None = None,
+    initial_state: Float[AnyArray, "B H D P"] | None = None,
     segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
     implementation: str | None = None,
@@ -88,14 +89,14 @@ def delta_rule(
     segment_ids="BT",
 )
 def gated_delta_rule(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B T G D"],
-    v: Float[Array, "B T G P"],
-    beta: Float[Array, "B T H"],
-    log_decay: Float[Array, "B T H"],
+    q: Float[AnyArray, "B T H D"],
+    k: Float[AnyArray, "B T G D"],
+    v: Float[AnyArray, "B T G P"],
+    beta: Float[AnyArray, "B T H"],
+    log_decay: Float[AnyArray, "B T H"],
     *,
     scale: float | None = None,
-    initial_state: Float[Array, "B H D P"] | None = None,
+    initial_state: Float[AnyArray, "B H D P"] | None = None,
     segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
     implementation: str | None = None,

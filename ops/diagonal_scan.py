@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Inexact, PyTree
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.lowering import choose_when_lowered
 from tilescan.ops.reverse_mode import written_vjp
@@ -273,9 +273,7 @@ def _previous(h, state, reverse):
     return jnp.concatenate([state[:, None], h[:, :-1]], axis=1)
 
 
-def resets(
-    segment_ids: Any, B: int, T: int, reverse: bool = False
-) -> Bool[Array | np.ndarray, "{B} {T}"]:
+def resets(segment_ids: Any, B: int, T: int, reverse: bool = False) -> Bool[AnyArray, "{B} {T}"]:
     """Returns the steps that start a segment, at which the state before them is dropped.
 
     Args:

@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.dimensions import of_rank, repeated, repeats, spec_of
 
 __all__ = [
@@ -72,7 +73,7 @@ class Partitioning(NamedTuple):
         of = lambda letters: PartitionSpec(*(axes.get(letter) or None for letter in letters))
         return tuple(map(of, self.results)) if isinstance(self.results, tuple) else of(self.results)
 
-    def pairs(self, arrays: dict[str, Any]) -> list[tuple[jax.Array | np.ndarray, str]]:
+    def pairs(self, arrays: dict[str, Any]) -> list[tuple[AnyArray, str]]:
         """Returns every array with the letters of its dimensions."""
         return [
             (x, of_rank(self.dimensions[name], x.ndim))

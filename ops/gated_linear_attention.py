@@ -7,6 +7,7 @@ P value dim.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.chunked_scan import chunked_scan
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.recurrence_arguments import (
@@ -30,13 +31,13 @@ from tilescan.ops.recurrence_arguments import (
     segment_ids="BT",
 )
 def gated_linear_attention(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B T G D"],
-    v: Float[Array, "B T G P"],
-    log_decay: Float[Array, "B T H"] | Float[Array, "B T H D"] | None = None,
+    q: Float[AnyArray, "B T H D"],
+    k: Float[AnyArray, "B T G D"],
+    v: Float[AnyArray, "B T G P"],
+    log_decay: Float[AnyArray, "B T H"] | Float[AnyArray, "B T H D"] | None = None,
     *,
     scale: float | None = None,
-    initial_state: Float[Array, "B H D P"] | None = None,
+    initial_state: Float[AnyArray, "B H D P"] | None = None,
     segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
     implementation: str | None = None,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from tilescan.ops import diagonal_scan
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.recurrence_arguments import SegmentIds, check_shape, check_time
 from tilescan.ops.sizes import check_sizes
@@ -26,10 +27,10 @@ def _with_rank(arrays):
     ("BTE", "BE"), prepare=_with_rank, a="BTE", b="BTE", initial_state="BE", segment_ids="BT"
 )
 def linear_recurrence(
-    a: Inexact[Array, "*aD"],
-    b: Inexact[Array, "B T *D"],
+    a: Inexact[AnyArray, "*aD"],
+    b: Inexact[AnyArray, "B T *D"],
     *,
-    initial_state: Inexact[Array, "B *D"] | None = None,
+    initial_state: Inexact[AnyArray, "B *D"] | None = None,
     segment_ids: SegmentIds | None = None,
     reverse: bool = False,
     implementation: str | None = None,

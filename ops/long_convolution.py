@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.lowering import choose_when_lowered
@@ -52,13 +53,13 @@ _CPU_BLOCK, _BLOCK = 2**18, 2**25
     initial_state="BKE",
 )
 def long_convolution(
-    u: Float[Array, "B T E"],
-    kernel: Float[Array, "K E"],
+    u: Float[AnyArray, "B T E"],
+    kernel: Float[AnyArray, "K E"],
     *,
-    D: Float[Array, " E"] | None = None,
-    pre_gate: Float[Array, "B T E"] | None = None,
-    post_gate: Float[Array, "B T E"] | None = None,
-    initial_state: Float[Array, "B K-1 E"] | None = None,
+    D: Float[AnyArray, " E"] | None = None,
+    pre_gate: Float[AnyArray, "B T E"] | None = None,
+    post_gate: Float[AnyArray, "B T E"] | None = None,
+    initial_state: Float[AnyArray, "B K-1 E"] | None = None,
     method: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B K-1 E"]]:

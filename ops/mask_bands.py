@@ -15,11 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Integer
+from jaxtyping import Bool, Integer
+
+from tilescan.ops.arrays import AnyArray
 
 # Positions of queries or keys, and what a mask says of them: scalars or arrays that broadcast.
-Index = int | np.integer | Integer[Array | np.ndarray, "..."]
-Visible = bool | np.bool_ | Bool[Array | np.ndarray, "..."]
+Index = int | np.integer | Integer[AnyArray, "..."]
+Visible = bool | np.bool_ | Bool[AnyArray, "..."]
 
 
 def array_module(*values: Any) -> ModuleType:

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Integer
+from jaxtyping import Bool, Integer
 
 from tilescan.ops import masks
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.mask_bands import Index, Visible
 from tilescan.ops.mask_types import SegmentBounds, SegmentIds
 
@@ -139,8 +140,8 @@ def visible(
 
 def with_segments(
     mask: masks.Mask,
-    q_ids: Integer[Array | np.ndarray, "B T"],
-    kv_ids: Integer[Array | np.ndarray, "B S"],
+    q_ids: Integer[AnyArray, "B T"],
+    kv_ids: Integer[AnyArray, "B S"],
 ) -> masks.Mask:
     """Returns `mask` with these ids in place of its Segments'."""
     if isinstance(mask, masks.Segments):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int8, Integer
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.mask_bands import Index, array_module
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def _tile_bounds(length: int, block: int, offset):
 
 
 def segment_bounds(
-    ids: Integer[Array | np.ndarray, "B T"], block: int
-) -> tuple[Integer[Array | np.ndarray, "B n"], Integer[Array | np.ndarray, "B n"]]:
+    ids: Integer[AnyArray, "B T"], block: int
+) -> tuple[Integer[AnyArray, "B n"], Integer[AnyArray, "B n"]]:
     """Returns least and greatest segment id of each of n = ceil(T/block) tiles."""
     xp = array_module(ids)
     batch, length = ids.shape
@@ -49,7 +50,7 @@ def _static(value) -> bool:
 
 def tile_kinds(
     mask: Mask, T: int, S: int, block_q: int, block_k: int, q_offset: Index | None = None
-) -> Int8[Array | np.ndarray, "M m n"]:
+) -> Int8[AnyArray, "M m n"]:
     """Returns the kind of every tile of the T x S score matrix: EMPTY 0, PARTIAL 1 or FULL 2.
 
     Args:
@@ -95,7 +96,7 @@ def tile_kinds(
     return any_visible.astype(xp.int8) + (any_visible & all_visible & unpadded).astype(xp.int8)
 
 
-def live_tiles(kinds: Int8[Array | np.ndarray, ...]) -> np.integer | Integer[Array, ""]:
+def live_tiles(kinds: Int8[AnyArray, ...]) -> np.integer | Integer[Array, ""]:
     """Returns the number of tiles that have to be computed: the partial and the full ones."""
     return (kinds != EMPTY).sum()
 

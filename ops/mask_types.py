@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Integer
+from jaxtyping import Integer
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.mask_bands import Band, Index, Visible, array_module
 
 # Segment ids of queries or keys, and (least, greatest) of those of tiles; None without Segments.
@@ -389,9 +390,7 @@ class Segments(Mask):
         """Returns this mask."""
         return self
 
-    def both(
-        self, T: int, S: int
-    ) -> tuple[Integer[Array | np.ndarray, "B {T}"], Integer[Array | np.ndarray, "B {S}"]]:
+    def both(self, T: int, S: int) -> tuple[Integer[AnyArray, "B {T}"], Integer[AnyArray, "B {S}"]]:
         """Returns the ids of queries and of keys; ValueError if their lengths are not T and S."""
         kv_ids = self.kv_ids
         if kv_ids is None:

@@ -29,8 +29,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Bool
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.mask_bands import Index, array_module
 from tilescan.ops.mask_tiles import (
     EMPTY,
@@ -133,7 +134,7 @@ def within_live_tiles(
 
 def as_array(
     mask: Mask, T: int, S: int, q_offset: Index | None = None
-) -> Bool[Array | np.ndarray, "{T} {S}"] | Bool[Array | np.ndarray, "B {T} {S}"]:
+) -> Bool[AnyArray, "{T} {S}"] | Bool[AnyArray, "B {T} {S}"]:
     """Returns the whole mask, [B, T, S] with Segments. For tests and pictures only."""
     offset = S - T if q_offset is None else q_offset
     xp = array_module(offset)

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer, Num, PyTree
 
 from tilescan.ops import masks
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention import attention, dropout_seeds
 from tilescan.ops.attention_operands import Bias
 from tilescan.ops.cross_entropy import chunked_cross_entropy
@@ -41,13 +42,13 @@ from tilescan.ops.sequence_parallel.decode import sharded_append, sharded_decode
 
 def partitioned(
     op: Callable,
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S G D"],
-    v: Float[Array, "B S G P"],
+    q: Float[AnyArray, "B T H D"],
+    k: Float[AnyArray, "B S G D"],
+    v: Float[AnyArray, "B S G P"],
     *,
     mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
     bias: Bias | None = None,
-    q_offset: int | np.integer | Integer[Array | np.ndarray, ""] | None = None,
+    q_offset: int | np.integer | Integer[AnyArray, ""] | None = None,
     sequence_parallel: str | None = None,
     balance: str = "contiguous",
     **options: Any,
@@ -160,14 +161,14 @@ def partitioned(
     lambda args, kwargs, out: (as_first(3)(args, kwargs, out[0]), specs_of(args[2]))
 )
 def partitioned_decode(
-    q: Float[Array, "B T H D"],
-    new: tuple[Float[Array, "B T G D"], Float[Array, "B T G P"], Integer[Array, "B T"]],
-    caches: tuple[Float[Array, "B S G D"], Float[Array, "B S G P"], Integer[Array, "B S"]],
-    lengths: Integer[Array, " B"],
+    q: Float[AnyArray, "B T H D"],
+    new: tuple[Float[AnyArray, "B T G D"], Float[AnyArray, "B T G P"], Integer[AnyArray, "B T"]],
+    caches: tuple[Float[AnyArray, "B S G D"], Float[AnyArray, "B S G P"], Integer[AnyArray, "B S"]],
+    lengths: Integer[AnyArray, " B"],
     *,
     mask: masks.Mask,
-    ids: Integer[Array, "B T"] | None,
-    bias: Float[Array, "#B H #T S"] | None = None,
+    ids: Integer[AnyArray, "B T"] | None,
+    bias: Float[AnyArray, "#B H #T S"] | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "B T H P"], tuple[Array, Array, Array]]:
     """Appends to a cache that TIME_AXIS shards and attends to it, each device to its own slots.
@@ -229,10 +230,10 @@ def partitioned_decode(
 
 @partitioned_by_compiler(replicated)
 def partitioned_cross_entropy(
-    hidden: Float[Array, "B T E"],
-    head: Float[Array, "E V"] | Float[Array, "V E"],
-    targets: Integer[Array | np.ndarray, "B T"],
-    weights: Num[Array | np.ndarray, "B T"],
+    hidden: Float[AnyArray, "B T E"],
+    head: Float[AnyArray, "E V"] | Float[AnyArray, "V E"],
+    targets: Integer[AnyArray, "B T"],
+    weights: Num[AnyArray, "B T"],
     **options: Any,
 ) -> dict[str, Float[Array, ""]]:
     """Returns `ops.cross_entropy.chunked_cross_entropy`, each device computing its shard of time.

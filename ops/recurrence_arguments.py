@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.chunked_scan import SUBCHUNK
 from tilescan.ops.diagonal_scan import resets
 from tilescan.ops.sizes import check_sizes
 
 # One id for each step, or with the segment of the initial state as well.
-SegmentIds = Integer[Array | np.ndarray, "B T"] | Integer[Array | np.ndarray, "B T+1"]
+SegmentIds = Integer[AnyArray, "B T"] | Integer[AnyArray, "B T+1"]
 # What has a shape and a dtype.
-Shaped = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+Shaped = AnyArray | jax.ShapeDtypeStruct
 
 
 def check_implementation(op: str, implementation: str | None) -> None:

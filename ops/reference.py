@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Inexact, Integer
 
 from tilescan.ops import masks
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.mask_bands import Index
 
 # A real number, which may be traced.
-Scalar = float | np.floating | Float[Array | np.ndarray, ""]
-Seed = int | np.integer | Integer[Array | np.ndarray, "..."]
-SegmentIds = Integer[Array | np.ndarray, "B T"] | Integer[Array | np.ndarray, "B T+1"]
+Scalar = float | np.floating | Float[AnyArray, ""]
+Seed = int | np.integer | Integer[AnyArray, "..."]
+SegmentIds = Integer[AnyArray, "B T"] | Integer[AnyArray, "B T+1"]
 
 
 def attention(
@@ -80,7 +81,7 @@ def attention(
 
 def dropout_mask(
     rate: float, seed: Seed, shape: tuple[int, int, int, int]
-) -> Bool[Array | np.ndarray, "B H T S"]:
+) -> Bool[AnyArray, "B H T S"]:
     """Returns which weights of `shape` [B, H, T, S] `ops.attention` keeps.
 
     Computed by unsigned integers, without the kernels' arithmetic.
@@ -111,14 +112,14 @@ def dropout_mask(
 
 
 def attention_and_gradients(
-    q: Float[Array | np.ndarray, "B T H D"],
-    k: Float[Array | np.ndarray, "B S G D"],
-    v: Float[Array | np.ndarray, "B S G P"],
-    do: Float[Array | np.ndarray, "B T H P"],
-    dlse: Float[Array | np.ndarray, "B T H"],
+    q: Float[AnyArray, "B T H D"],
+    k: Float[AnyArray, "B S G D"],
+    v: Float[AnyArray, "B S G P"],
+    do: Float[AnyArray, "B T H P"],
+    dlse: Float[AnyArray, "B T H"],
     *,
     mask: masks.Mask | None = None,
-    bias: Float[Array | np.ndarray, "..."] | None = None,
+    bias: Float[AnyArray, "..."] | None = None,
     scale: Scalar | None = None,
     logit_cap: float | None = None,
     q_offset: Index | None = None,
@@ -185,7 +186,7 @@ def flash_attention_1(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
     v: Float[Array, "S P"],
-    visible: Bool[Array | np.ndarray, "T S"],
+    visible: Bool[AnyArray, "T S"],
     block_q: int,
     block_k: int,
 ) -> Float[Array, "T P"]:
@@ -215,7 +216,7 @@ def flash_attention_2(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
     v: Float[Array, "S P"],
-    visible: Bool[Array | np.ndarray, "T S"],
+    visible: Bool[AnyArray, "T S"],
     block_q: int,
     block_k: int,
 ) -> Float[Array, "T P"]:
@@ -322,7 +323,7 @@ def linear_attention(
     *,
     scale: float | None = None,
     state: Float[Array, "B H D P"] | None = None,
-    starts: Bool[Array | np.ndarray, "B T"] | None = None,
+    starts: Bool[AnyArray, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H P"], Float[Array, "B H D P"]]:
     """Computes gated linear attention and the delta rules by steps.
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Complex128, Float, Float64
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.sizes import check_sizes
 
@@ -39,10 +40,10 @@ _NODES = 256
 
 @partitioned_by_dimensions("LH", log_dt="H", A="HN", B="HN", C="HN")
 def s4d_kernel(
-    log_dt: Float[Array, " H"],
-    A: Complex[Array, "#H N"],
-    B: Complex[Array, "#H N"],
-    C: Complex[Array, "#H N"],
+    log_dt: Float[AnyArray, " H"],
+    A: Complex[AnyArray, "#H N"],
+    B: Complex[AnyArray, "#H N"],
+    C: Complex[AnyArray, "#H N"],
     length: int,
     discretization: str = "zoh",
 ) -> Float[Array, "{length} H"]:
@@ -91,9 +92,9 @@ def s4d_kernel(
 
 @partitioned_by_dimensions(("HN", "HN"), log_dt="H", A="HN", B="HN")
 def s4d_discretize(
-    log_dt: Float[Array, " H"],
-    A: Complex[Array, "#H N"],
-    B: Complex[Array, "#H N"],
+    log_dt: Float[AnyArray, " H"],
+    A: Complex[AnyArray, "#H N"],
+    B: Complex[AnyArray, "#H N"],
     discretization: str = "zoh",
 ) -> tuple[Complex[Array, "H N"], Complex[Array, "H N"]]:
     """Returns Abar and Bbar of x_t = Abar x_(t-1) + Bbar u_t.
@@ -106,11 +107,11 @@ def s4d_discretize(
 
 @partitioned_by_dimensions(("BHN", "BH"), state="BHN", u="BH", Abar="HN", Bbar="HN", C="HN")
 def s4d_step(
-    state: Complex[Array, "B H N"],
-    u: Float[Array, "B H"],
-    Abar: Complex[Array, "#H N"],
-    Bbar: Complex[Array, "#H N"],
-    C: Complex[Array, "#H N"],
+    state: Complex[AnyArray, "B H N"],
+    u: Float[AnyArray, "B H"],
+    Abar: Complex[AnyArray, "#H N"],
+    Bbar: Complex[AnyArray, "#H N"],
+    C: Complex[AnyArray, "#H N"],
 ) -> tuple[Complex[Array, "B H N"], Float[Array, "B H"]]:
     """Computes one step of the recurrence: the new state [B, H, N], and y [B, H].
 
@@ -126,11 +127,11 @@ def s4d_step(
 
 @partitioned_by_dimensions("LH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN")
 def s4_dplr_kernel(
-    log_dt: Float[Array, " H"],
-    Lambda: Complex[Array, "#H N"],
-    P: Complex[Array, "#H N"],
-    B: Complex[Array, "#H N"],
-    C: Complex[Array, "#H N"],
+    log_dt: Float[AnyArray, " H"],
+    Lambda: Complex[AnyArray, "#H N"],
+    P: Complex[AnyArray, "#H N"],
+    B: Complex[AnyArray, "#H N"],
+    C: Complex[AnyArray, "#H N"],
     length: int,
     *,
     truncated: bool = False,
@@ -201,10 +202,10 @@ def s4_dplr_kernel(
 
 @partitioned_by_dimensions(("HNN", "HN"), log_dt="H", Lambda="HN", P="HN", B="HN")
 def dplr_discretize(
-    log_dt: Float[Array, " H"],
-    Lambda: Complex[Array, "#H N"],
-    P: Complex[Array, "#H N"],
-    B: Complex[Array, "#H N"],
+    log_dt: Float[AnyArray, " H"],
+    Lambda: Complex[AnyArray, "#H N"],
+    P: Complex[AnyArray, "#H N"],
+    B: Complex[AnyArray, "#H N"],
 ) -> tuple[Complex[Array, "H 2*N 2*N"], Complex[Array, "H 2*N"]]:
     """Returns Abar and Bbar, dense and bilinear, over both halves of the pairs.
 
@@ -228,10 +229,10 @@ def dplr_discretize(
 
 @partitioned_by_dimensions("HN", log_dt="H", Lambda="HN", P="HN", C="HN")
 def dplr_truncate(
-    log_dt: Float[Array, " H"],
-    Lambda: Complex[Array, "#H N"],
-    P: Complex[Array, "#H N"],
-    C: Complex[Array, "#H N"],
+    log_dt: Float[AnyArray, " H"],
+    Lambda: Complex[AnyArray, "#H N"],
+    P: Complex[AnyArray, "#H N"],
+    C: Complex[AnyArray, "#H N"],
     length: int,
 ) -> Complex[Array, "H N"]:
     """Returns C (I - Abar^length) in O(N^3 log length) per channel: once, not every step."""
@@ -250,13 +251,13 @@ def dplr_truncate(
     ("BHN", "BH"), state="BHN", u="BH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN"
 )
 def s4_dplr_step(
-    state: Complex[Array, "B H N"],
-    u: Float[Array, "B H"],
-    log_dt: Float[Array, " H"],
-    Lambda: Complex[Array, "#H N"],
-    P: Complex[Array, "#H N"],
-    B: Complex[Array, "#H N"],
-    C: Complex[Array, "#H N"],
+    state: Complex[AnyArray, "B H N"],
+    u: Float[AnyArray, "B H"],
+    log_dt: Float[AnyArray, " H"],
+    Lambda: Complex[AnyArray, "#H N"],
+    P: Complex[AnyArray, "#H N"],
+    B: Complex[AnyArray, "#H N"],
+    C: Complex[AnyArray, "#H N"],
 ) -> tuple[Complex[Array, "B H N"], Float[Array, "B H"]]:
     """Computes one bilinear step of A = Lambda - P P* by Woodbury: the new state, and y.
 

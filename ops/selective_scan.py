@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tilescan.ops import diagonal_scan
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.recurrence_arguments import (
@@ -49,17 +50,17 @@ _KERNELS = {"tpu": "tilescan.ops.selective_scan_tpu"}
     segment_ids="BT",
 )
 def selective_scan(
-    x: Float[Array, "B T E"],
-    dt: Float[Array, "B T E"],
-    A: Float[Array, "E N"],
-    B: Float[Array, "B T N"] | Float[Array, "B T G N"],
-    C: Float[Array, "B T N"] | Float[Array, "B T G N"],
+    x: Float[AnyArray, "B T E"],
+    dt: Float[AnyArray, "B T E"],
+    A: Float[AnyArray, "E N"],
+    B: Float[AnyArray, "B T N"] | Float[AnyArray, "B T G N"],
+    C: Float[AnyArray, "B T N"] | Float[AnyArray, "B T G N"],
     *,
-    D: Float[Array, "E"] | None = None,
-    z: Float[Array, "B T E"] | None = None,
-    dt_bias: Float[Array, "E"] | None = None,
+    D: Float[AnyArray, "E"] | None = None,
+    z: Float[AnyArray, "B T E"] | None = None,
+    dt_bias: Float[AnyArray, "E"] | None = None,
     dt_softplus: bool = False,
-    initial_state: Float[Array, "B E N"] | None = None,
+    initial_state: Float[AnyArray, "B E N"] | None = None,
     segment_ids: SegmentIds | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B E N"]]:

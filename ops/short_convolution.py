@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tilescan.ops import diagonal_scan
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.lowering import choose_when_lowered
@@ -35,12 +36,12 @@ FEW_TAPS, BLOCK, UNROLL = 8, 2**15, 4
     ("BTE", "BWE"), x="BTE", weight="WE", bias="E", initial_state="BWE", segment_ids="BT"
 )
 def short_convolution(
-    x: Float[Array, "B T E"],
-    weight: Float[Array, "W E"],
+    x: Float[AnyArray, "B T E"],
+    weight: Float[AnyArray, "W E"],
     *,
-    bias: Float[Array, " E"] | None = None,
+    bias: Float[AnyArray, " E"] | None = None,
     activation: str | None = None,
-    initial_state: Float[Array, "B W-1 E"] | None = None,
+    initial_state: Float[AnyArray, "B W-1 E"] | None = None,
     segment_ids: SegmentIds | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B W-1 E"]]:

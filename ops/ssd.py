@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.chunked_scan import chunked_scan
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.recurrence_arguments import (
@@ -37,16 +38,16 @@ from tilescan.ops.sizes import check_sizes
     segment_ids="BT",
 )
 def ssd(
-    x: Float[Array, "B T H P"],
-    dt: Float[Array, "B T H"],
-    A: Float[Array, "H"],
-    B: Float[Array, "B T G N"],
-    C: Float[Array, "B T G N"],
+    x: Float[AnyArray, "B T H P"],
+    dt: Float[AnyArray, "B T H"],
+    A: Float[AnyArray, "H"],
+    B: Float[AnyArray, "B T G N"],
+    C: Float[AnyArray, "B T G N"],
     *,
-    D: Float[Array, "H"] | None = None,
-    dt_bias: Float[Array, "H"] | None = None,
+    D: Float[AnyArray, "H"] | None = None,
+    dt_bias: Float[AnyArray, "H"] | None = None,
     dt_softplus: bool = False,
-    initial_state: Float[Array, "B H P N"] | None = None,
+    initial_state: Float[AnyArray, "B H P N"] | None = None,
     segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
     implementation: str | None = None,

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from tilescan.ops import diagonal_scan, s4
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.recurrence_arguments import SegmentIds
 from tilescan.ops.sizes import check_sizes
@@ -60,14 +61,14 @@ _HIGHEST = jax.lax.Precision.HIGHEST
     segment_ids="BT",
 )
 def diagonal_state_space(
-    u: Float[Array, "B T H"] | Float[Array, "B T H R"],
-    log_dt: Float[Array, " H"],
-    A: Complex[Array, "#H N"],
-    B: Complex[Array, "#H N"],
-    C: Complex[Array, "#H N"],
+    u: Float[AnyArray, "B T H"] | Float[AnyArray, "B T H R"],
+    log_dt: Float[AnyArray, " H"],
+    A: Complex[AnyArray, "#H N"],
+    B: Complex[AnyArray, "#H N"],
+    C: Complex[AnyArray, "#H N"],
     *,
     discretization: str = "zoh",
-    initial_state: Float[Array, "B H S"] | Float[Array, "B H R S"] | None = None,
+    initial_state: Float[AnyArray, "B H S"] | Float[AnyArray, "B H R S"] | None = None,
     segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
 ) -> tuple[
@@ -98,11 +99,11 @@ def diagonal_state_space(
 
 
 def diagonal_tables(
-    u: Float[Array, "B T H"] | Float[Array, "B T H R"],
-    log_dt: Float[Array, " H"],
-    A: Complex[Array, "#H N"],
-    B: Complex[Array, "#H N"],
-    C: Complex[Array, "#H N"],
+    u: Float[AnyArray, "B T H"] | Float[AnyArray, "B T H R"],
+    log_dt: Float[AnyArray, " H"],
+    A: Complex[AnyArray, "#H N"],
+    B: Complex[AnyArray, "#H N"],
+    C: Complex[AnyArray, "#H N"],
     discretization: str,
     segment_ids: SegmentIds | None,
     chunk: int | None,
@@ -136,14 +137,14 @@ def diagonal_tables(
     segment_ids="BT",
 )
 def dplr_state_space(
-    u: Float[Array, "B T H"],
-    log_dt: Float[Array, " H"],
-    Lambda: Complex[Array, "#H N"],
-    P: Complex[Array, "#H N"],
-    B: Complex[Array, "#H N"],
-    C: Complex[Array, "#H N"],
+    u: Float[AnyArray, "B T H"],
+    log_dt: Float[AnyArray, " H"],
+    Lambda: Complex[AnyArray, "#H N"],
+    P: Complex[AnyArray, "#H N"],
+    B: Complex[AnyArray, "#H N"],
+    C: Complex[AnyArray, "#H N"],
     *,
-    initial_state: Float[Array, "B H S"] | None = None,
+    initial_state: Float[AnyArray, "B H S"] | None = None,
     segment_ids: SegmentIds | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B T H"], Float[Array, "B H S"]]:
@@ -161,12 +162,12 @@ def dplr_state_space(
 
 
 def dplr_tables(
-    u: Float[Array, "B T H"],
-    log_dt: Float[Array, " H"],
-    Lambda: Complex[Array, "#H N"],
-    P: Complex[Array, "#H N"],
-    B: Complex[Array, "#H N"],
-    C: Complex[Array, "#H N"],
+    u: Float[AnyArray, "B T H"],
+    log_dt: Float[AnyArray, " H"],
+    Lambda: Complex[AnyArray, "#H N"],
+    P: Complex[AnyArray, "#H N"],
+    B: Complex[AnyArray, "#H N"],
+    C: Complex[AnyArray, "#H N"],
     segment_ids: SegmentIds | None,
     chunk: int | None,
 ) -> Tables:
@@ -187,11 +188,11 @@ def dplr_tables(
 
 @partitioned_by_dimensions("LH", log_dt="H", Lambda="HN", P="HN", B="HN", C="HN")
 def dplr_kernel(
-    log_dt: Float[Array, " H"],
-    Lambda: Complex[Array, "#H N"],
-    P: Complex[Array, "#H N"],
-    B: Complex[Array, "#H N"],
-    C: Complex[Array, "#H N"],
+    log_dt: Float[AnyArray, " H"],
+    Lambda: Complex[AnyArray, "#H N"],
+    P: Complex[AnyArray, "#H N"],
+    B: Complex[AnyArray, "#H N"],
+    C: Complex[AnyArray, "#H N"],
     length: int,
 ) -> Float[Array, "{length} H"]:
     """Computes the kernel of `s4.s4_dplr_kernel` by powers: K_(i + r j) = (c A^i) (A^(r j) b).

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact
 
 from tilescan.ops import diagonal_scan
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.recurrence_arguments import SegmentIds
 from tilescan.ops.short_convolution import short_convolution
@@ -44,8 +45,8 @@ __all__ = [
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Inputs, and a state of real and then imaginary parts.
-Inputs = Float[Array, "B T H"] | Float[Array, "B T H R"]
-State = Float[Array, "B H S"] | Float[Array, "B H R S"]
+Inputs = Float[AnyArray, "B T H"] | Float[AnyArray, "B T H R"]
+State = Float[AnyArray, "B H S"] | Float[AnyArray, "B H R S"]
 
 
 class Tables(NamedTuple):

@@ -3,8 +3,9 @@
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int32, Integer, Num
+
+from tilescan.ops.arrays import AnyArray
 
 
 def check_ids(name: str, ids: Any) -> None:
@@ -19,9 +20,7 @@ def check_ids(name: str, ids: Any) -> None:
         raise TypeError(f"{name} must be an array of integers, ids of tokens; got {given}")
 
 
-def bounded_ids(
-    ids: Integer[Array | np.ndarray, "*B"], size: int, outside: int
-) -> Int32[Array, "*B"]:
+def bounded_ids(ids: Integer[AnyArray, "*B"], size: int, outside: int) -> Int32[Array, "*B"]:
     """Returns ids as int32, with `outside` in place of those not in [0, size).
 
     Ids of any integer dtype are compared before they are narrowed, and int8 or uint8 ones are
@@ -35,7 +34,7 @@ def bounded_ids(
 
 
 def counted_ids(
-    ids: Integer[Array | np.ndarray, "*B"], weights: Num[Array | np.ndarray, "*B"], size: int
+    ids: Integer[AnyArray, "*B"], weights: Num[AnyArray, "*B"], size: int
 ) -> Int32[Array, "*B"]:
     """Returns int32 targets: 0 where the weight is 0, -1 where one with weight is not a token.
 
