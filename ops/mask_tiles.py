@@ -8,7 +8,7 @@ Dimensions: B batch, T query time, S key time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,6 @@ from jaxtyping import Array, Int8, Integer
 
 from tilescan.ops.arrays import AnyArray
 from tilescan.ops.mask_bands import Index, array_module
-
-if TYPE_CHECKING:
-    from tilescan.ops.mask_types import Mask
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -49,7 +46,7 @@ def _static(value) -> bool:
 
 
 def tile_kinds(
-    mask: Mask, T: int, S: int, block_q: int, block_k: int, q_offset: Index | None = None
+    mask: Any, T: int, S: int, block_q: int, block_k: int, q_offset: Index | None = None
 ) -> Int8[AnyArray, "M m n"]:
     """Returns the kind of every tile of the T x S score matrix: EMPTY 0, PARTIAL 1 or FULL 2.
 
@@ -102,7 +99,7 @@ def live_tiles(kinds: Int8[AnyArray, ...]) -> np.integer | Integer[Array, ""]:
 
 
 def picture(
-    mask: Mask, T: int, S: int, block_q: int, block_k: int, q_offset: Index | None = None
+    mask: Any, T: int, S: int, block_q: int, block_k: int, q_offset: Index | None = None
 ) -> Int8[np.ndarray, "{T} {S}"]:
     """Returns a mask and its tiles as an image, 2*kind + visible (of batch row 0).
 

@@ -4,16 +4,13 @@ Dimensions: V value dim, the last of a state.
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from tilescan.pallas_kernels.tpu import all_scan as kernels
-
-if TYPE_CHECKING:
-    from tilescan.ops.sequence_parallel.schedules import Schedule
 
 # Lanes of a row of VMEM: decays that differ by value are flattened into rows of it.
 LANES = 128
@@ -23,9 +20,12 @@ MAX_BLOCKS = 64
 
 
 def unsupported(
-    A: Array | tuple[Array, Array], S: Inexact[Array, "*S"], schedule: "Schedule"
+    A: Array | tuple[Array, Array], S: Inexact[Array, "*S"], schedule: Any
 ) -> str | None:
-    """Returns why the kernel can't take these states; None if it can."""
+    """Returns why the kernel can't take these states; None if it can.
+
+    schedule: a `schedules.Schedule`.
+    """
     if schedule.matrix or isinstance(A, tuple):
         return "transitions that are matrices, or the same on all devices, have no kernel"
     if S.dtype != jnp.float32 or A.dtype != jnp.float32:
@@ -38,9 +38,9 @@ def unsupported(
 
 
 def scan(
-    A: Array, S: Inexact[Array, "*S"], *, schedule: "Schedule", interpret: Any = False
+    A: Array, S: Inexact[Array, "*S"], *, schedule: Any, interpret: Any = False
 ) -> Inexact[Array, "*S"]:
-    """Returns S_in of `affine_scan`'s recurrence from zeros."""
+    """Returns S_in of `affine_scan`'s recurrence from zeros, by a `schedules.Schedule`."""
     rows, V, decays = _layout(A, S)
     if decays == 1:
         flat = jnp.broadcast_to(A, (*S.shape[:-1], 1)).reshape(-1, 1)
