@@ -3,7 +3,7 @@
 A weight of 0 times NaN is NaN, and so is a sum that holds it: NaN in a value that the mask hides
 from a query would reach the query's output through the product of weights and values. Instead of
 looking inside each tile, what is not finite is moved, once per call and in linear time, to where
-a tile's mask is applied anyway:
+a tile's mask is applied in any case:
 
 - forward, a key or value that is not finite becomes a key of NaN with a value of 0: scores of NaN,
   which the mask replaces where it hides and which make NaN of the rows that see them;

@@ -125,7 +125,7 @@ def forward(
             carry = _loop(0, _at(n_full, i), functools.partial(step, False), carry)
             carry = _loop(_at(n_full, i), _at(n_live, i), functools.partial(step, True), carry)
             peak, total, acc = carry
-            # `exp2` may lose a NaN, of which the maximum still knows.
+            # `exp2` may lose a NaN, which the maximum keeps.
             total = jnp.where(jnp.isnan(peak), jnp.nan, total)
             o = acc / jnp.where(total == 0, 1.0, total)[..., None]
             o = o if dropout is None else o * dropout.scale
@@ -445,7 +445,7 @@ class _Logits:
         return bias
 
     def _visible(self, ids, i, j):
-        """bool [1, I, J]"""
+        """Returns whether queries see keys, bool [1, I, J]."""
         tiles = self.tiles
         rows = (tiles.q_offset + i * tiles.I + jnp.arange(tiles.I))[:, None]
         keys = (j * tiles.J + jnp.arange(tiles.J))[None, :]
