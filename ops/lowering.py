@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+from jaxtyping import PyTree
 
 from tilescan.ops.reverse_mode import NO_SECOND_DERIVATIVE
 
@@ -18,8 +19,10 @@ _choice = Primitive("choose_when_lowered")
 _choice.multiple_results = True
 
 
-def choose_when_lowered(pick: Callable, like: Callable, *arguments):
-    """like(*arguments), computed by `pick(platform)` of the platform the program is lowered for.
+def choose_when_lowered(
+    pick: Callable[[str], Callable | None], like: Callable, *arguments: PyTree
+) -> PyTree:
+    """Computes like(*arguments) by `pick(platform)` of the platform the program is lowered for.
 
     Args:
       pick: from "cpu", "tpu", "cuda" or "rocm" to a function of `arguments`, whose results have
