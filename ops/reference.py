@@ -1,8 +1,10 @@
 """Plain definitions of the ops, to test the fast ones against; they also run in float64.
 
 Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim,
-E channels, N state dim.
+E channels, L kernel length, N state dim.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -279,6 +281,57 @@ def linear_recurrence(
     xs = (jnp.moveaxis(x, 1, 0) for x in (a, b, jnp.asarray(starts)))
     h, out = jax.lax.scan(step, h, tuple(xs), reverse=reverse)
     return jnp.moveaxis(out, 0, 1), h
+
+
+def state_space_kernel(
+    log_dt: Float[np.ndarray, " E"],
+    A: Float[np.ndarray, "N N"],
+    B: Float[np.ndarray, " N"],
+    C: Float[np.ndarray, "E N"],
+    length: int,
+) -> Float[np.ndarray, "L E"]:
+    """Returns K_l = C Abar^l Bbar of E systems with one dense A, bilinear, in NumPy's float64.
+
+    One step after the other: nothing is shared with `ops.s4` but the definition.
+
+    Args:
+      log_dt: log of each system's step.
+      A, B: of all systems.
+      C: of each.
+      length: L.
+    """
+    kernel, eye = np.empty((length, len(C))), np.eye(len(A))
+    for h, dt in enumerate(np.exp(log_dt)):
+        left = eye - dt / 2 * A
+        Abar, x = np.linalg.solve(left, eye + dt / 2 * A), np.linalg.solve(left, dt * B)
+        for l in range(length):
+            kernel[l, h] = C[h] @ x
+            x = Abar @ x
+    return kernel
+
+
+def state_space_kernel_by_powers(
+    log_dt: Float[Array, " E"],
+    A: Float[Array, "N N"],
+    B: Float[Array, " N"],
+    C: Float[Array, "E N"],
+    length: int,
+) -> Float[Array, "L E"]:
+    """Returns the kernel of `state_space_kernel` by powers of the dense matrix, as the LSSL has it.
+
+    The states Abar^l Bbar of all times are made by doubling: O(N^2 L) work and O(N L) memory per
+    system, in matrix products (Gu et al. 2021, arXiv 2110.13985).
+    """
+    high = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    A, B = A[None], jnp.broadcast_to(B[None, :, None], (*C.shape, 1))
+    eye = jnp.eye(A.shape[1], dtype=A.dtype)[None]
+    dt = jnp.exp(log_dt)[:, None, None]
+    solved = jnp.linalg.solve(eye - dt / 2 * A, jnp.concatenate([eye + dt / 2 * A, dt * B], axis=2))
+    power, states = solved[..., :-1], solved[..., -1:]  # [E, N, N], [E, N, 1]
+    while states.shape[2] < length:
+        states = jnp.concatenate([states, high(power, states)], 2)
+        power = high(power, power)
+    return jnp.einsum("hn,hnl->lh", C, states[..., :length], precision="highest")
 
 
 def selective_scan(

@@ -1,8 +1,9 @@
 """Truncated backpropagation through time: the state goes on over batches, the gradient does not."""
 
 import contextlib
+import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -69,3 +70,21 @@ def train_carried(
             recorder.row(number + 1, "train", values)
         saver.save(c.train.steps, state, iterator)
         saver.wait()
+
+
+def in_parts(long_rows: Callable[[int], Batch], length: int, carry: int) -> Callable[[int], Batch]:
+    """Returns the function of a step that gives its batch, of rows that go on over `carry` steps.
+
+    Args:
+      long_rows: gives the batch, of rows of carry * length tokens, that begins at a step.
+      length: tokens of a row at one step.
+      carry: steps that share a long row.
+    """
+    cached = functools.lru_cache(maxsize=1)(long_rows)
+
+    def part(step: int) -> Batch:
+        begin = step % carry * length
+        whole = cached(step - step % carry)
+        return {name: value[:, begin : begin + length] for name, value in whole.items()}
+
+    return part

@@ -8,6 +8,7 @@ Validation is the last tenth of the official training images, as in the Long Ran
 the official test set.
 """
 
+import dataclasses
 import functools
 import io
 import json
@@ -179,3 +180,23 @@ TASKS = {
     "sequential_cifar10": sequential_cifar10,
     "lra_image": lra_image,
 }
+
+
+def pooled(task: FixedTask, by: int) -> FixedTask:
+    """Returns a task of gray images with pixels averaged `by` x `by`, values 0..1, in rows.
+
+    Raises:
+      ValueError: the images' sides are not multiples of `by`.
+    """
+    side = round(task.seq_len**0.5)
+    if side % by:
+        raise ValueError(f"pool={by} must divide the images' side, {side}")
+
+    def present(arrays: Batch) -> Batch:
+        images = arrays["images"].astype(np.float32) / 255
+        images = images.reshape(-1, side // by, by, side // by, by).mean((2, 4))
+        tokens = images.reshape(len(images), -1, 1)
+        return {"tokens": tokens, "labels": arrays["labels"].astype(np.int32)}
+
+    options, length = {**task.options, "pool": by}, (side // by) ** 2
+    return dataclasses.replace(task, present=present, seq_len=length, n_features=1, options=options)

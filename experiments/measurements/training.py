@@ -1,7 +1,8 @@
-"""Cells that train: whole runs of `training.train` on text or on an exact task, small enough."""
+"""Cells that train: whole runs of `training.train` on text, an exact task, a classification."""
 
 import json
 import pathlib
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tilescan.data import tasks
+from tilescan.data.tasks import images
 from tilescan.experiments.harness.shared_models import train_as_set
 from tilescan.experiments.harness.workspace import Workspace
 from tilescan.experiments.measurements.attention import STANDARD, TILED
@@ -23,6 +25,7 @@ from tilescan.training.trained import abstract_tokens
 
 # Standard attention is the definition, by the whole matrix of scores; tiled is the op's default.
 _ATTENTION = {STANDARD: {"model.attention_implementation": "reference"}, TILED: {}}
+_LAST_ROWS = 10  # of a classifier's training, over which its accuracy and loss are means
 # A cell is the unit that is resumed: no checkpoints inside, and no other noise.
 _QUIET = {
     "train.checkpoint_every": 0,
@@ -88,6 +91,42 @@ def measure_task(settings: Mapping[str, Any], seed: int, workspace: Workspace) -
         **{f"test_{k}": final[f"test/{k}"] for k in ("exact", "accuracy", "loss")},
         "train_loss": final["train/loss"],
         "params": parameters(config),
+    }
+
+
+def measure_classification(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
+    """Trains a classifier and returns what was seen.
+
+    Settings: "task" and "options", of `data.tasks`; "pool", images are shown as means of so many by
+    so many pixels; "train", keys of the training config; "validation_batches" and "test_batches"
+    (0: all), "train_examples" (None: all).
+
+    Returns:
+      {"params", "examples" (trained on), "test_accuracy", "test_examples", "validation_examples",
+      "validation_accuracy": [at the start ... at the end], "train_accuracy", "train_loss": means of
+      the batches logged last}.
+    """
+    task = tasks.get(settings["task"], **settings["options"])
+    task = images.pooled(task, settings["pool"]) if settings["pool"] > 1 else task
+    keys = {**task.config_keys, **settings["train"], "train.eval_batches": 0}
+    config = training_config(keys, seed)
+
+    # Validation and test may read different numbers of batches, of which `datasets` takes one.
+    size, examples = config.data.batch_size, settings["train_examples"]
+    shared = {"batch_size": size, "seed": seed, "train_examples": examples}
+    datasets = task.datasets(eval_batches=settings["validation_batches"], **shared)
+    datasets["test"] = task.datasets(eval_batches=settings["test_batches"], **shared)["test"]
+    final = train(config, workspace.folder, datasets=datasets)
+    validation = metrics(workspace.folder, "validation")
+    last = metrics(workspace.folder, "train")[-_LAST_ROWS:]
+    return {
+        "params": parameters(config),
+        "examples": config.train.steps * size,
+        "validation_accuracy": [row["accuracy"] for row in validation],
+        "validation_examples": round(validation[-1]["weight"]),
+        "test_accuracy": final["test/accuracy"],
+        "test_examples": round(final["test/weight"]),
+        **{f"train_{k}": statistics.fmean(row[k] for row in last) for k in ("accuracy", "loss")},
     }
 
 

