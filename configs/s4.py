@@ -31,29 +31,13 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     # Kernels against powers of the HiPPO matrix; a sequence at once against token by token.
     config.exactness = section(seq_lens=(256, 1024, 4096), channels=16, state_dim=64, batch_size=2)
     # Table 2: a kernel and its gradient, for `channels` systems.
-    config.cost = section(
-        state_dims=(16, 64, 256),
-        seq_lens=(1024, 4096, 16384),
-        channels=8,
-        strategies=("dense powers", "Cauchy", "powers in blocks", "S4D"),
-        rounds=5,
-    )
+    config.cost = section(state_dims=(16, 64, 256), seq_lens=(1024, 4096, 16384), channels=8)
+    config.cost.update(strategies=("dense powers", "Cauchy", "powers in blocks", "S4D"), rounds=5)
     # Table 8: greedy decoding of language models with random parameters.
-    config.generation = section(
-        contexts=(256, 1024, 4096, 8192),
-        batch_size=4,
-        tokens=16,
-        vocab_size=256,
-        n_layers=4,
-        d_model=128,
-        state_dim=64,
-        bidirectional=False,
-        attention_d_model=80,
-        attention_mlp_dim=119,
-        n_heads=4,
-        causal=True,
-        rounds=5,
-    )
+    config.generation = section(contexts=(256, 1024, 4096, 8192), batch_size=4, tokens=16, rounds=5)
+    config.generation.update(vocab_size=256, n_layers=4, d_model=128, state_dim=64, n_heads=4)
+    config.generation.update(attention_d_model=80, attention_mlp_dim=119)
+    config.generation.update(bidirectional=False, causal=True)
     # Table 6: sequential MNIST, 784 steps; all 10,000 test images.
     config.digits = _task("sequential_mnist", batch_size=16, test_batches=0, seconds=80.0)
     config.digits.update(models=("s4", "s4d", "attention"), attention_mlp_dim=44)

@@ -1,22 +1,15 @@
 """S4's measurements: kernels, generation, sequences to classify, and what A starts from."""
 
-import dataclasses
-import statistics
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from ml_collections import ConfigDict
 
-from tilescan.data import tasks
-from tilescan.data.batches import Batch
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.harness.records import plain
-from tilescan.experiments.harness.workspace import Workspace
 from tilescan.experiments.measurements.generation import decode
-from tilescan.experiments.measurements.training import metrics, parameters, training_config
+from tilescan.experiments.measurements.training import measure_classification
 from tilescan.experiments.measurements.words import recorded
 from tilescan.experiments.papers.s4 import kernels
-from tilescan.training.train import train
 
 # Sections of the config that train on a task: sequential MNIST, and tasks of the Long Range Arena.
 TASKS = ("digits", "listops", "image", "pathfinder")
@@ -34,11 +27,9 @@ STATE_MATRICES = {
     "s4d": r"(log_A_real|A_imag)$",
 }
 MODELS = (*STATE_MATRICES, "attention")
-# Training accuracy and loss are means of so many logged batches, the last ones.
-_LAST_ROWS = 10
 
 
-def cells(config) -> list[Cell]:
+def cells(config: ConfigDict) -> list[Cell]:
     """Returns all measurements of the config."""
     exactness, cost, generation = config.exactness, config.cost, config.generation
     language = {
@@ -76,11 +67,11 @@ def cells(config) -> list[Cell]:
     ]
 
 
-def task_cells(section, name: str) -> list[Cell]:
+def task_cells(section: ConfigDict, name: str) -> list[Cell]:
     """Returns S4 and a Transformer of about as many parameters on one task."""
     return sweep(
         "{name}-{model}-seed{seed}",
-        classify,
+        measure_classification,
         lambda name, model: {"kind": "task", **classification(section, model)},
         seeds=section.seeds,
         seconds=section.seconds,
@@ -89,12 +80,12 @@ def task_cells(section, name: str) -> list[Cell]:
     )
 
 
-def init_cells(section) -> list[Cell]:
+def init_cells(section: ConfigDict) -> list[Cell]:
     """Returns what A starts from, and whether it is trained (figure 3)."""
     state = lambda frozen: "frozen" if frozen else "trained"
     return sweep(
         lambda init, frozen, seed: f"init-{init}-{state(frozen)}-seed{seed}",
-        classify,
+        measure_classification,
         lambda init, frozen: {"kind": "init", **classification(section, *INITS[init], frozen)},
         seeds=section.seeds,
         seconds=section.seconds,
@@ -104,9 +95,9 @@ def init_cells(section) -> list[Cell]:
 
 
 def classification(
-    section, model: str, init: str | None = None, frozen: bool = False
+    section: ConfigDict, model: str, init: str | None = None, frozen: bool = False
 ) -> dict[str, Any]:
-    """Returns the settings of `classify` for a model; see `model_keys` and `optimizer_keys`."""
+    """Returns the settings of `measure_classification`; see `model_keys` and `optimizer_keys`."""
     return {
         **recorded(section, "task", "pool", "validation_batches", "test_batches"),
         "options": plain(section.options.to_dict()),
@@ -122,7 +113,7 @@ def classification(
     }
 
 
-def model_keys(model: str, section, init: str | None = None) -> dict[str, Any]:
+def model_keys(model: str, section: ConfigDict, init: str | None = None) -> dict[str, Any]:
     """Returns the training keys of S4's mixers alone, or of attention and MLPs.
 
     Args:
@@ -157,7 +148,7 @@ def model_keys(model: str, section, init: str | None = None) -> dict[str, Any]:
     return keys if init is None else keys | {f"model.mixers.{model}.init_A": init}
 
 
-def optimizer_keys(model: str, section, frozen: bool = False) -> dict[str, Any]:
+def optimizer_keys(model: str, section: ConfigDict, frozen: bool = False) -> dict[str, Any]:
     """Returns the keys of AdamW; state spaces train at a rate of at most SSM_RATE, undecayed.
 
     Args:
@@ -180,64 +171,3 @@ def optimizer_keys(model: str, section, frozen: bool = False) -> dict[str, Any]:
             for pattern, factor in groups
         ),
     }
-
-
-def classify(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
-    """Trains a classifier and returns what was seen.
-
-    Settings: "task" and "options", of `data.tasks`; "pool", images are shown as means of so many by
-    so many pixels; "train", keys of the training config; "validation_batches" and "test_batches"
-    (0: all), "train_examples" (None: all).
-
-    Returns:
-      {"params", "examples" (trained on), "test_accuracy", "test_examples", "validation_examples",
-      "validation_accuracy": [at the start ... at the end], "train_accuracy", "train_loss": of the
-      batches logged last}.
-    """
-    task = tasks.get(settings["task"], **settings["options"])
-    if settings["pool"] > 1:
-        task = pooled(task, settings["pool"])
-    config = training_config(
-        {**task.config_keys, **settings["train"], "train.eval_batches": 0}, seed
-    )
-    # Validation and test may read different numbers of batches, of which `datasets` takes one.
-    shared = {
-        "batch_size": config.data.batch_size,
-        "seed": seed,
-        "train_examples": settings["train_examples"],
-    }
-    datasets = task.datasets(eval_batches=settings["validation_batches"], **shared)
-    datasets["test"] = task.datasets(eval_batches=settings["test_batches"], **shared)["test"]
-    final = train(config, workspace.folder, datasets=datasets)
-    validation = metrics(workspace.folder, "validation")
-    last = metrics(workspace.folder, "train")[-_LAST_ROWS:]
-    return {
-        "params": parameters(config),
-        "examples": config.train.steps * config.data.batch_size,
-        "validation_accuracy": [row["accuracy"] for row in validation],
-        "validation_examples": round(validation[-1]["weight"]),
-        "test_accuracy": final["test/accuracy"],
-        "test_examples": round(final["test/weight"]),
-        **{f"train_{k}": statistics.fmean(row[k] for row in last) for k in ("accuracy", "loss")},
-    }
-
-
-def pooled(task: tasks.FixedTask, by: int) -> tasks.FixedTask:
-    """Returns a task of gray images with pixels averaged `by` x `by`, values 0..1, in rows.
-
-    Raises:
-      ValueError: the images' sides are no multiples of `by`.
-    """
-    side = round(task.seq_len**0.5)
-    if side % by:
-        raise ValueError(f"pool={by} must divide the images' side, {side}")
-
-    def present(arrays: Batch) -> Batch:
-        images = arrays["images"].astype(np.float32) / 255
-        images = images.reshape(-1, side // by, by, side // by, by).mean((2, 4))
-        tokens = images.reshape(len(images), -1, 1)
-        return {"tokens": tokens, "labels": arrays["labels"].astype(np.int32)}
-
-    options = {**task.options, "pool": by}
-    length = (side // by) ** 2
-    return dataclasses.replace(task, present=present, seq_len=length, n_features=1, options=options)

@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Float
 
 from tilescan.experiments.measurements import timing
 from tilescan.models import s4 as mixers
-from tilescan.ops import s4, state_space
+from tilescan.ops import reference, s4, state_space
 
 DENSE, CAUCHY, POWERS, VANDERMONDE = "dense powers", "Cauchy", "powers in blocks", "S4D"
 MIXERS = {"s4": mixers.S4, "s4d": mixers.S4D}
 
 
-def exactness(settings: Mapping[str, Any], seed: int) -> dict:
+def exactness(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Returns errors of the kernels against powers of the HiPPO matrix, and against recurrences.
 
     Settings: length, channels, state_dim, batch.
@@ -42,35 +43,32 @@ def kernel_errors(L: int, H: int, N: int, seed: int) -> dict[str, float]:
     """Returns the {"Cauchy, float64", ...: error} of `exactness`."""
     rng = np.random.default_rng(seed)
     log_dt = rng.uniform(np.log(1e-3), np.log(1e-1), H)
-    C = rng.normal(size=(H, N))
-    truth = hippo_kernel(log_dt, C, L)
-    Lambda, P, B, V = s4.hippo_legs_nplr(N)
-    # Real states are V x + conj: y = C (V x) + its conjugate.
-    system = (log_dt, Lambda[None], P[None], B[None], C @ V)
+    dense, modes = systems(rng.normal(size=(H, N)))
+    truth = reference.state_space_kernel(log_dt, *dense, L)
     found = {}
     for name, kernel in {CAUCHY: s4.s4_dplr_kernel, POWERS: state_space.dplr_kernel}.items():
         kernel = jax.jit(functools.partial(kernel, length=L))
         with jax.enable_x64(True):
-            found[f"{name}, float64"] = _error(kernel(*map(jnp.asarray, system)), truth)
-        found[f"{name}, float32"] = _error(kernel(*_single(system)), truth)
+            found[f"{name}, float64"] = error(kernel(*map(jnp.asarray, (log_dt, *modes))), truth)
+        found[f"{name}, float32"] = error(kernel(*single(log_dt, *modes)), truth)
     return found
 
 
-def hippo_kernel(log_dt: np.ndarray, C: np.ndarray, length: int) -> np.ndarray:
-    """Returns K_l = C Abar^l Bbar [L, H] of HiPPO-LegS, bilinear, step by step in float64."""
-    A, B = s4.hippo_legs(C.shape[1])
-    kernel = np.empty((length, len(C)))
-    for h, dt in enumerate(np.exp(log_dt)):
-        left = np.eye(len(A)) - dt / 2 * A
-        Abar = np.linalg.solve(left, np.eye(len(A)) + dt / 2 * A)
-        x = np.linalg.solve(left, dt * B)
-        for l in range(length):
-            kernel[l, h] = C[h] @ x
-            x = Abar @ x
-    return kernel
+def systems(C: Float[np.ndarray, "H N"]) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Returns HiPPO-LegS's (A, B, C), dense and real, and its (Lambda, P, B, C) of modes.
+
+    Real states are V x + conj: y = C (V x) + its conjugate.
+    """
+    Lambda, P, B, V = s4.hippo_legs_nplr(C.shape[1])
+    return (*s4.hippo_legs(C.shape[1]), C), (Lambda[None], P[None], B[None], C @ V)
 
 
-def _recurrence_error(mixer: type[nn.Module], state_dim: int, x, seed: int) -> float:
+def single(*arrays: np.ndarray) -> list[jax.Array]:
+    """Returns arrays in single precision, complex or not."""
+    return [jnp.asarray(x, jnp.complex64 if np.iscomplexobj(x) else jnp.float32) for x in arrays]
+
+
+def _recurrence_error(mixer: type[nn.Module], state_dim: int, x: np.ndarray, seed: int) -> float:
     layer = mixer(x.shape[2], state_dim=state_dim, output="none")
     params = nn.unbox(jax.jit(layer.init)(jax.random.key(seed), x))
 
@@ -84,72 +82,44 @@ def _recurrence_error(mixer: type[nn.Module], state_dim: int, x, seed: int) -> f
         return y.swapaxes(0, 1)
 
     at_once = jax.jit(lambda params, x: layer.apply(params, x)[0])
-    return _error(one_by_one(params, x), np.asarray(at_once(params, x), np.float64))
+    return error(one_by_one(params, x), np.asarray(at_once(params, x), np.float64))
 
 
-def _error(found, truth: np.ndarray) -> float:
+def error(found: jax.Array, truth: np.ndarray) -> float:
+    """Returns the largest difference over the largest value."""
     found = np.asarray(found, np.float64)
     return float(np.max(np.abs(found - truth)) / np.max(np.abs(truth)))
 
 
-def _single(arrays) -> list:
-    return [jnp.asarray(x, jnp.complex64 if np.iscomplexobj(x) else jnp.float32) for x in arrays]
+def cost(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Times a kernel and its gradient by all parameters: what `timing.compare` returns, by method.
 
-
-def dense_kernel(log_dt, A, B, C, length: int):
-    """Returns C Abar^l Bbar [L, H] by powers of a dense matrix, as table 2 has the LSSL.
-
-    The states Abar^l Bbar of all times are made by doubling: O(N^2 L) work and O(N L) memory per
-    system, in matrix products.
-
-    Args:
-      log_dt: [H]; A: [N, N]; B: [N]; C: [H, N], all real.
-      length: L.
-    """
-    high = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    A, B = A[None], jnp.broadcast_to(B[None, :, None], (*C.shape, 1))
-    eye = jnp.eye(A.shape[1], dtype=A.dtype)[None]
-    dt = jnp.exp(log_dt)[:, None, None]
-    solved = jnp.linalg.solve(eye - dt / 2 * A, jnp.concatenate([eye + dt / 2 * A, dt * B], axis=2))
-    power, states = solved[..., :-1], solved[..., -1:]  # [H, N, N], [H, N, 1]
-    while states.shape[2] < length:
-        states = jnp.concatenate([states, high(power, states)], 2)
-        power = high(power, power)
-    return jnp.einsum("hn,hnl->lh", C, states[..., :length], precision="highest")
-
-
-def cost(settings: Mapping[str, Any], seed: int) -> dict:
-    """Times a kernel and its gradient by all parameters: what `timing.compare` returns, by way.
-
-    Settings: state_dim, length, channels, repeats, ways (of `ways`). "temp_bytes" is XLA's.
+    Settings: state_dim, length, channels, repeats, ways (of `kernels`). "temp_bytes" is XLA's.
     """
     H, N, L = (settings[k] for k in ("channels", "state_dim", "length"))
     rng = np.random.default_rng(seed)
     weight = jnp.asarray(rng.normal(size=(L, H)), jnp.float32)
-    A, b = s4.hippo_legs(N)
-    Lambda, P, B, V = s4.hippo_legs_nplr(N)
-    C = rng.normal(size=(H, N))
+    dense, modes = systems(rng.normal(size=(H, N)))
     log_dt = rng.uniform(np.log(1e-3), np.log(1e-1), H)
-    system = _single((log_dt, A, b, C, Lambda[None], P[None], B[None], C @ V))
+    system = tuple(single(log_dt, *dense, *modes))
 
-    def with_gradient(kernel):
+    def with_gradient(kernel: Callable) -> Callable:
         # The sum's weights stand for the gradient that comes from the convolution.
         return jax.value_and_grad(lambda system, weight: (kernel(*system) * weight).sum())
 
-    known = ways(L)
+    known = kernels(L)
     functions = {name: with_gradient(known[name]) for name in settings["ways"]}
     return timing.compare(functions, (system, weight), repeats=settings["repeats"])
 
 
-def ways(length: int) -> dict[str, Callable]:
+def kernels(length: int) -> dict[str, Callable]:
     """Returns functions (log_dt, A, b, C, Lambda, P, B, C in Lambda's basis) -> kernel [L, H]."""
     cauchy = functools.partial(s4.s4_dplr_kernel, length=length, truncated=True)
     powers = functools.partial(state_space.dplr_kernel, length=length)
+    dense = functools.partial(reference.state_space_kernel_by_powers, length=length)
     return {
-        DENSE: lambda log_dt, A, b, C, *modes: dense_kernel(log_dt, A, b, C, length),
+        DENSE: lambda *system: dense(*system[:4]),
         CAUCHY: lambda log_dt, A, b, C, *modes: cauchy(log_dt, *modes),
         POWERS: lambda log_dt, A, b, C, *modes: powers(log_dt, *modes),
-        VANDERMONDE: lambda log_dt, A, b, C, L, P, B, modes: s4.s4d_kernel(
-            log_dt, L, B, modes, length
-        ),
+        VANDERMONDE: lambda log_dt, A, b, C, L, P, B, D: s4.s4d_kernel(log_dt, L, B, D, length),
     }

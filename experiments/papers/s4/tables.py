@@ -3,36 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tilescan.experiments.harness import tables as t
 from tilescan.experiments.harness.figures import line_chart, line_figure
 from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread, ratio, spread
-from tilescan.experiments.harness.tables import (
-    MEASURED,
-    PUBLISHED,
-    STATIC,
-    Column,
-    Table,
-    columns,
-    table,
-)
+from tilescan.experiments.harness.tables import Column, Table, columns, table
 from tilescan.experiments.papers.s4.kernels import CAUCHY, DENSE, POWERS, VANDERMONDE
 from tilescan.experiments.papers.s4.published import ACCURACY, COST, SPEED
 
 NAMES = {"s4": "S4", "s4d": "S4D", "attention": "Transformer"}
-TASKS = {
-    "digits": "sequential MNIST",
-    "listops": "ListOps",
-    "image": "Image",
-    "pathfinder": "Pathfinder",
-}
+ARENA = {"listops": "ListOps", "image": "Image", "pathfinder": "Pathfinder"}
+TASKS = {"digits": "sequential MNIST", **ARENA}
 # What they are called in `data.tasks`: of others, nothing is published here.
-SOURCES = {
-    "digits": "sequential_mnist",
-    "listops": "listops",
-    "image": "lra_image",
-    "pathfinder": "pathfinder",
-}
+SOURCES = {**dict.fromkeys(TASKS, ""), "digits": "sequential_mnist", "image": "lra_image"}
+SOURCES = {name: source or name for name, source in SOURCES.items()}
 INITS = {
     "hippo": "HiPPO-LegS (S4)",
     "lin": "S4D-Lin",
@@ -43,20 +28,16 @@ STRATEGIES = {DENSE: "dense", CAUCHY: "DPLR", POWERS: "DPLR in blocks", VANDERMO
 
 
 def tables(records: Records) -> list[Table]:
-    """Returns exactness, tables 2, 6, 4 and 8, and figure 3's ablation; those that have rows."""
-    exact, cost, tasks, generation, inits = (
-        records.select(kind=kind) for kind in ("exactness", "cost", "task", "generation", "init")
-    )
-    arena = ("listops", "image", "pathfinder")
-    made = [
-        exactness_table(exact),
-        cost_table(cost),
+    """Returns exactness, tables 2, 6, 4 and 8, and figure 3's ablation."""
+    tasks = records.kind("task")
+    return [
+        exactness_table(records.kind("exactness")),
+        cost_table(records.kind("cost")),
         task_table(tasks, ("digits",), "digits", "Table 6: sequential images"),
-        task_table(tasks, arena, "arena", "Table 4: Long Range Arena, at reduced sizes"),
-        generation_table(generation),
-        init_table(inits),
+        task_table(tasks, tuple(ARENA), "arena", "Table 4: Long Range Arena, at reduced sizes"),
+        generation_table(records.kind("generation")),
+        init_table(records.kind("init")),
     ]
-    return [table for table in made if table.rows]
 
 
 def accuracy(group: Group | Records, split: str = "test", **settings: Any) -> Spread | None:
@@ -100,7 +81,7 @@ def exactness_table(records: Records) -> Table:
         "exactness",
         "Kernels against powers of the HiPPO matrix; convolution against recurrence",
         by(records, "length"),
-        [Column("length", of=lambda g: str(g.key)), *columns(MEASURED, errors, digits=2)],
+        [Column("length", of=lambda g: str(g.key)), *columns(t.MEASURED, errors, digits=2)],
         "Largest difference over the largest value. The kernels' truth is C A^l B of the "
         "dense real matrix in float64. Layers are in float32, up to the map behind their GELU, one "
         "token at a time against all at once.",
@@ -122,19 +103,19 @@ def cost_table(records: Records) -> Table:
         [
             Column("states", of=lambda g: str(g.key[0])),
             Column("length", of=lambda g: str(g.key[1])),
-            *columns(MEASURED, times, "ms"),
-            *columns(STATIC, memory, "MB"),
-            Column("dense / DPLR, time", PUBLISHED, of=published(0)),
-            Column("dense / DPLR, memory", PUBLISHED, of=published(1)),
-            Column("dense / DPLR, time", MEASURED, of=over("median_ms")),
-            Column("dense / DPLR, memory", STATIC, of=over("temp_bytes")),
+            *columns(t.MEASURED, times, "ms"),
+            *columns(t.STATIC, memory, "MB"),
+            Column("dense / DPLR, time", t.PUBLISHED, of=published(0)),
+            Column("dense / DPLR, memory", t.PUBLISHED, of=published(1)),
+            Column("dense / DPLR, time", t.MEASURED, of=over("median_ms")),
+            Column("dense / DPLR, memory", t.STATIC, of=over("temp_bytes")),
         ],
         first(records, "{channels} channels, float32; ")
-        + "medians of interleaved rounds; memory is XLA's "
-        "temporaries. Dense: all A^l B by doubling, of a matrix per channel. DPLR: Cauchy "
-        "products, C as trained. In blocks: what this project's layer does, root L powers on each "
-        "side. Published are steps of a whole layer, LSSL over S4, with channels and states of "
-        "the row's number.",
+        + "medians of interleaved rounds; memory is XLA's temporaries. Dense: all A^l B by "
+        "doubling, of a matrix per channel. DPLR: Cauchy products, C as trained. In blocks: what "
+        "this project's layer does, root L powers on each side. Published are steps of a whole "
+        "layer, LSSL over S4, with as many channels as the row has states, which are the LSSL's "
+        "(S4 has half of them); one time for all lengths.",
     )
 
 
@@ -151,10 +132,10 @@ def task_table(records: Records, tasks: tuple[str, ...], name: str, title: str) 
         [
             Column("task", of=lambda g: called(g.first.settings)),
             Column("model", of=lambda g: NAMES[g.key[1]]),
-            Column("parameters", MEASURED, of=lambda g: g.first.result["params"]),
-            Column("accuracy", PUBLISHED, "%", 4, lambda g: published(g.first.settings)),
+            Column("parameters", t.MEASURED, of=lambda g: g.first.result["params"]),
+            Column("accuracy", t.PUBLISHED, "%", 4, lambda g: published(g.first.settings)),
             *_accuracies(),
-            Column("seeds", MEASURED, of=len),
+            Column("seeds", t.MEASURED, of=len),
         ],
         f"{about} All models see the same batches. Training: the last batches that "
         "were logged. S4 reads forwards on MNIST and both ways elsewhere, the Transformer always "
@@ -168,17 +149,17 @@ def init_table(records: Records) -> Table:
     about = "".join(_about(record) for record in list(records)[:1])
     return table(
         "inits",
-        "Figure 3: initialisations of the state matrix",
+        "Figure 3: initializations of the state matrix",
         by(records, "init", "frozen", order=(INITS, (False, True))),
         [
             Column("A at the start", of=lambda g: INITS[g.key[0]]),
             Column("A, B", of=lambda g: "frozen" if g.key[1] else "trained"),
             *_accuracies(),
-            Column("training loss", MEASURED, of=lambda g: g.mean_std("train_loss")),
-            Column("seeds", MEASURED, of=len),
+            Column("training loss", t.MEASURED, of=lambda g: g.mean_std("train_loss")),
+            Column("seeds", t.MEASURED, of=len),
         ],
         f"{about} Steps of time are trained in all. Random: normal frequencies of S4D-Lin's "
-        "mean square and decays about 1/2, stable, where the paper draws all of a dense matrix; "
+        "mean square and decays about 1/2, stable, where the paper samples all of a dense matrix; "
         "NPLR has normal P and B too. Published, on CIFAR: HiPPO is more than 15 points above "
         "random in validation, random NPLR no better than random.",
     )
@@ -187,7 +168,7 @@ def init_table(records: Records) -> Table:
 def _accuracies() -> list[Column]:
     splits = {"accuracy": "test", "validation": "validation", "training": "train"}
     return columns(
-        MEASURED, {title: lambda g, s=s: accuracy(g, s) for title, s in splits.items()}, "%"
+        t.MEASURED, {title: lambda g, s=s: accuracy(g, s) for title, s in splits.items()}, "%"
     )
 
 
@@ -219,13 +200,13 @@ def generation_table(records: Records) -> Table:
         by(records, "context"),
         [
             Column("context", of=lambda g: str(g.key)),
-            Column("Transformer with a cache", MEASURED, "ms", of=ms("attention")),
-            Column("S4 as a recurrence", MEASURED, "ms", of=ms("s4")),
-            Column("Transformer / S4", MEASURED, of=speed_up),
-            Column("cache", MEASURED, "MB", of=size("attention")),
-            Column("state", MEASURED, "MB", of=size("s4")),
+            Column("Transformer with a cache", t.MEASURED, "ms", of=ms("attention")),
+            Column("S4 as a recurrence", t.MEASURED, "ms", of=ms("s4")),
+            Column("Transformer / S4", t.MEASURED, of=speed_up),
+            Column("cache", t.MEASURED, "MB", of=size("attention")),
+            Column("state", t.MEASURED, "MB", of=size("s4")),
         ],
-        first(records, "{batch} texts at once, {layers} layers, ", layers=layers)
+        first(records, "{batch} sequences at once, {layers} layers, ", layers=layers)
         + "".join(f"{s4:,} (S4) and {attention:,} parameters" for s4, attention in params)
         + first(records, " (random, float32); greedy, {tokens} tokens by one program, median. ")
         + f"Published (249M parameters, Table 8): S4 is {SPEED:g} times faster, 48K against "
@@ -235,24 +216,18 @@ def generation_table(records: Records) -> Table:
 
 def figures(records: Records) -> dict[str, str]:
     """Returns time of a token against the context, and of a kernel against the length."""
-    made, panels = {}, {}
-    contexts, cost = by(records.select(kind="generation"), "context"), records.select(kind="cost")
-    if contexts:
-        made["token-against-context"] = line_figure(
-            contexts,
-            {NAMES[m]: lambda g, m=m: token_ms(g, m) for m in ("attention", "s4")},
-            x="context (tokens)",
-            y="ms a token",
-            log=True,
-        )
-    for N in cost.values("state_dim"):
-        found = by(cost.select(state_dim=N), "length")
-        panels[f"{N} states"] = {
-            title: ([g.key for g in found], [kernel(g, s) for g in found])
-            for s, title in STRATEGIES.items()
+    contexts = by(records.kind("generation"), "context")
+    tokens = {NAMES[m]: lambda g, m=m: token_ms(g, m) for m in ("attention", "s4")}
+    panels = {}
+    for states in by(records.kind("cost"), "state_dim"):
+        found = by(states.records, "length")
+        panels[f"{states.key} states"] = {
+            title: {g.key: kernel(g, s) for g in found} for s, title in STRATEGIES.items()
         }
-    if panels:
-        made["kernel-against-length"] = line_chart(
-            panels, x_label="length", y_label="ms", log_x=True, log_y=True
-        )
-    return made
+    axes = dict(x_label="length", y_label="ms", log_x=True, log_y=True)
+    return {
+        "token-against-context": line_figure(
+            contexts, tokens, x="context (tokens)", y="ms a token", log=True
+        ),
+        "kernel-against-length": line_chart(panels, **axes),
+    }

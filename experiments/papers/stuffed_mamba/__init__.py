@@ -11,8 +11,9 @@ PAPER = Paper(
     name="stuffed_mamba",
     title="Stuffed Mamba: state collapse and state capacity of RNNs on long contexts "
     "(arXiv 2410.07145)",
-    summary="A Mamba-2 trained on texts too short to fill its state never learns to forget, and "
-    "breaks on longer ones; larger states need longer texts; forgetting can be forced afterwards.",
+    summary="A Mamba-2 trained on sequences too short to fill its state never learns to forget, "
+    "and breaks on longer ones; larger states need longer sequences; forgetting can be forced "
+    "afterwards.",
     cells=cells.cells,
     tables=tables.tables,
     claims=claims.claims,

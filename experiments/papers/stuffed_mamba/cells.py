@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from tilescan.data.batches import Batch
 from tilescan.data.tasks import recall_stream
 from tilescan.experiments.harness.cells import Cell, sweep
+from tilescan.experiments.harness.shared_models import Trained
 from tilescan.experiments.harness.workspace import Workspace
 from tilescan.experiments.measurements import state_collapse
 from tilescan.experiments.measurements.training import metrics, state_size
@@ -20,12 +23,12 @@ NONE, FORGET, WINDOW, NORM, HALF_STEP = "none", "forget", "window", "norm", "hal
 _READ = {"validation": (11,), "test": (12,)}
 
 
-def cells(config) -> list[Cell]:
+def cells(config: ConfigDict) -> list[Cell]:
     """Returns all measurements of the config."""
     return [*_cells_of(config, STREAM), *_cells_of(config, TEXT)]
 
 
-def _cells_of(config, kind: str) -> list[Cell]:
+def _cells_of(config: ConfigDict, kind: str) -> list[Cell]:
     section, e = config[kind], config.evaluation
     sizes = list(zip(config.model.n_layers, config.model.d_model, strict=True))
     name = f"{kind}-L{{size[0]}}-E{{size[1]}}-N{{state_dim}}-T{{train_length}}-carry{{carry}}"
@@ -37,48 +40,41 @@ def _cells_of(config, kind: str) -> list[Cell]:
     }
 
     # The model that forgets least is mitigated, and trained once more with its state carried.
-    worst = {
-        "size": max(sizes, key=math.prod),
-        "state_dim": max(section.state_dims),
-        "train_length": min(section.train_lengths),
-    }
+    largest, shortest = max(section.state_dims), min(section.train_lengths)
+    worst = {"size": max(sizes, key=math.prod), "state_dim": largest, "train_length": shortest}
     forgets_least = lambda **point: worst.items() <= point.items()
+    trains = lambda **point: point["carry"] == 1 or forgets_least(**point)
+    mitigated = lambda **point: point["carry"] == 1 and forgets_least(**point)
 
     def make(measure: Callable, seconds: float, where: Callable[..., bool], **settings) -> list:
         """Cells of one measurement; `settings` are numbers, or functions of the training length."""
 
         def of(train_length: int, **point) -> dict[str, Any]:
             model = model_settings(config, kind, train_length=train_length, **point)
-            return {
-                "kind": kind,
-                "measure": measure.__name__,
-                "state_elements": state_size(model["train"]),
-                "model": model,
-                **{k: v(train_length) if callable(v) else v for k, v in settings.items()},
-            }
+            made = {"kind": kind, "measure": measure.__name__, "model": model}
+            own = {k: v(train_length) if callable(v) else v for k, v in settings.items()}
+            return {**made, "state_elements": state_size(model["train"]), **own}
 
         options = dict(seeds=section.seeds, seconds=seconds, where=where)
         return sweep(f"{measure.__name__}-{name}-seed{{seed}}", measure, of, **options, **axes)
 
-    chunk = lambda train_length: min(e.chunk, train_length)
-    trains = lambda carry, **point: carry == 1 or forgets_least(**point)
+    lengths, chunk = tuple(e.recall_lengths), lambda train_length: min(e.chunk, train_length)
+    chosen = lambda train_length: candidates(config.mitigation, train_length)
     made = make(read, 60, trains, times=e.times, tokens=e.tokens, chunk=chunk)
     if kind == STREAM:
-        lengths = tuple(e.recall_lengths)
         made += make(recall, 5, trains, lengths=lengths, prompts=e.prompts)
-        made += make(
-            mitigate,
-            60,
-            lambda carry, **point: carry == 1 and forgets_least(**point),
-            tokens=e.tokens,
-            chunk=chunk,
-            candidates=lambda train_length: candidates(config.mitigation, train_length),
-        )
+        made += make(mitigate, 60, mitigated, tokens=e.tokens, chunk=chunk, candidates=chosen)
     return made
 
 
 def model_settings(
-    config, kind: str, *, size: tuple[int, int], state_dim: int, train_length: int, carry: int
+    config: ConfigDict,
+    kind: str,
+    *,
+    size: tuple[int, int],
+    state_dim: int,
+    train_length: int,
+    carry: int,
 ) -> dict[str, Any]:
     """Returns the settings of a shared model, see `training.trained`."""
     section = config[kind]
@@ -105,7 +101,7 @@ def model_settings(
     return {"data": kind, "rows": rows, "carry": carry, "train": keys}
 
 
-def candidates(mitigation, train_length: int) -> dict[str, list[dict[str, float]]]:
+def candidates(mitigation: ConfigDict, train_length: int) -> dict[str, list[dict[str, float]]]:
     """Returns {mitigation: what validation chooses from}: options of the mixer, or "bound"."""
     kept = [share ** (1 / train_length) for share in mitigation.kept_shares]
     made = {
@@ -118,7 +114,7 @@ def candidates(mitigation, train_length: int) -> dict[str, list[dict[str, float]
     return {name: found for name, found in made.items() if found}
 
 
-def read(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
+def read(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict[str, Any]:
     """Reads `times` its training length with a model.
 
     Settings: "model"; "train_length"; "times"; "tokens" to read in all; "chunk", tokens a call.
@@ -135,17 +131,14 @@ def read(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
     tenths = np.array_split(losses, min(10, len(losses)))
 
     # Test rows, from their beginning.
-    batch = _rows(settings, "test", settings["tokens"] // (times * length), times * length)
-    found = state_collapse.read(
-        model.config, model.params, batch["tokens"], batch["targets"], chunk=chunk
-    )
-    width = length // 2
+    width, batch = length // 2, _rows(settings, "test", times * length)
+    found = _read_all(model, batch["tokens"], batch["targets"], chunk)
     by_position = lambda name: state_collapse.by_position(found[name], batch["weights"], width)
 
     # One repeated token: newlines, or blanks.
     repeated = ord("\n") if settings["kind"] == TEXT else model.config.vocab_size - 1
     prompt = np.full((1, times * length), repeated, np.int32)
-    silent = state_collapse.read(model.config, model.params, prompt, prompt, chunk=chunk)
+    silent = _read_all(model, prompt, prompt, chunk)
 
     every = slice(length // chunk - 1, None, length // chunk)
     by_head = lambda values: values[every].mean(axis=2).reshape(times, -1)
@@ -155,12 +148,11 @@ def read(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
         "loss": by_position("nll"),
         "accuracy": by_position("hit"),
         "first_token": by_head(found["log_decay"]),
-        "state_mean": by_head(silent["state_mean"]),
-        "state_variance": by_head(silent["state_variance"]),
+        **{name: by_head(silent[name]) for name in ("state_mean", "state_variance")},
     }
 
 
-def recall(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
+def recall(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict[str, float]:
     """Asks for one pair at the end of a prompt, at all depths.
 
     Settings: "model"; "lengths" of the prompts; "prompts", how many of each.
@@ -170,18 +162,15 @@ def recall(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict
     """
     model, found = trained(workspace, settings["model"], seed), {}
     for length in settings["lengths"]:
-        rng = np.random.default_rng((length, 7))
-        tokens, value = recall_stream.distant_recall(
-            rng, settings["prompts"], length, **settings["model"]["rows"]
-        )
+        rng, options = np.random.default_rng((length, 7)), settings["model"]["rows"]
+        tokens, value = recall_stream.distant_recall(rng, settings["prompts"], length, **options)
         targets = np.repeat(value[:, None], length, axis=1)
-        chunk = min(settings["lengths"])
-        hit = state_collapse.read(model.config, model.params, tokens, targets, chunk=chunk)["hit"]
+        hit = _read_all(model, tokens, targets, min(settings["lengths"]))["hit"]
         found[str(length)] = float(hit[:, -1].mean())
     return found
 
 
-def mitigate(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
+def mitigate(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict[str, Any]:
     """Measures the loss within and beyond the training length T under each mitigation.
 
     Settings: "model"; "train_length"; "tokens", "chunk", as of `read`; "candidates".
@@ -192,34 +181,44 @@ def mitigate(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> di
     """
     model = trained(workspace, settings["model"], seed)
     length, chunk = settings["train_length"], settings["chunk"]
-    count = settings["tokens"] // (4 * length)
-    batches = {split: _rows(settings, split, count, 4 * length) for split in _READ}
+    batches = {split: _rows(settings, split, 4 * length) for split in _READ}
 
-    def losses(split: str, limit=None, **options) -> tuple[list[float], dict[str, np.ndarray]]:
-        changed, batch = state_collapse.with_mixer(model.config, **options), batches[split]
-        found = state_collapse.read(
-            changed, model.params, batch["tokens"], batch["targets"], chunk=chunk, limit=limit
-        )
-        return state_collapse.by_position(found["nll"], batch["weights"], length // 2), found
+    def reading(split: str, limit: np.ndarray | None = None, **options) -> dict[str, np.ndarray]:
+        batch = batches[split]
+        return _read_all(model, batch["tokens"], batch["targets"], chunk, limit, **options)
 
     # Norms of the states at the end of the training length, a bound for longer sequences.
     mixer = model.config.mixers["mamba2"]
     size = mixer.get("head_dim", 64) * mixer.get("state_dim", 128)
-    plain = losses("validation")[1]
-    norms = state_collapse.state_norms(plain, size)[length // chunk - 1].mean(axis=1)
+    norms = state_collapse.state_norms(reading("validation"), size)
+    norms = norms[length // chunk - 1].mean(axis=1)
 
-    def of(split: str, bound: float | None = None, **options) -> list[float]:
-        return losses(split, None if bound is None else bound * norms, **options)[0]
+    def losses(split: str, bound: float | None = None, **options) -> list[float]:
+        found = reading(split, None if bound is None else bound * norms, **options)["nll"]
+        return state_collapse.by_position(found, batches[split]["weights"], length // 2)
 
     # Validation chooses, the test decides.
     result = {}
     for name, options in settings["candidates"].items():
-        chosen = min(options, key=lambda candidate: of("validation", **candidate)[-1])
-        tested = of("test", **chosen)
+        chosen = min(options, key=lambda candidate: losses("validation", **candidate)[-1])
+        tested = losses("test", **chosen)
         result[name] = {"chosen": dict(chosen), "within": tested[1], "beyond": tested[-1]}
     return result
 
 
-def _rows(settings: Mapping[str, Any], split: str, count: int, length: int) -> dict:
+def _read_all(
+    model: Trained,
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    chunk: int,
+    limit: np.ndarray | None = None,
+    **options: Any,
+) -> dict[str, np.ndarray]:
+    """Returns a reading of rows by a model whose mixers have other `options`."""
+    config = state_collapse.with_mixer(model.config, **options) if options else model.config
+    return state_collapse.read(config, model.params, tokens, targets, chunk=chunk, limit=limit)
+
+
+def _rows(settings: Mapping[str, Any], split: str, length: int) -> Batch:
     rows = make_rows(settings["model"]["data"], settings["model"]["rows"])
-    return rows(split, max(1, count), length, _READ[split])
+    return rows(split, max(1, settings["tokens"] // length), length, _READ[split])

@@ -4,12 +4,21 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tilescan.experiments.harness.claims import Claim, Verdict, claim, higher_by, not_run
+from tilescan.experiments.harness.claims import (
+    Claim,
+    Verdict,
+    claim,
+    effect_of,
+    higher_by,
+    listed,
+    not_run,
+)
 from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.statistics import Spread, exponential_fit, line_fit, spread
+from tilescan.experiments.harness.statistics import Spread, exponential_fit, line_fit
 from tilescan.experiments.harness.tables import format_value
 from tilescan.experiments.measurements.state_collapse import COLLAPSE
+from tilescan.experiments.papers.stuffed_mamba import published
 from tilescan.experiments.papers.stuffed_mamba import quantities as q
 from tilescan.experiments.papers.stuffed_mamba.cells import FORGET, HALF_STEP, NORM, WINDOW
 from tilescan.experiments.papers.stuffed_mamba.tables import NAMES
@@ -17,7 +26,7 @@ from tilescan.experiments.papers.stuffed_mamba.training import STREAM, TEXT
 
 CUT = 0.5  # of the excess loss
 COLLAPSES = (
-    "Trained on short texts a model breaks behind the training length; trained on long ones it "
+    "Trained on short sequences a model breaks beyond the training length; trained on long ones it "
     "does not."
 )
 # What is said of each mitigation, and why it is not shown here.
@@ -77,7 +86,7 @@ def claims(records: Records) -> list[Claim]:
         ),
         claim(
             "states that explode",
-            "The variance of some heads' states explodes behind the training length, on a prompt "
+            "The variance of some heads' states explodes beyond the training length, on a prompt "
             "of one repeated token.",
             variance_explodes(stream),
             why="the largest of 8 heads decides, which varies too much between seeds (52 ± 76 and "
@@ -110,8 +119,9 @@ def ends(readings: Records) -> list[Group]:
     return found if len(found) == 2 else []
 
 
-def _of_ends(readings: Records, number: Callable[[Record], float]) -> list[Spread]:
-    return [spread(map(number, group.records)) for group in ends(readings)]
+def of_ends(readings: Records, number: Callable[[Record], float]) -> dict[int, Spread]:
+    """Returns {training length: mean and std of a number}, of `ends`."""
+    return {group.key: q.mean_of(number)(group) for group in ends(readings)}
 
 
 def short_collapses(readings: Records) -> Verdict:
@@ -126,7 +136,7 @@ def short_collapses(readings: Records) -> Verdict:
             f"{most:.2f} times trained at {long.key}"
         )
     return Verdict(
-        "with the largest state, every seed's greatest loss behind the training length is at "
+        "with the largest state, every seed's greatest loss beyond the training length is at "
         f"least {COLLAPSE:g} times that within at the shortest training length, and none's at the "
         "longest",
         holds,
@@ -140,11 +150,14 @@ def larger_needs_longer(records: Records) -> Verdict:
     longest = max(q.read(records, STREAM).values("train_length"), default=0)
     found = {n: [min(x, 2 * longest) for x in row] for n, row in q.safe_lengths(records).items()}
     points = [(n / 1e6, x) for n, row in found.items() for x in row]
-    holds, evidence = None, ""
+    holds, evidence, effect = None, "", None
     if len({n for n, _ in points}) > 2 and len(points) > 3:
-        means = {n: np.mean(row) for n, row in found.items()}
+        means = {n: float(np.mean(row)) for n, row in found.items()}
         slope, low, high, r2 = line_fit(*np.array(points).T)
-        holds = bool(_never_falls(means) and low > 0)
+        holds, effect = (
+            bool(_never_falls(means) and low > 0),
+            effect_of(1e3 * published.SLOPE, slope, kind="difference"),
+        )
         evidence = (
             f"smallest safe length, mean over seeds, by state elements {_listed(means)}; slope "
             f"{slope:.0f} tokens per million (95% interval {low:.0f} to {high:.0f}), R^2 {r2:.2f}"
@@ -154,6 +167,7 @@ def larger_needs_longer(records: Records) -> Verdict:
         "through all seeds has a 95% interval above 0",
         holds,
         evidence,
+        effect,
     )
 
 
@@ -169,29 +183,25 @@ def cuts_excess(cut: Spread | None) -> Verdict:
 
 def heads_remember(readings: Records) -> Verdict:
     """Returns whether a head keeps more of the first token after short training."""
-    found = _of_ends(readings, q.kept_of)
-    texts = [f"{format_value(v)} over {g.key}" for v, g in zip(found, ends(readings), strict=True)]
+    found = of_ends(readings, q.kept_of)
     return Verdict(
         "with the largest state, the greatest share of the first token kept over the training "
         "length is higher at the shortest than at the longest, by more than twice the larger "
         "standard deviation over seeds",
-        higher_by(*found, 0.0) if found else None,
-        " tokens, ".join(texts),
+        higher_by(*found.values(), 0.0) if found else None,
+        " tokens, ".join(f"{format_value(kept)} over {n}" for n, kept in found.items()),
     )
 
 
 def variance_explodes(readings: Records) -> Verdict:
     """Returns whether the states' variance grows after short training, and not after long."""
-    found = _of_ends(readings, q.growth_of)
-    texts = [
-        f"{format_value(v)} times trained at {g.key}"
-        for v, g in zip(found, ends(readings), strict=True)
-    ]
+    found = of_ends(readings, q.growth_of)
+    short, long = found.values() if found else (None, None)
     return Verdict(
         "with the largest state, it grows from the training length to the end of the rows to at "
         f"least {COLLAPSE:g} times at the shortest training length, and to less at the longest",
-        found[0].mean >= COLLAPSE > found[1].mean if found else None,
-        ", ".join(texts),
+        short.mean >= COLLAPSE > long.mean if found else None,
+        ", ".join(f"{format_value(x)} times trained at {n}" for n, x in found.items()),
     )
 
 
@@ -215,8 +225,8 @@ def recall_grows(answers: Records) -> Verdict:
 
 def _never_falls(means: dict[int, float]) -> bool:
     values = [means[n] for n in sorted(means)]
-    return all(a <= b for a, b in zip(values, values[1:], strict=False))
+    return values == sorted(values)
 
 
 def _listed(means: dict[int, float]) -> str:
-    return ", ".join(f"{n:,}: {mean:.0f}" for n, mean in means.items())
+    return listed(means, "{:,}: {:.0f}")

@@ -10,6 +10,9 @@ SIZES = (
     ("780M", 48, 1536),
 )
 
+# Of the first law: thousands of tokens that a million more state elements need (figure 9).
+SLOPE = 5.172
+
 
 def state_elements(layers: int, d_model: int, state_dim: int = 128, conv_width: int = 4) -> int:
     """Returns N_S = L (2 E N + (W - 1) (2 E + 2 N)), with E the model's width and one group."""
@@ -19,7 +22,7 @@ def state_elements(layers: int, d_model: int, state_dim: int = 128, conv_width: 
 
 def t_forget(n_s: float) -> float:
     """Returns the training length in tokens from which forgetting is learned (figure 9)."""
-    return 1e3 * (5.172 * n_s / 1e6 - 4.469)
+    return 1e3 * (SLOPE * n_s / 1e6 - 4.469)
 
 
 def t_recall(n_s: float) -> float:

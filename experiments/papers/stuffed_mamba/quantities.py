@@ -79,9 +79,9 @@ def safe_lengths(records: Records) -> dict[int, list[float]]:
     readings, found = read(records, STREAM), {}
     lengths = readings.values("train_length")
     for group in by(readings, "state_elements"):
-        of_seeds = {r.seed: [s for s in group.records if s.seed == r.seed] for r in group.records}
-        complete = [of_seeds[seed] for seed in sorted(of_seeds)]
-        found[group.key] = [_safe_length(rs) for rs in complete if len(rs) == len(lengths)]
+        seeds = sorted({record.seed for record in group.records})
+        of_seeds = [[r for r in group.records if r.seed == seed] for seed in seeds]
+        found[group.key] = [_safe_length(rs) for rs in of_seeds if len(rs) == len(lengths)]
     return found
 
 
@@ -96,27 +96,21 @@ def _safe_length(readings: list[Record]) -> float:
 
 def mitigations(records: Records) -> dict[str, list[Losses]]:
     """Returns {mitigation: losses of each seed}, those by training last."""
-    found: dict[str, list[Losses]] = {}
     mitigated = records.select(measure=MITIGATE)
-    for record in mitigated:
-        for name, losses in record.result.items():
-            found.setdefault(name, []).append(losses)
-    for name in (CARRIED, LONGER):
-        if trained := [m for record in mitigated for m in _trained(records, record, name)]:
-            found[name] = trained
-    return found
+    names = dict.fromkeys(name for record in mitigated for name in record.result)
+    found = {n: [r.result[n] for r in mitigated if n in r.result] for n in names}
+    found |= {n: [m for r in mitigated for m in _trained(records, r, n)] for n in (CARRIED, LONGER)}
+    return {name: losses for name, losses in found.items() if losses}
 
 
 def _trained(records: Records, mitigated: Record, name: str) -> list[Losses]:
-    """Losses of the model that was trained otherwise than the one that was mitigated."""
-    s = mitigated.settings
-    length, others = s["train_length"], records.select(measure=READ, kind=s["kind"])
-    others = others.select(state_elements=s["state_elements"])
-    others = others.select(train_length=4 * length if name == LONGER else length)
+    """Returns losses of the model that was trained otherwise than the one that was mitigated."""
+    s, longer = mitigated.settings, name == LONGER
+    length, same = s["train_length"], {k: s[k] for k in ("kind", "state_elements")}
+    others = records.select(measure=READ, train_length=4 * length if longer else length, **same)
     made = []
     for record in others:
-        right = record.settings["carry"] == 1 if name == LONGER else record.settings["carry"] > 1
-        if right and record.seed == mitigated.seed:
+        if record.seed == mitigated.seed and (record.settings["carry"] == 1) == longer:
             # Buckets of half the row's own length: that which ends at each place.
             loss, width = record.result["loss"], record.result["width"]
             within, beyond = (loss[-(-place // width) - 1] for place in (length, 4 * length))
@@ -133,11 +127,10 @@ def excess_cuts(records: Records) -> dict[str, Spread]:
     found = mitigations(records)
     plain, cuts = found.pop("none", []), {}
     for name, losses in found.items():
-        if len(losses) == len(plain):
-            pairs = zip(losses, plain, strict=True)
-            cuts[name] = spread(
-                1 - (m["beyond"] - base["within"]) / (base["beyond"] - base["within"])
-                for m, base in pairs
-                if base["beyond"] != base["within"]
-            )
+        pairs = zip(losses, plain, strict=True) if len(losses) == len(plain) else ()
+        cuts[name] = spread(
+            1 - (m["beyond"] - base["within"]) / (base["beyond"] - base["within"])
+            for m, base in pairs
+            if base["beyond"] != base["within"]
+        )
     return {name: cut for name, cut in cuts.items() if cut}

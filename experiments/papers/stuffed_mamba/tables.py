@@ -6,12 +6,13 @@ first one is negative).
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.groups import Group, by
-from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread, scaled, spread
 from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, STATIC, Column, Table, table
 from tilescan.experiments.measurements.state_collapse import COLLAPSE
@@ -23,7 +24,7 @@ NAMES = {
     cells.NONE: "none",
     cells.FORGET: "forget more, remember less",
     cells.WINDOW: "sliding window by state difference",
-    cells.NORM: "state normalisation",
+    cells.NORM: "state normalization",
     cells.HALF_STEP: "half step size",
     q.CARRIED: "training: state carried over rows",
     q.LONGER: "training: rows four times as long",
@@ -33,7 +34,7 @@ LAWS = {"T_forget": published.t_forget, "T_recall": published.t_recall}
 
 def tables(records: Records) -> list[Table]:
     """Returns collapse, enough training lengths, recall, mitigations, heads, published laws."""
-    made = [
+    return [
         _collapse(q.read(records, STREAM), "collapse", "a stream of recalls"),
         _collapse(q.read(records, TEXT), "collapse-text", "plain text"),
         _laws(records),
@@ -42,7 +43,6 @@ def tables(records: Records) -> list[Table]:
         _heads(records),
         _published(),
     ]
-    return [one for one in made if one.rows]
 
 
 def _collapse(readings: Records, name: str, title: str) -> Table:
@@ -50,14 +50,14 @@ def _collapse(readings: Records, name: str, title: str) -> Table:
     for n in readings.values("train_length"):
         within, ratio = (q.mean_of(of, train_length=n) for of in (q.within_of, q.ratio_of))
         columns.append(Column(f"trained at {n}: loss within", MEASURED, "nats", of=within))
-        columns.append(Column(f"trained at {n}: behind / within", MEASURED, of=ratio))
+        columns.append(Column(f"trained at {n}: beyond / within", MEASURED, of=ratio))
     return table(
         name,
-        f"State collapse on {title}: the greatest loss behind the training length",
+        f"State collapse on {title}: the greatest loss beyond the training length",
         by(readings, "state_elements"),
         columns,
-        note="Loss is a mean over half a training length; the greatest one behind the "
-        "training length, as far as rows are read, is divided by the greatest one within. "
+        "Loss is a mean over half a training length; the greatest one beyond the training length, "
+        "as far as rows are read, is divided by the greatest one within. "
         f"From {COLLAPSE:g} on the model collapses, by the paper's criterion. All training lengths "
         "see as many tokens.",
     )
@@ -68,9 +68,8 @@ def _key(group: Group) -> int:
 
 
 def _laws(records: Records) -> Table:
-    stream = records.select(kind=STREAM, carry=1)
+    stream, safe = records.select(kind=STREAM, carry=1), q.safe_lengths(records)
     longest = max(stream.values("train_length"), default=0)
-    safe = q.safe_lengths(records)
 
     def listed(group: Group) -> str | None:
         found = [f"> {longest}" if math.isinf(x) else str(x) for x in safe.get(group.key, ())]
@@ -95,7 +94,7 @@ def _laws(records: Records) -> Table:
             Column(f"T_recall, trained at {longest}", MEASURED, "tokens", of=recalled),
             by_law("T_recall"),
         ],
-        note="The published laws are fits to models of 0.8M to 19M state elements, T_forget = "
+        "The published laws are fits to models of 0.8M to 19M state elements, T_forget = "
         "5.172 N_S - 4.469 and T_recall = 4.756 (1.365^N_S - 1) - 0.742 with N_S in millions and "
         "T in thousands of tokens: at these sizes both are negative, and no comparison is meant. "
         f"T_recall: longest prompt with {q.RECALLED:.0%} of the answers right, 0 if there is none.",
@@ -104,6 +103,7 @@ def _laws(records: Records) -> Table:
 
 def _recall(answers: Records) -> Table:
     prompts = sorted({int(n) for record in answers for n in record.result})
+    right = lambda n: lambda group: group.mean_std(str(n), 100)
     return table(
         "recall",
         "One pair asked for at the end of the prompt, from all depths: right answers",
@@ -111,22 +111,17 @@ def _recall(answers: Records) -> Table:
         [
             Column("model", of=q.name_of),
             Column("trained at", of=lambda g: str(g.key[1])),
-            *(
-                Column(f"{n} tokens", MEASURED, "%", of=lambda g, n=n: g.mean_std(str(n), 100))
-                for n in prompts
-            ),
+            *(Column(f"{n} tokens", MEASURED, "%", of=right(n)) for n in prompts),
         ],
-        note="The rest of the prompt is the stream that the model was trained on, in which no key "
-        "is asked for behind more than a few pairs: what lies farther back is not trained for.",
+        "The rest of the prompt is the stream that the model was trained on, in which no key is "
+        "asked for after more than a few pairs: what lies farther back is not trained for.",
     )
 
 
 def _mitigations(records: Records) -> Table:
     found, cuts = q.mitigations(records), q.excess_cuts(records)
     mitigated = by(records.select(measure=cells.MITIGATE), "kind")
-    where = "".join(
-        f": {q.name_of(g)}, trained at {g.first.settings['train_length']}" for g in mitigated
-    )
+    where = (f": {q.name_of(g)}, trained at {g.first.settings['train_length']}" for g in mitigated)
 
     # What validation chose, over the seeds.
     def chosen(name: str) -> str:
@@ -134,12 +129,10 @@ def _mitigations(records: Records) -> Table:
         texts = {", ".join(f"{k}={v:.4g}" for k, v in sorted(o.items())) for o in options}
         return "; ".join(sorted(filter(None, texts))) or "–"
 
-    def loss(key: str):
-        return lambda name: spread(losses[key] for losses in found[name])
-
+    loss = lambda key: lambda name: spread(losses[key] for losses in found[name])
     return table(
         "mitigation",
-        f"Mitigations{where}",
+        f"Mitigations{''.join(where)}",
         [name for name in NAMES if name in found],
         [
             Column("mitigation", of=NAMES.get),
@@ -148,11 +141,11 @@ def _mitigations(records: Records) -> Table:
             Column("loss before 4 T", MEASURED, "nats", of=loss("beyond")),
             Column("excess taken away", MEASURED, "%", of=lambda name: scaled(cuts.get(name), 100)),
         ],
-        note="T is the training length; losses are means over T/2 tokens before T and 4 T (of the "
+        "T is the training length; losses are means over T/2 tokens before T and 4 T (of the "
         "model with longer rows, over half of those). The paper multiplies decays by 0.9999 at 8K "
         "tokens, which keeps 0.44 of a state over them; decay_scale here keeps such a share, or "
-        "less, over T, and b_scale is the paper's 0.75. State normalisation bounds each head's "
-        "norm by its mean at T, behind every chunk instead of every token.",
+        "less, over T, and b_scale is the paper's 0.75. State normalization bounds each head's "
+        "norm by its mean at T, after every chunk instead of every token.",
     )
 
 
@@ -167,9 +160,9 @@ def _heads(records: Records) -> Table:
             Column("model", of=q.name_of),
             Column("trained at", of=lambda g: str(g.key[2])),
             Column("share of the first token kept over it", MEASURED, of=q.mean_of(q.kept_of)),
-            Column("growth of the state's variance behind it", MEASURED, of=q.mean_of(q.growth_of)),
+            Column("growth of the state's variance beyond it", MEASURED, of=q.mean_of(q.growth_of)),
         ],
-        note="Each the greatest of all heads. The share is the exponential of the mean of log "
+        "Each the greatest of all heads. The share is the exponential of the mean of log "
         "alpha_1:t; the prompt is newlines (text) or blanks (stream), read as far as rows are, "
         "and its variance there is divided by that at the training length.",
     )
@@ -177,6 +170,7 @@ def _heads(records: Records) -> Table:
 
 def _published() -> Table:
     n_s = lambda size: published.state_elements(*size[1:])
+    by_law = lambda law: lambda size: law(n_s(size)) / 1e3
     return table(
         "published-laws",
         "The published laws at the paper's own sizes",
@@ -184,47 +178,50 @@ def _published() -> Table:
         [
             Column("model", of=lambda size: f"{size[0]} ({size[1]} layers, width {size[2]})"),
             Column("state elements N_S", STATIC, "millions", of=lambda size: n_s(size) / 1e6),
-            *(
-                Column(name, PUBLISHED, "K tokens", of=lambda size, law=law: law(n_s(size)) / 1e3)
-                for name, law in LAWS.items()
-            ),
+            *(Column(n, PUBLISHED, "K tokens", of=by_law(law)) for n, law in LAWS.items()),
         ],
-        note="Nothing here is measured. Scale accelerator trains these sizes.",
+        "Nothing here is measured. Scale accelerator trains these sizes.",
     )
 
 
 def figures(records: Records) -> dict[str, str]:
     """Returns loss against position, the first token's share, states under a repeated token."""
-    made, panels = {}, {}
-    for kind in (STREAM, TEXT):
-        readings = q.read(records, kind)
-        for size in by(readings, "state_elements"):
-            lines = panels[f"{kind}, {q.name_of(size).split(', ')[-1]}"] = {}
-            for group in by(size.records, "train_length"):
-                losses = np.array([r.result["loss"] for r in group.records]).mean(axis=0)
-                places = (np.arange(len(losses)) + 1) * group.first.result["width"] / group.key
-                lines[f"trained at {group.key}"] = (list(places), list(losses))
-    if panels:
-        made["loss-against-position"] = line_chart(
-            panels, x_label="position / training length", y_label="loss (nats)", markers=False
-        )
+    sizes = [(k, size) for k in (STREAM, TEXT) for size in by(q.read(records, k), "state_elements")]
+    losses = {}
+    for kind, size in sizes:
+        lines = losses[f"{kind}, {q.name_of(size).split(', ')[-1]}"] = {}
+        for group in by(size.records, "train_length"):
+            mean = np.array([r.result["loss"] for r in group.records]).mean(axis=0)
+            places = (np.arange(len(mean)) + 1) * group.first.result["width"] / group.key
+            lines[f"trained at {group.key}"] = (list(places), list(mean))
 
     # The first seed of the largest state: its slowest head, and its largest one.
-    for name, key, label in (
-        ("first-token", "first_token", "log share of the first token, slowest head"),
-        ("state-variance", "state_variance", "variance of the state, largest head"),
-    ):
-        panels = {}
-        for kind in (STREAM, TEXT):
-            for size in by(q.read(records, kind), "state_elements")[-1:]:
-                for group in by(size.records, "train_length"):
-                    top = np.max(np.asarray(group.first.result[key]), axis=1)
-                    places = (np.arange(len(top)) + 1) * group.key
-                    line = (list(places), list(top))
-                    panels.setdefault(kind, {})[f"trained at {group.key}"] = line
-        if panels:
-            log_y = key == "state_variance"
-            made[name] = line_chart(
-                panels, x_label="tokens", y_label=label, log_x=True, log_y=log_y, share_y=False
-            )
-    return made
+    largest = dict(sizes)
+    share = _over_tokens(largest, lambda r: r.result["first_token"])
+    variance = _over_tokens(largest, lambda r: r.result["state_variance"])
+    labels = dict(x_label="tokens", log_x=True, share_y=False)
+    return {
+        "loss-against-position": line_chart(
+            losses, x_label="position / training length", y_label="loss (nats)", markers=False
+        ),
+        "first-token": line_chart(
+            share, y_label="log share of the first token, slowest head", **labels
+        ),
+        "state-variance": line_chart(
+            variance, y_label="variance of the state, largest head", log_y=True, **labels
+        ),
+    }
+
+
+def _over_tokens(
+    sizes: dict[str, Group], number: Callable[[Record], Sequence[Sequence[float]]]
+) -> dict[str, dict]:
+    """Returns {kind: {training length: the greatest number of all heads after each multiple}}."""
+    panels = {}
+    for kind, size in sizes.items():
+        lines = panels[kind] = {}
+        for group in by(size.records, "train_length"):
+            top = np.max(np.asarray(number(group.first)), axis=1)
+            places = (np.arange(len(top)) + 1) * group.key
+            lines[f"trained at {group.key}"] = (list(places), list(top))
+    return panels

@@ -150,15 +150,6 @@ def test_carried_state_reads_on_over_rows(carry, tmp_path):
     assert losses == pytest.approx(want, rel=1e-4)
 
 
-def test_text_rows_are_cut_from_documents_of_their_split():
-    make = training.make_rows("text", {"source": "python_stdlib", "least": 100})
-    train, test = (make(split, 3, 64, (0,)) for split in ("train", "test"))
-    np.testing.assert_array_equal(train["tokens"][:, 1:], train["targets"][:, :-1])
-    assert not np.array_equal(train["tokens"], test["tokens"])
-    with pytest.raises(ValueError, match="no document of more than 1000000000 bytes"):
-        make("test", 1, 10**9, (0,))
-
-
 @pytest.mark.parametrize(("last", "collapsed"), [(1.9, False), (2.1, True)])
 def test_collapse_is_twice_the_greatest_loss_within(last, collapsed):
     found = state_collapse.judge_collapse([0.2, 1.0, 1.2, last], width=4, train_length=8)
