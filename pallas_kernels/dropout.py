@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 # 2^32 divided by the golden ratio, and the finalizer's two factors, as signed integers.
 STEP, FIRST, SECOND = -1640531527, -2048144789, -1028477387
@@ -40,7 +40,7 @@ def seeds(seed: Int[Array, ""], B: int, H: int) -> Int[Array, "B H"]:
     return batch[:, None] + (jnp.arange(H, dtype=jnp.int32) * STEP)[None]
 
 
-def mix(x):
+def mix(x: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
     """Returns an int32 whose every bit depends on every bit of x."""
     x = x ^ lax.shift_right_logical(x, x.dtype.type(16))
     x = x * FIRST
@@ -49,12 +49,14 @@ def mix(x):
     return x ^ lax.shift_right_logical(x, x.dtype.type(16))
 
 
-def row_hash(seed, query):
+def row_hash(seed: Int[Array, "*#rows"], query: Int[Array, "*#rows"]) -> Int[Array, "*#rows"]:
     """Returns the int32 of rows, from those of `seeds` and the queries' indices."""
     return mix(mix(seed) + query * STEP)
 
 
-def kept(row, key, rate: float):
+def kept(
+    row: Int[Array, "*#weights"], key: Int[Array, "*#weights"], rate: float
+) -> Bool[Array, "*#weights"]:
     """Returns whether weights are kept, from `row_hash` and the int32 index of the key."""
     # Of the 2^32 signed integers, the least are dropped, but for the greatest.
     return mix(row + key * STEP) >= min(round(rate * 2**32), 2**32 - 1) - 2**31

@@ -20,6 +20,11 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
+
+# Where tiles and positions are known ahead they are Python's or NumPy's, in a kernel JAX's.
+Index = int | np.ndarray | jax.Array
+Table = np.ndarray | jax.Array
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -46,21 +51,23 @@ class TileMask:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One axis of the score matrix cut into tiles, the last of which may be ragged."""
+    """One axis of the score matrix divided into tiles, the last of which may be ragged."""
 
     length: int
     block: int
 
     @property
     def tiles(self) -> int:
+        """Number of tiles."""
         return -(-self.length // self.block)
 
     @property
     def padded(self) -> int:
+        """Length of all tiles together."""
         return self.tiles * self.block
 
-    def bounds(self, tile):
-        """Inclusive bounds of a tile's real elements."""
+    def bounds(self, tile: Index) -> tuple[Index, Index]:
+        """Returns inclusive bounds of a tile's real elements."""
         low = tile * self.block
         high = low + (self.block - 1)
         if self.length % self.block:
@@ -80,7 +87,7 @@ class Schedule:
     kinds: the kinds that occur at all, so that a kernel can leave out branches which never run.
     place(q_row, k_row, tables) -> the positions of a tile's first query and key.
     stacked(batch, outer, step, tables) -> place in the stack of partial tiles, if there is one.
-    strides: distances of the positions of neighbouring queries, and keys, of a tile.
+    strides: distances of the positions of neighboring queries, and keys, of a tile.
     """
 
     steps: int
@@ -97,21 +104,21 @@ def _module(*values):
     return jnp if any(isinstance(value, jax.Array) for value in values) else np
 
 
-def divide(x, y: int):
-    """max(x, 0) // y. In a kernel not by `//`, whose care for signs asks which TPU it is on."""
+def divide(x: Index, y: int) -> Index:
+    """Returns max(x, 0) // y; in a kernel without `//`, whose care for signs asks for the TPU."""
     x = _module(x).maximum(x, 0)
     return x // y if _module(x) is np else jax.lax.div(x, jnp.asarray(y, x.dtype))
 
 
-def _offset(offset) -> tuple[dict, Callable]:
-    """The offset's table (none if it is known) and how to read it."""
+def _offset(offset: int | Int[Array, ""]) -> tuple[dict, Callable]:
+    """Returns the offset's table (none if it is known) and a function that reads it."""
     if isinstance(offset, (int, np.integer)):
         return {}, lambda tables: int(offset)
     return {"offset": jnp.asarray(offset, jnp.int32).reshape(1)}, lambda tables: tables["offset"][0]
 
 
-def _moved(position: Callable) -> Callable:
-    """A schedule's `place` where all queries stand by one offset further on than their rows."""
+def _shifted_place(position: Callable) -> Callable:
+    """Returns a schedule's `place` where every query's position is its row plus one offset."""
     return lambda q_row, k_row, tables: (q_row + position(tables), k_row)
 
 
@@ -119,20 +126,27 @@ def interval_schedule(
     mask: TileMask,
     queries: Axis,
     keys: Axis,
-    offset: int | jax.Array,
+    offset: int | Int[Array, ""],
     *,
     outer: str,
-    segments: tuple | None = None,
-    kinds: jax.Array | None = None,
+    segments: tuple[
+        Int[Table, "B q_tiles"],
+        Int[Table, "B q_tiles"],
+        Int[Table, "B k_tiles"],
+        Int[Table, "B k_tiles"],
+    ]
+    | None = None,
+    kinds: Int[Table, "B q_tiles k_tiles"] | None = None,
 ) -> Schedule:
-    """Schedule of a mask whose live tiles are one range per outer tile.
+    """Returns the schedule of a mask whose live tiles are one range per outer tile.
 
     Args:
       outer: "queries" or "keys".
-      segments: with segment ids, (q_min, q_max, k_min, k_max) per tile, [B, nq] and [B, nk].
-      kinds: with segment ids, the kinds of all tiles, [B, nq, nk], from which each row's range is
-        taken; dead tiles inside of a range are skipped but fetched.
+      segments: with segment ids, (q_min, q_max, k_min, k_max) per tile.
+      kinds: with segment ids, the kinds of all tiles, from which each row's range is taken; dead
+        tiles inside of a range are skipped but fetched.
     """
+    # The axes that the grid and a row of it go along, and the tables of what is not known ahead.
     tables, position = _offset(offset)
     along, across = (queries, keys) if outer == "queries" else (keys, queries)
     if segments is not None:
@@ -189,6 +203,7 @@ def interval_schedule(
         seen, whole = kind(batch, tile, inner, tables)
         return inner, jnp.where(live & seen, jnp.where(whole, FULL, PARTIAL), EMPTY)
 
+    # The longest row bounds the grid; known ahead, the rows also tell which kinds occur.
     steps, occurring = across.tiles, frozenset({EMPTY, PARTIAL, FULL})
     if mask.width is not None:
         steps = min(steps, (along.block + mask.width - 2) // across.block + 2)
@@ -204,24 +219,24 @@ def interval_schedule(
             occurring = frozenset(kind for kind, present in found if present)
             # Ranges are exact, hence dead steps stand only at the beginning of a short row.
             occurring |= {EMPTY} if np.any(counts < steps) else frozenset()
-    return Schedule(steps, tables, lookup, sub_kind, occurring, _moved(position))
+    return Schedule(steps, tables, lookup, sub_kind, occurring, _shifted_place(position))
 
 
 def list_schedule(
-    kinds: np.ndarray | jax.Array,
-    offset: int | jax.Array,
+    kinds: Int[Table, "M q_tiles k_tiles"],
+    offset: int | Int[Array, ""],
     *,
     outer: str,
-    stack_index: np.ndarray | None = None,
+    stack_index: Int[np.ndarray, "q_tiles k_tiles"] | None = None,
     most: int | None = None,
 ) -> Schedule:
-    """Schedule from the kinds of all tiles, int8 [M, nq, nk] with M = 1 or the batch size.
+    """Returns the schedule of any mask, from the kinds of all tiles, int8; M is 1 or B.
 
     The tables: `counts`, live tiles per row, and `entries`, per live tile 4 * inner + kind. With
     kinds known ahead (numpy) a row is as long as the longest row of live tiles, with traced ones
     as long as the axis, or as `most`, more live tiles than which no row may have.
-    stack_index [nq, nk], the place of a partial tile in a stack of distinct ones, becomes a table
-    `stack` parallel to `entries`.
+    stack_index, the place of a partial tile in a stack of distinct ones, becomes a table `stack`
+    parallel to `entries`.
     """
     if outer == "keys":
         kinds = kinds.swapaxes(1, 2)
@@ -264,11 +279,11 @@ def list_schedule(
         lookup,
         None,
         occurring,
-        _moved(position),
+        _shifted_place(position),
         None if stack_index is None else stacked,
     )
 
 
 def table_bytes(schedule: Schedule) -> int:
-    """Scalar memory that a schedule's tables take."""
+    """Returns the bytes of scalar memory that a schedule's tables take."""
     return sum(4 * table.size for table in schedule.tables.values())

@@ -1,7 +1,5 @@
 """Block sizes of the Mosaic GPU attention kernels by head dim."""
 
-from __future__ import annotations
-
 import dataclasses
 
 
@@ -61,8 +59,8 @@ MAX_HEAD_DIM = 256
 def default_blocks(
     kernel: str, head_dim: int, value_dim: int, *, heavy: bool = False, bias: bool = False
 ) -> BlockSizes:
-    """Block sizes of `kernel` ("forward", "dkv", "dk", "dv" or "dq") for head dims up to
-    MAX_HEAD_DIM, "dkv" up to 128.
+    """Returns the block sizes of `kernel` ("forward", "dkv", "dk", "dv" or "dq") for head dims up
+    to MAX_HEAD_DIM, "dkv" up to 128.
 
     Args:
         heavy: the logits are capped, or the mask holds segments.
@@ -72,7 +70,7 @@ def default_blocks(
         ValueError: a head dim above that.
     """
     widest = max(head_dim, value_dim)
-    # Where the dims differ the result has a buffer of its own, which the widest leave no room for.
+    # Where the dims differ the result has a buffer of its own, for which the widest have no room.
     crowded = bias or (head_dim != value_dim and head_dim + value_dim >= 448)
     table = _TABLE | (_HEAVY if heavy or bias else {}) | (_BIASED if crowded else {})
     limits = [limit for name, limit in table if name == kernel and widest <= limit]

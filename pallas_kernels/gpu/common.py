@@ -1,14 +1,22 @@
-"""What the Mosaic GPU attention kernels share: layouts, the walk over tiles, logits in base 2."""
+"""What the Mosaic GPU attention kernels share: layouts, the walk over tiles, logits in base 2.
 
-from __future__ import annotations
+Dimensions: B batch, T queries, S keys, H heads, M 1 or B; rows and cols of one tile.
+"""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+# Indices are known ahead or computed; references are Pallas' own, or parts of them by `at`.
+Index = int | jax.Array
+Ref = Any
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -27,7 +35,11 @@ PER_COL = plgpu.Layout.WGMMA.reduce(0)
 
 
 def tma_transforms(width: int, rows: int) -> tuple:
-    """Tiling and swizzle of a 16-bit tile of `rows` x `width`, as TMA and wgmma want them."""
+    """Returns tiling and swizzle of a 16-bit tile of `rows` x `width`, as TMA and wgmma want them.
+
+    Raises:
+        ValueError: a side that is no multiple of 16.
+    """
     for columns in (64, 32, 16):
         # A product over the tile's rows goes by steps of the swizzle.
         if width % columns == 0 and rows % columns == 0:
@@ -39,8 +51,10 @@ def tma_transforms(width: int, rows: int) -> tuple:
     raise ValueError(f"a tile must be a multiple of 16 elements wide and long, got {width}, {rows}")
 
 
-def smem_tile(shape: tuple[int, ...], dtype, rows: int | None = None) -> plgpu.SMEM:
-    """A shared-memory buffer of 16-bit tiles that TMA fills and wgmma reads.
+def smem_tile(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, rows: int | None = None
+) -> pl.MemoryRef:
+    """Returns a shared-memory buffer of 16-bit tiles that TMA fills and wgmma reads.
 
     `rows`, if fewer than the tile's own, are those of the tiles it is multiplied with: both
     operands of a product have to be swizzled alike.
@@ -48,8 +62,13 @@ def smem_tile(shape: tuple[int, ...], dtype, rows: int | None = None) -> plgpu.S
     return plgpu.SMEM(shape, dtype, transforms=tma_transforms(shape[-1], rows or shape[-2]))
 
 
-def bias_tiles(bias, block: int, stages: int):
-    """The ring of a bias's tiles, one of 64 x block for each compute warpgroup; None without."""
+def bias_tiles(
+    bias: Float[Array, "#B #H T S"] | None, block: int, stages: int
+) -> pl.MemoryRef | None:
+    """Returns the ring of a bias's tiles, of 64 x block for each compute warpgroup; None without.
+
+    With the dK/dV kernel's transposed bias, T and S are the other way around.
+    """
     if bias is None:
         return None
     columns = min(block, 128 // bias.dtype.itemsize)
@@ -61,49 +80,62 @@ def bias_tiles(bias, block: int, stages: int):
     return plgpu.SMEM(shape, bias.dtype, transforms=transforms)
 
 
-def bring_bias(ref, smem, ready, slot, place, row_start, col_start) -> None:
-    """Have TMA fill a slot of `bias_tiles`; `place` is (batch, head), of which either may be one
-    for all."""
-    place = tuple(x if n > 1 else 0 for x, n in zip(place, ref.shape[:2], strict=True))
+def bring_bias(
+    ref: Ref,
+    smem: Ref,
+    ready: Ref,
+    slot: Index,
+    batch_and_head: tuple[Index, Index],
+    row_start: Index,
+    col_start: Index,
+) -> None:
+    """Has TMA fill a slot of `bias_tiles`; the bias may have one batch row, or head, for all."""
+    place = tuple(x if n > 1 else 0 for x, n in zip(batch_and_head, ref.shape[:2], strict=True))
     for wg in range(COMPUTE_WARPGROUPS):
         rows = pl.ds(row_start + wg * WG_ROWS, WG_ROWS)
         source = ref.at[(*place, rows, pl.ds(col_start, smem.shape[-1]))]
         plgpu.copy_gmem_to_smem(source, smem.at[slot, wg], ready.at[slot])
 
 
-def add_bias(x: jax.Array, factor: float, smem) -> tuple[jax.Array, float]:
-    """(x, factor) of `base2_logits` with a tile of the bias, in shared memory, added."""
+def add_bias(
+    x: Float[Array, "rows cols"], factor: float, smem: Ref
+) -> tuple[Float[Array, "rows cols"], float]:
+    """Returns (x, factor) of `base2_logits` with a tile of the bias, in shared memory, added."""
     bias = plgpu.load(smem, layout=MATRIX).astype(jnp.float32)
     return x * factor + bias * LOG2E, 1.0
 
 
-def zeros(shape: tuple[int, ...], layout=MATRIX) -> jax.Array:
-    """Float32 zeros in registers."""
+def zeros(shape: tuple[int, ...], layout: Any = MATRIX) -> Float[Array, "..."]:
+    """Returns float32 zeros in registers."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
-def along_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Broadcast one value a row over the columns."""
+def along_rows(x: Shaped[Array, "rows"], shape: tuple[int, int]) -> Shaped[Array, "rows cols"]:
+    """Broadcasts one value a row over the columns."""
     return lax.broadcast_in_dim(x, shape, (0,))
 
 
-def along_cols(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Broadcast one value a column over the rows."""
+def along_cols(x: Shaped[Array, "cols"], shape: tuple[int, int]) -> Shaped[Array, "rows cols"]:
+    """Broadcasts one value a column over the rows."""
     return lax.broadcast_in_dim(x, shape, (1,))
 
 
-def matmul(a, b, shape: tuple[int, int]) -> jax.Array:
-    """a @ b in float32 with both operands in shared memory; waits for the result."""
+def matmul(a: Ref, b: Ref, shape: tuple[int, int]) -> Float[Array, "rows cols"]:
+    """Returns a @ b in float32 with both operands in shared memory; waits for the result."""
 
-    def run(acc):
+    def multiply(acc):
         plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
-def accumulate_all(accs: tuple, terms: list[tuple], staging) -> tuple:
-    """(acc + a @ b for each acc and (a, b)), with `a` in registers and b in shared memory.
+def accumulate_all(
+    accs: tuple[Float[Array, "rows _"], ...],
+    terms: Sequence[tuple[Float[Array, "rows inner"], Ref]],
+    staging: Ref | None,
+) -> tuple[Float[Array, "rows _"], ...]:
+    """Returns acc + a @ b for each acc and (a, b), with `a` in registers and b in shared memory.
 
     On the hardware `a` stays in registers, the sums are kept in the accumulators and all products
     are in flight together (`staging` is None). Interpret mode can run neither, so there each `a`
@@ -111,11 +143,11 @@ def accumulate_all(accs: tuple, terms: list[tuple], staging) -> tuple:
     """
     if staging is None:
 
-        def run(refs):
+        def multiply(refs):
             for ref, (a, b) in zip(refs, terms, strict=True):
                 plgpu.wgmma(ref, a, b)
 
-        return tuple(pl.run_state(run)(tuple(map(plgpu.ACC.init, accs))))
+        return tuple(pl.run_state(multiply)(tuple(map(plgpu.ACC.init, accs))))
     sums = []
     for acc, (a, b) in zip(accs, terms, strict=True):
         staging[...] = a
@@ -124,18 +156,22 @@ def accumulate_all(accs: tuple, terms: list[tuple], staging) -> tuple:
     return tuple(sums)
 
 
-def unhoisted(wg, step, count):
-    """wg, as an expression that changes with the loop's step as far as the compiler can tell.
+def unhoisted(wg: Index, step: Index, count: Index) -> Int[Array, ""]:
+    """Returns wg, as an expression that the compiler must compute anew in each step of a loop.
 
     Descriptors of the warpgroup's own operands would else be computed before the loop, one for each
-    16 elements of a head dim, and held in registers that wide heads don't leave. `count` is any
-    number read from memory that is at least 0: of the step alone the compiler knows as much.
+    16 elements of a head dim, and held in registers, of which wide heads need all. `count` is any
+    integer read from memory that is at least 0: of the step alone the compiler knows as much.
     """
     return jnp.where(step + count >= 0, wg, 0)
 
 
-def produce(n_steps, stages: int, rings) -> None:
-    """The producer's loop: keep a ring of slots filled by TMA.
+def produce(
+    n_steps: Index,
+    stages: int,
+    rings: Sequence[tuple[Callable[[Index, Index], None], Ref]],
+) -> None:
+    """Runs the producer's loop, which keeps a ring of slots filled by TMA.
 
     Args:
         n_steps, stages: tiles to bring and slots to bring them to.
@@ -157,8 +193,12 @@ def produce(n_steps, stages: int, rings) -> None:
 
 
 def launch(grid: tuple[int, int, int], interpret: bool) -> dict:
-    """Arguments of plgpu.kernel that all the attention kernels share; grid is (heads, rows,
-    batch)."""
+    """Returns arguments of plgpu.kernel that all the attention kernels share.
+
+    Args:
+        grid: (heads, rows, batch).
+        interpret: run on the CPU in GPU interpret mode.
+    """
     return {
         "grid": grid,
         "grid_names": ("heads", "rows", "batch"),
@@ -169,8 +209,8 @@ def launch(grid: tuple[int, int, int], interpret: bool) -> dict:
     }
 
 
-def computed(tree):
-    """tree without the manual axes of a shard_map.
+def computed(tree: Any) -> Any:
+    """Returns a pytree of arrays without the manual axes of a shard_map.
 
     Within a kernel, what is read has them and what is computed has none, and no bound or carry of a
     loop may change its type.
@@ -179,8 +219,10 @@ def computed(tree):
     return jax.tree.map(lambda x: x + jnp.zeros((), x.dtype) if has_axes(x) else x, tree)
 
 
-def row_walk(bounds_ref, tiles_ref, batch, row):
-    """(n_full, n_live, tile_of_step) of one row of tiles; see TileSchedule."""
+def row_walk(
+    bounds_ref: Ref, tiles_ref: Ref | None, batch: Index, row: Index
+) -> tuple[Int[Array, ""], Int[Array, ""], Callable[[Index], Index]]:
+    """Returns (n_full, n_live, tile_of_step) of one row of tiles; see TileSchedule."""
     m = batch if bounds_ref.shape[0] > 1 else 0
     n_full, n_live = computed((bounds_ref[m, row, 1], bounds_ref[m, row, 3]))
     if tiles_ref is not None:
@@ -196,9 +238,11 @@ def row_walk(bounds_ref, tiles_ref, batch, row):
     return n_full, n_live, tile_of
 
 
-def base2_logits(dots: jax.Array, scale: float, logit_cap: float | None):
-    """(x, factor, slope): the logits are x * factor * ln 2, and slope is their derivative by scale
-    * dots.
+def base2_logits(
+    dots: Float[Array, "rows cols"], scale: float, logit_cap: float | None
+) -> tuple[Float[Array, "rows cols"], float, Float[Array, "rows cols"] | None]:
+    """Returns (x, factor, slope): the logits are x * factor * ln 2, and slope is their derivative
+    by scale * dots.
 
     `factor` is left for the caller to fold into a fused multiply-add; slope is None where it is 1.
     """
@@ -212,8 +256,17 @@ def base2_logits(dots: jax.Array, scale: float, logit_cap: float | None):
     return tanh, logit_cap * LOG2E, 1.0 - tanh * tanh
 
 
-def seen_in(shape, visible, q_start, k_start, k_length, *, q_ids=None, k_ids=None):
-    """Which keys of a tile, queries by keys, are neither padding nor hidden by the mask.
+def seen_in(
+    shape: tuple[int, int],
+    visible: Callable | None,
+    q_start: Index,
+    k_start: Index,
+    k_length: int,
+    *,
+    q_ids: Int[Array, "rows cols"] | None = None,
+    k_ids: Int[Array, "rows cols"] | None = None,
+) -> Bool[Array, "rows cols"]:
+    """Returns which keys of a tile, queries by keys, are neither padding nor hidden by the mask.
 
     Args:
         shape: of the tile.
@@ -230,14 +283,16 @@ def seen_in(shape, visible, q_start, k_start, k_length, *, q_ids=None, k_ids=Non
     return seen
 
 
-def load_ids(ref, batch, start, length: int, axis: int) -> jax.Array:
-    """Segment ids from global memory, laid out along `axis` of a tile."""
+def load_ids(ref: Ref, batch: Index, start: Index, length: int, axis: int) -> Int[Array, "length"]:
+    """Returns segment ids from global memory, laid out along `axis` of a tile."""
     layout = PER_ROW if axis == 0 else PER_COL
     return plgpu.load(ref.at[batch, pl.ds(start, length)], layout=layout, optimized=False)
 
 
-def tile_ids(gmem: dict, batch, q_start, k_start, shape: tuple[int, int]) -> dict:
-    """Segment ids of a tile of queries by keys as arguments of `seen_in`; {} without segments."""
+def tile_ids(
+    gmem: dict[str, Ref], batch: Index, q_start: Index, k_start: Index, shape: tuple[int, int]
+) -> dict[str, Int[Array, "rows cols"]]:
+    """Returns segment ids of a tile as arguments of `seen_in`; {} without segments."""
     if "q_ids" not in gmem:
         return {}
     q_ids = load_ids(gmem["q_ids"], batch, q_start, shape[0], 0)
@@ -245,8 +300,10 @@ def tile_ids(gmem: dict, batch, q_start, k_start, shape: tuple[int, int]) -> dic
     return {"q_ids": along_rows(q_ids, shape), "k_ids": along_cols(k_ids, shape)}
 
 
-def pad_axis(x: jax.Array, axis: int, length: int, value=0) -> jax.Array:
-    """x with `axis` padded at its end to `length`."""
+def pad_axis(
+    x: Shaped[Array, "..."], axis: int, length: int, value: float = 0
+) -> Shaped[Array, "..."]:
+    """Returns x with `axis` padded at its end to `length`."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (0, length - x.shape[axis])
     return jnp.pad(x, pads, constant_values=value)

@@ -1,14 +1,13 @@
-"""FlashAttention-2 forward for Hopper, in Pallas Mosaic GPU: wgmma, TMA, warp specialisation.
+"""FlashAttention-2 forward for Hopper, in Pallas Mosaic GPU: wgmma, TMA, warp specialization.
 
-Tri Dao, "FlashAttention-2" (2023), algorithm 1; the division of labour is FlashAttention-3's: one
+Tri Dao, "FlashAttention-2" (2023), algorithm 1; the division of work is FlashAttention-3's: one
 producer warpgroup issues the TMA copies of key and value tiles into a ring of shared-memory slots,
 two compute warpgroups own 64 query rows each and take turns, so that one does its softmax while the
 other has the tensor cores.
 
-Letters: B batch, T queries, S keys, H query heads, G key-value heads, D head dim, P value dim.
+Dimensions: B batch, T queries, S keys, H query heads, G key-value heads, D head dim, P value dim;
+T_real, S_real: without the padding that TMA needs.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
 
 from tilescan.pallas_kernels.gpu import common
 from tilescan.pallas_kernels.gpu.block_sizes import BlockSizes
@@ -26,38 +26,37 @@ from tilescan.pallas_kernels.gpu.tiles import TileSchedule
 
 
 def flash_attention_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
     schedule: TileSchedule,
     *,
     visible: Callable | None,
-    q_offset: jax.Array | int,
-    segments: tuple[jax.Array, jax.Array] | None = None,
-    bias: jax.Array | None = None,
+    q_offset: Int[Array, ""] | int,
+    segments: tuple[Int[Array, "B T_real"], Int[Array, "B S_real"]] | None = None,
+    bias: Float[Array, "#B #H T S"] | None = None,
     scale: float,
     logit_cap: float | None = None,
     blocks: BlockSizes,
     k_length: int | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention over the schedule's tiles.
+) -> tuple[Float[Array, "B T H P"], Float[Array, "B H T"]]:
+    """Returns attention over the schedule's tiles, and its log-sum-exp.
 
     Args:
-        q: [B, T, H, D]; k: [B, S, G, D]; v: [B, S, G, P]; bf16 or f16, D and P multiples of 16,
-            T and S multiples of 8 (in interpret mode any).
+        q, k, v: bf16 or f16, D and P multiples of 16, T and S multiples of 8 (in interpret mode
+            any).
         schedule: live key tiles of every query tile, for blocks.block_q and blocks.block_k.
         visible: callable(q_index, k_index, q_ids, k_ids) -> bool for partial tiles, None for no
             mask.
         q_offset: int32 scalar added to query indices before `visible`.
-        segments: int32 ids [B, T] and [B, S] given (gathered) to `visible`, or None.
-        bias: [B or 1, H or 1, T, S], float32 or 16-bit, added to the logits; S a multiple of 8.
+        segments: int32 ids of queries and keys, given (gathered) to `visible`, or None.
+        bias: float32 or 16-bit, added to the logits; S a multiple of 8.
         k_length: number of real keys, S if None; the schedule must call a tile with others partial.
         interpret: run on the CPU in GPU interpret mode.
 
     Returns:
-        o [B, T, H, P] in q's dtype and lse [B, H, T] float32 (natural log); rows that see no key
-        are 0 and -inf.
+        o in q's dtype and lse in float32 (natural log); rows that see no key are 0 and -inf.
     """
     batch, q_len, heads, head_dim = q.shape
     _, k_len, kv_heads, value_dim = v.shape

@@ -5,14 +5,13 @@ thread block: no atomics, the same bits every time, seven matrix products instea
 weights are recomputed from the log-sum-exp. As in the forward kernel one producer warpgroup issues
 TMA copies and two compute warpgroups own 64 rows each (keys for dK/dV, queries for dQ).
 
-Both take two float32 statistics [B, H, T] a query:
+Both take two float32 statistics of every query:
     lse2: log-sum-exp in base 2, +inf where a query sees no key;
     delta: rowsum(dO * O) minus the cotangent of the log-sum-exp, so dS = P * (dP - delta).
 
-Letters: B batch, T queries, S keys, H query heads, G key-value heads, D head dim, P value dim.
+Dimensions: B batch, T queries, S keys, H query heads, G key-value heads, D head dim, P value dim;
+T_real, S_real: without the padding that TMA needs.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
 
 from tilescan.pallas_kernels.gpu import common
 from tilescan.pallas_kernels.gpu.block_sizes import BlockSizes
@@ -32,7 +32,7 @@ from tilescan.pallas_kernels.gpu.tiles import TileSchedule
 def _inputs(
     q, k, v, do, lse2, delta, schedule, q_offset, segments, bias, q_padded, k_padded
 ) -> dict:
-    """The kernels' operands by name; statistics and ids padded to whole tiles."""
+    """Returns the kernels' operands by name; statistics and ids padded to whole tiles."""
     inputs = {"q": q, "k": k, "v": v, "do": do, "bounds": jnp.asarray(schedule.bounds)}
     inputs["lse"] = common.pad_axis(lse2, 2, q_padded, jnp.inf)
     inputs["delta"] = common.pad_axis(delta, 2, q_padded)
@@ -48,14 +48,14 @@ def _inputs(
 
 
 def _weights(logits, statistic):
-    """(p, slope) from `x_of_dots`' results; hidden is x - lse2, since a row's lse2 may be NaN."""
+    """Returns (p, slope) of `x_of_dots`' results; masks x - lse2, since lse2 may be NaN."""
     x, factor, slope, seen = logits
     x = x * factor - statistic
     return jnp.exp2(x if seen is None else jnp.where(seen, x, -jnp.inf)), slope
 
 
 def _weights_and_dp(left, right, x_of_dots, statistic, shape, overlap):
-    """P and dP of a tile.
+    """Returns P and dP of a tile.
 
     Args:
         left, right: operands (a, b) in shared memory of the logits' and of dP's product.
@@ -86,37 +86,37 @@ def _weights_and_dp(left, right, x_of_dots, statistic, shape, overlap):
 
 
 def flash_attention_dkv(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    do: jax.Array,
-    lse2: jax.Array,
-    delta: jax.Array,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    do: Float[Array, "B T H P"],
+    lse2: Float[Array, "B H T_real"],
+    delta: Float[Array, "B H T_real"],
     schedule: TileSchedule,
     *,
     visible: Callable | None,
-    q_offset: jax.Array | int,
-    segments: tuple[jax.Array, jax.Array] | None = None,
-    bias: jax.Array | None = None,
+    q_offset: Int[Array, ""] | int,
+    segments: tuple[Int[Array, "B T_real"], Int[Array, "B S_real"]] | None = None,
+    bias: Float[Array, "#B #H T S"] | None = None,
     scale: float,
     logit_cap: float | None = None,
     blocks: BlockSizes,
     want_dk: bool = True,
     want_dv: bool = True,
     interpret: bool = False,
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Gradients of keys and values, summed over the query heads of a group.
+) -> tuple[Float[Array, "B S G D"] | None, Float[Array, "B S G P"] | None]:
+    """Returns the gradients of keys and values, summed over the query heads of a group.
 
     Args:
-        q: [B, T, H, D]; k: [B, S, G, D]; v: [B, S, G, P]; do: [B, T, H, P].
-        lse2, delta: [B, H, T] float32, see the module's text.
+        q, k, v, do: bf16 or f16.
+        lse2, delta: float32, see the module's text.
         schedule: live query tiles of every key tile.
         want_dk, want_dv: which to compute. Both accumulators fit the registers up to D + P = 256.
         bias: as in flash_attention_forward, with T a multiple of 8 too; a copy is transposed.
         visible, q_offset, segments, scale, logit_cap, interpret: as in flash_attention_forward.
 
     Returns:
-        (dk [B, S, G, D], dv [B, S, G, P]) in k's dtype, None for what is not wanted.
+        (dk, dv) in k's dtype, None for what is not wanted.
     """
     batch, _, heads, head_dim = q.shape
     kv_heads, value_dim = v.shape[2:]
@@ -145,10 +145,10 @@ def flash_attention_dkv(
         gmem = dict(zip(inputs, refs, strict=False))
         out = dict(zip(outputs, refs[len(inputs) :], strict=False))
         k_smem, v_smem, q_smem, do_smem, floats_smem, ints_smem, *rest = refs[len(inputs) + n_out :]
-        # Buffers start at multiples of 1024 bytes: one for every two lines of numbers a query.
+        # Buffers start at multiples of 1024 bytes: one for every two statistics of a query.
         lse_smem, delta_smem = floats_smem.at[0], floats_smem.at[1] if want_dk else None
         index_smem, ids_smem = ints_smem.at[0], None if segments is None else ints_smem.at[1]
-        # Without dK no values are needed, and where keys are as wide, dV leaves by their buffer.
+        # Without dK no values are needed; where keys are as wide, dV is stored from their buffer.
         dv_smem = k_smem if v_smem is None else v_smem
         bias_smem, staging, own_bar, ready, free = rest
         wg = lax.axis_index("wg")
@@ -311,25 +311,25 @@ def flash_attention_dkv(
 
 
 def flash_attention_dq(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    do: jax.Array,
-    lse2: jax.Array,
-    delta: jax.Array,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G P"],
+    do: Float[Array, "B T H P"],
+    lse2: Float[Array, "B H T_real"],
+    delta: Float[Array, "B H T_real"],
     schedule: TileSchedule,
     *,
     visible: Callable | None,
-    q_offset: jax.Array | int,
-    segments: tuple[jax.Array, jax.Array] | None = None,
-    bias: jax.Array | None = None,
+    q_offset: Int[Array, ""] | int,
+    segments: tuple[Int[Array, "B T_real"], Int[Array, "B S_real"]] | None = None,
+    bias: Float[Array, "#B #H T S"] | None = None,
     scale: float,
     logit_cap: float | None = None,
     blocks: BlockSizes,
     k_length: int | None = None,
     interpret: bool = False,
-) -> jax.Array:
-    """Gradient of the queries, dq [B, T, H, D]; arguments as in flash_attention_dkv.
+) -> Float[Array, "B T H D"]:
+    """Returns the gradient of the queries; arguments as in flash_attention_dkv.
 
     The schedule holds the live key tiles of every query tile, as in flash_attention_forward.
     """
@@ -402,7 +402,7 @@ def flash_attention_dq(
             shape = (WG_ROWS, block_k)
 
             def per_row(smem):
-                # Loaded in each step: the widest heads leave no registers to hold it.
+                # Loaded in each step: with the widest heads no registers are free to hold it.
                 line = plgpu.load(smem.at[wg], layout=common.PER_ROW)
                 return common.along_rows(line, shape)
 

@@ -10,44 +10,47 @@ section 4). Three kernels, of which only the second goes through the chunks in o
 - `gradients`: those of q, k and the decays, from the states at both ends of a chunk.
 
 How A is computed for decays of any strength. Steps i > j of a chunk whose indices differ first in
-the bit h lie in the two halves of a stretch of 2h steps. The decay between them is that of the
+the bit h lie in the two halves of one interval of 2h steps. The decay between them is that of the
 steps of j's half after j, times that of the steps of i's half up to i: factors of at most 1, one
 for queries and one for keys. One tile X_h holds q_i with its factor for each i of a right half and
-k_j with its factor for each j of a left half, so that A is read off the products X_h X_h^T, one for
-each of the 6 bits, and off q k^T where i = j. The factors are powers of sums of logarithms; each
-sum is a product with a matrix of zeros and ones, and is no difference of others, so that neither
-strong decays nor their gradients lose digits.
+k_j with its factor for each j of a left half, so that A's entries are those of the products
+X_h X_h^T, one for each of the 6 bits, and of q k^T where i = j. The factors are powers of sums of
+logarithms; each sum is a product with a matrix of zeros and ones, and is not a difference of
+others, so that neither strong decays nor their gradients lose digits.
 
 Conventions:
-- q, k [B, T, heads, D], v [B, T, heads, P], bf16 or f16; heads divide H; D is 64 or 128, P a
-  multiple of 64, T of the chunk; padded steps have keys and values of 0 and no decay.
-- high, low [B, T, heads, D] in q's dtype: their sum is the decay's logarithm in units of log 2,
-  each at least -160, which stands for a decay of 0.
+- q, k and v are bf16 or f16; their heads divide H; D is 64 or 128, P a multiple of 64, T of the
+  chunk; padded steps have keys and values of 0 and no decay.
+- high and low are in q's dtype: their sum is the decay's logarithm in units of log 2, each at least
+  -160, which stands for a decay of 0.
 - States are transposed, [P, D], float32; as an operand of products they have q's dtype.
 
-Letters: B batch, T time, H heads, D key dim, P value dim, V tiles of value dims, C chunk, N chunks.
+Dimensions: B batch, T time, H heads, D key dim, P value dim, V tiles of value dims, C chunk,
+N chunks; width: WIDTH dims of a tile.
 """
 
-from __future__ import annotations
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, Float
 
 from tilescan.pallas_kernels.gpu import common, ssd
-from tilescan.pallas_kernels.gpu.ssd import CHUNK, STAGES, load, tile, turned
+from tilescan.pallas_kernels.gpu.common import Index, Ref
+from tilescan.pallas_kernels.gpu.ssd import CHUNK, STAGES, load, tile, transposed
 
 WIDTH = 64  # key or value dims of a tile
 HALVES = 6  # h = 1, 2, 4 .. C / 2
-LEFT, RIGHT = 0, 1  # of a stretch of 2h steps
+LEFT, RIGHT = 0, 1  # halves of an interval of 2h steps
 # Thread blocks that an H100's 132 multiprocessors hold at once, and the most chunks of each.
 RESIDENT, LONGEST_RUN = 264, 8
 
 
-def ones(n, half: int = LEFT) -> jax.Array:
-    """The matrix [C, C] of 0 and 1 whose product with logarithms sums up those of X_h, h = 2^n.
+def ones(n: Index, half: int = LEFT) -> Float[Array, "C C"]:
+    """Returns the matrix of 0 and 1 whose product with logarithms sums up those of X_h, h = 2^n.
 
     h = C stands for the whole chunk: as a left half, its row i sums up the steps after i, and as a
     right one those up to i.
@@ -59,63 +62,71 @@ def ones(n, half: int = LEFT) -> jax.Array:
     return jnp.where((j >= first) & (j < end), 1.0, 0.0)
 
 
-def products(*terms) -> tuple[jax.Array, ...]:
-    """The sum of a @ b over each list of (a, b) in shared memory, float32, all in flight."""
+def products(*terms: Sequence[tuple[Ref, Ref]]) -> tuple[Float[Array, "_ _"], ...]:
+    """Returns the sum of a @ b over each list of (a, b) in shared memory, in float32."""
 
-    def run(*accs):
+    def multiply(*accs):
         for acc, pairs in zip(accs, terms, strict=True):
             for a, b in pairs:
                 plgpu.wgmma(acc, a, b)
         return tuple(acc[...] for acc in accs)
 
     shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in terms]
-    return tuple(pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes)))
+    return tuple(pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in shapes)))
 
 
-def add_to(total, *terms) -> None:
-    """total += the sum of a @ b, for a float32 tile in shared memory."""
+def add_to(total: Ref, *terms: tuple[Ref, Ref]) -> None:
+    """Adds the sum of a @ b to `total`, a float32 tile in shared memory."""
     total[...] = plgpu.load(total, layout=common.MATRIX) + products(terms)[0]
 
 
-def factors(smem: dict, rows) -> jax.Array:
-    """The decays [C, WIDTH] whose logarithms' sums are those by the matrix `rows`."""
+def factors(smem: dict[str, Ref], rows: Ref) -> Float[Array, "C width"]:
+    """Returns the decays whose logarithms' sums are those by the matrix `rows`."""
     return jnp.exp2(products([(rows, smem["high"]), (rows, smem["low"])])[0])
 
 
-def in_right_half(h: int) -> jax.Array:
-    """Whether a row of a C x WIDTH tile is in the right half of its stretch of 2h steps."""
+def in_right_half(h: Index) -> Bool[Array, "C width"]:
+    """Returns whether a row of a tile is in the right half of its interval of 2h steps."""
     row = plgpu.broadcasted_iota(jnp.int32, (CHUNK, WIDTH), 0, layout=common.MATRIX)
     return (row & h) != 0
 
 
-def mixed(smem: dict, h: int, decay: jax.Array) -> jax.Array:
-    """X_h: queries of right halves and keys of left ones, with their factors."""
+def mixed(
+    smem: dict[str, Ref], h: Index, decay: Float[Array, "C width"]
+) -> Float[Array, "C width"]:
+    """Returns X_h: queries of right halves and keys of left ones, with their factors."""
     return jnp.where(in_right_half(h), load(smem["q"]), load(smem["k"])) * decay
 
 
-def copy_in(pairs, barrier) -> None:
-    """Bring all (source, target) and wait for them; the barrier counts one arrival for each."""
+def copy_in(pairs: Iterable[tuple[Ref, Ref]], barrier: Ref) -> None:
+    """Copies all (source, target) and waits for them; the barrier counts one arrival for each."""
     for source, target in pairs:
         plgpu.copy_gmem_to_smem(source, target, barrier)
     plgpu.barrier_wait(barrier)
 
 
-def all_warps(barrier) -> None:
-    """Wait until all warps are here: what they have read may be overwritten by TMA."""
+def all_warps(barrier: Ref) -> None:
+    """Waits for all warps, after which TMA may overwrite what they have read."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
 
 def launch(grid: dict, interpret: bool) -> dict:
-    """Arguments of plgpu.kernel, as `ssd.launch` gives them, for a grid by names."""
+    """Returns the arguments of plgpu.kernel, as `ssd.launch` does, for a grid by names."""
     options = ssd.launch(1, 1, 1, interpret)
     return options | {"grid": tuple(grid.values()), "grid_names": tuple(grid)}
 
 
 def scores(
-    q: jax.Array, k: jax.Array, high: jax.Array, low: jax.Array, H: int, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(A [B, H, N, C, C], q with b_i [B, T, H, D], k with b_C / b_j [B, T, H, D]), q's dtype.
+    q: Float[Array, "B T q_heads D"],
+    k: Float[Array, "B T k_heads D"],
+    high: Float[Array, "B T a_heads D"],
+    low: Float[Array, "B T a_heads D"],
+    H: int,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B {H} N C C"], Float[Array, "B T {H} D"], Float[Array, "B T {H} D"]]:
+    """Returns (A, q with b_i, k with b_C / b_j), in q's dtype.
 
     Args:
         q, k, high, low: see the module's text.
@@ -124,7 +135,7 @@ def scores(
     """
     (B, T, _, D), dtype = q.shape, q.dtype
     N = T // CHUNK
-    run = max(1, min(LONGEST_RUN, B * H * N // RESIDENT))  # chunks of a thread block
+    chunks_per_block = max(1, min(LONGEST_RUN, B * H * N // RESIDENT))
     inputs = {"q": q, "k": k, "high": high, "low": low}
 
     def gla_scores(*refs):
@@ -142,6 +153,7 @@ def scores(
         plgpu.commit_smem()
 
         def step(n):
+            # A of one chunk, summed over tiles of key dims; q and k with their decays on the way.
             time = pl.ds(n * CHUNK, CHUNK)
             A = common.zeros((CHUNK, CHUNK))
             for d in range(D // WIDTH):
@@ -162,22 +174,22 @@ def scores(
             plgpu.copy_smem_to_gmem(smem["X"].at[0], A_ref.at[b, h, n])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        first = lax.axis_index("runs") * run
-        lax.fori_loop(first, jnp.minimum(first + run, N), lambda n, _: step(n), None)
+        first = lax.axis_index("runs") * chunks_per_block
+        lax.fori_loop(first, jnp.minimum(first + chunks_per_block, N), lambda n, _: step(n), None)
         plgpu.wait_smem_to_gmem(0)
 
     def inside(smem):
-        """A tile's share of A, to be masked where j > i."""
-        (A,) = products([(smem["q"], turned(smem["k"]))])
+        """Returns a tile's share of A, to be masked where j > i."""
+        (A,) = products([(smem["q"], transposed(smem["k"]))])
 
         def pairs(n, A):
             h = jnp.int32(1) << n
-            # In turns: other warps may still read the one before.
+            # Two buffers alternate: other warps may still read the one before.
             X = smem["X"].at[lax.rem(n, jnp.int32(2))]
             X[...] = mixed(smem, h, factors(smem, smem["ones"].at[n])).astype(dtype)
             plgpu.commit_smem()
             i, j = ssd.indices()
-            return jnp.where((i ^ j) >= h, products([(X, turned(X))])[0], A)
+            return jnp.where((i ^ j) >= h, products([(X, transposed(X))])[0], A)
 
         return lax.fori_loop(0, HALVES, pairs, A)
 
@@ -192,31 +204,31 @@ def scores(
         gla_scores,
         out_type=(jax.ShapeDtypeStruct((B, H, N, CHUNK, CHUNK), dtype), out, out),
         scratch_types=list(scratch.values()),
-        **launch({"batch": B, "heads": H, "runs": pl.cdiv(N, run)}, interpret),
+        **launch({"batch": B, "heads": H, "runs": pl.cdiv(N, chunks_per_block)}, interpret),
     )(*inputs.values())
 
 
 def walk(
-    reader: jax.Array | None,
-    writer: jax.Array,
-    values: jax.Array,
-    A: jax.Array | None,
-    whole: jax.Array,
-    state: jax.Array,
+    reader: Float[Array, "B T H D"] | None,
+    writer: Float[Array, "B T H D"],
+    values: Float[Array, "B T v_heads P"],
+    A: Float[Array, "B H N C C"] | None,
+    whole: Float[Array, "B H N D"],
+    state: Float[Array, "B H P D"],
     *,
     want_states: bool = False,
     reverse: bool = False,
     interpret: bool = False,
-) -> tuple[jax.Array, ...]:
-    """out_n = reader_n S_n^T + A_n values_n and S_{n+1} = whole_n S_n + values_n^T writer_n.
+) -> tuple[Float[Array, "..."], ...]:
+    """Computes out_n = reader_n S_n^T + A_n values_n, S_{n+1} = whole_n S_n + values_n^T writer_n.
 
     Args:
-        reader, writer: [B, T, H, D], what `scores` gives: (q, k) or, in reverse, (k, q). Without a
-            reader there is no `out`, and no A.
-        values: [B, T, heads, P]; v or, in reverse, o's gradient.
-        A: [B, H, N, C, C]; in reverse its transpose is taken.
-        whole: [B, H, N, D] float32, the chunks' decays.
-        state: [B, H, P, D] float32, before the first chunk; in reverse after the last.
+        reader, writer: what `scores` gives: (q, k) or, in reverse, (k, q). Without a reader there
+            is no `out`, and no A.
+        values: v or, in reverse, o's gradient.
+        A: in reverse its transpose is taken.
+        whole: float32, the chunks' decays.
+        state: float32, before the first chunk; in reverse after the last.
         want_states: return the state before each chunk is passed.
         reverse: go from the last chunk to the first.
 
@@ -259,6 +271,7 @@ def walk(
                 plgpu.copy_gmem_to_smem(source, target, smem["ready"].at[slot])
 
         def step(n, slot, S):
+            # The state before the chunk as an operand, and decayed by the whole chunk.
             own = {name: smem[name].at[slot] for name in inputs}
             S16 = smem["S"]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -268,14 +281,16 @@ def walk(
             plgpu.commit_smem()
             if want_states:
                 plgpu.copy_smem_to_gmem(S16, gmem["states"].at[b, h, n, dims])
+            # out = reader S^T + A values.
             if reader is not None:
-                A = turned(own["A"]) if reverse else own["A"]
-                (out,) = products([(own["reader"], turned(S16)), (A, own["values"])])
+                A = transposed(own["A"]) if reverse else own["A"]
+                (out,) = products([(own["reader"], transposed(S16)), (A, own["values"])])
                 smem["out"][...] = out.astype(dtype)
                 plgpu.commit_smem()
                 target = gmem["out"].at[b, pl.ds(n * CHUNK, CHUNK), h, dims]
                 plgpu.copy_smem_to_gmem(smem["out"], target)
-            (new,) = products([(turned(own["values"]), own["writer"])])
+            # S_{n+1} = whole S_n + values^T writer.
+            (new,) = products([(transposed(own["values"]), own["writer"])])
             return S + new
 
         S = plgpu.load(gmem["first"].at[b, h, dims], layout=common.MATRIX, optimized=False)
@@ -305,24 +320,25 @@ def walk(
 
 
 def gradients(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    high: jax.Array,
-    low: jax.Array,
-    do: jax.Array,
-    whole: jax.Array,
-    S: jax.Array,
-    dS: jax.Array,
+    q: Float[Array, "B T q_heads D"],
+    k: Float[Array, "B T k_heads D"],
+    v: Float[Array, "B T v_heads P"],
+    high: Float[Array, "B T a_heads D"],
+    low: Float[Array, "B T a_heads D"],
+    do: Float[Array, "B T H P"],
+    whole: Float[Array, "B H N D"],
+    S: Float[Array, "B H N P D"],
+    dS: Float[Array, "B H N P D"],
     *,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dq, dk, da) [V, B, T, H, D], to be summed over V; da float32, of natural logarithms.
+) -> tuple[Float[Array, "V B T H D"], Float[Array, "V B T H D"], Float[Array, "V B T H D"]]:
+    """Returns (dq, dk, da), to be summed over V; da is float32, of natural logarithms.
 
     Args:
-        q, k, v, high, low: see the module's text; do: [B, T, H, P].
-        whole: [B, H, N, D] float32, the chunks' decays.
-        S, dS: [B, H, N, P, D], the states before the chunks and the gradients of those after them.
+        q, k, v, high, low: see the module's text.
+        do: the outputs' gradient.
+        whole: float32, the chunks' decays.
+        S, dS: the states before the chunks and the gradients of those after them.
     """
     (B, H, N, P, D), dtype = S.shape, q.dtype
     parts = 2 if P % (2 * WIDTH) == 0 else 1  # tiles of values of a thread block
@@ -365,17 +381,21 @@ def gradients(
         plgpu.wait_smem_to_gmem(0)
 
     def from_states(smem, decay):
-        """(dq, dk), and da in shared memory, of the states and of pairs i = j."""
+        """Returns (dq, dk), and leaves da in shared memory, of the states and of pairs i = j."""
         tiles = lambda i: [smem["tiles"].at[i * parts + part] for part in range(parts)]
         v, do, S, dS = map(tiles, range(4))
         terms = lambda a, b: list(zip(a, b, strict=True))
-        turn = lambda xs: [turned(x) for x in xs]
+        transpose = lambda xs: [transposed(x) for x in xs]
+        # The decay of the whole chunk, d b_C = sum over p of S_pd dS_pd, at every step of it.
         d_whole = sum((load(x) * load(y)).sum(axis=0) for x, y in terms(S, dS))
         smem["da"][...] = common.along_cols(d_whole * decay, (CHUNK, WIDTH))
-        dA, dA_turned = products(terms(do, turn(v)), terms(v, turn(do)))
+        # dA_ij = do_i . v_j, of which pairs i = j meet no decay.
+        dA, dA_transposed = products(terms(do, transpose(v)), terms(v, transpose(do)))
         i, j = ssd.indices()
         diagonal = common.along_rows(jnp.where(i == j, dA, 0.0).sum(axis=1), (CHUNK, WIDTH))
-        both = jnp.where(i > j, dA, dA_turned).astype(dtype)
+        both = jnp.where(i > j, dA, dA_transposed).astype(dtype)
+        # dq_i = b_i S^T do_i and dk_j = (b_C / b_j) dS^T v_j; a gradient of a logarithm is that of
+        # the factor times the factor, so q_i dq_i counts for the steps up to i, k_j dk_j after j.
         dq, dk = products(terms(do, S), terms(v, dS))
         plgpu.commit_smem()  # all warps are done with the tiles, which are others from here on
         smem["tiles"].at[5][...] = both
@@ -388,11 +408,11 @@ def gradients(
         dk *= factors(smem, after)
         moved_k[...] = (load(smem["k"]) * dk).astype(dtype)
         plgpu.commit_smem()
-        add_to(smem["da"], (turned(up_to), moved_q), (turned(after), moved_k))
+        add_to(smem["da"], (transposed(up_to), moved_q), (transposed(after), moved_k))
         return dq + diagonal * load(smem["k"]), dk + diagonal * load(smem["q"])
 
     def from_pairs(smem, dq, dk):
-        """(dq, dk), and da in shared memory, with the shares of pairs of steps i > j."""
+        """Returns (dq, dk), and adds to da, with the shares of pairs of steps i > j."""
         moved, X, d_here, both = (smem["tiles"].at[n] for n in range(2, 6))
 
         def pairs(n, carry):
@@ -402,11 +422,13 @@ def gradients(
             rows[...] = ones(n).astype(dtype)
             plgpu.commit_smem()
             decay = factors(smem, rows)
+            # X_h, and of dA the pairs whose indices differ first in the bit h.
             X[...] = mixed(smem, h, decay).astype(dtype)
             i, j = ssd.indices()
             here = (i >> n) == ((j >> n) ^ 1)
             d_here[...] = jnp.where(here, load(both), 0.0).astype(dtype)
             plgpu.commit_smem()
+            # dX = (dA + dA^T) X; rows of right halves are queries', of left ones keys'.
             (dX,) = products([(d_here, X)])
             moved[...] = (load(X) * dX).astype(dtype)
             plgpu.commit_smem()
@@ -414,7 +436,7 @@ def gradients(
             right = jnp.where(in_right_half(h), 1.0, 0.0)
             dq += right * dX
             dk += (1.0 - right) * dX
-            add_to(smem["da"], (turned(rows), moved))
+            add_to(smem["da"], (transposed(rows), moved))
             return dq, dk
 
         # The first matrix is written where all warps read another until here.

@@ -12,16 +12,14 @@ A `TileSchedule` describes the walk of every row in one of two forms:
 * lists: any set of tiles, as a table of tile indices. What block-sparse and packed masks need.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
-Array = Any  # jax.Array or numpy.ndarray
+from tilescan.pallas_kernels.gpu.block_sizes import BlockSizes
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -31,14 +29,14 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 class TileSchedule:
     """The walk over live tiles of every row of tiles; M is 1, or B where the batch rows differ.
 
-    bounds: int32 [M, rows, 4] = (full_start, n_full, live_start, n_live).
+    bounds: int32 (full_start, n_full, live_start, n_live) of every row.
         Ranges: step i visits full_start + i while i < n_full, then the other tiles of
         live_start .. live_start + n_live - 1 in order. Lists: only n_full and n_live are read.
-    tiles: int32 [M, rows, width] or None: tile index of each step, full tiles first.
+    tiles: int32 tile index of each step, full tiles first, or None.
     """
 
-    bounds: Array
-    tiles: Array | None = None
+    bounds: Int[Array | np.ndarray, "M rows 4"]
+    tiles: Int[Array | np.ndarray, "M rows width"] | None = None
 
     @property
     def rows(self) -> int:
@@ -55,10 +53,10 @@ def window_schedule(
     n_cols: int,
     before: int | None,
     after: int | None,
-    offset: Array | int,
+    offset: Int[Array, ""] | int,
 ) -> TileSchedule:
-    """Ranges for "index r of the row side sees c iff r + offset - before <= c <= r + offset +
-    after".
+    """Returns ranges of a window: index r of the row side sees the indices of the column side from
+    r + offset - before to r + offset + after.
 
     Args:
         rows, block_row: number and size of the tiles on the row side.
@@ -91,8 +89,8 @@ def window_schedule(
     return TileSchedule(bounds[None].astype(xp.int32))
 
 
-def list_schedule(kinds: Array) -> TileSchedule:
-    """Lists from a table of tile kinds, int [M, rows, cols] of EMPTY, PARTIAL and FULL.
+def list_schedule(kinds: Int[Array | np.ndarray, "M rows cols"]) -> TileSchedule:
+    """Returns lists from a table of tile kinds: EMPTY, PARTIAL and FULL.
 
     A numpy table (static masks) gives lists as wide as the longest row; a traced one (segments)
     lists as wide as the table.
@@ -112,14 +110,14 @@ def list_schedule(kinds: Array) -> TileSchedule:
 def attention_schedule(
     q_len: int,
     k_len: int,
-    blocks,
+    blocks: BlockSizes,
     *,
     before: int | None,
     after: int | None,
-    offset: Array | int | None = None,
+    offset: Int[Array, ""] | int | None = None,
     transposed: bool = False,
 ) -> TileSchedule:
-    """Ranges for the window i + offset - before <= j <= i + offset + after of queries i and keys j.
+    """Returns ranges of a window: query i sees keys i + offset - before to i + offset + after.
 
     Args:
         q_len, k_len: T and S.

@@ -3,7 +3,7 @@
 Static data, from `python -m tilescan.benchmarks.tpu_static --sweep` (T = 4096, H = 2, D = 128, Full
 and Causal, on v5e, v5p and v6e): cycles of libtpu's static profile, with nothing run on a device.
 One table serves all generations: the best tile of one was within a few per cent of the best of the
-others. Wide heads and float32 take half the tile, for VMEM. Shorter sequences cut a tile down."""
+others. Wide heads and float32 take half the tile, for VMEM. Shorter sequences take smaller ones."""
 
 from tilescan.pallas_kernels.tpu.flash_attention import Tile
 
@@ -19,7 +19,7 @@ _TILES = {
 
 
 def tile_for(kernel: str, head_dim: int, itemsize: int, width: int | None = None) -> Tile:
-    """The tile of "forward", "dq" or "dkv".
+    """Returns the tile of "forward", "dq" or "dkv".
 
     Args:
       head_dim: the larger of D and P.

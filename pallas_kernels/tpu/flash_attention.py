@@ -7,20 +7,20 @@ walk's first step to its last. Which tiles are walked, and which of them need ma
 `Schedule` (pallas_kernels/tiles.py).
 
 Conventions of all three kernels:
-- Heads come before time: q [B, H, T, D], k [B, G, S, D], v [B, G, S, P], T and S multiples of the
-  blocks. Query head h reads key-value head h // (H // G) through the index maps; nothing is
-  repeated, and dK/dV sum over a group inside of the kernel.
+- Heads come before time, and T and S are multiples of the blocks. Query head h reads key-value head
+  h // (H // G) through the index maps; nothing is repeated, and dK/dV sum over a group inside of
+  the kernel.
 - Scores are kept in units of log2, `exp2` being what the hardware has: log2(e) is folded into the
-  scale. The log-sum-exp is converted on the way in and out; outside it is natural.
+  scale. The log-sum-exp is converted on input and output; outside it is natural.
 - Per-row statistics are vectors [rows, 128] with equal lanes in VMEM (`lse` in HBM is [B, H, 1, T]:
   128 times less), except the sum of weights, whose lanes are added up only at a walk's end.
 - A masked score is MASKED; the running maximum starts at FLOOR, far above it. So a weight of a
-  masked score is exactly 0 even where all scores of a row are masked, with no test for that case.
+  masked score is exactly 0 even where all scores of a row are masked, without a test for that.
   In the backward pass score - lse is masked: the log-sum-exp of a row that saw NaN is NaN.
 - In dK/dV scores are transposed, [keys, queries]: then statistics are rows, as they are stored,
   and no product needs a transposed left side.
 
-Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
+Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D head dim, P value dim.
 """
 
 import dataclasses
@@ -32,9 +32,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
 
 from tilescan.pallas_kernels.dropout import kept, row_hash
 from tilescan.pallas_kernels.tiles import FULL, PARTIAL, Schedule, TileMask, divide
+from tilescan.pallas_kernels.tpu.ring_attention import Carry
 
 LANES = 128
 LOG2E = math.log2(math.e)
@@ -73,19 +75,19 @@ class Scores:
 
 
 def _lanes(x, width):
-    """Statistics [rows, 128] with equal lanes, widened or cut to [rows, width]."""
+    """Returns statistics [rows, 128] with equal lanes as [rows, width]."""
     if width % LANES == 0:
         return x if width == LANES else jnp.tile(x, (1, width // LANES))
     return x[:, :width] if width < LANES else jnp.tile(x, (1, -(-width // LANES)))[:, :width]
 
 
 def _column(row, rows):
-    """A row [1, rows] as statistics [rows, 128] with equal lanes."""
+    """Returns a row [1, rows] as statistics [rows, 128] with equal lanes."""
     return jnp.broadcast_to(row, (LANES, rows)).T
 
 
 def _positions(first, stride, shape, axis):
-    """first, first + stride, ... along an axis."""
+    """Returns first, first + stride, ... along an axis."""
     steps = lax.broadcasted_iota(jnp.int32, shape, axis)
     return first + (steps if stride == 1 else stride * steps)
 
@@ -99,7 +101,7 @@ def _dot(x, y, dimensions=(((1,), (0,)), ((), ()))):
 
 
 def _score(product, bias, options):
-    """Scores in units of log2, and the tanh of a soft cap (else None) for its derivative."""
+    """Returns scores in units of log2, and a soft cap's tanh (else None) for its derivative."""
     tanh = None
     if options.logit_cap is None:
         score = product * (options.scale * LOG2E)
@@ -129,12 +131,13 @@ class _Walk:
         """What weights that dropout keeps are multiplied by."""
         return 1.0 / (1.0 - self.options.dropout)
 
-    def run(self, refs, tables, batch, head, heads, outer, step, compute):
-        """Call `compute(parts, hide, keep)` for each compute step of this grid step's tile.
+    def visit(self, refs, tables, batch, head, heads, outer, step, compute):
+        """Calls `compute(parts, hide, keep)` for each compute step of this grid step's tile.
 
-        All steps of a tile form one call of `compute` with a list of parts, for one straight run
-        of instructions; a partial tile whose parts can be judged leaves out the empty ones.
+        All steps of a tile form one call of `compute` with a list of parts, for one basic block of
+        instructions; a partial tile whose parts can be judged skips the empty ones.
         """
+        # The tile's kind and first row and column, in the schedule's order.
         inner, kind = self.schedule.lookup(batch, outer, step, tables)
         kinds = self.schedule.kinds
         size = self.tile.keys if self.q_axis == 0 else self.tile.queries
@@ -160,6 +163,7 @@ class _Walk:
                 seen, _ = self.schedule.sub_kind(batch, *bounds, tables)
                 pl.when(seen)(functools.partial(compute, [part], hide, keep))
 
+        # Branches only for kinds that occur, and none where there is one kind.
         for name, branch in ((FULL, full), (PARTIAL, partial)):
             if kinds == {name}:
                 branch()
@@ -176,7 +180,8 @@ class _Walk:
         return q_first, q_first + self.tile.compute - 1, k_first, k_last
 
     def _hide(self, refs, tables, q_first, k_first, part, x):
-        """A tile x of exponents, MASKED in place of what is hidden and of the padding."""
+        """Returns a tile x of exponents, MASKED where scores are hidden or padding."""
+        # This compute step's rows and columns of the tile.
         start = part * self.tile.compute
         within = pl.ds(start, self.tile.compute)
         q_ids = k_ids = stack = None
@@ -184,20 +189,21 @@ class _Walk:
             k_first, q_part, k_part = k_first + start, slice(None), within
         else:
             q_first, q_part, k_part = q_first + start, within, slice(None)
+        # Segment ids, one of the two as a column: a row is transposed as statistics are.
         if "q_segments" in refs:
             q_ids, k_ids = refs["q_segments"][0, :, q_part], refs["k_segments"][0, :, k_part]
-            # One of the two must stand upright; a row of ids is turned by way of equal lanes.
             if self.q_axis == 0:
                 q_ids = _column(q_ids, self.tile.queries)[:, :1]
             else:
                 k_ids = _column(k_ids, self.tile.keys)[:, :1]
         if "stack" in refs:
             stack = refs["stack"][0, :, within]
-        # Padding only occurs where rows of keys are their positions.
+        # Positions of the scores; padding only occurs where rows of keys are their positions.
         q_place, k_place = self.schedule.place(q_first, k_first, tables)
         q_stride, k_stride = self.schedule.strides
         q_index = _positions(q_place, q_stride, x.shape, self.q_axis)
         k_index = _positions(k_place, k_stride, x.shape, 1 - self.q_axis)
+        # Visible is what the mask, the stack and the number of keys all let through.
         seen = []
         if self.options.mask.visible is not None:
             seen.append(self.options.mask.visible(q_index, k_index, q_ids, k_ids))
@@ -208,7 +214,7 @@ class _Walk:
         return jnp.where(functools.reduce(jnp.logical_and, seen), x, MASKED)
 
     def _keep(self, tables, place, q_first, k_first, part, x):
-        """A tile x of weights, or of their cotangents, with 0 for what dropout drops."""
+        """Returns a tile x of weights, or of their cotangents, with 0 where dropout drops."""
         if self.options.dropout == 0:
             return x
         start = part * self.tile.compute
@@ -223,7 +229,7 @@ class _Walk:
         return jnp.where(kept(rows, keys, self.options.dropout), x, 0.0)
 
     def bias(self, refs, part):
-        """The bias of a compute step, [rows or 1, columns or 1], or None."""
+        """Returns the bias of a compute step, [rows or 1, columns or 1], or None."""
         if "bias" not in refs:
             return None
         ref = refs["bias"]
@@ -245,6 +251,8 @@ def _forward_kernel(refs, tables, walk, ids, grid):
     def compute(parts, hide, keep):
         q = refs["q"][0, 0]
         m, l, acc = m_ref[...], l_ref[...], acc_ref[...]
+        # Online softmax: m' = max(m, max_j s_j), p = 2^(s - m'), alpha = 2^(m - m'),
+        # l' = alpha l + sum_j p_j, acc' = alpha acc + p v.
         for part in parts:
             columns = pl.ds(part * walk.tile.compute, walk.tile.compute)
             score, _ = _score(
@@ -263,8 +271,9 @@ def _forward_kernel(refs, tables, walk, ids, grid):
             m = m_next
         m_ref[...], l_ref[...], acc_ref[...] = m, l, acc
 
-    walk.run(refs, tables, batch, head, heads, outer, step, compute)
+    walk.visit(refs, tables, batch, head, heads, outer, step, compute)
 
+    # o = acc / l and lse = ln 2 m + ln l; 0 and -inf for a row without visible keys.
     @pl.when(step == grid[3] - 1)
     def end():
         l = jnp.sum(l_ref[...], axis=1, keepdims=True)
@@ -287,6 +296,7 @@ def _dq_kernel(refs, tables, walk, ids, grid):
     def compute(parts, hide, keep):
         q, do = refs["q"][0, 0], refs["do"][0, 0]
         acc = acc_ref[...]
+        # p = 2^(s - lse), dp = do v^T, ds = p (dp - delta), dq = scale sum over tiles of ds k.
         for part in parts:
             columns = pl.ds(part * walk.tile.compute, walk.tile.compute)
             k = refs["k"][0, 0, columns]
@@ -300,7 +310,7 @@ def _dq_kernel(refs, tables, walk, ids, grid):
             acc = acc + _dot(ds.astype(k.dtype), k)
         acc_ref[...] = acc
 
-    walk.run(refs, tables, batch, head, heads, outer, step, compute)
+    walk.visit(refs, tables, batch, head, heads, outer, step, compute)
 
     @pl.when(step == grid[3] - 1)
     def end():
@@ -320,6 +330,7 @@ def _dkv_kernel(refs, tables, walk, ids, grid):
     def compute(parts, hide, keep):
         k, v = refs["k"][0, 0], refs["v"][0, 0]
         dk, dv = dk_ref[...], dv_ref[...]
+        # Transposed: p = 2^(s - lse), dv = p do, ds = p (v do^T - delta), dk = scale ds q.
         for part in parts:
             rows = pl.ds(part * walk.tile.compute, walk.tile.compute)
             q, do = refs["q"][0, 0, rows], refs["do"][0, 0, rows]
@@ -334,7 +345,7 @@ def _dkv_kernel(refs, tables, walk, ids, grid):
             dk = dk + _dot(ds.astype(q.dtype), q)
         dk_ref[...], dv_ref[...] = dk, dv
 
-    walk.run(refs, tables, batch, head, heads, outer, step, compute)
+    walk.visit(refs, tables, batch, head, heads, outer, step, compute)
 
     @pl.when((member == grid[3] - 1) & (step == grid[4] - 1))
     def end():
@@ -344,7 +355,7 @@ def _dkv_kernel(refs, tables, walk, ids, grid):
 
 
 def _vary_alike(arrays):
-    """The arrays, all varying over the same axes of a manual mesh (usually there is none)."""
+    """Returns the arrays, all varying over the same axes of a manual mesh (usually none)."""
     axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = frozenset().union(*axes)
     return [
@@ -356,11 +367,11 @@ def _vary_alike(arrays):
 def _call(
     kernel, name, walk, grid, inputs, outputs, scratch, *, flops, vmem_limit, interpret, carry=None
 ):
-    """A `pallas_call` whose kernel and index maps find arrays and tables by name.
+    """Calls a kernel by `pallas_call`; it and its index maps find arrays and tables by name.
 
     inputs: {name: (array, block, index map)}, outputs: {name: (shape and dtype, block, index map)},
-    with index maps (grid indices, tables) -> block indices. Returns the outputs in order, and
-    behind them what `carry`, a `ring_attention.Carry`, receives.
+    with index maps (grid indices, tables) -> block indices. Returns the outputs in order, then
+    what `carry`, a `ring_attention.Carry`, receives.
     """
     tables = walk.schedule.tables
     carried = {} if carry is None else carry.named(interpret)
@@ -387,6 +398,7 @@ def _call(
         )
         compute() if carry is None else carry.around(compute, refs, ids, launched, grid)
 
+    # Operands: tables, inputs, and the arrays that the kernel sends.
     size = lambda x: math.prod(x.shape) * x.dtype.itemsize
     # Under `shard_map`, outputs vary over the mesh axes that any input varies over.
     arrays = [*tables.values(), *(array for array, *_ in inputs.values()), *carried.values()]
@@ -427,7 +439,7 @@ def _call(
 
 
 def _bias_input(bias, tile, at):
-    """The bias [B or 1, H or 1, T or 1, S or 1] in tiles; `at` gives a grid step's (b, h, i, j)."""
+    """Returns the bias in tiles, as an input of `_call`; `at` gives a grid step's (b, h, i, j)."""
     block = (1, 1, *(1 if n == 1 else b for n, b in zip(bias.shape[2:], tile, strict=True)))
 
     def index(ids, tables):
@@ -438,7 +450,7 @@ def _bias_input(bias, tile, at):
 
 
 def _side_inputs(walk, bias, segments, stack, at, outer_step):
-    """Inputs that only some calls have: bias, segment ids, stack of partial tiles."""
+    """Returns the inputs that only some calls have: bias, segment ids, stack of partial tiles."""
     tile, inputs = (walk.tile.queries, walk.tile.keys), {}
     if walk.q_axis == 1:
         tile = tile[::-1]
@@ -446,8 +458,8 @@ def _side_inputs(walk, bias, segments, stack, at, outer_step):
         if walk.q_axis == 0:
             inputs["bias"] = _bias_input(bias, tile, at)
         else:
-            turned = lambda ids, tables: tuple(at(ids, tables)[i] for i in (0, 1, 3, 2))
-            inputs["bias"] = _bias_input(bias.swapaxes(2, 3), tile, turned)
+            transposed = lambda ids, tables: tuple(at(ids, tables)[i] for i in (0, 1, 3, 2))
+            inputs["bias"] = _bias_input(bias.swapaxes(2, 3), tile, transposed)
     if segments is not None:
         for name, ids, size, axis in zip(
             ("q_segments", "k_segments"),
@@ -468,30 +480,31 @@ def _side_inputs(walk, bias, segments, stack, at, outer_step):
 
 
 def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B G S D"],
+    v: Float[Array, "B G S P"],
     schedule: Schedule,
     tile: Tile,
     scores: Scores,
     *,
-    bias: jax.Array | None = None,
-    segments: tuple[jax.Array, jax.Array] | None = None,
-    stack: jax.Array | None = None,
+    bias: Float[Array, "#B #H #T #S"] | None = None,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    stack: Int[Array, "n q_tile k_tile"] | None = None,
     vmem_limit: int | None = None,
-    interpret=False,
-    carry=None,
+    interpret: bool | pltpu.InterpretParams = False,
+    carry: Carry | None = None,
 ) -> list[jax.Array]:
-    """o [B, H, T, P] in q's dtype and the natural log-sum-exp [B, H, 1, T], float32.
+    """Returns o [B, H, T, P] in q's dtype and the natural log-sum-exp [B, H, 1, T], float32.
 
     Args:
-      q, k, v: [B, H, T, D], [B, G, S, D], [B, G, S, P]; T and S multiples of the tile.
+      q, k, v: float32 or bfloat16; T and S multiples of the tile.
       schedule: walk over tiles of keys, made with the same tile.
-      bias: [B or 1, H or 1, T or 1, S or 1], padded like the scores.
-      segments: int32 ids of queries [B, T] and keys [B, S], for `scores.mask.visible`.
-      stack: distinct partial tiles, int8 [n, tile.queries, tile.keys].
-      carry: what the kernel sends meanwhile, a `ring_attention.Carry`; what it receives is
-        returned behind the rest.
+      bias: padded like the scores.
+      segments: int32 ids of queries and keys, for `scores.mask.visible`.
+      stack: distinct partial tiles, int8.
+      vmem_limit: bytes of VMEM that the kernel may take, the compiler's default for None.
+      interpret: False, or `pltpu.InterpretParams` (or True) on CPUs.
+      carry: what the kernel sends meanwhile; what it receives is returned after the rest.
     """
     (B, H, T, D), (G, S), P = q.shape, k.shape[1:3], v.shape[3]
     walk = _Walk(schedule, tile, scores, 0, scores.keys < S)
@@ -524,13 +537,29 @@ def forward(
 
 
 def backward_dq(
-    q, k, v, do, lse, delta, schedule, tile, scores, *,
-    bias=None, segments=None, stack=None, vmem_limit=None, interpret=False, carry=None,
-):  # fmt: skip
-    """[dq [B, H, T, D]] in q's dtype.
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B G S D"],
+    v: Float[Array, "B G S P"],
+    do: Float[Array, "B H T P"],
+    lse: Float[Array, "B H 1 T"],
+    delta: Float[Array, "B H 1 T"],
+    schedule: Schedule,
+    tile: Tile,
+    scores: Scores,
+    *,
+    bias: Float[Array, "#B #H #T #S"] | None = None,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    stack: Int[Array, "n q_tile k_tile"] | None = None,
+    vmem_limit: int | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+    carry: Carry | None = None,
+) -> list[jax.Array]:
+    """Returns [dq [B, H, T, D]] in q's dtype, and what `carry` receives.
 
-    Args as `forward`'s, and do [B, H, T, P]; lse, delta [B, H, 1, T] float32: the log-sum-exp in
-    units of log2 with NO_KEYS for rows without keys, and rowsum(o * do) - dlse.
+    Args as `forward`'s, and:
+      do: the output's gradient.
+      lse: float32, the log-sum-exp in units of log2 with NO_KEYS for rows without keys.
+      delta: float32, rowsum(o * do) - dlse.
     """
     (B, H, T, D), G, (S, P) = q.shape, k.shape[1], v.shape[2:]
     walk = _Walk(schedule, tile, scores, 0, scores.keys < S)
@@ -561,10 +590,25 @@ def backward_dq(
 
 
 def backward_dkv(
-    q, k, v, do, lse, delta, schedule, tile, scores, *,
-    bias=None, segments=None, stack=None, vmem_limit=None, interpret=False, carry=None,
-):  # fmt: skip
-    """dk [B, G, S, D] and dv [B, G, S, P] in k's and v's dtypes, summed over each group of heads.
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B G S D"],
+    v: Float[Array, "B G S P"],
+    do: Float[Array, "B H T P"],
+    lse: Float[Array, "B H 1 T"],
+    delta: Float[Array, "B H 1 T"],
+    schedule: Schedule,
+    tile: Tile,
+    scores: Scores,
+    *,
+    bias: Float[Array, "#B #H #T #S"] | None = None,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    stack: Int[Array, "n q_tile k_tile"] | None = None,
+    vmem_limit: int | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+    carry: Carry | None = None,
+) -> list[jax.Array]:
+    """Returns dk [B, G, S, D] and dv [B, G, S, P] in k's and v's dtypes, summed over each group of
+    heads, and what `carry` receives.
 
     Args as `backward_dq`'s; the schedule walks over tiles of queries for each tile of keys.
     """

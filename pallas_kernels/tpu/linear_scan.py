@@ -1,34 +1,36 @@
 """The diagonal recurrence h_t = a_t h_{t-1} + b_t for TPU (Mosaic): the scan and its gradient.
 
 Channels lie on the lanes of a vector, 128 to a grid step, time on its 8 sublanes. Chunks of time
-run in sequence ("arbitrary"), with the state in VMEM scratch from one to the next. A recurrence has
-nothing for sublanes to do at once, so a chunk is cut into strips, 8 to a vector, and strided loads
-bring one step of 8 strips together:
+run in sequence ("arbitrary"), with the state in VMEM scratch from one to the next. The steps of a
+recurrence do not run in parallel on sublanes, so a chunk is divided into strips, 8 to a vector, and
+strided loads gather one step of 8 strips in a vector:
 
-1. every strip walks its steps from a state of 0 and keeps what it does to a state: the product of
-   its decays and its last state;
+1. every strip runs its steps from a state of 0 and keeps its pair (p, s): the product of its decays
+   and its last state, so that a state h becomes p h + s;
 2. the pairs of the strips are scanned (3 rounds of an associative scan within a vector, then
    vector after vector), which gives each strip the state it starts from;
-3. every strip walks its steps again, now with the right state, and writes.
+3. every strip runs its steps again, now from that state, and writes the outputs.
 
-All arithmetic is the definition's own, step by step; no decay is ever divided by. What moves
-between HBM and VMEM is each input and each output once: the kernels are bound by that.
+All arithmetic is the definition's own, step by step, without a division by a decay. Each input and
+each output moves between HBM and VMEM once, and that bandwidth bounds the kernels.
 
-Complex numbers are two planes of real ones: "planes" is a tuple of one array, or of two. Decays are
+Complex values are two planes of real ones: "planes" is a tuple of one array, or of two. Decays are
 [B or 1, T, D], or [B or 1, 1, D] where they are the same at all steps: then they are read once.
 
-Letters: B batch, T time, D channels, C chunk.
+Dimensions: B batch, T time, D channels, C chunk.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 LANES = 128
 SUBLANES = 8
@@ -42,12 +44,13 @@ class Strips:
     steps: int
 
     @property
-    def rows(self):
+    def rows(self) -> int:
+        """Steps of the chunk."""
         return self.groups * SUBLANES * self.steps
 
 
 def strips_for(T: int) -> Strips:
-    """Strips for a length, from the sweep in benchmarks/scans_tpu_static.py.
+    """Returns the strips for a length, from the sweep in benchmarks/scans_tpu_static.py.
 
     8 groups hide the latency of a step. A stride of 20 rows hits 8 different banks of VMEM, which
     a power of 2 would not: 16 takes half as long again. The last chunk may be incomplete.
@@ -58,19 +61,28 @@ def strips_for(T: int) -> Strips:
     return Strips(groups, -(-T // (groups * SUBLANES)))
 
 
-def scan(a, b, state, *, reverse=False, after=False, strips=None, interpret=False):
-    """(o, the last state) of s_t = a_t s_{t-1} + b_t, with o = s; or `after`: the decay acts after
-    the output, o_t = s_{t-1} + b_t and s_t = a_t o_t.
+def scan(
+    a: tuple[Float[Array, "#B #T D"], ...],
+    b: tuple[Float[Array, "B T D"], ...],
+    state: tuple[Float[Array, "B D"], ...],
+    *,
+    reverse: bool = False,
+    after: bool = False,
+    strips: Strips | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[tuple[Float[Array, "B T D"], ...], tuple[Float[Array, "B D"], ...]]:
+    """Returns (o, the last state) of s_t = a_t s_{t-1} + b_t with o = s; or, `after`, of
+    o_t = s_{t-1} + b_t and s_t = a_t o_t, where the decay acts after the output.
 
     Args:
-      a: planes [B or 1, T or 1, D] of decays, float32 or bfloat16.
-      b: planes [B, T, D], float32 or bfloat16; the output's dtype.
-      state: planes [B, D], float32: before the first step.
+      a: planes of decays, float32 or bfloat16.
+      b: planes, float32 or bfloat16; the output's dtype.
+      state: planes, float32: before the first step.
       reverse: from the last step to the first.
-      strips: how a chunk is cut.
+      strips: how a chunk is divided.
 
     Returns:
-      planes [B, T, D] in b's dtype, planes [B, D] in float32.
+      planes in b's dtype, and planes in float32.
     """
     walk = _walk(a, b, reverse, after, strips, interpret)
     channel = walk.specs(walk.time)
@@ -92,17 +104,30 @@ def scan(a, b, state, *, reverse=False, after=False, strips=None, interpret=Fals
     return out["o"], tuple(x[:, 0] for x in out["last"])
 
 
-def gradient(a, h, state, dh, dlast, *, reverse=False, strips=None, interpret=False):
-    """(da, db, dstate) of `scan` without `after`, from its output and the cotangents of its two
-    results.
+def gradient(
+    a: tuple[Float[Array, "#B #T D"], ...],
+    h: tuple[Float[Array, "B T D"], ...],
+    state: tuple[Float[Array, "B D"], ...],
+    dh: tuple[Float[Array, "B T D"], ...],
+    dlast: tuple[Float[Array, "B D"], ...],
+    *,
+    reverse: bool = False,
+    strips: Strips | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[
+    tuple[Float[Array, "B #T D"], ...],
+    tuple[Float[Array, "B T D"], ...],
+    tuple[Float[Array, "B D"], ...],
+]:
+    """Returns (da, db, dstate) of `scan` without `after`, from its output h and the cotangents of
+    its two results.
 
     db_t = dh_t + a_{t+1} db_{t+1} and da_t = h_{t-1} db_t, in one pass: h, dh and a are read and da
     and db are written once.
 
     Returns:
-      da: planes [B, T, D], summed over no batch that decays share, or [B, 1, D] in float32 for
-        decays that are the same at all steps; db: planes [B, T, D] in dh's dtype; dstate: planes
-        [B, D] in float32.
+      da: planes, not summed over a batch that shares decays, or [B, 1, D] in float32 for decays
+        that are the same at all steps; db: planes in dh's dtype; dstate: planes in float32.
     """
     walk = _walk(a, dh, not reverse, True, strips, interpret)
     channel, rows = walk.specs(walk.time), (1, 1, LANES)
@@ -176,7 +201,7 @@ class _Walk:
         return b, 0, d
 
     def edge(self, rows, b, d, t):
-        """The block of `rows` steps next to a chunk where the walk leaves it."""
+        """The block of `rows` steps next to a chunk, after the chunk's last step walked."""
         count = pl.cdiv(self.length, rows)
         chunk, per = self.chunk(t), self.strips.rows // rows
         if self.reverse:
@@ -245,7 +270,7 @@ def _where(condition, x, y):
     return tuple(jnp.where(condition, u, v) for u, v in zip(x, y, strict=True))
 
 
-def _number(value, planes, shape=(SUBLANES, LANES)):
+def _constant(value, planes, shape=(SUBLANES, LANES)):
     return tuple(jnp.full(shape, value if i == 0 else 0.0, jnp.float32) for i in range(planes))
 
 
@@ -254,7 +279,7 @@ def _map(function, *planes):
 
 
 def _advance(a, b, s, after):
-    """(output, next state)"""
+    """Returns (output, next state) of one step."""
     if after:
         o = _add(s, b)
         return o, _multiply(a, o)
@@ -271,11 +296,12 @@ def _scan_kernel(refs, wide, walk, t, masked):
     def write(i, group, o, _):
         _store(wide["o"], walk.rows(i, group), o)
 
-    _run(refs, wide, walk, t, masked, "b", "state", "last", write)
+    _walk_chunk(refs, wide, walk, t, masked, "b", "state", "last", write)
 
 
 def _gradient_kernel(refs, wide, walk, t, masked):
-    # The walk goes against the recurrence, whose state before step t is h at the next step walked.
+    # The walk runs against the recurrence, whose state before step t is h at the next step walked;
+    # after the chunk's last step that is `edge`, and after the last chunk the initial state.
     planes, chunk = walk.planes, walk.chunk(t)
     edge = _map(lambda r: r[0, -1:] if walk.reverse else r[0, :1], refs["edge"])
     state = _map(lambda r: r[0], refs["state"])
@@ -305,6 +331,7 @@ def _gradient_kernel(refs, wide, walk, t, masked):
             h = _where(walk.index(chunk, i, group) + 1 < walk.length, h, state)
         return h
 
+    # db_t is the scan's output, and da_t = h_{t-1} db_t.
     def write(i, group, o, inner):
         _store(wide["db"], walk.rows(i, group), o)
         da = _multiply(before(i, group, inner), o)
@@ -312,10 +339,10 @@ def _gradient_kernel(refs, wide, walk, t, masked):
             _store(wide["da"], walk.rows(i, group), da)
             return None
         if masked:
-            da = _where(walk.index(chunk, i, group) < walk.length, da, _number(0.0, planes))
+            da = _where(walk.index(chunk, i, group) < walk.length, da, _constant(0.0, planes))
         return da
 
-    total = _run(refs, wide, walk, t, masked, "dh", "dlast", "dstate", write)
+    total = _walk_chunk(refs, wide, walk, t, masked, "dh", "dlast", "dstate", write)
     if walk.constant:
         for ref, *parts in zip(refs["da"], *total, strict=True):
             part = jnp.sum(functools.reduce(jnp.add, parts), axis=0, keepdims=True)
@@ -331,11 +358,12 @@ def _store(refs, rows, values):
         ref[rows, :] = value
 
 
-def _run(refs, wide, walk, t, masked, input_name, state_name, last_name, write):
-    """One chunk's walk; `write(i, group, output, whether i is not a strip's last step walked)`.
+def _walk_chunk(refs, wide, walk, t, masked, input_name, state_name, last_name, write):
+    """Walks a chunk; calls `write(i, group, output, whether i is not a strip's last step walked)`.
 
     Returns what `write` returned, summed over the steps of each group, or None.
     """
+    # The state is carried from chunk to chunk in scratch.
     groups, steps, planes = walk.groups(), walk.strips.steps, walk.planes
     carry_refs, chunk = refs["carry"], walk.chunk(t)
 
@@ -349,25 +377,27 @@ def _run(refs, wide, walk, t, masked, input_name, state_name, last_name, write):
             lambda r: jnp.broadcast_to(r[0].astype(jnp.float32), (SUBLANES, LANES)), refs["a"]
         )
 
-    def at(i, group):
+    def operands(i, group):
         rows = walk.rows(i, group)
         a = decay if walk.constant else _load(wide["a"], rows)
         b = _load(wide[input_name], rows)
         if masked:  # steps after the end change nothing
             inside = walk.index(chunk, i, group) < walk.length
-            a = _where(inside, a, _number(1.0, planes))
-            b = _where(inside, b, _number(0.0, planes))
+            a = _where(inside, a, _constant(1.0, planes))
+            b = _where(inside, b, _constant(0.0, planes))
         return a, b
 
-    def summarize(j, pairs):
+    # First pass: the pair (p, s) of each strip, p = product of a, s = the last state from 0.
+    def compose(j, pairs):
         new = []
         for group, (p, s) in zip(groups, pairs, strict=True):
-            a, b = at(walk.step(j), group)
+            a, b = operands(walk.step(j), group)
             new.append((_multiply(p, a), _advance(a, b, s, walk.after)[1]))
         return new
 
-    nothing = _number(1.0, planes), _number(0.0, planes)
-    pairs = lax.fori_loop(0, steps, summarize, [nothing] * len(groups), unroll=walk.unroll(steps))
+    identity = _constant(1.0, planes), _constant(0.0, planes)
+    pairs = lax.fori_loop(0, steps, compose, [identity] * len(groups), unroll=walk.unroll(steps))
+    # The scan of the pairs: the state that each strip starts from, and the chunk's last.
     starts, carry = [], _map(lambda r: r[...], carry_refs)
     for p, s in pairs:
         start, carry = _strip_states(p, s, carry, walk.reverse)
@@ -376,18 +406,19 @@ def _run(refs, wide, walk, t, masked, input_name, state_name, last_name, write):
         ref[...] = value
         last[0] = value
 
+    # Second pass: the steps from the right states, whose outputs are written.
     def step(j, carry, inner):
         states, totals = carry
         i = walk.step(j)
         new, sums = [], []
         for group, s, total in zip(groups, states, totals, strict=True):
-            o, s = _advance(*at(i, group), s, walk.after)
+            o, s = _advance(*operands(i, group), s, walk.after)
             more = write(i, group, o, inner)
             new.append(s)
             sums.append(None if more is None else _add(total, more))
         return new, sums
 
-    zero = [_number(0.0, planes)] * len(groups)
+    zero = [_constant(0.0, planes)] * len(groups)
     sums = walk.constant and input_name == "dh"
     carry = starts, zero if sums else [None] * len(groups)
     inner = functools.partial(step, inner=True)
@@ -396,7 +427,8 @@ def _run(refs, wide, walk, t, masked, input_name, state_name, last_name, write):
 
 
 def _strip_states(p, s, carry, reverse):
-    """(states [8, 128] that 8 strips start from, the state [1, 128] after all of them)."""
+    """Returns (states [8, 128] that 8 strips start from, the state [1, 128] after all of them)."""
+    # Rounds of an associative scan of (p, s): a strip composes with those 1, 2 and 4 before it.
     row = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
     if reverse:
         row = SUBLANES - 1 - row
@@ -405,6 +437,7 @@ def _strip_states(p, s, carry, reverse):
         earlier = _map(lambda x: shift(x, n), p), _map(lambda x: shift(x, n), s)  # noqa: B023
         s = _where(row >= n, _add(_multiply(p, earlier[1]), s), s)
         p = _where(row >= n, _multiply(p, earlier[0]), p)
+    # A strip ends in p carry + s, and the next one starts there.
     carry = _map(lambda x: jnp.broadcast_to(x, (SUBLANES, LANES)), carry)
     ends = _add(_multiply(p, carry), s)
     starts = _where(row == 0, carry, _map(lambda x: shift(x, 1), ends))
@@ -412,8 +445,8 @@ def _strip_states(p, s, carry, reverse):
     return starts, _map(lambda x: x[end : end + 1], ends)
 
 
-def vary_alike(arrays):
-    """The arrays, all varying over the same axes of a manual mesh (usually there is none)."""
+def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns the arrays, all varying over the same axes of a manual mesh (usually none)."""
     axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = frozenset().union(*axes)
     return [
@@ -422,23 +455,23 @@ def vary_alike(arrays):
     ]
 
 
-def batched_in_front(call):
-    """`call`, whose arrays get the axis of a `vmap` as their first, wherever it was: the last two
-    of a kernel's blocks must stay what they are.
+def batched_in_front(call: Callable[..., Sequence[jax.Array]]) -> Callable:
+    """Returns `call` whose arrays get the axis of a `vmap` as their first, wherever it was: the
+    last two axes of a kernel's blocks must not change.
     """
-    run = jax.custom_batching.custom_vmap(call)
+    batched_call = jax.custom_batching.custom_vmap(call)
 
-    @run.def_vmap
+    @batched_call.def_vmap
     def rule(size, batched, *arrays):
         axes = [0 if b else None for b in batched]
         out = batched_in_front(jax.vmap(call, in_axes=axes, axis_size=size))(*arrays)
         return out, jax.tree.map(lambda _: True, out)
 
-    return run
+    return batched_call
 
 
 def _call(kernel, name, walk, inputs, outputs, wide):
-    """A `pallas_call` whose kernel finds planes by name.
+    """Calls a kernel, which finds planes by name, by `pallas_call`.
 
     inputs: {name: (planes, spec)}, outputs: {name: (planes of (shape, dtype), spec)}, wide: {name:
     arrays} of what is to be accessed step by step.
@@ -448,6 +481,7 @@ def _call(kernel, name, walk, inputs, outputs, wide):
     names = [*inputs, *outputs, *scratch]
 
     def body(*flat):
+        # References by name; those of other dtypes are accessed in a float32 copy.
         refs = {}
         for i, n in enumerate(names):
             refs[n] = flat[i * walk.planes : (i + 1) * walk.planes]
@@ -460,20 +494,21 @@ def _call(kernel, name, walk, inputs, outputs, wide):
                     to[...] = ref[0].astype(jnp.float32)
         # Only the last chunk may be incomplete.
         t = pl.program_id(2)
-        run = functools.partial(kernel, refs, accessed, walk, t)
+        kernel_step = functools.partial(kernel, refs, accessed, walk, t)
         last = walk.chunk(t) == walk.chunks - 1
         if walk.length % walk.strips.rows == 0:
-            run(False)
+            kernel_step(False)
         elif walk.chunks == 1:
-            run(True)
+            kernel_step(True)
         else:
-            pl.when(last)(functools.partial(run, True))
-            pl.when(jnp.logical_not(last))(functools.partial(run, False))
+            pl.when(last)(functools.partial(kernel_step, True))
+            pl.when(jnp.logical_not(last))(functools.partial(kernel_step, False))
         for n in narrow:
             if n in outputs:
                 for ref, value in zip(refs[n], accessed[n], strict=True):
                     ref[0] = value[...].astype(ref.dtype)
 
+    # Under `shard_map`, outputs vary over the mesh axes that any input varies over.
     arrays = vary_alike([x for planes, _ in inputs.values() for x in planes])
     varying = jax.typeof(arrays[0]).manual_axis_type
     shapes = [

@@ -2,16 +2,16 @@
 
 A call of `flash_attention.forward`, `backward_dq` or `backward_dkv` with a `Carry` computes what it
 always does. Besides, at its first grid step, it starts to copy whole arrays from this device's HBM
-into the outputs of the same call on a device further on in the ring, and at its last grid step it
-waits for its own copies to have left and for what comes from behind to have arrived. So transfer
-and computation overlap by construction, whatever a scheduler makes of calls. The arrays may be the
-keys that the kernel reads at the time: nobody writes them.
+into the outputs of the same call on the device `hops` places later in the ring, and at its last
+grid step it waits for its own copies to be sent and for those of the device `hops` places earlier
+to be received. So transfer and computation overlap by construction, however the compiler schedules
+calls. The arrays may be the keys that the kernel reads at the same time: no copy writes them.
 
-- A device must not write into another before that one is in the same call: a barrier says so. A
+- A device must not write into another before that one runs the same call: a barrier ensures it. A
   device signals the one that will write to it, and waits for the one that it will write to. Each
-  signals and is signalled once a call, and leaves the call only after both copies; so the counter
-  is never above 1 and never of another call, as long as all calls with one `collective_id` send
-  along the same pairs of devices.
+  signals and is signaled once a call, and returns from the call only after both copies; so the
+  counter is never above 1 and never of another call, as long as all calls with one `collective_id`
+  send between the same pairs of devices.
 - Two cores of a chip (v4, v5p) share a grid along one "parallel" axis of that length, the form in
   which JAX's documentation gives a kernel its core's number; all other axes are "arbitrary", hence
   in order. Only the first core sends and waits, from its own first step to its own last: semaphores
@@ -22,6 +22,7 @@ The method is Ring Attention's (arXiv 2310.01889).
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 @dataclasses.dataclass(frozen=True)
 class Carry:
-    """Arrays for the device `hops` places on along a mesh axis, for the inside of `shard_map`.
+    """Arrays to send to the device `hops` places later along a mesh axis, inside of `shard_map`.
 
-    arrays: of this device; what arrives has their shapes and dtypes.
+    arrays: of this device; what it receives has their shapes and dtypes.
     collective_id: of one pattern of devices (axis and hops) alone.
     cores: TensorCores of a device that share a kernel's grid.
     """
@@ -45,13 +46,13 @@ class Carry:
     collective_id: int
     cores: int = 1
 
-    def named(self, interpret=False) -> dict[str, jax.Array]:
-        """The arrays in HBM, by names that no input of a kernel has."""
-        place = lambda x: x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
-        return {f"carried {i}": place(x) for i, x in enumerate(self.arrays)}
+    def named(self, interpret: bool | pltpu.InterpretParams = False) -> dict[str, jax.Array]:
+        """Returns the arrays in HBM, by names that no input of a kernel has."""
+        in_hbm = lambda x: x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        return {f"carried {i}": in_hbm(x) for i, x in enumerate(self.arrays)}
 
-    def share(self, grid: tuple[int, ...]):
-        """(the grid to launch, its indices -> those of `grid`).
+    def share(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], Callable[[tuple], tuple]]:
+        """Returns (the grid to launch, its indices -> those of `grid`).
 
         With several cores, the launched grid begins with a core's number, and the first axis
         (batch, heads, tiles) that they divide is divided among them. Without such an axis the first
@@ -70,15 +71,22 @@ class Carry:
         return (self.cores, *grid[:axis], part, *grid[axis + 1 :]), indices
 
     def options(self, launched: tuple[int, ...], grid: tuple[int, ...]) -> dict:
-        """Of `pltpu.CompilerParams`, for a launched grid."""
+        """Returns arguments of `pltpu.CompilerParams`, for a launched grid."""
         shared = len(launched) > len(grid)
         semantics = ("parallel",) * shared + ("arbitrary",) * len(grid)
         return dict(
             dimension_semantics=semantics, collective_id=self.collective_id, has_side_effects=True
         )
 
-    def around(self, compute, refs: dict, ids: tuple, launched: tuple[int, ...], grid) -> None:
-        """One grid step of a kernel: `compute`, and the copies at the first and the last one."""
+    def around(
+        self,
+        compute: Callable[[], None],
+        refs: dict[str, jax.Ref],
+        ids: tuple,
+        launched: tuple[int, ...],
+        grid: tuple[int, ...],
+    ) -> None:
+        """Runs a grid step of a kernel: `compute`, and the copies at the first and the last one."""
         shared = len(launched) > len(grid)
         ends = tuple(0 if i < shared else n - 1 for i, n in enumerate(launched))
         pl.when(_equal(ids, (0,) * len(ids)))(lambda: self._start(refs))
@@ -99,7 +107,7 @@ class Carry:
             copy.wait_send()
 
     def _copies(self, refs):
-        """To the device further on; the same objects wait for what comes from behind."""
+        """Returns the copies to the later device; they also wait for the earlier one's."""
         return [
             pltpu.make_async_remote_copy(
                 refs[name],
@@ -113,8 +121,8 @@ class Carry:
 
     def _device(self, hops):
         devices = lax.axis_size(self.axis_name)
-        place = lax.axis_index(self.axis_name) + hops % devices
-        return {self.axis_name: lax.rem(place, jnp.asarray(devices, place.dtype))}
+        index = lax.axis_index(self.axis_name) + hops % devices
+        return {self.axis_name: lax.rem(index, jnp.asarray(devices, index.dtype))}
 
 
 def _equal(ids, values):

@@ -6,16 +6,16 @@ is carried through time step by step, in VMEM scratch from one chunk to the next
 steps never exist in HBM. Forward keeps the state at the start of every chunk, from which backward
 computes a chunk's states again, into VMEM, and walks back through them.
 
-- B_t and C_t stand upright, the same in all lanes: a lane of [N, C] spreads over all, for the steps
-  of a whole chunk at once. Their gradients, summed over channels in float32, go the same way back.
-  All blocks of channels take a chunk one after the other, so that this is done once for them all.
-- Sums over N leave 8 sublanes to be added. A step stores them as they are; strided loads bring the
-  same sublane of 8 steps together, and their sum is 8 steps of the result.
+- B_t and C_t are broadcast over lanes: a column of [N, C] becomes [N, 128] with equal lanes, for
+  the steps of a whole chunk at once. Their gradients, summed over channels in float32, are reduced
+  to columns again. All blocks of channels process a chunk in turn, so this is done once for all.
+- Sums over N are added up to 8 sublanes in each step and stored so; strided loads gather the same
+  sublane of 8 steps, and the sum of the 8 is 8 steps of the result.
 
 Lengths are multiples of the chunk, channels of the block, N of 8. A dt of 0 is a step that changes
 nothing.
 
-Letters: B batch, T time, E channels, N state dim, C chunk.
+Dimensions: B batch, T time, E channels, N state dim, C chunk.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 from tilescan.pallas_kernels.tpu.linear_scan import batched_in_front, vary_alike
 
@@ -48,19 +49,23 @@ class Block:
     parts: int = 1
 
 
-def forward(x, dt, A, B, C, state, keep, block, *, interpret=False):
-    """(y, the last state, the states that chunks start from).
+def forward(
+    x: Float[Array, "B T E"],
+    dt: Float[Array, "B T E"],
+    A: Float[Array, "N E"],
+    B: Float[Array, "B chunks N C"],
+    C: Float[Array, "B chunks N C"],
+    state: Float[Array, "B N E"],
+    keep: Float[Array, "B chunks N C"] | None,
+    block: Block,
+    *,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[Float[Array, "B T E"], Float[Array, "B N E"], Float[Array, "chunks B N E"]]:
+    """Returns (y, the last state, the states that chunks start from), all float32.
 
     Args:
-      x: [B, T, E], float32 or bfloat16.
-      dt: [B, T, E], float32.
-      A: [N, E], float32.
-      B, C: [B, T / C, N, C], float32.
-      state: [B, N, E], float32.
-      keep: as B, 0 at the steps that forget the state before them and 1 elsewhere; or None.
-
-    Returns:
-      y [B, T, E], [B, N, E] and [T / C, B, N, E], all float32.
+      x: float32 or bfloat16; all others float32.
+      keep: 0 at the steps that forget the state before them and 1 elsewhere; or None.
     """
     shape = _Shape.of(x, A, block, reverse=False)
     inputs = dict(x=x, dt=dt, A=A, B=B, C=C, state=state, keep=keep)
@@ -70,7 +75,7 @@ def forward(x, dt, A, B, C, state, keep, block, *, interpret=False):
         starts=((shape.chunks, *state.shape), "start"),
     )
     scratch = (
-        shape.upright("B", "C", "keep")
+        shape.lane_broadcast("B", "C", "keep")
         | shape.by_column("dt", "u")
         | {
             "h": shape.states,
@@ -78,17 +83,34 @@ def forward(x, dt, A, B, C, state, keep, block, *, interpret=False):
         }
     )
     if keep is None:
-        del inputs["keep"], scratch["upright keep"]
+        del inputs["keep"], scratch["lanes keep"]
     out = _call(_forward_kernel, "selective_scan", shape, inputs, outputs, scratch, interpret)
     return out["y"], out["last"], out["starts"]
 
 
-def backward(x, dt, A, B, C, keep, starts, dy, dlast, block, *, interpret=False):
-    """The cotangents of x, dt, A, B, C and the first state, from those of y and the last one.
-
-    Returns:
-      dx, ddt [B, T, E], dA [B, N, E], dB and dC [B, parts, T / C, N, C], dstate [B, N, E]; dx in
-      x's dtype, the others float32.
+def backward(
+    x: Float[Array, "B T E"],
+    dt: Float[Array, "B T E"],
+    A: Float[Array, "N E"],
+    B: Float[Array, "B chunks N C"],
+    C: Float[Array, "B chunks N C"],
+    keep: Float[Array, "B chunks N C"] | None,
+    starts: Float[Array, "chunks B N E"],
+    dy: Float[Array, "B T E"],
+    dlast: Float[Array, "B N E"],
+    block: Block,
+    *,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[
+    Float[Array, "B T E"],
+    Float[Array, "B T E"],
+    Float[Array, "B N E"],
+    Float[Array, "B parts chunks N C"],
+    Float[Array, "B parts chunks N C"],
+    Float[Array, "B N E"],
+]:
+    """Returns the cotangents of x, dt, A, B, C and the first state, from those of y and the last
+    state; dx in x's dtype, the others float32, dA for each row of the batch.
     """
     shape = _Shape.of(x, A, block, reverse=True)
     inputs = dict(x=x, dt=dt, A=A, B=B, C=C, keep=keep, starts=starts, dy=dy, dlast=dlast)
@@ -104,7 +126,7 @@ def backward(x, dt, A, B, C, keep, starts, dy, dlast, block, *, interpret=False)
     states = (shape.columns, block.steps * shape.N, LANES)
     parts = (shape.columns, block.steps * SUBLANES, LANES)
     scratch = (
-        shape.upright("B", "C", "keep", "dB", "dC")
+        shape.lane_broadcast("B", "C", "keep", "dB", "dC")
         | shape.by_column("dt", "u", "dy")
         | {
             "dh": shape.states,
@@ -115,7 +137,7 @@ def backward(x, dt, A, B, C, keep, starts, dy, dlast, block, *, interpret=False)
         }
     )
     if keep is None:
-        del inputs["keep"], scratch["upright keep"]
+        del inputs["keep"], scratch["lanes keep"]
     out = _call(
         _backward_kernel, "selective_scan_backward", shape, inputs, outputs, scratch, interpret
     )
@@ -141,23 +163,23 @@ class _Shape:
 
     @property
     def columns(self):
-        """Vectors of channels in a block."""
+        """Number of vectors of channels in a block."""
         return self.block.channels // LANES
 
     @property
     def states(self):
         return self.blocks * self.columns, self.N, LANES
 
-    def upright(self, *names):
-        return {f"upright {name}": (self.block.steps * self.N, LANES) for name in names}
+    def lane_broadcast(self, *names):
+        return {f"lanes {name}": (self.block.steps * self.N, LANES) for name in names}
 
     def by_column(self, *names):
         return {f"rows {name}": (self.columns, self.block.steps, LANES) for name in names}
 
     def spec(self, kind):
-        """The BlockSpec of an array: its block, and where it is at the grid's (b, p, t, e).
+        """Returns the BlockSpec of an array: its block, and the block's index at (b, p, t, e).
 
-        What is needed in the first chunk alone, or final in the last, stays where it is in others.
+        What is needed in the first chunk alone, or final in the last, has one index in the others.
         """
         steps, channels, blocks = self.block.steps, self.block.channels, self.blocks
         at = lambda t: self.chunks - 1 - t if self.reverse else t
@@ -182,23 +204,25 @@ _KINDS = {
 
 
 def _forward_kernel(refs, shape, t, e, unroll):
+    # `h` holds the states of all blocks of channels; this block's begin at `own`.
     h_ref, columns = refs["h"], range(shape.columns)
-    own = e * shape.columns  # of the states, those of this block
+    own = e * shape.columns
 
     @pl.when(t == 0)
     def begin():
         for w in columns:
             h_ref[own + w] = refs["state"][0, :, _column(w)]
 
-    pl.when(e == 0)(lambda: _stand_up(refs, shape, unroll))
-    _prepare(refs, shape)
+    pl.when(e == 0)(lambda: _broadcast_over_lanes(refs, shape, unroll))
+    _split_channels(refs, shape)
     states = [h_ref[own + w] for w in columns]
     for w, h in enumerate(states):
         refs["starts"][0, 0, :, _column(w)] = h
 
+    # h_t = exp(dt_t A) h_{t-1} + u_t B_t and C_t h_t, with sums over N still in 8 sublanes.
     def step(i, states):
         new = []
-        C = _upright(refs, "C", i, shape)
+        C = _lanes_of(refs, "C", i, shape)
         for w, h in enumerate(states):
             h = _advance(refs, shape, i, w, h)
             _store_parts(refs["parts"], i, w, C * h)
@@ -210,12 +234,13 @@ def _forward_kernel(refs, shape, t, e, unroll):
         h_ref[own + w] = h
         refs["last"][0, :, _column(w)] = h
 
-    def add_up(i, _):
+    # y_t, 8 steps at a time.
+    def store_outputs(i, _):
         for w in columns:
             at = 0, _rows(i, SUBLANES), _column(w)
             refs["y"][at] = _sum_parts(refs["parts"], i, w)
 
-    _loop(shape.block.steps // SUBLANES, add_up, None, unroll)
+    _loop(shape.block.steps // SUBLANES, store_outputs, None, unroll)
 
 
 def _backward_kernel(refs, shape, t, e, unroll):
@@ -231,13 +256,14 @@ def _backward_kernel(refs, shape, t, e, unroll):
 
     @pl.when(e == 0)
     def begin_chunk():
-        _stand_up(refs, shape, unroll)
-        for name in ("upright dB", "upright dC"):
+        _broadcast_over_lanes(refs, shape, unroll)
+        for name in ("lanes dB", "lanes dC"):
             refs[name][...] = jnp.zeros_like(refs[name])
 
-    _prepare(refs, shape)
+    _split_channels(refs, shape)
 
-    def remember(i, states):
+    # The chunk's states from its first one, as the forward kernel computed them.
+    def recompute(i, states):
         new = []
         for w, h in enumerate(states):
             refs["before"][w, _rows(i, N), :] = h
@@ -245,11 +271,14 @@ def _backward_kernel(refs, shape, t, e, unroll):
         return new
 
     starts = [refs["starts"][0, 0, :, _column(w)] for w in columns]
-    states = lax.fori_loop(0, steps, remember, starts, unroll=unroll)
+    states = lax.fori_loop(0, steps, recompute, starts, unroll=unroll)
 
+    # From the last step to the first: dh_t += C_t dy_t, dC_t = h_t dy_t, dB_t = dh_t u_t,
+    # du_t = dh_t B_t; then dh_{t-1} = exp(dt_t A) dh_t, and of the decay's logarithm dt_t A
+    # the gradient dh_{t-1} h_{t-1}, which gives those of dt_t and A.
     def step(j, carry):
         i = steps - 1 - j
-        B, C, dB, dC = (_upright(refs, name, i, shape) for name in ("B", "C", "dB", "dC"))
+        B, C, dB, dC = (_lanes_of(refs, name, i, shape) for name in ("B", "C", "dB", "dC"))
         new = []
         for w, (h, dh, dA) in enumerate(carry):
             dt, u, dy = (_row(refs, name, i, w) for name in ("dt", "u", "dy"))
@@ -263,10 +292,11 @@ def _backward_kernel(refs, shape, t, e, unroll):
             dlog = dh * h
             _store_parts(refs["ddt parts"], i, w, dlog * refs["A"][:, _column(w)])
             new.append((h, dh, dA + dlog * dt))
-        refs["upright dB"][_rows(i, N), :] = dB
-        refs["upright dC"][_rows(i, N), :] = dC
+        refs["lanes dB"][_rows(i, N), :] = dB
+        refs["lanes dC"][_rows(i, N), :] = dC
         return new
 
+    # dh goes on to the chunk before; dA is summed over chunks.
     carry = [(h, dh_ref[own + w], zero) for w, h in enumerate(states)]
     carry = lax.fori_loop(0, steps, step, carry, unroll=unroll)
     for w, (_, dh, dA) in enumerate(carry):
@@ -274,7 +304,8 @@ def _backward_kernel(refs, shape, t, e, unroll):
         dh_ref[own + w], dA_ref[own + w] = dh, dA
         refs["dstate"][0, :, _column(w)], refs["dA"][0, :, _column(w)] = dh, dA
 
-    def add_up(i, _):
+    # ddt_t = sum over N of dlog_t A + x_t du_t and dx_t = dt_t du_t, 8 steps at a time.
+    def store_gradients(i, _):
         for w in columns:
             at = 0, _rows(i, SUBLANES), _column(w)
             x, dt = refs["x"][at].astype(jnp.float32), refs["dt"][at]
@@ -282,13 +313,14 @@ def _backward_kernel(refs, shape, t, e, unroll):
             refs["ddt"][at] = _sum_parts(refs["ddt parts"], i, w) + x * du
             refs["dx"][at] = (dt * du).astype(refs["dx"].dtype)
 
-    _loop(steps // SUBLANES, add_up, None, unroll)
+    _loop(steps // SUBLANES, store_gradients, None, unroll)
 
-    def lie_down(name):
+    # dB and dC, summed over the lanes, as columns of [N, C].
+    def store_columns(name):
         lane = lax.broadcasted_iota(jnp.int32, (N, steps), 1)
 
         def column(i, gradient):
-            sums = jnp.sum(_upright(refs, name, i, shape), axis=1, keepdims=True)
+            sums = jnp.sum(_lanes_of(refs, name, i, shape), axis=1, keepdims=True)
             return jnp.where(lane == i, sums, gradient)
 
         zeros = jnp.zeros((N, steps), jnp.float32)
@@ -297,23 +329,23 @@ def _backward_kernel(refs, shape, t, e, unroll):
     @pl.when(e == shape.blocks - 1)
     def end_chunk():
         for name in ("dB", "dC"):
-            lie_down(name)
+            store_columns(name)
 
 
-def _stand_up(refs, shape, unroll):
-    """B, C and keep upright."""
+def _broadcast_over_lanes(refs, shape, unroll):
+    """Broadcasts B, C and keep over the lanes, for all steps of a chunk."""
 
-    def stand_up(name):
+    def broadcast(name):
         def step(i, _):
             column = refs[name][0, 0, :, pl.ds(i, 1)]
-            upright = jnp.broadcast_to(column, (shape.N, LANES))
-            refs[f"upright {name}"][_rows(i, shape.N), :] = upright
+            lanes = jnp.broadcast_to(column, (shape.N, LANES))
+            refs[f"lanes {name}"][_rows(i, shape.N), :] = lanes
 
         _loop(shape.block.steps, step, None, unroll)
 
     for name in ("B", "C", "keep"):
         if name in refs:
-            stand_up(name)
+            broadcast(name)
 
 
 def _loop(count, body, carry, unroll):
@@ -325,8 +357,8 @@ def _loop(count, body, carry, unroll):
     return carry
 
 
-def _prepare(refs, shape):
-    """dt, u = dt x and dy by vectors of channels, whose rows can be read one by one."""
+def _split_channels(refs, shape):
+    """Stores dt, u = dt x and dy by vectors of channels, whose rows can be read one by one."""
     for w in range(shape.columns):
         part = {n: refs[n][0, :, _column(w)] for n in ("x", "dt", "dy") if n in refs}
         part["u"] = part["dt"] * part.pop("x").astype(jnp.float32)
@@ -335,15 +367,15 @@ def _prepare(refs, shape):
 
 
 def _advance(refs, shape, i, w, h):
-    """The state after step i, [N, 128]."""
+    """Returns the state after step i, [N, 128]."""
     u = _row(refs, "u", i, w)
-    return _decay(refs, shape, i, w) * h + u * _upright(refs, "B", i, shape)
+    return _decay(refs, shape, i, w) * h + u * _lanes_of(refs, "B", i, shape)
 
 
 def _decay(refs, shape, i, w):
     rates = refs["A"][:, _column(w)] * LOG2E
     decay = jnp.exp2(_row(refs, "dt", i, w) * rates)
-    return decay * _upright(refs, "keep", i, shape) if "keep" in refs else decay
+    return decay * _lanes_of(refs, "keep", i, shape) if "keep" in refs else decay
 
 
 def _column(w):
@@ -354,30 +386,30 @@ def _rows(i, count):
     return pl.ds(i * count, count)
 
 
-def _upright(refs, name, i, shape):
-    """Step i of B, C or keep, [N, 128] with equal lanes."""
-    return refs[f"upright {name}"][_rows(i, shape.N), :]
+def _lanes_of(refs, name, i, shape):
+    """Returns step i of B, C or keep, [N, 128] with equal lanes."""
+    return refs[f"lanes {name}"][_rows(i, shape.N), :]
 
 
 def _row(refs, name, i, w):
-    """Step i of dt, u or dy, [1, 128]."""
+    """Returns step i of dt, u or dy, [1, 128]."""
     return refs[f"rows {name}"][w, pl.ds(i, 1), :]
 
 
 def _store_parts(ref, i, w, x):
-    """Keeps x [N, 128], added up to 8 sublanes."""
+    """Stores x [N, 128], added up to 8 sublanes."""
     parts = [x[n : n + SUBLANES] for n in range(0, x.shape[0], SUBLANES)]
     ref[w, _rows(i, SUBLANES), :] = functools.reduce(jnp.add, parts)
 
 
 def _sum_parts(ref, i, w):
-    """The sums over N of the i-th 8 steps, [8, 128]."""
+    """Returns the sums over N of the i-th 8 steps, [8, 128]."""
     rows = lambda s: pl.ds(i * SUBLANES**2 + s, SUBLANES, stride=SUBLANES)
     return functools.reduce(jnp.add, [ref.at[w][rows(s), :] for s in range(SUBLANES)])
 
 
 def _call(kernel, name, shape, inputs, outputs, scratch, interpret):
-    """A `pallas_call` whose kernel finds arrays by name. outputs: {name: (shape, kind)}."""
+    """Calls a kernel, which finds arrays by name; outputs: {name: (shape, kind)}."""
     names = (*inputs, *outputs, *scratch)
     unroll = 1 if interpret else UNROLL
 

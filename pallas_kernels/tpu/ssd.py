@@ -6,10 +6,9 @@ has its own. One family of kernels for both: the grid walks over blocks of time 
 the states in VMEM; a block is some chunks, whose products are matrix products.
 
 Conventions of all kernels:
-- Heads come before time: q [B, H, T, D], k [B, H, T, D], v [B, H, T, P], any of them with G < H
-  heads that serve H // G heads each, without being repeated: the heads of a group are the
-  innermost axis of the grid, so that a shared block stays in VMEM, and the gradients of what they
-  share are summed there.
+- Heads come before time, and q, k, v and decays may have G < H heads that H // G heads share,
+  without being repeated: the heads of a group are the innermost axis of the grid, so that a shared
+  block stays in VMEM, and the gradients of what they share are summed there.
 - States are [P, D] (D in lanes), float32: then a decay by key dimension is a row.
 - Logarithms are in units of log 2, at least -160 a step, which stands for a decay of 0.
 - Ratios of cumulative decays are powers of sums of logarithms that are not positive, so nothing
@@ -18,8 +17,8 @@ Conventions of all kernels:
 - The backward pass keeps the states at the blocks' starts (`borders`), recomputes those of a
   block's chunks, and goes through the blocks from the last to the first.
 
-Letters: B batch, T time, H heads, G groups of heads, R heads of a program, D key dim, P value dim,
-C chunk, N chunks.
+Dimensions: B batch, T time, H heads, G groups of heads, R heads of a program, D key dim,
+P value dim, C chunk, N chunks.
 """
 
 import dataclasses
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 from tilescan.pallas_kernels.tiles import divide
 
@@ -49,7 +49,8 @@ class Block:
     chunks: int
 
     @property
-    def steps(self):
+    def steps(self) -> int:
+        """Steps of the block."""
         return self.chunk * self.chunks
 
 
@@ -64,7 +65,7 @@ _BLOCKS = {
 
 
 def block_for(by_dim: bool, itemsize: int) -> Block:
-    """The block where no chunk is asked for."""
+    """Returns the block where no chunk is asked for."""
     return _BLOCKS[by_dim, itemsize]
 
 
@@ -77,19 +78,19 @@ def _dot(x, y, dimensions=_NN):
 
 
 def _lanes(x, width):
-    """A column as [rows, 128] with equal lanes, widened or cut to [rows, width]."""
+    """Returns a column [rows, 128] with equal lanes as [rows, width]."""
     if width <= LANES:
         return x[:, :width]
     return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
 
 
 def _column(row):
-    """A row [1, C] as a column [C, 128] with equal lanes."""
+    """Returns a row [1, C] as a column [C, 128] with equal lanes."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
 def _row(column, eye):
-    """A column [C, 1] as a row [1, C]."""
+    """Returns a column [C, 1] as a row [1, C]."""
     return jnp.sum(jnp.where(eye, column, 0.0), 0, keepdims=True)
 
 
@@ -113,19 +114,20 @@ class _ByHead:
         self.ratios = jnp.exp2(jnp.where(i >= j, between, HIDDEN))
 
     def scores(self, q, k):
+        """Returns A_ij = q_i . k_j b_i / b_j for j <= i, with b_i the decays' product up to i."""
         return _dot(q, k, _NT) * self.ratios
 
     def read(self, q, S):
-        """(decay q)^T S of the state [P, D] before the chunk: [C, P]."""
+        """Returns (decay q)^T S of the state [P, D] before the chunk: [C, P]."""
         return _dot(q, S.astype(q.dtype), _NT) * _lanes(self.into, S.shape[0])
 
     def write(self, k, v, S):
-        """The state after the chunk."""
+        """Returns the state after the chunk."""
         k = (k.astype(jnp.float32) * _lanes(self.out, k.shape[1])).astype(k.dtype)
         return self.whole * S + _dot(v, k, _TN)
 
     def gradients(self, q, k, v, do, S, dS):
-        """(dq, dk, dv, the decay's gradient, dS before the chunk) where dS is that after it.
+        """Returns (dq, dk, dv, the decay's gradient, dS before the chunk) for dS after it.
 
         The decay's gradient is [2, C]: what is to be summed over the steps from each one on, and
         over the steps before each one.
@@ -135,11 +137,14 @@ class _ByHead:
         ds = _dot(do, v, _NT) * self.ratios
         # Without the diagonal, where the decay is 1: it would drown strong decays' gradients.
         moved = jnp.where(self.below, ds * s, 0.0)
+        # dq_i = sum_j ds_ij k_j + b_i S^T do_i, dk_j = sum_i ds_ij q_i + (b_C / b_j) dS^T v_j,
+        # dv_j = sum_i A_ij do_i + (b_C / b_j) dS k_j.
         A, ds = (s * self.ratios).astype(v.dtype), ds.astype(q.dtype)
         dS_, S_ = dS.astype(v.dtype), S.astype(v.dtype)
         dq_state = _dot(do, S_) * _lanes(self.into, q.shape[1])
         dk_state = _dot(v, dS_) * _lanes(self.out, q.shape[1])
         dv = _dot(A, do, _TN) + _dot(k, dS_, _NT) * _lanes(self.out, v.shape[1])
+        # A decay's gradient: of b_i by row i, of 1 / b_j by column j, and of the chunk's b_C.
         into = jnp.sum(moved, 1, keepdims=True) + jnp.sum(f32(q) * dq_state, 1, keepdims=True)
         out = jnp.sum(f32(k) * dk_state, 1, keepdims=True)
         whole = self.whole * jnp.sum(jnp.sum(S * dS, 0, keepdims=True), 1, keepdims=True)
@@ -148,6 +153,7 @@ class _ByHead:
         from_each = _row(into, self.eye) - jnp.sum(moved, 0, keepdims=True)
         from_each = from_each + jnp.where(last, whole, 0.0)
         da = jnp.concatenate([from_each, _row(out, self.eye)], 0)
+        # dS before the chunk: b_C dS + sum_i b_i do_i q_i^T.
         q_in = (f32(q) * _lanes(self.into, q.shape[1])).astype(q.dtype)
         dS = self.whole * dS + _dot(do, q_in, _TN)
         dq, dk = _dot(ds, k) + dq_state, _dot(ds, q, _TN) + dk_state
@@ -157,7 +163,7 @@ class _ByHead:
 class _ByDim:
     """A chunk's decays by key dimension: `a` [C, D], logarithms in units of log 2.
 
-    Steps i > j whose indices differ first in the bit h lie in the two halves of one stretch of
+    Steps i > j whose indices differ first in the bit h lie in the two halves of one interval of
     2h steps. The decay between them is that of the steps of j's half after j, times that of the
     steps of i's half up to i: two factors of at most 1, one for queries and one for keys, however
     strong the decays are. So the scores are log2(C) matrix products, one for each h, and i = j.
@@ -170,8 +176,8 @@ class _ByDim:
         self.halves = [2**n for n in range(C.bit_length() - 1)]
         self.right = {h: (step & h) != 0 for h in self.halves}
         i, j = _indices(C)
-        self.apart, self.lower = i ^ j, (i >= j).astype(jnp.float32)
-        # Of stretches of h steps: through this step, after this step, and all of the stretch.
+        self.differing_bits, self.lower = i ^ j, (i >= j).astype(jnp.float32)
+        # Of intervals of h steps: through this step, after this step, and all of the interval.
         before, after, whole = a, jnp.zeros_like(a), a
         self.decays = {}
         for h in self.halves:
@@ -185,7 +191,7 @@ class _ByDim:
         self.whole = jnp.exp2(whole[:1])
 
     def _swapped(self, x, h):
-        """x with the two halves of each stretch of 2h steps in each other's place."""
+        """Returns x with the two halves of each interval of 2h steps swapped."""
         right = pltpu.roll(x, h, 0)
         if 2 * h == self.C:
             return right
@@ -197,7 +203,7 @@ class _ByDim:
     def scores(self, q, k):
         A = _dot(q, k, _NT)
         for h in self.halves:
-            A = jnp.where(self.apart >= h, _dot(self._at(q, h), self._at(k, h), _NT), A)
+            A = jnp.where(self.differing_bits >= h, _dot(self._at(q, h), self._at(k, h), _NT), A)
         return A * self.lower
 
     def read(self, q, S):
@@ -211,6 +217,7 @@ class _ByDim:
     def gradients(self, q, k, v, do, S, dS):
         """As `_ByHead.gradients`; the decay's gradient is that of the logarithms, [C, D]."""
         f32 = lambda x: x.astype(jnp.float32)
+        # Of the state and of pairs i = j, which meet no decay.
         q32, k32 = f32(q), f32(k)
         dS_, S_ = dS.astype(v.dtype), S.astype(v.dtype)
         A, dA = _dot(q, k, _NT), _dot(do, v, _NT) * self.lower
@@ -221,12 +228,12 @@ class _ByDim:
         d_before, d_after = q32 * dq_state, k32 * dk_state
         step = lax.broadcasted_iota(jnp.int32, q.shape, 0)
         d_whole = jnp.where(step == 0, self.whole * jnp.sum(S * dS, 0, keepdims=True), 0.0)
-        apart = {}
+        scores = {}
         for h in reversed(self.halves):
             right, q_h, k_h = self.right[h], self._at(q, h), self._at(k, h)
-            # From the largest h down, so the pairs that are still to come are those below h.
-            here = (self.apart >= h).astype(jnp.float32)
-            apart[h] = _dot(q_h, k_h, _NT)
+            # Pairs whose bits differ first in h: from the largest h down, those not yet taken.
+            here = (self.differing_bits >= h).astype(jnp.float32)
+            scores[h] = _dot(q_h, k_h, _NT)
             dA_h = dA * here
             dA = dA - dA_h
             dA_h = dA_h.astype(q.dtype)
@@ -237,8 +244,10 @@ class _ByDim:
             d_whole = d_whole + self._swapped(d_other, h)
             # Of this level's decays: dq_h is 0 in left halves, dk_h in right ones.
             d_before, d_after = d_before + q32 * dq_h, d_after + k32 * dk_h
+        # A again, from the products of all levels.
         for h in self.halves:
-            A = jnp.where(self.apart >= h, apart[h], A)
+            A = jnp.where(self.differing_bits >= h, scores[h], A)
+        # dv and dS as by head, with decays by dimension.
         A = (A * self.lower).astype(v.dtype)
         k_out, q_in = (k32 * self.out).astype(k.dtype), (q32 * self.into).astype(q.dtype)
         dv = _dot(A, do, _TN) + _dot(k_out, dS_, _NT)
@@ -247,7 +256,7 @@ class _ByDim:
 
 
 def _decays(refs, block):
-    """The decays of the chunks of a grid step, one by one."""
+    """Yields the decays of the chunks of a grid step."""
     if refs["a"].ndim == 5:
         rows = refs["a"][0, 0, 0]
         for m in range(block.chunks):
@@ -264,6 +273,7 @@ def _forward_kernel(refs, block):
     def begin():
         refs["S"][r] = refs["initial"][0, 0]
 
+    # o = A v + (decay q)^T S and S' = whole S + (decay k)^T v, chunk by chunk.
     S = refs["S"][r]
     for m, d in enumerate(_decays(refs, block)):
         time = pl.ds(m * block.chunk, block.chunk)
@@ -301,11 +311,13 @@ def _backward_kernel(refs, block):
     def begin():
         refs["dS"][r] = refs["d_final"][0, 0]
 
+    # The states at the chunks' starts, from the block's.
     decays, states = list(_decays(refs, block)), [refs["borders"][0, 0, 0]]
     times = [pl.ds(m * block.chunk, block.chunk) for m in range(block.chunks)]
     for m in range(block.chunks - 1):
         k, v = (refs[name][0, 0, times[m]] for name in "kv")
         states.append(decays[m].write(k, v, states[m]))
+    # From the last chunk to the first, each with its state before and dS after it.
     dS = refs["dS"][r]
     for m in reversed(range(block.chunks)):
         q, k, v, do = (refs[name][0, 0, times[m]] for name in ("q", "k", "v", "do"))
@@ -324,7 +336,7 @@ def _backward_kernel(refs, block):
 
 
 def _add(refs, name, time, x, r):
-    """Write a gradient, or sum it over the heads r that share the input."""
+    """Writes a gradient, or sums it over the heads r that share the input."""
     out, total = refs[name], refs.get(f"{name}_sum")
     if total is None:
         out[0, 0, time] = x.astype(out.dtype)
@@ -364,7 +376,7 @@ class _Grid:
         return self.B, self.programs, self.blocks, self.H // self.programs
 
     def head(self, ids, heads):
-        """The head, of an array with so many, that a step reads."""
+        """Returns the head, of an array with so many, that a step reads."""
         if heads == self.H:
             return ids[1] * (self.H // self.programs) + ids[3]
         return divide(ids[1], self.programs // heads)
@@ -403,7 +415,7 @@ class _Grid:
 
 
 def _vary_alike(arrays):
-    """The arrays, all varying over the same axes of a manual mesh (usually there is none)."""
+    """Returns the arrays, all varying over the same axes of a manual mesh (usually none)."""
     axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = frozenset().union(*axes)
     return [
@@ -413,7 +425,7 @@ def _vary_alike(arrays):
 
 
 def _call(kernel, name, grid, inputs, outputs, scratch, *, flops, vmem_limit, interpret):
-    """A `pallas_call` whose kernel finds arrays by name; in- and outputs as `_Grid` gives them."""
+    """Calls a kernel, which finds arrays by name; inputs and outputs as `_Grid` gives them."""
     names = (*inputs, *outputs, *scratch)
 
     def body(*refs):
@@ -427,7 +439,7 @@ def _call(kernel, name, grid, inputs, outputs, scratch, *, flops, vmem_limit, in
     ]
     size = lambda x: math.prod(x.shape) * x.dtype.itemsize
     steps = math.prod(grid.sizes) * grid.block.steps
-    return pl.pallas_call(
+    results = pl.pallas_call(
         body,
         name=name,
         grid=grid.sizes,
@@ -446,21 +458,33 @@ def _call(kernel, name, grid, inputs, outputs, scratch, *, flops, vmem_limit, in
         ),
         interpret=interpret,
     )(*arrays)
+    return tuple(results)
 
 
-def forward(q, k, v, a, state, block, programs, *, vmem_limit=None, interpret=False):
-    """(o [B, H, T, P] in q's dtype, the state after the last step [B, H, P, D], float32).
+def forward(
+    q: Float[Array, "B q_heads T D"],
+    k: Float[Array, "B k_heads T D"],
+    v: Float[Array, "B v_heads T P"],
+    a: Float[Array, "B a_heads T D"] | Float[Array, "B a_heads blocks rows C"],
+    state: Float[Array, "B H P D"],
+    block: Block,
+    programs: int,
+    *,
+    vmem_limit: int | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[Float[Array, "B H T P"], Float[Array, "B H P D"]]:
+    """Returns the outputs in q's dtype and the state after the last step, float32.
 
     Args:
-      q, k, v: [B, heads, T, D], [B, heads, T, D], [B, heads, T, P]; heads are H or divide
-        `programs`; T is a multiple of the block.
-      a: float32, log decays in units of log 2: by key dimension [B, heads, T, D], each at least
-        -160; or by head [B, heads, T / block, rows, C], their sums from each chunk's start, as
-        two rows for each chunk of the block: multiples of 1/256, so that their differences are
-        exact, and the rest. `rows` is a multiple of 8.
-      state: [B, H, P, D], float32.
+      q, k, v: heads are H or divide `programs`; T is a multiple of the block.
+      a: float32, log decays in units of log 2: by key dimension, each at least -160; or by head,
+        their sums from each chunk's start, as two rows for each chunk of a block: multiples of
+        1/256, so that their differences are exact, and the rest. `rows` is a multiple of 8.
+      state: float32.
       block: time of a grid step.
-      programs: parts of H that run apart, a divisor of H and a multiple of all fewer heads.
+      programs: parts of H that run in parallel, a divisor of H and a multiple of all fewer heads.
+      vmem_limit: bytes of VMEM that the kernel may take, the compiler's default for None.
+      interpret: False, or True or `pltpu.InterpretParams` on CPUs.
     """
     grid = _Grid.of(k, state, programs, block)
     (B, H, P, D), T, C = state.shape, k.shape[2], block.chunk
@@ -479,8 +503,18 @@ def forward(q, k, v, a, state, block, programs, *, vmem_limit=None, interpret=Fa
     )  # fmt: skip
 
 
-def borders(k, v, a, state, block, programs, *, vmem_limit=None, interpret=False):
-    """The states at the starts of all blocks, [B, H, T / block, P, D]; arguments as `forward`'s."""
+def borders(
+    k: Float[Array, "B k_heads T D"],
+    v: Float[Array, "B v_heads T P"],
+    a: Float[Array, "B a_heads T D"] | Float[Array, "B a_heads blocks rows C"],
+    state: Float[Array, "B H P D"],
+    block: Block,
+    programs: int,
+    *,
+    vmem_limit: int | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> Float[Array, "B H blocks P D"]:
+    """Returns the states at the starts of all blocks; arguments as `forward`'s."""
     grid = _Grid.of(k, state, programs, block)
     B, H, P, D = state.shape
     inputs = {"k": grid.time(k), "v": grid.time(v), "a": grid.decay(a)}
@@ -493,17 +527,35 @@ def borders(k, v, a, state, block, programs, *, vmem_limit=None, interpret=False
 
 
 def backward(
-    q, k, v, a, borders, do, d_final, block, programs, *, vmem_limit=None, interpret=False
-):
-    """(dq, dk, dv, da, the initial state's gradient [B, H, P, D]), float32 but for dq, dk and dv.
+    q: Float[Array, "B q_heads T D"],
+    k: Float[Array, "B k_heads T D"],
+    v: Float[Array, "B v_heads T P"],
+    a: Float[Array, "B a_heads T D"] | Float[Array, "B a_heads blocks rows C"],
+    borders: Float[Array, "B H blocks P D"],
+    do: Float[Array, "B H T P"],
+    d_final: Float[Array, "B H P D"],
+    block: Block,
+    programs: int,
+    *,
+    vmem_limit: int | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[
+    Float[Array, "B dq_heads T D"],
+    Float[Array, "B dk_heads T D"],
+    Float[Array, "B dv_heads T P"],
+    Float[Array, "B H T D"] | Float[Array, "B H blocks rows C"],
+    Float[Array, "B H P D"],
+]:
+    """Returns (dq, dk, dv, da, the initial state's gradient), float32 but for dq, dk and dv.
 
-    A gradient of an array that has fewer heads than `programs` comes by program, [B, programs, ...]
-    in float32, to be summed; others have the array's shape and dtype. da is by head of H:
-    [B, H, T, D], the natural logarithms' gradient; or [B, H, T / block, rows, C]: the gradient of a
-    chunk's logarithms is the sum of its first row over the steps from each on, and of its second
-    over the steps before.
+    A gradient of an array that has fewer heads than `programs` has one for each program, in
+    float32, to be summed; others have the array's shape and dtype. da is by head of H: the natural
+    logarithms' gradient; or, by blocks: the gradient of a chunk's logarithms is the sum of its
+    first row over the steps from each on, and of its second over the steps before.
 
-    Args as `forward`'s, and borders [B, H, T / block, P, D]; do [B, H, T, P]; d_final [B, H, P, D].
+    Args as `forward`'s, and:
+      borders: the states at the blocks' starts.
+      do, d_final: the gradients of the outputs and of the final state.
     """
     grid = _Grid.of(k, d_final, programs, block, reverse=True)
     (B, H, P, D), C = d_final.shape, block.chunk

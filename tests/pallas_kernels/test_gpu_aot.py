@@ -1,4 +1,4 @@
-"""The GPU attention kernels compiled for an H100, where a CUDA plugin is at hand."""
+"""The GPU attention kernels compiled for an H100, where a CUDA plugin is installed."""
 
 import pytest
 

@@ -138,7 +138,7 @@ def test_lowers_for_cuda(dim):
 
 
 def lower_gradient(device, x, **options):
-    """Text of attention and its gradient, lowered for a GPU that is not here."""
+    """Text of attention and its gradient, lowered for a GPU that is not attached."""
 
     def loss(q):
         return attention(q, q, q, **options).astype(jnp.float32).sum()

@@ -1,6 +1,6 @@
 """The Mosaic GPU kernels of scans whose key dims have decays of their own: interpreted on a CPU
-against the steps in float64, lowered for a GPU that is not here, and compiled where a CUDA plugin
-is at hand.
+against the steps in float64, lowered for a GPU that is not attached, and compiled where a CUDA
+plugin is installed.
 """
 
 import functools
@@ -23,7 +23,7 @@ NAMES = ("o", "final_state", "dq", "dk", "dv", "dlog_decay", "dinitial_state")
 def problem(T, heads, sizes, strength, dtype="bfloat16"):
     """Inputs and cotangents; `heads` are those of q, k, v and the decays.
 
-    Log decays are -e^x with x normal around `strength`, and by as much apart from dim to dim.
+    Log decays are -e^x with x normal around `strength`, which varies as much between dims.
     """
     rng = np.random.default_rng(0)
     H, (D, P) = max(heads), sizes

@@ -1,5 +1,6 @@
 """The Mosaic GPU kernels of scans whose key dims share a decay: interpreted on a CPU against the
-steps in float64, lowered for GPUs that are not here, and compiled where a CUDA plugin is at hand.
+steps in float64, lowered for GPUs that are not attached, and compiled where a CUDA plugin is
+installed.
 """
 
 import jax

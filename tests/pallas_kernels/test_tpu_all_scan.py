@@ -15,7 +15,7 @@ from tilescan.ops.sequence_parallel import all_scan_tpu
 from tilescan.ops.sequence_parallel.schedules import Schedule
 from tilescan.pallas_kernels.tpu import all_scan as kernels
 
-# Copies are made when they are started: only then is reading too early seen.
+# Copies are made when they are started: only so is reading too early detected.
 RACES = functools.partial(
     pltpu.InterpretParams, detect_races=True, on_race="raise", dma_execution_mode="eager"
 )
@@ -26,7 +26,7 @@ def mesh_of(n):
 
 
 def on_devices(n, f):
-    """f of each device's part, for arrays whose first dimension is n."""
+    """Returns f of each device's shard, for arrays whose first dimension is n."""
     part = lambda *arrays: f(*(x[0] for x in arrays))[None]
     specs = dict(in_specs=P("sequence"), out_specs=P("sequence"), check_vma=False)
     return jax.jit(jax.shard_map(part, mesh=mesh_of(n), **specs))
@@ -77,7 +77,7 @@ def test_a_device_that_does_not_wait_for_a_block_is_seen_as_a_race(monkeypatch):
     scan = functools.partial(all_scan_tpu.scan, schedule=schedule, interpret=RACES())
     with pytest.raises(Exception, match="(?i)race"):
         jax.block_until_ready(on_devices(4, scan)(A, S))
-    with contextlib.suppress(Exception):  # the other devices' part of the failure
+    with contextlib.suppress(Exception):  # the failure of the other devices
         jax.effects_barrier()
     pltpu.reset_tpu_interpret_mode_state()
 

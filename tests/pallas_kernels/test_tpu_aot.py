@@ -1,4 +1,4 @@
-"""The TPU kernels compile, ahead of time, for TPUs that are not here."""
+"""The TPU kernels compile, ahead of time, for TPUs that are not attached."""
 
 import json
 

@@ -1,5 +1,5 @@
 """The TPU kernels of chunked scans: interpreted on a CPU against the steps in float64, and compiled
-ahead of time for TPUs that are not here.
+ahead of time for TPUs that are not attached.
 """
 
 import functools
@@ -202,8 +202,8 @@ def test_lowers_inside_shard_map():
     f = functools.partial(chunked_scan.chunked_scan, implementation="pallas")
     spec = jax.sharding.PartitionSpec("data")
     pullback = lambda arrays, cotangents: jax.vjp(f, *arrays)[1](cotangents)
-    cut = jax.shard_map(pullback, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
-    text = jax.jit(cut).trace(arrays, cotangents).lower(lowering_platforms=("tpu",)).as_text()
+    sharded = jax.shard_map(pullback, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    text = jax.jit(sharded).trace(arrays, cotangents).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") >= 2
 
 

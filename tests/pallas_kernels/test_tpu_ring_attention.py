@@ -48,9 +48,9 @@ def on_devices(n, mask, balance, cores=1, copies="eager", by="kernel", **options
 
     def part(q, k, v, ids):
         seen = mask if ids is None else mask & masks.Segments(ids)
-        way = transfers(cores, copies) if by == "kernel" else None
+        sender = transfers(cores, copies) if by == "kernel" else None
         return ring_attention(
-            q, k, v, mask=seen, balance=balance, return_lse=True, transfers=way, **options
+            q, k, v, mask=seen, balance=balance, return_lse=True, transfers=sender, **options
         )
 
     def attend(q, k, v, ids):
@@ -127,7 +127,7 @@ CASES = [
     (3, masks.Causal(), "zigzag", 768, dict(packed=True, H=4, G=2, B=2)),
     (3, masks.Full(), "contiguous", 384, dict(H=2, G=2, logit_cap=5.0)),
     (4, masks.Full(), "contiguous", 512, dict(copies="on_wait")),
-    (4, masks.SlidingWindow(100), "contiguous", 512, dict()),  # gradients go home two hops back
+    (4, masks.SlidingWindow(100), "contiguous", 512, dict()),  # gradients return two hops
     (4, masks.Causal() & masks.SlidingWindow(300), "zigzag", 1024, dict()),
     (4, masks.Causal(), "striped", 512, dict()),
     (3, masks.Lambda(4, 200), "contiguous", 768, dict()),
@@ -146,7 +146,7 @@ def test_values_and_gradients_are_those_of_the_definition(n, mask, balance, T, o
 
 @pytest.mark.slow
 def test_bfloat16_is_that_of_the_ring_by_collectives():
-    """As near to it as bfloat16 tells; the gradients' sums travel in float32."""
+    """Within the precision of bfloat16; the gradients' sums are sent in float32."""
     q, k, v, do, dlse = inputs(512, dtype=jnp.bfloat16)
     run = lambda by: results(
         on_devices(2, masks.Full(), "contiguous", by=by), q, k, v, None, do, dlse
@@ -175,7 +175,7 @@ def test_a_twin_that_does_not_wait_for_keys_is_seen_as_a_race(monkeypatch):
     attend = on_devices(4, masks.SlidingWindow(100), "contiguous")
     with pytest.raises(Exception, match="(?i)race"):
         jax.block_until_ready(results(attend, *arrays[:3], None, *arrays[3:], False))
-    with contextlib.suppress(Exception):  # the other devices' part of the failure
+    with contextlib.suppress(Exception):  # the failure of the other devices
         jax.effects_barrier()
     pltpu.reset_tpu_interpret_mode_state()
 
@@ -200,7 +200,7 @@ def test_a_program_for_tpus_has_kernels_and_no_collectives():
 
 
 def test_a_twin_without_the_barrier_is_refused(monkeypatch):
-    """By JAX, when it is lowered: interpreted devices enter a kernel together, and see nothing."""
+    """By JAX when it is lowered: interpreted devices start a kernel together, without a race."""
 
     def start(self, refs):
         for copy in self._copies(refs):
@@ -246,14 +246,14 @@ needs_libtpu = pytest.mark.skipif(not aot_tpu.available(), reason="libtpu is not
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
 def test_compiles_for_slices(topology):
-    """Keys and gradients leave in kernels alone; on v5p two cores share them."""
+    """Kernels alone send keys and gradients; on v5p two cores share them."""
     rows = []
     jobs = [(topology, op) for op in ("ring_kernels", "ring")]
     sequence_parallel_static.rows_of(jobs, rows.append, tokens=512)
     ours, collectives = rows
     assert "error" not in ours and "error" not in collectives, rows
     assert ours["collectives"] == [] and collectives["collectives"] != []
-    # As many bytes either way.
+    # As many bytes by kernels as by collectives.
     assert ours["remote_copies"] == collectives["sent_bytes"] > 0
     assert ours["cores"] == (2 if topology.startswith("v5p") else 1)
 

@@ -1,5 +1,5 @@
 """The TPU kernels of diagonal scans: interpreted on a CPU against their definition in float64, and
-compiled ahead of time for TPUs that are not here.
+compiled ahead of time for TPUs that are not attached.
 """
 
 import functools
