@@ -3,6 +3,8 @@
     python -m tilescan.benchmarks.attention_cases tilescan '{"T": 16384, "direction": "fwd"}'
 
 imports little else, so that the peak that it prints is attention's own.
+
+Dimensions: B batch, T time, H heads, D head dim.
 """
 
 import dataclasses
@@ -10,10 +12,12 @@ import functools
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from tilescan.benchmarks.attention_flops import attention_flops, window_flops
 from tilescan.benchmarks.environment import peak_memory_mb
@@ -37,11 +41,13 @@ class Case:
     dtype: str = "float32"
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """The case in words, as tables name it."""
         return f"{self.mask} {self.direction} T={self.T}"
 
     @property
-    def flops(self):
+    def flops(self) -> float:
+        """FLOPs of the case as FlashAttention-2 counts them."""
         if self.mask == "causal":
             shape = self.B, self.T, self.T, self.H, self.D
             return attention_flops(*shape, causal=True, direction=self.direction)
@@ -63,25 +69,36 @@ SHAPES = {
 }
 
 
-def ours(case, q, k, v):
+def ours(
+    case: Case, q: Float[Array, "B T H D"], k: Float[Array, "B T H D"], v: Float[Array, "B T H D"]
+) -> Float[Array, "B T H D"]:
+    """Returns this project's attention."""
     mask = masks.Causal() if case.mask == "causal" else masks.SlidingWindow(WINDOW)
     return attention(q, k, v, mask=mask)
 
 
-def jax_nn(case, q, k, v):
+def jax_nn(
+    case: Case, q: Float[Array, "B T H D"], k: Float[Array, "B T H D"], v: Float[Array, "B T H D"]
+) -> Float[Array, "B T H D"]:
+    """Returns `jax.nn.dot_product_attention`."""
     window = None if case.mask == "causal" else (WINDOW, 0)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
 
 
-def tokamax(case, q, k, v):
+def tokamax(
+    case: Case, q: Float[Array, "B T H D"], k: Float[Array, "B T H D"], v: Float[Array, "B T H D"]
+) -> Float[Array, "B T H D"]:
+    """Returns tokamax's attention, by the implementation that it chooses."""
     import tokamax
 
     window = None if case.mask == "causal" else (WINDOW, 0)
     return tokamax.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
 
 
-def ringattention(case, q, k, v):
-    """The blockwise code of the package ringattention, on a ring of one device, tiles of 512.
+def ringattention(
+    case: Case, q: Float[Array, "B T H D"], k: Float[Array, "B T H D"], v: Float[Array, "B T H D"]
+) -> Float[Array, "B T H D"]:
+    """Returns the blockwise attention of ringattention, on a ring of one device, tiles of 512.
 
     The package does not import with today's JAX, so its one plain file is loaded by itself.
     """
@@ -111,16 +128,18 @@ JAX_PEERS = {
 }
 
 
-def inputs(case):
-    """q, k, v and the cotangent, made one by one: they are most of the memory of a long case."""
+def inputs(case: Case) -> list[Float[Array, "B T H D"]]:
+    """Returns q, k, v and, for a backward pass, the cotangent, made one by one: they are most of
+    the memory of a long case.
+    """
     rng = np.random.default_rng(0)
     shape = (case.B, case.T, case.H, case.D)
     make = lambda: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(case.dtype)
     return [make() for _ in range(3 if case.direction == "fwd" else 4)]
 
 
-def jitted(peer, case):
-    """o of (q, k, v), or (o, dq, dk, dv) of (q, k, v, do)."""
+def jitted(peer: str, case: Case) -> Callable[..., tuple]:
+    """Returns the jitted (o,) of (q, k, v), or (o, dq, dk, dv) of (q, k, v, do)."""
     forward = functools.partial(JAX_PEERS[peer], case)
     if case.direction == "fwd":
         return jax.jit(lambda q, k, v: (forward(q, k, v),))
@@ -132,7 +151,8 @@ def jitted(peer, case):
     return jax.jit(both)
 
 
-def main():
+def main() -> None:
+    """Runs one case of one peer once, and prints the process's peak memory as JSON."""
     peer, case = sys.argv[1:]
     case = Case(**json.loads(case))
     arrays = inputs(case)

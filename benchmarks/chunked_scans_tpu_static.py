@@ -15,11 +15,15 @@ often as the loop runs. `bytes` is what XLA says that the program reads and writ
 once), `bandwidth_cycles` these over the memory's bandwidth, and `bound` the larger of the two
 counts of cycles: the profile gives every transfer the whole bandwidth. On v5p the cycles are those
 of one of a chip's two cores, between which only the kernels are split.
+
+Dimensions: B batch, T time, H heads, G groups of heads, D key or state dim, P value dim.
 """
 
 import argparse
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,11 +60,25 @@ SWEEP = ((128, 2), (128, 4), (128, 8), (256, 2), (256, 4))
 
 
 def public(
-    op, gradient, implementation, B=1, T=8192, H=8, G=None, D=64, P=64, dtype="bfloat16", **options
-):
-    """The public op, or the gradients of all its inputs for given cotangents of both results.
+    op: str,
+    gradient: bool,
+    implementation: str | None,
+    B: int = 1,
+    T: int = 8192,
+    H: int = 8,
+    G: int | None = None,
+    D: int = 64,
+    P: int = 64,
+    dtype: str = "bfloat16",
+    **options: Any,
+) -> tuple[Callable, tuple]:
+    """Returns the public op, or the gradients of all its inputs for given cotangents of both
+    results, and the shapes of its arguments.
 
-    op: "ssd" (N is D), or gated linear attention by its decay: "none", "scalar", "vector".
+    Args:
+      op: "ssd" (N is D), or gated linear attention by its decay: "none", "scalar", "vector".
+      gradient: the gradients rather than the op.
+      **options: of the op.
     """
     from tilescan.ops.gated_linear_attention import gated_linear_attention
     from tilescan.ops.ssd import ssd
@@ -96,8 +114,8 @@ def public(
     return pullback, (arrays, jax.eval_shape(function, *arrays))
 
 
-def with_block(block, **kwargs):
-    """As `public`, with a block of so many steps and chunks in place of the table's."""
+def with_block(block: tuple[int, int], **kwargs: Any) -> tuple[Callable, tuple]:
+    """Returns the same as `public`, with a block of (steps, chunks) in place of the table's."""
     from tilescan.pallas_kernels.tpu import ssd as kernels
 
     kernels.block_for = lambda *_: kernels.Block(*block)
@@ -108,12 +126,14 @@ def with_block(block, **kwargs):
 
 
 def rows() -> list[dict]:
-    """The committed table."""
+    """Returns the rows of the committed table."""
     return json.loads(RESULTS.read_text())["rows"]
 
 
-def row(op, gradient, implementation, generation, shape, result) -> dict:
-    """A row of the table, of what `compile_jobs` returned; `bound` is None without cycles."""
+def row(
+    op: str, gradient: bool, implementation: str, generation: str, shape: dict, result: dict
+) -> dict:
+    """Returns a row of the table from what `compile_jobs` gave; without cycles, `bound` is None."""
     found = {
         "op": NAMES[op], "implementation": "tilescan" if implementation == "pallas" else "xla",
         "direction": "gradient" if gradient else "forward", "generation": generation,
@@ -135,7 +155,7 @@ def row(op, gradient, implementation, generation, shape, result) -> dict:
 
 
 def compiled(kwargs: dict, generation: str) -> dict:
-    """One case; where the profiler has no model for it, its bytes without cycles."""
+    """Compiles one case; where the profiler has no model for it, its bytes without cycles."""
     job = Job("tilescan.benchmarks.chunked_scans_tpu_static:public", kwargs)
     (result,) = compile_jobs([job], generation, timeout=600.0)
     if "not_modelled" not in result:
@@ -145,8 +165,8 @@ def compiled(kwargs: dict, generation: str) -> dict:
     return {"source": source} | result
 
 
-def measure(generation: str, ops, console) -> None:
-    """Both implementations, forward and gradient, of some ops on one generation."""
+def measure(generation: str, ops: Iterable[str], console: Console) -> None:
+    """Compiles both implementations, forward and gradient, of some ops for one generation."""
     for op in ops:
         for gradient in (False, True):
             for implementation in ("pallas", "xla"):
@@ -166,7 +186,8 @@ def keep(new: dict) -> None:
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def sweep(generation: str, console) -> None:
+def sweep(generation: str, console: Console) -> None:
+    """Prints the kernels' cycles in the gradients, for each block of SWEEP."""
     for op in ("scalar", "vector"):
         for block in SWEEP:
             kwargs = {"op": op, "gradient": True, "block": block} | SHAPES[op] | {"T": 2048}
@@ -176,7 +197,8 @@ def sweep(generation: str, console) -> None:
             console.print(generation, op, block, cycles or str(result)[:200])
 
 
-def show(found: list[dict], console) -> None:
+def show(found: list[dict], console: Console) -> None:
+    """Prints the table."""
     table = Table(title="Chunked scans on TPUs, static figures: nothing ran on a device")
     for head in HEADS:
         table.add_column(head)
@@ -187,6 +209,7 @@ def show(found: list[dict], console) -> None:
 
 
 def main() -> None:
+    """Compiles the cases that the command line asks for, and prints and writes their rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sweep", action="store_true", help="try many blocks; writes nothing")
     parser.add_argument("--generations", default=",".join(PROFILED))

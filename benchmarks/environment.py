@@ -11,7 +11,7 @@ from tilescan.training.environment import cores, git_commit, processor
 
 
 def environment() -> dict:
-    """Machine, versions, commit and date, as JSON values."""
+    """Returns machine, versions, commit and date, as JSON values."""
     device = jax.devices()[0]
     return {
         "machine": {
@@ -32,7 +32,7 @@ def environment() -> dict:
 
 
 def peak_memory_mb() -> float:
-    """This process's peak resident memory in MB (10^6 bytes)."""
+    """Returns this process's peak resident memory in MB (10^6 bytes)."""
     try:
         status = pathlib.Path("/proc/self/status").read_text()
     except FileNotFoundError:

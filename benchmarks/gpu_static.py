@@ -30,7 +30,7 @@ COLUMNS = ("registers", "spill_stores", "spill_loads", "shared_memory", "hgmma")
 
 
 def jobs() -> list[dict]:
-    """The table's rows: ours in f16 and bf16, the stock kernels (f16; no causal backward).
+    """Returns the table's rows: ours in f16 and bf16, the stock kernels (f16; no causal backward).
 
     Heads of 256 are ours alone; their dK and dV are two kernels.
     """
@@ -52,6 +52,7 @@ def jobs() -> list[dict]:
 
 
 def main() -> int:
+    """Compiles all kernels, prints their table and writes the record; returns an exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", help="an interpreter that has XLA's CUDA plugin")
     parser.add_argument("--output", type=Path, default=OUTPUT)

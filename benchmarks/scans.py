@@ -6,15 +6,15 @@
     python -m tilescan.benchmarks.scans --torch-python ~/torch/bin/python --out rows.jsonl
 
 Every peer gets the same inputs. Before anything is timed its results, values and gradients, are
-compared for one head or channel with float64 ones, which plain steps give; a peer whose numbers
-are wrong gets no time. Then all peers run in turn, so that a busy machine slows all of them alike:
+compared for one head or channel with float64 ones, which plain steps give; a peer whose results
+are wrong is not timed. Then all peers run in turn, so that a busy machine slows all of them alike:
 believe the ratios ("ours / its", below 1 where ours is faster), not the milliseconds. Temporary
-memory is what XLA says that the program needs beside its arguments and results; peak memory is
+memory is what XLA says that the program needs besides its arguments and results; peak memory is
 that of a fresh process which does the case once. Peers that are not installed are left out:
 jax-linear-attention (`pip install jax-linear-attention`) and torch (`--torch-python`).
 
 "crossover" times causal tiled attention, ssd and gated linear attention at the same heads and
-dimensions, 256 to 16384 steps, and tells the length from which a scan is faster.
+dimensions, 256 to 16384 steps, and gives the length from which a scan is faster.
 
 Figures of the TPU and GPU kernels that were computed without a device are printed too, where
 results/benchmarks has them.
@@ -29,16 +29,26 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
+from jaxtyping import Array, Float
 
 from tilescan.benchmarks import scans_cases
 from tilescan.benchmarks.environment import environment
-from tilescan.benchmarks.scans_cases import BY_STEPS, CASES, CROSSOVER, LETTERS, TORCH_PEERS
+from tilescan.benchmarks.scans_cases import (
+    BY_STEPS,
+    CASES,
+    CROSSOVER,
+    LETTERS,
+    TORCH_PEERS,
+    Case,
+)
 from tilescan.benchmarks.timing import interleaved, summary
 from tilescan.benchmarks.torch_process import Torch, find_torch
 from tilescan.files import write_atomically
@@ -51,7 +61,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 class Judge:
     """Compares results with float64 ones for one head, or one channel where there are no heads."""
 
-    def __init__(self, case, arrays):
+    def __init__(self, case: Case, arrays: Mapping[str, Float[Array, "..."]]):
         output, letters = LETTERS[case.op]
         self.letter = "H" if "H" in output else "D"
         self.index = getattr(case, self.letter) // 2
@@ -63,16 +73,19 @@ class Judge:
                 name: jnp.asarray(self.part(np.asarray(x, np.float64), all_letters[name]))
                 for name, x in arrays.items()
             }
-            run = jax.jit(scans_cases.with_gradients(BY_STEPS[case.op], case))
-            self.right = [np.asarray(x) for x in run(*exact.values())]
+            definition = jax.jit(scans_cases.with_gradients(BY_STEPS[case.op], case))
+            self.right = [np.asarray(x) for x in definition(*exact.values())]
 
-    def part(self, x, letters):
+    def part(self, x: Float[np.ndarray, "..."], letters: str) -> Float[np.ndarray, "..."]:
+        """Returns the head or channel of an array of such dimensions; all of it without them."""
         if self.letter not in letters:
             return x
         return np.take(x, [self.index], letters.index(self.letter))
 
-    def error(self, results):
-        """The largest error, relative to the largest right entry; sums over heads do not count."""
+    def error(self, results: Sequence[Float[Array | np.ndarray, "..."]]) -> float:
+        """Returns the max abs. difference relative to the largest exact entry; sums over heads do
+        not count.
+        """
         worst = 0.0
         for x, y, letters in zip(results, self.right, self.letters, strict=True):
             if self.letter in letters:
@@ -81,8 +94,12 @@ class Judge:
         return worst
 
 
-def memory_in_fresh_process(peer, case):
-    """Peak resident MB of a process that makes the inputs and runs the case once."""
+def memory_in_fresh_process(peer: str, case: Case) -> float:
+    """Returns the peak resident MB of a process that makes the inputs and runs the case once.
+
+    Raises:
+      RuntimeError: the process fails; with its standard error.
+    """
     command = [sys.executable, "-m", "tilescan.benchmarks.scans_cases", peer]
     case = json.dumps(dataclasses.asdict(case))
     # Loading other platforms' libraries would count: 90 MB for an installed libtpu.
@@ -93,8 +110,13 @@ def memory_in_fresh_process(peer, case):
     return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
 
 
-def measure(case, torch, arguments):
-    """Rows of all peers for one case."""
+def measure(case: Case, torch: Torch | None, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns the rows of all peers for one case.
+
+    Args:
+      torch: a process that runs torch's peers, or None for no such peers.
+      arguments: `main`'s.
+    """
     arrays = scans_cases.inputs(case)
     judge = Judge(case, arrays) if case.op in BY_STEPS else None
     rows, functions = {}, {}
@@ -108,18 +130,20 @@ def measure(case, torch, arguments):
         else:
             functions[peer] = function
 
+    # Compile each peer and judge its results; torch's come from its own process.
     for peer in scans_cases.peers_of(case):
         start = time.perf_counter()
         compiled = scans_cases.jitted(peer, case).lower(*arrays.values()).compile()
         rows[peer] = {"compile_s": round(time.perf_counter() - start, 3)}
         memory = program_memory(compiled)
         rows[peer]["xla_temp_mb"] = round(memory.temporaries / 1e6, 1) if memory else None
-        run = lambda c=compiled: jax.block_until_ready(c(*arrays.values()))
-        accept(peer, run(), lambda run=run: run() and None)
+        call = lambda c=compiled: jax.block_until_ready(c(*arrays.values()))
+        accept(peer, call(), lambda call=call: call() and None)
     for peer, (function, details) in TORCH_PEERS.get(case.op, {}).items() if torch else ():
         version, results = torch.prepare(function, arrays.values(), **details)
         rows[peer] = {"version": version}
         accept(peer, results, lambda f=function: torch.run(f))
+    # Time those that are accurate, in turn, and add ratios; then peak memory in fresh processes.
     times = interleaved(functions, repeats=max(arguments.repeats, 3), seconds=arguments.seconds)
     ours, *_ = rows
     for peer, spent in times.items():
@@ -135,11 +159,13 @@ def measure(case, torch, arguments):
     ]
 
 
-def show(x):
+def show(x: float | None) -> str:
+    """Returns a cell of a table, empty for None."""
     return "" if x is None else f"{x:g}"
 
 
-def table_of(rows):
+def table_of(rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+    """Returns the table of `measure`'s rows, a section for each case."""
     columns = "case", "peer", "ms", "ours / its", "compile s", "temp MB", "peak MB", "error"
     table = rich.table.Table(title="Scans: medians of interleaved runs")
     for name in columns:
@@ -157,8 +183,8 @@ def table_of(rows):
     return table
 
 
-def crossover_table(rows):
-    """Milliseconds by length, and from where on each scan takes less than attention."""
+def crossover_table(rows: Sequence[Mapping[str, Any]]) -> tuple[rich.table.Table, list[str]]:
+    """Returns milliseconds by length, and lines with the length from which each scan is faster."""
     scans = [peer for peer in scans_cases.PEERS["crossover"] if peer != "attention"]
     table = rich.table.Table(title="Causal attention and scans, same heads and dimensions: ms")
     for name in ("direction", "T", "attention", *scans, *(f"attention / {s}" for s in scans)):
@@ -182,8 +208,8 @@ def crossover_table(rows):
     return table, lines
 
 
-def static_tables():
-    """Figures of kernels that compilers gave without a device, as results/benchmarks has them."""
+def static_tables() -> Iterator[rich.table.Table]:
+    """Yields tables of compilers' figures of kernels, without a device, in results/benchmarks."""
     for path in sorted(RESULTS.glob("*scan*_static.json")):
         document = json.loads(path.read_text())
         rows = [r for row in document.get("rows", []) for r in flat_rows(row)]
@@ -196,14 +222,15 @@ def static_tables():
         yield table
 
 
-def flat_rows(row):
-    """A row for each of its kernels, where it lists some; cells of text."""
+def flat_rows(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Returns a row for each of its kernels, where it lists some; cells of text."""
     several = row.get("kernels")
     rest = {name: text(x) for name, x in row.items() if name != "kernels"}
     return [rest | {n: text(x) for n, x in k.items()} for k in several] if several else [rest]
 
 
-def text(x):
+def text(x: Any) -> str:
+    """Returns a JSON value as a cell of text."""
     if isinstance(x, dict):
         return " ".join(f"{name}={text(y)}" for name, y in x.items())
     if isinstance(x, list):
@@ -211,7 +238,8 @@ def text(x):
     return f"{x:g}" if isinstance(x, float) else "" if x is None else str(x)
 
 
-def main():
+def main() -> None:
+    """Measures the cases that the command line asks for, prints tables and writes the rows."""
     names = [*scans_cases.SIZES, "crossover", "static"]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -231,7 +259,7 @@ def main():
     torch = Torch(python) if python else None
     console = rich.console.Console(width=None if sys.stdout.isatty() else 140)
     if torch is None:
-        console.print("torch is not here: pass --torch-python to have it beside ours")
+        console.print("torch is not installed here: pass --torch-python to compare with it")
     where, rows = environment(), []
     for case in CASES + CROSSOVER:
         if case.op in arguments.only and arguments.direction in (None, case.direction):

@@ -4,7 +4,7 @@
 
 imports little else, so that the peak that it prints is the scan's own.
 
-Letters: B batch, T time, H heads, D head dim or channels, N state dim, C chunk.
+Dimensions: B batch, T time, H heads, D head dim or channels, N state dim, C chunk.
 """
 
 import dataclasses
@@ -12,10 +12,13 @@ import functools
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from tilescan import ops
 from tilescan.benchmarks.environment import peak_memory_mb
@@ -36,7 +39,8 @@ class Case:
     dtype: str = "float32"
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """The case in words, as tables name it."""
         strong = " strong decays" if self.decay == "strong" else ""
         return f"{self.op}{strong} {self.direction} T={self.T}"
 
@@ -60,8 +64,8 @@ CROSSOVER = [
 ]
 
 
-def inputs(case):
-    """The arrays of a case by name; a cotangent "dy" of the output, if it has a backward pass."""
+def inputs(case: Case) -> dict[str, Float[Array, "..."]]:
+    """Returns a case's arrays by name; a cotangent "dy" of the output for a backward pass."""
     rng = np.random.default_rng(0)
     B, T, H, D, N = case.B, case.T, case.H, case.D, case.N
     strength = 0.0 if case.decay == "weak" else 5.0
@@ -103,12 +107,12 @@ def inputs(case):
     if case.direction != "fwd":
         shape = (B, T, H, D) if "H" in LETTERS[case.op][0] else (B, T, D)
         arrays["dy"] = normal(*shape)
-    wide = ("dt", "A", "log_decay", "beta")  # as the ops take them beside bfloat16
+    wide = ("dt", "A", "log_decay", "beta")  # float32 in the ops, whatever the other inputs are
     dtype = lambda name: "float32" if name in wide else case.dtype
     return {name: jnp.asarray(x, dtype(name)) for name, x in arrays.items()}
 
 
-# Letters of the arrays, the output's first. One head or channel of all is checked in float64.
+# Dimensions of the arrays, the output's first. One head or channel of all is checked in float64.
 LETTERS = {
     "linear_recurrence": ("BTD", dict(a="BTD", b="BTD")),
     "selective_scan": ("BTD", dict(x="BTD", dt="BTD", A="DN", B="BTN", C="BTN")),
@@ -120,16 +124,22 @@ LETTERS = {
 }
 
 
-def over_time(step, h, *xs):
-    """[B, T, ...] of the outputs of `step`, from arrays [B, T, ...]."""
+def over_time(
+    step: Callable, h: jax.Array, *xs: Float[Array, "B T ..."]
+) -> Float[Array, "B T ..."]:
+    """Returns the outputs of `step` by `jax.lax.scan` over time."""
     y = jax.lax.scan(step, h, tuple(jnp.moveaxis(x, 1, 0) for x in xs))[1]
     return jnp.moveaxis(y, 0, 1)
 
 
-# Plain lax.scan, which in float64 is also what all results are judged by.
+# Plain lax.scan, which in float64 also gives the exact results.
 
 
-def recurrence_by_steps(a, b):
+def recurrence_by_steps(
+    a: Float[Array, "B T D"], b: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """Returns h_t = a_t h_{t-1} + b_t, a step at a time."""
+
     def step(h, x):
         h = x[0] * h + x[1]
         return h, h
@@ -137,8 +147,20 @@ def recurrence_by_steps(a, b):
     return over_time(step, jnp.zeros_like(b[:, 0]), a, b)
 
 
-def selective_by_steps(x, dt, A, B, C, *, remember=None):
-    """remember: keep the state of every so many steps and compute the others again."""
+def selective_by_steps(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    *,
+    checkpoint_every: int | None = None,
+) -> Float[Array, "B T D"]:
+    """Returns h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t and y_t = C_t h_t, a step at a time.
+
+    Args:
+      checkpoint_every: keep the state of every so many steps and compute the others again.
+    """
 
     def step(h, inputs):
         x, dt, B, C = inputs
@@ -146,23 +168,38 @@ def selective_by_steps(x, dt, A, B, C, *, remember=None):
         return h, jnp.einsum("ben,bn->be", h, C, precision="highest")
 
     h = jnp.zeros((x.shape[0], *A.shape), dt.dtype)
-    if remember is None:
+    if checkpoint_every is None:
         return over_time(step, h, x, dt, B, C)
-    chunks = lambda v: v.reshape(v.shape[0], -1, remember, *v.shape[2:])
+    chunks = lambda v: v.reshape(v.shape[0], -1, checkpoint_every, *v.shape[2:])
     chunk = jax.checkpoint(
         lambda h, xs: jax.lax.scan(
-            step, h, tuple(jnp.moveaxis(x, 1, 0) for x in xs), unroll=remember
+            step, h, tuple(jnp.moveaxis(x, 1, 0) for x in xs), unroll=checkpoint_every
         )
     )
     y = over_time(chunk, h, *(chunks(v) for v in (x, dt, B, C)))  # [C, T / C, B, D]
     return jnp.moveaxis(y, (2, 1), (0, 1)).reshape(x.shape)
 
 
-def ssd_by_steps(x, dt, A, B, C):
+def ssd_by_steps(
+    x: Float[Array, "B T H D"],
+    dt: Float[Array, "B T H"],
+    A: Float[Array, "H"],
+    B: Float[Array, "B T H N"],
+    C: Float[Array, "B T H N"],
+) -> Float[Array, "B T H D"]:
+    """Returns Mamba-2's scan, a step at a time: attention with decays exp(dt A) and values dt x."""
     return attention_by_steps(C, B, x * dt[..., None], (dt * A[None, None])[..., None], scale=1.0)
 
 
-def attention_by_steps(q, k, v, log_decay, scale=None):
+def attention_by_steps(
+    q: Float[Array, "B T H N"],
+    k: Float[Array, "B T H N"],
+    v: Float[Array, "B T H D"],
+    log_decay: Float[Array, "B T H #N"],
+    scale: float | None = None,
+) -> Float[Array, "B T H D"]:
+    """Returns S_t = diag(a_t) S_{t-1} + k_t v_t^T and scale q_t S_t, a step at a time."""
+
     def step(S, x):
         q, k, v, a = x
         S = jnp.exp(a)[..., None] * S + k[..., None] * v[..., None, :]
@@ -174,7 +211,15 @@ def attention_by_steps(q, k, v, log_decay, scale=None):
     )
 
 
-def delta_by_steps(q, k, v, beta, log_decay):
+def delta_by_steps(
+    q: Float[Array, "B T H N"],
+    k: Float[Array, "B T H N"],
+    v: Float[Array, "B T H D"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"],
+) -> Float[Array, "B T H D"]:
+    """Returns S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T, read by q_t, in steps."""
+
     def step(S, x):
         q, k, v, beta, a = x
         S = jnp.exp(a)[..., None, None] * S
@@ -186,31 +231,47 @@ def delta_by_steps(q, k, v, beta, log_decay):
     return over_time(step, S, q, k, v, beta, log_decay) * q.shape[-1] ** -0.5
 
 
-def fft_convolution(u, kernel):
+def fft_convolution(u: Float[Array, "B T D"], kernel: Float[Array, "T D"]) -> Float[Array, "B T D"]:
+    """Returns the causal convolution by FFTs along axis 1."""
     T = u.shape[1]
     spectrum = jnp.fft.rfft(u, 2 * T, axis=1) * jnp.fft.rfft(kernel, 2 * T, axis=0)[None]
     return jnp.fft.irfft(spectrum, 2 * T, axis=1)[:, :T]
 
 
-def fft_convolution_last_axis(u, kernel):
+def fft_convolution_last_axis(
+    u: Float[Array, "B T D"], kernel: Float[Array, "T D"]
+) -> Float[Array, "B T D"]:
+    """Returns the causal convolution, transposed so that FFTs run along the last axis."""
     T = u.shape[1]
     spectrum = jnp.fft.rfft(jnp.swapaxes(u, 1, 2), 2 * T) * jnp.fft.rfft(kernel.T, 2 * T)[None]
     return jnp.swapaxes(jnp.fft.irfft(spectrum, 2 * T)[..., :T], 1, 2)
 
 
-def recurrence_associative(a, b):
+def recurrence_associative(
+    a: Float[Array, "B T D"], b: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """Returns h_t = a_t h_{t-1} + b_t by `jax.lax.associative_scan`."""
     join = lambda x, y: (y[0] * x[0], y[0] * x[1] + y[1])
     return jax.lax.associative_scan(join, (a, b), axis=1)[1]
 
 
-def ssd_formula(x, dt, A, B, C, *, chunk):
-    """Mamba-2's blocks (arXiv 2405.21060, section 6), all chunks in one batched product."""
-    cut = lambda v: jnp.moveaxis(v.reshape(v.shape[0], -1, chunk, *v.shape[2:]), 3, 2)
-    v, k, q = (cut(y) for y in (x * dt[..., None], B, C))  # [B, T / C, H, C, ...]
-    a = jnp.cumsum(cut(dt * A[None, None]), -1)
+def ssd_formula(
+    x: Float[Array, "B T H D"],
+    dt: Float[Array, "B T H"],
+    A: Float[Array, "H"],
+    B: Float[Array, "B T H N"],
+    C: Float[Array, "B T H N"],
+    *,
+    chunk: int,
+) -> Float[Array, "B T H D"]:
+    """Returns Mamba-2's SSD (arXiv 2405.21060, section 6), all chunks in one batched product."""
+    chunks = lambda v: jnp.moveaxis(v.reshape(v.shape[0], -1, chunk, *v.shape[2:]), 3, 2)
+    v, k, q = (chunks(y) for y in (x * dt[..., None], B, C))  # [B, T / C, H, C, ...]
+    a = jnp.cumsum(chunks(dt * A[None, None]), -1)
     ratios = jnp.exp(
         jnp.where(jnp.tri(chunk, dtype=bool), a[..., :, None] - a[..., None, :], -jnp.inf)
     )
+    # Inside the chunks; then each chunk's own state, the states at the starts, their outputs.
     y = jnp.einsum("bchin,bchjn,bchij,bchjp->bchip", q, k, ratios, v)
     own = jnp.einsum("bchjn,bchj,bchjp->bchnp", k, jnp.exp(a[..., -1:] - a), v)
     step = lambda S, x: (x[0][..., None, None] * S + x[1], S)
@@ -219,31 +280,59 @@ def ssd_formula(x, dt, A, B, C, *, chunk):
     return jnp.moveaxis(y, 2, 3).reshape(x.shape)
 
 
-def jla(kind, *arguments, chunk, **gates):
-    """The package jax-linear-attention, its chunked code in plain JAX."""
+def jla(kind: str, *arguments: jax.Array, chunk: int, **gates: Any) -> Float[Array, "B T H D"]:
+    """Returns what the package jax-linear-attention gives, by its chunked code in plain JAX."""
     from jla.ops import linear_attention
 
     return linear_attention(kind, *arguments, impl="chunked", chunk_size=chunk, **gates)[0]
 
 
-def jla_ssd(x, dt, A, B, C, *, chunk):
+def jla_ssd(
+    x: Float[Array, "B T H D"],
+    dt: Float[Array, "B T H"],
+    A: Float[Array, "H"],
+    B: Float[Array, "B T H N"],
+    C: Float[Array, "B T H N"],
+    *,
+    chunk: int,
+) -> Float[Array, "B T H D"]:
+    """Returns jax-linear-attention's simple_gla of Mamba-2's inputs."""
     v, g = (x * dt[..., None]).astype(x.dtype), dt * A[None, None]
     return jla("simple_gla", C, B, v, g=g, scale=1.0, chunk=chunk)
 
 
-def jla_attention(q, k, v, log_decay, *, chunk):
+def jla_attention(
+    q: Float[Array, "B T H N"],
+    k: Float[Array, "B T H N"],
+    v: Float[Array, "B T H D"],
+    log_decay: Float[Array, "B T H N"],
+    *,
+    chunk: int,
+) -> Float[Array, "B T H D"]:
+    """Returns jax-linear-attention's gla."""
     return jla("gla", q, k, v, g=log_decay, chunk=chunk)
 
 
-def jla_delta(q, k, v, beta, log_decay, *, chunk):
+def jla_delta(
+    q: Float[Array, "B T H N"],
+    k: Float[Array, "B T H N"],
+    v: Float[Array, "B T H D"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"],
+    *,
+    chunk: int,
+) -> Float[Array, "B T H D"]:
+    """Returns jax-linear-attention's gated_deltanet."""
     return jla("gated_deltanet", q, k, v, g=log_decay, beta=beta, chunk=chunk)
 
 
-def first(op, **options):
+def first(op: Callable, **options: Any) -> Callable[..., jax.Array]:
+    """Returns `op` without its final state."""
     return lambda *arrays: op(*arrays, **options)[0]
 
 
-def chunked(name, f):
+def chunked(name: str, f: Callable) -> dict[str, Callable]:
+    """Returns a peer in chunks of 64 and of 128 steps."""
     return {f"{name}, chunk {c}": functools.partial(f, chunk=c) for c in (64, 128)}
 
 
@@ -257,7 +346,7 @@ PEERS = {
     "selective_scan": {
         "tilescan": first(ops.selective_scan),
         "lax.scan": selective_by_steps,
-        "lax.scan, 8-step checkpoints": functools.partial(selective_by_steps, remember=8),
+        "lax.scan, 8-step checkpoints": functools.partial(selective_by_steps, checkpoint_every=8),
     },
     "ssd": {
         "tilescan": first(ops.ssd),
@@ -303,29 +392,34 @@ TORCH_PEERS = {
 }
 
 
-def peers_of(case):
-    here = importlib.util.find_spec("jla") is not None
-    return [name for name in PEERS[case.op] if here or not name.startswith("jax-linear")]
+def peers_of(case: Case) -> list[str]:
+    """Returns the names of a case's JAX peers that are installed, ours first."""
+    installed = importlib.util.find_spec("jla") is not None
+    return [name for name in PEERS[case.op] if installed or not name.startswith("jax-linear")]
 
 
-def jitted(peer, case):
+def jitted(peer: str, case: Case) -> Callable[..., tuple]:
+    """Returns a peer's jitted function of a case's arrays."""
     return jax.jit(with_gradients(PEERS[case.op][peer], case))
 
 
-def with_gradients(f, case):
-    """(y,) of f's arguments; or (y, *gradients) of them and dy, if the case has a backward pass."""
+def with_gradients(f: Callable, case: Case) -> Callable[..., tuple]:
+    """Returns a function to (y,) of f's arguments; or, if the case has a backward pass, to
+    (y, *gradients) of them and dy.
+    """
     if case.direction == "fwd":
         return lambda *arrays: (f(*arrays),)
 
-    def run(*arrays):
+    def value_and_gradients(*arrays):
         *arrays, dy = arrays
         y, pullback = jax.vjp(f, *arrays)
         return y, *pullback(dy.astype(y.dtype))
 
-    return run
+    return value_and_gradients
 
 
-def main():
+def main() -> None:
+    """Runs one case of one peer once, and prints the process's peak memory as JSON."""
     peer, case = sys.argv[1:]
     case = Case(**json.loads(case))
     arrays = inputs(case).values()

@@ -48,13 +48,14 @@ COLUMNS = ("registers", "spill_stores", "spill_loads", "shared_memory", "hgmma")
 
 
 def jobs(D: int, P: int, peer: bool) -> list[dict]:
-    """Those of one pair of head dims, this project's or the peer's."""
+    """Returns the jobs of one pair of head dims, of this project's kernels or the peer's."""
     sizes = {**SHAPE, "head_dim": D, "value_dim": P}
     chosen = {name: G for name, G in KERNELS.items() if name.startswith("peer") == peer}
     return [{**sizes, "kernel": name, "kv_heads": G} for name, G in chosen.items()]
 
 
 def main() -> int:
+    """Compiles all kernels, prints their table and writes the record; returns an exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", help="an interpreter that has XLA's CUDA plugin")
     parser.add_argument("--peer-python", help="one that has the peer too; --python by default")

@@ -12,14 +12,17 @@ cycles and of the bytes over the memory's bandwidth, in cycles.
 
 XLA's loops: their body is profiled, and counted, once, so cycles and bytes are multiplied by the
 trips. The associative scan is too large to be profiled: there are bytes alone. `around` are the
-cycles of what XLA does around the kernels of a program: above all, complex arrays that enter or
-leave it are taken apart into planes or put together.
+cycles of what XLA does around the kernels of a program: above all, complex inputs are split into
+planes, and complex outputs are joined from them.
+
+Dimensions: B batch, T time, D and E channels, N state dim.
 """
 
 import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -38,11 +41,23 @@ LINEAR = {"B": 1, "T": 16384, "D": 1024}
 SELECTIVE = {"B": 1, "T": 512, "E": 1024, "N": 16}
 
 
-# Jobs, called in the worker.
+# Jobs, called in the worker: (function, its arguments' shapes).
+
+Program = tuple[Callable, tuple]
 
 
-def linear_gradient(B, T, D, dtype, constant=False, segments=False, implementation=None):
-    """Both results of the public op and the gradients of all its inputs, for given cotangents."""
+def linear_gradient(
+    B: int,
+    T: int,
+    D: int,
+    dtype: str,
+    constant: bool = False,
+    segments: bool = False,
+    implementation: str | None = None,
+) -> Program:
+    """Returns both results of the public op and the gradients of all its inputs, for given
+    cotangents.
+    """
     from tilescan.ops.linear_recurrence import linear_recurrence
 
     spec = jax.ShapeDtypeStruct
@@ -51,17 +66,30 @@ def linear_gradient(B, T, D, dtype, constant=False, segments=False, implementati
     ids = spec((B, T), "int32") if segments else None
 
     def function(a, b, state, ids, dh, dlast):
-        run = lambda a, b, state: linear_recurrence(
+        op = lambda a, b, state: linear_recurrence(
             a, b, initial_state=state, segment_ids=ids, implementation=implementation
         )
-        results, pullback = jax.vjp(run, a, b, state)
+        results, pullback = jax.vjp(op, a, b, state)
         return results, pullback((dh, dlast))
 
     return function, (a, b, state, ids, b, state)
 
 
-def selective_gradient(B, T, E, N, dtype, segments=False, implementation=None, around=True):
-    """As `linear_gradient`, of the selective scan; with D, z and a softplus of dt if `around`."""
+def selective_gradient(
+    B: int,
+    T: int,
+    E: int,
+    N: int,
+    dtype: str,
+    segments: bool = False,
+    implementation: str | None = None,
+    around: bool = True,
+) -> Program:
+    """Returns the same as `linear_gradient`, of the selective scan.
+
+    Args:
+      around: with D, z and a softplus of dt.
+    """
     from tilescan.ops.selective_scan import selective_scan
 
     spec = jax.ShapeDtypeStruct
@@ -72,28 +100,30 @@ def selective_gradient(B, T, E, N, dtype, segments=False, implementation=None, a
     def function(x, dt, A, B, C, D, z, state, ids, dy, dlast):
         options = dict(segment_ids=ids, implementation=implementation)
 
-        def run(x, dt, A, B, C, D, z, state):
+        def op(x, dt, A, B, C, D, z, state):
             sides = dict(D=D, z=z, dt_softplus=True) if around else {}
             return selective_scan(x, dt, A, B, C, initial_state=state, **sides, **options)
 
-        results, pullback = jax.vjp(run, x, dt, A, B, C, D, z, state)
+        results, pullback = jax.vjp(op, x, dt, A, B, C, D, z, state)
         return results, pullback((dy, dlast))
 
     return function, (x, x, A, BC, BC, D, x, state, ids, x, state)
 
 
-def selective_forward(B, T, E, N, dtype, implementation):
-    """The selective scan alone."""
+def selective_forward(
+    B: int, T: int, E: int, N: int, dtype: str, implementation: str | None
+) -> Program:
+    """Returns the selective scan alone."""
     from tilescan.ops.selective_scan import selective_scan
 
     spec = jax.ShapeDtypeStruct
     x, BC = spec((B, T, E), dtype), spec((B, T, N), dtype)
-    run = lambda *arrays: selective_scan(*arrays, implementation=implementation)
-    return run, (x, x, spec((E, N), "float32"), BC, BC)
+    op = lambda *arrays: selective_scan(*arrays, implementation=implementation)
+    return op, (x, x, spec((E, N), "float32"), BC, BC)
 
 
-def associative(B, T, D, dtype):
-    """JAX's associative scan of the pairs, all of time at once."""
+def associative(B: int, T: int, D: int, dtype: str) -> Program:
+    """Returns JAX's associative scan of the pairs, all of time at once."""
     x = jax.ShapeDtypeStruct((B, T, D), dtype)
 
     def combine(earlier, later):
@@ -102,16 +132,16 @@ def associative(B, T, D, dtype):
     return lambda a, b: jax.lax.associative_scan(combine, (a, b), axis=1)[1], (x, x)
 
 
-def stepwise(B, T, D, dtype):
-    """JAX's scan, a step at a time."""
+def stepwise(B: int, T: int, D: int, dtype: str) -> Program:
+    """Returns JAX's scan, a step at a time."""
     x = jax.ShapeDtypeStruct((B, T, D), dtype)
 
-    def run(a, b):
+    def recurrence(a, b):
         step = lambda h, x: (x[0] * h + x[1],) * 2
         xs = jnp.moveaxis(a, 1, 0), jnp.moveaxis(b, 1, 0)
         return jnp.moveaxis(jax.lax.scan(step, jnp.zeros((B, D), dtype), xs)[1], 0, 1)
 
-    return run, (x, x)
+    return recurrence, (x, x)
 
 
 # The table.
@@ -119,6 +149,8 @@ def stepwise(B, T, D, dtype):
 
 @dataclasses.dataclass
 class Row:
+    """A row of the table; see the module's text."""
+
     op: str
     implementation: str
     direction: str
@@ -137,7 +169,7 @@ class Row:
 
 
 def _linear_bytes(direction, dtype, constant):
-    """Bytes that the operation needs: b and h; dh, h and db; and a (and da) where they vary."""
+    """Returns the bytes that the op needs: b and h; dh, h and db; and a (and da) if they vary."""
     arrays = {"forward": 2, "backward": 3}[direction]
     if not constant:
         arrays += {"forward": 1, "backward": 2}[direction]
@@ -145,7 +177,7 @@ def _linear_bytes(direction, dtype, constant):
 
 
 def _selective_bytes(direction, dtype):
-    """(bytes that the kernel moves, bytes that the operation needs)"""
+    """Returns (bytes that the kernel moves, bytes that the operation needs)."""
     B, T, E, N = SELECTIVE.values()
     block, own = selective_scan_tpu.block_for(B, T, E, N), jnp.dtype(dtype).itemsize
     chunks = T // block.steps
@@ -160,7 +192,7 @@ def _selective_bytes(direction, dtype):
 
 
 def _jobs():
-    """(job, rows that it fills, trips of its loop)"""
+    """Returns (job, rows that it fills, trips of its loop) of every program."""
     target = "tilescan.benchmarks.scans_tpu_static:"
     found = []
     for dtype, constant in (
@@ -206,8 +238,8 @@ NAMES = {
 }
 
 
-def rows(generations=PROFILED) -> list[dict]:
-    """One dict per program and generation, with the fields of `Row`; compiles them all."""
+def rows(generations: Sequence[str] = PROFILED) -> list[dict]:
+    """Compiles all programs; returns one dict for each and generation, with the fields of `Row`."""
     found = []
     for generation in generations:
         for job, planned, trips in _jobs():
@@ -264,6 +296,7 @@ def _print(found, console):
 
 
 def main() -> None:
+    """Compiles all programs, prints their table and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--generations", default=",".join(PROFILED))
     parser.add_argument("--output", type=Path, default=RESULTS)

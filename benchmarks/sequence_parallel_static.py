@@ -1,4 +1,4 @@
-"""What sequence-parallel ops send and hold on TPU slices that are not here.
+"""What sequence-parallel ops send and hold on TPU slices that are not attached.
 
     python -m tilescan.benchmarks.sequence_parallel_static  # all rows, a few minutes
     python -m tilescan.benchmarks.sequence_parallel_static --topologies v5p:2x2x2 --ops ring
@@ -14,7 +14,7 @@ they are there is what can hide the transfer, not that it is hidden.
 
 counts the cycles of the attention kernels with a transfer inside beside those of the same kernels
 without one, as libtpu's static profile has them. It takes a copy to another chip for one to this
-chip's own memory: no links, no neighbour that is late. So the difference is what starting copies
+chip's own memory: no links, no neighbor that is late. So the difference is what starting copies
 and the grid's order cost a kernel, as far as it exceeds what the compiler's schedule varies by, and
 not what a transfer costs or hides.
 """
@@ -27,6 +27,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -46,13 +47,13 @@ TOPOLOGIES = ("v5e:2x4", "v5p:2x2x2", "v5p:4x4x4", "v6e:4x4")
 ATTENTION = ("ring", "ring_kernels", "ulysses", "usp", "all_gather")
 SCANS = ("all_scan", "chain", "all_gather_states", "log_step")
 TOKENS = 4096  # of a device
-# One device's part in `--cycles`: all of its keys seen, since the profile knows no values.
+# One device's shard in `--cycles`: all of its keys seen, since the profile knows no values.
 CYCLES = {"topologies": ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"), "tokens": 2048, "heads": (4, 2)}
 HEADS = ("topology", "devices", "op", "sent_mib", "messages", "between", "temp_mib", "kernels")
 
 
 def compile_row(topology: str, op: str, tokens: int = TOKENS) -> dict:
-    """One row, in this process, whose environment is `aot_tpu.environment()`."""
+    """Compiles an op in this process, in `aot_tpu.environment()`, and returns its row."""
     import functools
 
     from tilescan.ops import masks
@@ -66,7 +67,7 @@ def compile_row(topology: str, op: str, tokens: int = TOKENS) -> dict:
     if op in ATTENTION:
         H, G, D = 32, 8, 128
         kind = op.removesuffix("_kernels")
-        part = functools.partial(
+        op_of_shards = functools.partial(
             ATTENDING[kind],
             mask=masks.Causal(),
             balance="zigzag" if kind == "ring" else "contiguous",
@@ -76,10 +77,11 @@ def compile_row(topology: str, op: str, tokens: int = TOKENS) -> dict:
     else:
         H, D = 16, 128
         kind = op.removesuffix("_states")
-        part = lambda *arrays: scans.gated_linear_attention(*arrays, kind=kind)[0]
+        op_of_shards = lambda *arrays: scans.gated_linear_attention(*arrays, kind=kind)[0]
         shapes = [(B, n * tokens, H, D)] * 3 + [(B, n * tokens, H)]
     dtypes = ["bfloat16"] * 3 + ["float32"] * (len(shapes) - 3)
-    compiled = _gradients(part, devices, shapes, dtypes)
+    compiled = _gradients(op_of_shards, devices, shapes, dtypes)
+    # What it sends: XLA's collectives, and the remote copies of kernels.
     text = compiled.as_text()
     found = collectives(text)
     remote = 2 * B * H * D * D * 4 if op == "all_scan" else 0
@@ -115,8 +117,8 @@ def compile_row(topology: str, op: str, tokens: int = TOKENS) -> dict:
     }
 
 
-def _gradients(part, devices, shapes, dtypes):
-    """The compiled gradients of `part`, of arrays split along time over devices."""
+def _gradients(op_of_shards, devices, shapes, dtypes):
+    """Returns the compiled gradients of an op, of arrays sharded along time over devices."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -124,11 +126,11 @@ def _gradients(part, devices, shapes, dtypes):
     from jax.sharding import PartitionSpec as P
 
     mesh, time = jax.sharding.Mesh(np.array(devices), ("sequence",)), P(None, "sequence")
-    where = NamedSharding(mesh, time)
+    sharding = NamedSharding(mesh, time)
     arrays = [
-        jax.ShapeDtypeStruct(s, d, sharding=where) for s, d in zip(shapes, dtypes, strict=True)
+        jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in zip(shapes, dtypes, strict=True)
     ]
-    call = jax.shard_map(part, mesh=mesh, in_specs=time, out_specs=time, check_vma=False)
+    call = jax.shard_map(op_of_shards, mesh=mesh, in_specs=time, out_specs=time, check_vma=False)
 
     def gradients(*arrays):
         o, pull = jax.vjp(call, *arrays)
@@ -142,7 +144,9 @@ def _kernel(name: str) -> str:
 
 
 def cycles_row(topology: str, folder: str) -> dict:
-    """{kernel: [cycles without a transfer, with one]}, in a process that profiles into a folder."""
+    """Returns {kernel: [cycles without a transfer, with one]}, in a process that profiles into a
+    folder.
+    """
     devices = topologies.tpus(topology)
     found: dict[str, list[int]] = {kernel: [] for kernel in ("forward", "dkv", "dq")}
     for kernel, sends in itertools.product(found, (False, True)):
@@ -187,7 +191,7 @@ def _one_call(kernel: str, sends: bool, devices):
         for name, shape in shapes.items()
     }
 
-    def part(arrays):
+    def kernel_of_shards(arrays):
         q, k, v = (arrays[name] for name in "qkv")
         rest = [arrays[name] for name in ("do", "lse", "delta") if name in arrays]
         sent = [arrays[name] for name in (("dk", "dv") if kernel == "dq" else ("k", "v"))]
@@ -204,12 +208,14 @@ def _one_call(kernel: str, sends: bool, devices):
 
     out = {"forward": (wide, row), "dkv": (wide, wide), "dq": (wide,)}[kernel]
     out += (wide, wide) if sends else ()
-    call = jax.shard_map(part, mesh=mesh, in_specs=(specs,), out_specs=out, check_vma=False)
+    call = jax.shard_map(
+        kernel_of_shards, mesh=mesh, in_specs=(specs,), out_specs=out, check_vma=False
+    )
     return jax.jit(call).trace(arrays).lower(lowering_platforms=("tpu",)).compile()
 
 
 def between(text: str) -> list[int]:
-    """Operations that compute, between the start and the end of each transfer of a program."""
+    """Counts the operations that compute between each transfer's start and end in a program."""
     counts, open_since, computing = [], {}, 0
     for line in text.splitlines():
         if re.match(r"(ENTRY )?%\S+ \(.*\{$", line):
@@ -225,15 +231,17 @@ def between(text: str) -> list[int]:
     return counts
 
 
-def rows_of(jobs: list[tuple[str, str]], write, tokens: int = TOKENS) -> None:
-    """Compiles each (topology, op) in a process of its own and hands its row to `write`."""
+def rows_of(
+    jobs: list[tuple[str, str]], write: Callable[[dict], None], tokens: int = TOKENS
+) -> None:
+    """Compiles each (topology, op) in a process of its own and calls `write` with its row."""
     for topology, op in jobs:
         row = _in_process(f"compile_row({topology!r}, {op!r}, {tokens})", aot_tpu.environment())
         write({"topology": topology, "op": op, **row} if "error" in row else row)
 
 
-def cycles_of(slices) -> list[dict]:
-    """Rows of `cycles_row`; "error" where the profiler has no model."""
+def cycles_of(slices: Iterable[str]) -> list[dict]:
+    """Returns rows of `cycles_row`; "error" where the profiler has no model."""
     rows = []
     for topology in slices:
         with tempfile.TemporaryDirectory() as folder:
@@ -244,7 +252,7 @@ def cycles_of(slices) -> list[dict]:
 
 
 def _in_process(call: str, environment: dict[str, str]) -> dict:
-    """What a function of this module returns in a process of its own, or its error."""
+    """Returns what a function of this module returns in a process of its own, or its error."""
     code = (
         "import json\n"
         "import tilescan.benchmarks.sequence_parallel_static as module\n"
@@ -266,6 +274,7 @@ def _in_process(call: str, environment: dict[str, str]) -> dict:
 
 
 def main() -> None:
+    """Compiles the rows that the command line asks for, writes each, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES))
     parser.add_argument("--ops", nargs="+", choices=(*ATTENTION, *SCANS), default=None)

@@ -10,9 +10,11 @@ cycles and of the bytes moved over the memory's bandwidth, in cycles: the profil
 transfer the whole bandwidth. `MXU` is the share of the peak of the matrix unit that useful
 operations (2 per visible score, product and head dimension) reach in `bound` cycles.
 
-The profiler takes values from memory for 0, so masks that go by tables can't be profiled. Their
+The profiler takes values from memory for 0, so masks that use tables can't be profiled. Their
 rows ("estimated") are the cycles of one live tile, full or partial, taken from the profiled Full
 and Causal walks with the same tile, times the live tiles, counted exactly.
+
+Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D head dim.
 """
 
 import argparse
@@ -20,7 +22,9 @@ import dataclasses
 import json
 import platform
 import subprocess
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,13 +68,25 @@ SWEEP = {
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "backward": 7}
 
 
-# Jobs, called in the worker.
+# Jobs, called in the worker: (function, its arguments' shapes).
+
+Program = tuple[Callable, tuple]
+Sides = Sequence[int]  # of a tile: queries, keys, compute step
 
 
 def public(
-    gradient, B=1, T=1024, S=1024, H=2, G=1, D=64, mask="causal", dtype="bfloat16", **options
-):
-    """The public op, or its gradient, as a user's program calls it."""
+    gradient: bool,
+    B: int = 1,
+    T: int = 1024,
+    S: int = 1024,
+    H: int = 2,
+    G: int = 1,
+    D: int = 64,
+    mask: str = "causal",
+    dtype: str = "bfloat16",
+    **options: Any,
+) -> Program:
+    """Returns the public op, or its gradient, as a user's program calls it."""
     from tilescan.ops.attention import attention
 
     spec = jax.ShapeDtypeStruct
@@ -92,8 +108,17 @@ def public(
     return function, (q, k, k, bias, segments, offset)
 
 
-def ours(kernel, mask, tile, B, T, H, D, vmem_limit=attention_tpu.VMEM_LIMIT):
-    """One kernel of ours, on arrays as the kernel takes them."""
+def ours(
+    kernel: str,
+    mask: str,
+    tile: Sides | None,
+    B: int,
+    T: int,
+    H: int,
+    D: int,
+    vmem_limit: int | None = attention_tpu.VMEM_LIMIT,
+) -> Program:
+    """Returns one kernel of ours, on arrays as the kernel takes them."""
     plan = _plan(kernel, mask, tile, B, T, H, D)
     spec = jax.ShapeDtypeStruct
     x, row = spec((B, H, T, D), jnp.bfloat16), spec((B, H, 1, T), jnp.float32)
@@ -105,8 +130,8 @@ def ours(kernel, mask, tile, B, T, H, D, vmem_limit=attention_tpu.VMEM_LIMIT):
     return lambda *arrays: backward(*arrays, *walk, **options), (x, x, x, x, row, row)
 
 
-def stock(kernel, mask, tile, B, T, H, D):
-    """JAX's TPU flash attention: its forward kernel, or the whole gradient."""
+def stock(kernel: str, mask: str, tile: Sides, B: int, T: int, H: int, D: int) -> Program:
+    """Returns JAX's TPU flash attention: its forward kernel, or the whole gradient."""
     from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
 
     q, major, k = tile
@@ -131,20 +156,22 @@ def stock(kernel, mask, tile, B, T, H, D):
     return gradient, (x, x, x, x)
 
 
-def splash(kernel, mask, tile, B, T, H, D):
-    """JAX's splash attention, forward. The profiler aborts on it; instructions are counted."""
+def splash(kernel: str, mask: str, tile: Sides, B: int, T: int, H: int, D: int) -> Program:
+    """Returns JAX's splash attention, forward: the profiler aborts on it, so its instructions are
+    counted.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as sk
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as sm
 
     q, major, k = tile
     window = {"causal": (None, 0), "window 512": (511, 0)}[mask]
     head = sm.CausalMask((T, T)) if window[0] is None else sm.LocalMask((T, T), window, 0)
-    run = sk.make_splash_mha(
+    attention = sk.make_splash_mha(
         sm.MultiHeadMask([head] * H), head_shards=1, q_seq_shards=1,
         block_sizes=sk.BlockSizes(block_q=q, block_kv=major, block_kv_compute=k),
     )  # fmt: skip
     x = jax.ShapeDtypeStruct((H, T, D), jnp.bfloat16)
-    return lambda q, k, v: run(q, k, v), (x, x, x)
+    return lambda q, k, v: attention(q, k, v), (x, x, x)
 
 
 # Figures that need no compiler.
@@ -156,8 +183,8 @@ def _plan(kernel, mask, tile, B, T, H, D):
     return attention_tpu.plan_for(kernel, x, x, x, MASKS[mask](T), 0, tile)
 
 
-def live_tiles(mask, tile, T) -> dict[str, int]:
-    """How many tiles of a batch row and head are full and partial."""
+def live_tiles(mask: str, tile: Sides, T: int) -> dict[str, int]:
+    """Returns how many tiles of a batch row and head are full and partial."""
     kinds = masks.tile_kinds(MASKS[mask](T), T, T, tile[0], tile[1], 0)
     return {
         "full": int((kinds == tiles.FULL).sum()),
@@ -165,9 +192,9 @@ def live_tiles(mask, tile, T) -> dict[str, int]:
     }
 
 
-def transfers(kernel, mask, tile, B, T, H, D) -> int:
-    """Bytes that one kernel of ours moves, by the pipeline's rule: a block is fetched when its
-    index differs from the step before.
+def transfers(kernel: str, mask: str, tile: Sides | None, B: int, T: int, H: int, D: int) -> int:
+    """Returns the bytes that one kernel of ours moves, by the pipeline's rule: a block is fetched
+    when its index differs from the step before.
     """
     plan = _plan(kernel, mask, tile, B, T, H, D)
     outer = plan.keys if kernel == "dkv" else plan.queries
@@ -186,7 +213,8 @@ def transfers(kernel, mask, tile, B, T, H, D) -> int:
     return B * H * (fixed + walked)
 
 
-def visible_scores(mask, T) -> int:
+def visible_scores(mask: str, T: int) -> int:
+    """Returns how many scores a mask lets through, of T x T."""
     if mask == "full":
         return T * T
     return int(masks.as_array(MASKS[mask](T), T, T, 0).sum())
@@ -197,6 +225,8 @@ def visible_scores(mask, T) -> int:
 
 @dataclasses.dataclass
 class Row:
+    """A row of the table; see the module's text."""
+
     implementation: str
     kernel: str
     mask: str
@@ -216,7 +246,7 @@ class Row:
 
 
 def _finish(row: Row) -> Row:
-    """Fill what follows from cycles and bytes."""
+    """Fills in what follows from cycles and bytes."""
     chip, shape = CHIPS[row.generation], row.shape
     if row.bytes is not None:
         row.bandwidth_cycles = round(row.bytes / chip["cores"] / chip["bandwidth"] * chip["clock"])
@@ -271,23 +301,28 @@ def _run(rows: list[Row], generation: str, console, *, profile=True, bundles=Tru
     return rows
 
 
-def default_tile(kernel, generation, mask, shape=SHAPE) -> list[int]:
+def default_tile(
+    kernel: str, generation: str, mask: str, shape: dict[str, int] = SHAPE
+) -> list[int]:
+    """Returns the tile that the op takes for a kernel."""
     del generation  # one table for all of them
     spec = jax.ShapeDtypeStruct((shape["B"], shape["T"], shape["H"], shape["D"]), jnp.bfloat16)
     plan = attention_tpu.plan_for(kernel, spec, spec, spec, MASKS[mask](shape["T"]), 0)
     return list(dataclasses.astuple(plan.tile))
 
 
-def table_rows(generation: str, kernels_: tuple[str, ...], console) -> list[Row]:
-    """All rows of one generation."""
+def table_rows(generation: str, kernels_: tuple[str, ...], console: Console) -> list[Row]:
+    """Returns all rows of one generation, which it compiles."""
     row = lambda name, kernel, mask, tile, source="static profile": Row(
         name, kernel, mask, generation, list(tile), source
     )
+    # Ours, profiled and estimated.
     found = []
     for mask in PROFILED_MASKS:
         own = [row("tilescan", k, mask, default_tile(k, generation, mask)) for k in kernels_]
         found += _run(own, generation, console)
     found += estimates(generation, kernels_, console)
+    # JAX's flash attention, with the best of some tiles.
     for mask in ("full", "causal"):
         if "forward" in kernels_:
             candidates = [row("jax flash", "forward", mask, tile) for tile in STOCK_FORWARD]
@@ -297,6 +332,7 @@ def table_rows(generation: str, kernels_: tuple[str, ...], console) -> list[Row]
             found.append(_best(_run(candidates, generation, console, bundles=False)))
             if found[-1].cycles is None:
                 found += one_head(generation, mask, console)
+    # JAX's splash attention and ours, by counts of instructions.
     if "forward" in kernels_:
         for mask in ("causal", "window 512"):
             tile = (512, 512, 512)
@@ -308,9 +344,10 @@ def table_rows(generation: str, kernels_: tuple[str, ...], console) -> list[Row]
     return found
 
 
-def one_head(generation: str, mask: str, console) -> list[Row]:
-    """Both backward passes of one head, where the profiler has no model for what XLA does around
-    the stock kernels of two."""
+def one_head(generation: str, mask: str, console: Console) -> list[Row]:
+    """Returns both backward passes of one head, where the profiler has no model for what XLA does
+    around the stock kernels of two.
+    """
     shape = SHAPE | {"H": 1}
     row = lambda name, kernel, tile: Row(
         name, kernel, mask, generation, list(tile), "static profile", shape=shape
@@ -321,8 +358,8 @@ def one_head(generation: str, mask: str, console) -> list[Row]:
     return [*found, _best(_run(stock_rows, generation, console, bundles=False))]
 
 
-def estimates(generation: str, kernels_: tuple[str, ...], console) -> list[Row]:
-    """Rows of the masks that go by tables, and the profiled rows that they are made from."""
+def estimates(generation: str, kernels_: tuple[str, ...], console: Console) -> list[Row]:
+    """Returns rows of the masks that use tables, and the profiled rows that they are made from."""
     rows, bases = [], {}
     for kernel in kernels_:
         for mask in MASKS:
@@ -345,7 +382,7 @@ def _best(rows: list[Row]) -> Row:
 
 
 def _estimate(row: Row, full: Row, causal: Row) -> None:
-    """Cycles of a mask that goes by tables, from the walks of Full and Causal with its tile."""
+    """Fills in cycles of a mask that uses tables, from Full's and Causal's with the same tile."""
     if full.cycles is None or causal.cycles is None:
         row.source = "no profile to estimate from"
         return
@@ -380,6 +417,7 @@ def _print(rows: list[Row], console) -> None:
 
 
 def versions() -> dict[str, str]:
+    """Returns the versions of JAX, libtpu and Python, and the commit."""
     from importlib.metadata import version
 
     root = Path(__file__).resolve().parent.parent
@@ -394,7 +432,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def sweep(generations, names, console) -> list[Row]:
+def sweep(generations: Iterable[str], names: Iterable[str], console: Console) -> list[Row]:
+    """Returns rows of our kernels with each tile of SWEEP, which it compiles."""
     rows = []
     for generation in generations:
         for kernel in names:
@@ -408,6 +447,7 @@ def sweep(generations, names, console) -> list[Row]:
 
 
 def main() -> None:
+    """Compiles the table or the sweep that the command line asks for, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sweep", action="store_true", help="try many tiles; writes nothing")
     parser.add_argument("--generations", default=",".join(PROFILED))
