@@ -23,7 +23,7 @@ NAMES = ("o", "final_state", "dq", "dk", "dv", "dlog_decay", "dinitial_state")
 def problem(T, heads, sizes, strength, dtype="bfloat16"):
     """Inputs and cotangents; `heads` are those of q, k, v and the decays.
 
-    Log decays are -e^x with x normal around `strength`, which varies as much between dims.
+    Log decays are -e^x with x normal around `strength`, which varies twice as much by dim.
     """
     rng = np.random.default_rng(0)
     H, (D, P) = max(heads), sizes
