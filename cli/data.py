@@ -4,7 +4,7 @@ import argparse
 
 ABOUT = "list, fetch and show the sources of text"
 DESCRIPTION = """\
-The text there is: what it holds, its licence, how large it is; fetch it to the cache.
+The text there is: what it holds, its license, how large it is; fetch it to the cache.
 
   tilescan data                     list the sources
   tilescan data fetch shakespeare   download it once, checked against its checksum
@@ -13,7 +13,7 @@ The text there is: what it holds, its licence, how large it is; fetch it to the 
   tilescan data add imdb FILE       keep a file of yours as the source that no package has
 
 A source is one of these names; the path of a .txt, .jsonl (plain, .gz, .xz, .bz2) or .parquet file
-or of a folder of them, with :FIELD behind it if the text is not in "text"; or hf:OWNER/NAME, a data
+or of a folder of them, with :FIELD after it if the text is not in "text"; or hf:OWNER/NAME, a data
 set at Hugging Face, [:COLUMN] likewise.
 """
 
@@ -59,15 +59,16 @@ def _list() -> None:
 
     from tilescan.data import files, sources, tasks
 
+    # The registry, then the tasks.
     table = Table(title="Sources (downloaded on first use)", box=box.SIMPLE)
     table.add_column("name", no_wrap=True)
     table.add_column("from", no_wrap=True)
     table.add_column("download", justify="right", no_wrap=True)
     table.add_column("cached", no_wrap=True)
-    table.add_column("what, licence")
+    table.add_column("what, license")
     for row in sources.list_sources():
         size = f"{row['size'] / 1e6:.1f} MB" if row["size"] else "-"
-        what = f"{row['description']} [dim]({row['licence']})[/dim]"
+        what = f"{row['description']} [dim]({row['license']})[/dim]"
         table.add_row(row["name"], row["kind"], size, "yes" if row["cached"] else "no", what)
     made = Table(title="Exact tasks (data.tasks.get)", box=box.SIMPLE)
     made.add_column("name", no_wrap=True)

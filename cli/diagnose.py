@@ -7,6 +7,15 @@ python -m tilescan.cli.diagnose CHECKPOINT --train-length=8192 --tokens=book.npy
 import argparse
 import pathlib
 import sys
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+if typing.TYPE_CHECKING:
+    import numpy
+
+    from tilescan import models
+    from tilescan.experiments.harness import tables
 
 ABOUT = "say where a Mamba-2 checkpoint breaks beyond its training length"
 DESCRIPTION = """\
@@ -23,9 +32,9 @@ What is printed, up to the longest of --lengths:
   loss       mean loss of the text's tokens between two lengths. The model collapses when a loss is
              at least twice the greatest one within the training length.
   variance   greatest variance of a head's state after so many newlines, a prompt that has a
-             length and no content. Exploding behind the training length, it is the cause.
+             length and no content. Exploding beyond the training length, it is the cause.
   kept       greatest share of the first token, alpha_1 ... alpha_t, that a head's state still
-             holds. Near 1 at the training length: this head never learnt to forget.
+             holds. Near 1 at the training length: this head never learned to forget.
 
 The text is read a row a document; a GPT-NeoX tokenizer, which the published checkpoints use, is not
 in this package: tokenize elsewhere and give the ids, numpy.save("book.npy", ids), [T] or [B, T].
@@ -73,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     names = ("decay_scale", "b_scale", "dt_scale", "state_window")
     config = state_collapse.with_mixer(config, **{name: getattr(options, name) for name in names})
     if not 0 <= options.newline < config.vocab_size:
-        raise ValueError(f"newline={options.newline} is no id below {config.vocab_size}")
+        raise ValueError(f"newline={options.newline} is not an id below {config.vocab_size}")
     lengths = parse_lengths(options.lengths, options.train_length)
     tokens = _tokens(options, config.vocab_size, lengths[-1])
     table, verdict, figure = diagnose(
@@ -88,10 +97,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def parse_lengths(text: str | None, train_length: int) -> list[int]:
-    """Increasing lengths, the training length among them.
+    """Parses increasing lengths; the training length is among them.
 
     Raises:
-      ValueError: no numbers, or none behind the training length.
+      ValueError: no numbers, or none beyond the training length.
     """
     if train_length < 2:
         raise ValueError(f"train_length={train_length} must be at least 2")
@@ -108,8 +117,15 @@ def parse_lengths(text: str | None, train_length: int) -> list[int]:
     return lengths
 
 
-def diagnose(config, params, lengths, train_length, tokens, newline):
-    """(table, verdict, SVG) of a model.
+def diagnose(
+    config: "models.LanguageModelConfig",
+    params: Any,
+    lengths: Sequence[int],
+    train_length: int,
+    tokens: "numpy.ndarray | None",
+    newline: int,
+) -> "tuple[tables.Table, str, str]":
+    """Returns (table, verdict, SVG) of a model.
 
     Args:
       config, params: the model.
@@ -129,6 +145,7 @@ def diagnose(config, params, lengths, train_length, tokens, newline):
     from tilescan.experiments.harness.tables import MEASURED, Column, Table
     from tilescan.experiments.measurements import state_collapse
 
+    # The states after newlines, and after the text if there is one.
     chunk = math.gcd(*lengths)
     if chunk < 8:
         raise ValueError(f"lengths={lengths} must be multiples of one number, 64 say")
@@ -137,6 +154,8 @@ def diagnose(config, params, lengths, train_length, tokens, newline):
     found = silent
     if tokens is not None:
         found = state_collapse.read(config, params, tokens[:, :-1], tokens[:, 1:], chunk=chunk)
+
+    # A row for each length.
     at = np.array(lengths) // chunk - 1
     largest = lambda values: values.mean(axis=2).reshape(len(values), -1).max(axis=1)[at]
     variance, kept = largest(silent["state_variance"]), np.exp(largest(found["log_decay"]))
@@ -159,6 +178,8 @@ def diagnose(config, params, lengths, train_length, tokens, newline):
         ],
         rows,
     )
+
+    # The verdict: beyond the training length against within.
     within = lengths.index(train_length) + 1
     growth = variance[-1] / max(float(variance[within - 1]), 1e-30)
     verdict = (
@@ -169,9 +190,10 @@ def diagnose(config, params, lengths, train_length, tokens, newline):
         ratio = max(losses[within:]) / max(losses[:within])
         said = "COLLAPSES" if ratio >= state_collapse.COLLAPSE else "does not collapse"
         verdict = (
-            f"The model {said}: the greatest loss behind {train_length:,} tokens is {ratio:.2f} "
+            f"The model {said}: the greatest loss beyond {train_length:,} tokens is {ratio:.2f} "
             f"times that within (criterion: {state_collapse.COLLAPSE:g}).\n{verdict}"
         )
+
     panels = {"variance after newlines": {"checkpoint": (lengths, list(variance))}}
     panels["first token kept"] = {"checkpoint": (lengths, list(kept))}
     if tokens is not None:
@@ -180,15 +202,17 @@ def diagnose(config, params, lengths, train_length, tokens, newline):
     return table, verdict, figure
 
 
-def _tokens(options, vocab_size: int, length: int):
-    """[rows, 1 + length] ids, or None if no text was named."""
+def _tokens(options: argparse.Namespace, vocab_size: int, length: int) -> "numpy.ndarray | None":
+    """Reads ids [rows, 1 + length], None if no text was named."""
     import numpy as np
 
     if options.tokens is not None:
         try:
             ids = np.load(options.tokens)
         except ValueError as error:
-            raise ValueError(f"tokens={str(options.tokens)!r} is no .npy file: {error}") from None
+            raise ValueError(
+                f"tokens={str(options.tokens)!r} is not a .npy file: {error}"
+            ) from None
         ids = np.atleast_2d(ids)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"tokens must be integers [T] or [B, T], got {ids.dtype} {ids.shape}")
@@ -216,7 +240,7 @@ def _tokens(options, vocab_size: int, length: int):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tilescan.cli.diagnose",
         description=DESCRIPTION,

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from tilescan.cli import data, diagnose, generate, list_papers, plan, report, rerun, run, train
 from tilescan.spelling import nearest
@@ -39,17 +40,18 @@ COMMANDS = {
 class _Parser(argparse.ArgumentParser):
     """Errors name the nearest known option and end with a command that helps."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Ends with the message and the nearest known word."""
         near = self.nearest(message)
         self.refuse(message, [near] if near else [])
 
-    def refuse(self, message: str, meant: Sequence[str]):
+    def refuse(self, message: str, meant: Sequence[str]) -> NoReturn:
         """Ends with the message and what may have been meant."""
         hint = f"\ndid you mean {' or '.join(map(repr, meant))}?" if meant else ""
         self.exit(2, f"{self.prog}: error: {message}{hint}\nsee: {self.prog} --help\n")
 
     def nearest(self, message: str, cutoff: float = 0.6) -> str | None:
-        """The option, subcommand or choice that a word of the message is nearest to."""
+        """Returns the option, subcommand or choice that a word of the message is nearest to."""
         known = [*self._option_string_actions, *self._choices()]
         for word in message.replace("'", " ").replace(",", " ").replace(":", " ").split():
             name = word.split("=")[0]
@@ -60,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
         return None
 
     def _choices(self) -> list[str]:
-        """The subcommands, and the words that arguments may be."""
+        """Returns the subcommands, and the words that arguments may be."""
         return [name for action in self._actions for name in action.choices or ()]
 
 
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _joined(words: Sequence[str]) -> list[str]:
-    """["--a", "5", "--b=6"] as ["--a 5", "--b=6"]: an option and its value are one word."""
+    """Joins ["--a", "5", "--b=6"] to ["--a 5", "--b=6"]: an option and its value are one word."""
     joined: list[str] = []
     for word in words:
         bare = joined and joined[-1].startswith("-") and not set("= ") & set(joined[-1])
@@ -101,6 +103,7 @@ def _joined(words: Sequence[str]) -> list[str]:
 
 
 def _is_override(word: str) -> bool:
+    """Returns whether a word has the form --config.KEY=VALUE."""
     name, equals, _ = word.partition("=")
     return name.startswith("--config.") and bool(equals) and " " not in name
 
@@ -137,6 +140,7 @@ def _leave_absent_tpus_alone() -> None:
 
 
 def _build_parser() -> argparse.ArgumentParser:
+    """Makes the parser of all commands."""
     parser = _Parser(
         prog="tilescan",
         description=_DESCRIPTION,

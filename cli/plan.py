@@ -6,9 +6,9 @@ from tilescan.cli import training_config
 
 ABOUT = "compile a training step without running it"
 DESCRIPTION = """\
-Compile the very training step ahead of time, for this machine or for chips that nobody has at
-hand, and print whether it fits: bytes of each device, operations, bytes sent, and bounds on the
-time by the vendor's figures. Nothing runs, and no parameter is allocated.
+Compile the very training step ahead of time, for this machine or for chips that are not
+attached, and print whether it fits: bytes of each device, FLOPs, bytes sent, and bounds on the time
+by the vendor's figures. Nothing runs, and no parameter is allocated.
 
   tilescan plan --config.model.d_model=768
   tilescan plan --topology=v5e:2x4 --config.mesh.fsdp=8      needs the package libtpu
@@ -31,12 +31,12 @@ def run(options: argparse.Namespace) -> int:
     """Compiles a step, or several to find the longest sequence, and prints what it needs."""
     from tilescan.planning import longest as plan_longest
     from tilescan.planning import text as plan_text
-    from tilescan.planning.plan import plan
+    from tilescan.planning.plan import Plan, plan
 
     config = training_config.load(options)
     memory = None if options.memory is None else options.memory * 2**30
 
-    def tried(p) -> None:
+    def tried(p: Plan) -> None:
         verdict = plan_text.verdict(p)
         print(f"{p.seq_len:>12,} tokens: {verdict} ({p.seconds:.1f} s)", flush=True)
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     best = plan_longest.longest(config, options.topology, memory=memory, report=tried)
     if best is None:
-        print("no length fits: cut more (mesh.sequence, mesh.fsdp), or use model.remat=full")
+        print("no length fits: shard more (mesh.sequence, mesh.fsdp), or use model.remat=full")
         return 1
     print(f"the longest of these that fits: data.seq_len={best.seq_len}\n")
     print(plan_text.text(best))

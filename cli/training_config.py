@@ -4,7 +4,7 @@ import argparse
 import typing
 
 if typing.TYPE_CHECKING:
-    from ml_collections import ConfigDict
+    import ml_collections
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(config_keys=_config_keys)
 
 
-def load(options: argparse.Namespace) -> "ConfigDict":
+def load(options: argparse.Namespace) -> "ml_collections.ConfigDict":
     """Returns the default configuration or that of a file ("PATH:ARGUMENT"), with overrides.
 
     Raises:

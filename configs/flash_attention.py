@@ -151,4 +151,4 @@ def _shrink(config: ConfigDict) -> None:
         part.train.optimizer.warmup_steps = 0
     config.curves.train.data.seq_len = 32
     config.context.update(contexts=(16, 32), compare_position="")
-    config.documents.lengths = ()  # no labelled text without a download
+    config.documents.lengths = ()  # no labeled text without a download

@@ -6,13 +6,15 @@
 `python -m tilescan.planning.table` compiles all of them for 64, 256 and 512 chips.
 """
 
+import ml_collections
+
 from tilescan.training.config import default_config
 
 MODELS = ("transformer", "mamba2", "hybrid")
 
 
-def get_config(model: str = "transformer"):
-    """One row of 131,072 tokens, in bfloat16, layers computed again in the backward pass.
+def get_config(model: str = "transformer") -> ml_collections.ConfigDict:
+    """Returns the config for rows of 131,072 tokens, in bfloat16, with layers rematerialized.
 
     transformer  24 layers of attention (16 heads, 8 key-value heads of 128) and SwiGLU; zigzag
     mamba2       48 layers of Mamba-2, state 128, heads of 64 (arXiv 2405.21060, 1.3B)

@@ -60,6 +60,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
 def _training(
     *, steps: int, evaluations: int = 1, batch_size: int = 64, learning_rate: float = 2e-3
 ) -> ConfigDict:
+    """Returns a part of training's config: four batches an evaluation, a tenth to warm up."""
     every = {"log_every": steps, "eval_every": steps // evaluations, "eval_batches": 4}
     return section(
         data={"batch_size": batch_size},

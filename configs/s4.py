@@ -91,6 +91,7 @@ def _task(task: str, **changes: Any) -> ConfigDict:
 def _listops(
     examples: tuple[int, int, int], depth: int, args: int, lengths: tuple[int, int]
 ) -> ConfigDict:
+    """Returns the options of the task ListOps."""
     least, most = lengths
     return section(
         examples=examples, max_depth=depth, max_args=args, min_length=least, max_length=most
@@ -142,4 +143,5 @@ def _enlarge(config: ConfigDict) -> None:
 
 
 def _epochs(examples: int, batch_size: int, epochs: int) -> dict[str, int]:
+    """Returns the batch size, and the steps of so many epochs."""
     return {"batch_size": batch_size, "steps": epochs * examples // batch_size}

@@ -22,7 +22,7 @@ class ArchiveError(ValueError):
 
 
 def members(path: pathlib.Path, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of the members that match a glob, sorted by name.
+    """Yields (name, content) of the members that match a glob, sorted by name.
 
     A `*` also matches across folders. Nothing is written to the disk.
 
@@ -39,6 +39,7 @@ def members(path: pathlib.Path, pattern: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _read(path: pathlib.Path, pattern: str) -> Iterator[tuple[str, bytes]]:
+    """Yields the same, unsorted."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -62,7 +63,7 @@ def _open_tar(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
 
 
 def _deb_data(path: pathlib.Path) -> bytes:
-    """The data tarball of a Debian package, which is an `ar` archive of three files (deb(5))."""
+    """Returns the data tarball of a Debian package, an `ar` archive of three files (deb(5))."""
     for name, content in _ar_members(path):
         if name.startswith("data.tar"):
             if not name.endswith(".zst"):
@@ -86,7 +87,7 @@ def _ar_members(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
 
 
 def extract_member(path: pathlib.Path, member: str, folder: pathlib.Path) -> pathlib.Path:
-    """Write one member (its base name only) of a wheel or zip into a folder.
+    """Writes one member (its base name only) of a wheel or zip into a folder.
 
     Raises:
         ArchiveError: there is no such member.

@@ -43,7 +43,7 @@ class BatchDataset(grain.IterDataset):
         fingerprint: Mapping[str, Any],
         vocab_size: int | None = None,
     ):
-        # Batches are cut out of arrays in memory, far below a step's time: no reading threads.
+        # Batches are slices of arrays in memory, far below a step's time: no reading threads.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._by_step = grain.MapDataset.source(_Steps(make, steps)).to_iter_dataset(options)
         super().__init__(self._by_step)
@@ -53,7 +53,11 @@ class BatchDataset(grain.IterDataset):
         self._make = make
 
     def batch(self, step: int) -> Batch:
-        """The batch of one step, without an iterator."""
+        """Returns the batch of one step, without an iterator.
+
+        Raises:
+            IndexError: the data set does not have this step.
+        """
         if step < 0 or (self.steps is not None and step >= self.steps):
             raise IndexError(f"step={step} is outside the data set's {self.steps} steps")
         return self._make(step)
@@ -75,7 +79,7 @@ class _BatchIterator(grain.DatasetIterator):
         return {"data": dict(self._fingerprint), "position": self._inner.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where a state was taken.
+        """Goes on where a state was taken.
 
         Raises:
             ValueError: the state was taken from another data set; names what differs.
@@ -101,7 +105,7 @@ def check_sizes(
     shard_count: int,
     num_epochs: int | None,
 ) -> None:
-    """Raise ValueError for settings of a data set that cannot be."""
+    """Raises ValueError for settings of a data set that cannot be."""
     for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -121,7 +125,7 @@ def check_sizes(
 
 
 def host_rows(step: int, batch_size: int, shard_index: int, shard_count: int) -> range:
-    """Global row numbers (over all steps) that this host has in this step."""
+    """Returns the global row numbers (over all steps) that this host has in this step."""
     local = batch_size // shard_count
     first = step * batch_size + shard_index * local
     return range(first, first + local)

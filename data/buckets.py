@@ -1,4 +1,4 @@
-"""Means of a loss by where in its text a token stands: what longer contexts help or break."""
+"""Means of a loss by a token's position in its sequence: what longer contexts help or break."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def position_buckets(length: int, first: int = 16, factor: float = 2.0) -> np.ndarray:
-    """Edges 0, first, first * factor, ... and `length`: int64, increasing.
+    """Returns edges 0, first, first * factor, ... and `length`: int64, increasing.
 
     Raises:
       ValueError: a number below 1, or a factor of at most 1.
@@ -28,7 +28,7 @@ def mean_by_position(
     edges: Sequence[int],
     weights: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(means, weights) [buckets] of losses of tokens whose position lies in edges[i]..edges[i+1]-1.
+    """Returns (means, weights) [buckets] of losses by position, from edges[i] to edges[i+1] - 1.
 
     To join batches, add up means * weights and weights. Tokens outside all buckets are left out.
 
@@ -53,6 +53,8 @@ def mean_by_position(
     except ValueError as error:
         raise ValueError(f"positions and weights must have the losses' shape: {error}") from error
     counts = np.asarray(counts, np.float64)
+
+    # The bucket of each token, and sums over each bucket.
     bucket = np.searchsorted(edges, positions, side="right") - 1
     inside = (bucket >= 0) & (bucket < len(edges) - 1) & (counts > 0)
     total, weight = (

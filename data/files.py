@@ -3,12 +3,12 @@
     documents = list(read("mytext.txt"))       # or "~/texts", "logs.jsonl.gz", "logs.jsonl:message"
 
 - `.txt` (also .gz, .xz, .bz2): UTF-8. In a folder each file is a document. A file that is named
-  itself would leave nothing to hold out, so it is cut, at ends of lines, into up to 20 documents of
-  1,000 characters or more.
+  itself would leave nothing to hold out, so it is split, at ends of lines, into up to 20 documents
+  of 1,000 characters or more.
 - `.jsonl` (also .gz, .xz, .bz2): each line is an object, and a document.
 - `.parquet` (needs pyarrow): each row is a document.
 
-Objects and rows have their text in the field "text", or in that which stands behind a colon. A
+Objects and rows have their text in the field "text", or in the one named after a colon. A
 "label" (a word or an integer) is the document's class, a "split" ("train", "validation" or "test")
 the part of an official split it belongs to; other fields are not used. Those without text are left
 out. Splits depend on a document's id: its file's name within what was named, and its number there.
@@ -23,7 +23,7 @@ import lzma
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tilescan.data.clients import SourceError
@@ -34,7 +34,7 @@ KINDS = (".txt", ".jsonl", ".parquet")
 READ = "a .txt, .jsonl (both also .gz, .xz, .bz2) or .parquet file, or a folder of them"
 FIELD = "text"
 # Of a text that is one file: as many as the default fractions need, long enough to be texts.
-STRETCHES, SHORTEST = 20, 1000
+PIECES, SHORTEST = 20, 1000
 
 _OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 # Files that explain a folder of texts, and are none.
@@ -42,9 +42,9 @@ _ABOUT = ("readme", "license", "licence", "copying", "notice")
 
 
 def is_path(name: str) -> bool:
-    """Whether a source's name can only mean a file or a folder: it has a dot or a slash, or exists.
+    """Returns whether a source's name can only mean a file or a folder: with a dot, or existing.
 
-    Names of the registry have neither, and go before a file of the same name.
+    Names of the registry have no dot and no slash, and go before a file of the same name.
     """
     return (
         any(mark in name for mark in ("/", os.sep, ".")) or name[:1] == "~" or _there(_path(name))
@@ -52,7 +52,7 @@ def is_path(name: str) -> bool:
 
 
 def files_of(name: str) -> tuple[list[pathlib.Path], str | None]:
-    """The files that a source "PATH" or "PATH:FIELD" names, in order of their names; the field.
+    """Returns the files that "PATH" or "PATH:FIELD" names, in order of their names; the field.
 
     Raises:
         SourceError: there is no such file, or one that is not read; names the first ones.
@@ -65,8 +65,8 @@ def read(name: str) -> Iterator[Document]:
     """Yields the documents of "PATH" or "PATH:FIELD".
 
     Raises:
-        SourceError: there is no such file or no text in it, it is not UTF-8, a line is no JSON
-            object with this field, the file ends early; names the file and the line.
+        SourceError: there is no such file or no text in it, it is not UTF-8, a line is not a
+            JSON object with this field, the file ends early; names the file and the line.
     """
     paths, field = files_of(name)
     root = _root(name)[0]
@@ -81,7 +81,7 @@ def read(name: str) -> Iterator[Document]:
 
 
 def record_document(id: str, where: str, record: Mapping[str, Any], field: str) -> Document | None:
-    """A document of a JSON object or a row; None if it has no text.
+    """Returns the document of a JSON object or a row; None if it has no text.
 
     Raises:
         SourceError: the field is missing or holds no text; its split is unknown.
@@ -89,14 +89,14 @@ def record_document(id: str, where: str, record: Mapping[str, Any], field: str) 
     text = record.get(field)
     if not isinstance(text, str):
         has = f"it is {text!r:.60}" if field in record else f"there are {_listed(record)}"
-        hint = "" if field in record else "; name another one behind a colon: PATH:FIELD"
+        hint = "" if field in record else "; name another one after a colon: PATH:FIELD"
         raise SourceError(f"{where}: the field {field!r} must be a text, but {has}{hint}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise SourceError(
             f"{where}: {field!r} holds half a surrogate pair, \\u{ord(text[error.start]):04x}, "
-            "which is no character"
+            "which is not a character"
         ) from None
     label, split = record.get("label"), record.get("split")
     if not isinstance(label, str | int | None):
@@ -111,7 +111,7 @@ def record_document(id: str, where: str, record: Mapping[str, Any], field: str) 
 def _path(name: str) -> pathlib.Path:
     try:
         return pathlib.Path(name).expanduser()
-    except RuntimeError as error:  # ~somebody whom nobody knows
+    except RuntimeError as error:  # ~NAME of no user
         raise SourceError(f"{name}: {error}") from error
 
 
@@ -123,7 +123,7 @@ def _there(path: pathlib.Path) -> bool:
 
 
 def _root(name: str) -> tuple[pathlib.Path, str | None]:
-    """("PATH", FIELD or None) of what exists."""
+    """Returns ("PATH", FIELD or None) of what exists."""
     path, field = _path(name), None
     head, colon, tail = name.rpartition(":")
     if colon and not _there(path):
@@ -132,14 +132,14 @@ def _root(name: str) -> tuple[pathlib.Path, str | None]:
         raise SourceError(f"{name}: there is no file or folder {path}")
     if not path.is_dir():
         if _kind(path) is None:
-            raise SourceError(f"{path} is no text that can be read; known: {READ}")
+            raise SourceError(f"{path} is not a text that can be read; known: {READ}")
         if field is not None and _kind(path)[0] == ".txt":
             raise SourceError(f"{name}: a .txt file has no field {field!r}; give its path alone")
     return path, field
 
 
 def _kind(path: pathlib.Path) -> tuple[str, str] | None:
-    """(".txt", ".gz") of a.txt.gz; None for a file that is not read."""
+    """Returns (".txt", ".gz") of a.txt.gz; None for a file that is not read."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packing = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
     kind = suffixes[-1] if suffixes else ""
@@ -148,7 +148,8 @@ def _kind(path: pathlib.Path) -> tuple[str, str] | None:
 
 
 def _files_in(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
-    """All texts under a folder, hidden files and folders left out."""
+    """Returns all texts under a folder, hidden files and folders left out."""
+    # What can be read, and what cannot.
     found, unknown, seen = [], [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         here = os.path.realpath(parent)
@@ -170,6 +171,8 @@ def _files_in(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
         )
     if not found:
         raise SourceError(f"{name}: the folder holds no text: give {READ}")
+
+    # A text and its compressed copy are one text.
     bare: dict[str, pathlib.Path] = {}
     for path in found:
         kind, packing = _kind(path)
@@ -182,7 +185,8 @@ def _files_in(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
     return sorted(found)
 
 
-def _listed(names, limit: int = 5) -> str:
+def _listed(names: Iterable[object], limit: int = 5) -> str:
+    """Lists the first names, and how many more there are."""
     names = [str(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more if names else "none"
@@ -195,8 +199,8 @@ def _read_file(path: pathlib.Path, id: str, field: str | None, alone: bool) -> I
         if not alone:
             yield from [Document(id, text)] if text.strip() else []
             return
-        for number, stretch in enumerate(_stretches(text), 1):
-            yield Document(f"{id}:{number}", stretch)
+        for number, piece in enumerate(_pieces(text), 1):
+            yield Document(f"{id}:{number}", piece)
         return
     records = _parquet_rows if kind == ".parquet" else _json_lines
     for number, where, record in records(path, packing, field or FIELD):
@@ -206,7 +210,7 @@ def _read_file(path: pathlib.Path, id: str, field: str | None, alone: bool) -> I
 
 
 def _lines(path: pathlib.Path, packing: str) -> Iterator[tuple[str, str]]:
-    """(its place, a line with its end) of a UTF-8 file, a byte order mark left out."""
+    """Yields (its place, a line with its end) of a UTF-8 file, a byte order mark left out."""
     number = 0
     try:
         with _OPENERS[packing](path, "rb") as file:
@@ -235,14 +239,14 @@ def _text_lines(path: pathlib.Path, packing: str) -> Iterator[str]:
         if "\0" in line:
             raise SourceError(
                 f"{where}: a NUL, which text has none of: the file is UTF-16 (convert it first, "
-                "e.g. iconv -f UTF-16LE -t UTF-8) or no text"
+                "e.g. iconv -f UTF-16LE -t UTF-8) or not a text"
             )
         yield line
 
 
-def _stretches(text: str) -> list[str]:
-    """A text cut into stretches of about one length, behind a line's end or else a space."""
-    count = min(STRETCHES, len(text) // SHORTEST) or 1
+def _pieces(text: str) -> list[str]:
+    """Splits a text into pieces of about one length, after a line's end or else a space."""
+    count = min(PIECES, len(text) // SHORTEST) or 1
     edges = [i * len(text) // count for i in range(count + 1)]
     for i in range(1, count):
         for mark in ("\n", " "):
@@ -250,14 +254,14 @@ def _stretches(text: str) -> list[str]:
             if at >= 0:
                 edges[i] = at + 1
                 break
-    stretches = (text[low:high] for low, high in zip(edges, edges[1:], strict=False))
-    return [stretch for stretch in stretches if stretch.strip()]
+    pieces = (text[low:high] for low, high in zip(edges, edges[1:], strict=False))
+    return [piece for piece in pieces if piece.strip()]
 
 
 def _json_lines(
     path: pathlib.Path, packing: str, field: str
 ) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-    """(number, place, object) of the lines that are not blank."""
+    """Yields (number, place, object) of the lines that are not blank."""
     del field  # all of an object is read anyway
     for number, (where, line) in enumerate(_lines(path, packing), 1):
         if not line.strip():
@@ -265,7 +269,7 @@ def _json_lines(
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"{where}: no JSON object: {error}") from error
+            raise SourceError(f"{where}: not a JSON object: {error}") from error
         if not isinstance(record, Mapping):
             raise SourceError(f"{where}: expected a JSON object with {FIELD!r}, got {line!r:.60}")
         yield number, where, record
@@ -274,7 +278,7 @@ def _json_lines(
 def _parquet_rows(
     path: pathlib.Path, packing: str, field: str
 ) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-    """(number, place, {column: value}) of the rows, read a thousand at a time."""
+    """Yields (number, place, {column: value}) of the rows, read a thousand at a time."""
     del packing  # it is within the file
     try:
         import pyarrow
@@ -288,7 +292,7 @@ def _parquet_rows(
             if field not in names:
                 raise SourceError(
                     f"{path} has no column {field!r}, but {_listed(names)}; name one of them "
-                    "behind a colon: PATH:COLUMN"
+                    "after a colon: PATH:COLUMN"
                 )
             wanted = [name for name in dict.fromkeys((field, "label", "split")) if name in names]
             for batch in file.iter_batches(batch_size=1000, columns=wanted):

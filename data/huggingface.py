@@ -4,7 +4,7 @@
     documents = list(read("hf:Salesforce/wikitext/wikitext-2-raw-v1:text"))
 
 "hf:NAME" is a data set, "hf:OWNER/NAME/SUBSET" one of several configurations of it, and the column
-of the texts stands behind a colon ("text" if none does). Its splits are kept: those whose names
+of the texts stands after a colon ("text" if none does). Its splits are kept: those whose names
 begin with train, valid or dev, and test; documents of other splits are split as a file's are.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from tilescan.data.clients import SourceError
 from tilescan.data.documents import Document
@@ -24,7 +25,7 @@ _PARTS = {"train": "train", "valid": "validation", "dev": "validation", "test": 
 
 
 def parsed(name: str) -> tuple[str, str | None, str]:
-    """(repository, subset or None, column) of "hf:NAME[/SUBSET][:COLUMN]".
+    """Returns (repository, subset or None, column) of "hf:NAME[/SUBSET][:COLUMN]".
 
     Raises:
         ValueError: it does not have this form.
@@ -33,7 +34,7 @@ def parsed(name: str) -> tuple[str, str | None, str]:
     if match is None:
         raise ValueError(
             f"source {name!r} is not of the form hf:OWNER/NAME, hf:OWNER/NAME/SUBSET or either "
-            "with :COLUMN behind it"
+            "with :COLUMN after it"
         )
     return match[1], match[2], match[3] or FIELD
 
@@ -70,11 +71,11 @@ def read(name: str, offline: bool = False) -> Iterator[Document]:
         raise SourceError(f"{name} holds no text in column {column!r}")
 
 
-def _documents(name: str, split: str, rows, column: str) -> Iterator[Document]:
+def _documents(name: str, split: str, rows: Any, column: str) -> Iterator[Document]:
     if column not in rows.column_names:
         raise SourceError(
             f"{name} has no column {column!r} in split {split!r}, but "
-            f"{', '.join(rows.column_names)}; name one of them behind a colon: hf:NAME:COLUMN"
+            f"{', '.join(rows.column_names)}; name one of them after a colon: hf:NAME:COLUMN"
         )
     part = next((part for begin, part in _PARTS.items() if split.startswith(begin)), None)
     classes = getattr(rows.features.get("label"), "names", None)

@@ -4,11 +4,11 @@ A *layout* answers one question: which pieces of which documents stand in row r?
 (tokens, targets, weights, segment ids, positions) follows from the pieces. A layout is a pure
 function of (corpus, seed, row), so a pipeline's whole state is the number of the next step.
 
-- `PackedLayout`: an epoch's documents, shuffled, one after another, cut into rows of T. No token is
-  lost and only the epoch's last row has padding. A document may go over a row's edge; the next row
-  starts a segment of its own, for rows are independent.
+- `PackedLayout`: an epoch's documents, shuffled, one after another, split into rows of T. No token
+  is lost and only the epoch's last row has padding. A document may go over a row's edge; the next
+  row starts a segment of its own, for rows are independent.
 - `WholeLayout`: documents stay whole where they fit; best-fit decreasing keeps the padding small. A
-  document longer than T is cut into full rows and a rest.
+  document longer than T is split into full rows and a rest.
 - `ContiguousLayout`: B lanes; in each lane one whole document after another, and row s+1 of a lane
   goes on where its row s stopped, with the position carried on. For truncated backpropagation and
   long contexts: carry the model's state from step to step.
@@ -66,8 +66,8 @@ class TokenizedCorpus:
         tokenizer: see `data.tokenizers`.
 
     Raises:
-        ValueError: no documents, two with one id, a text that is no Unicode, or ids outside the
-            tokenizer's vocabulary.
+        ValueError: no documents, two with one id, a text that is not Unicode, or ids outside
+            the tokenizer's vocabulary.
         TypeError: ids that are not integers.
     """
 
@@ -83,7 +83,7 @@ class TokenizedCorpus:
         for document in documents:
             try:
                 parts += [tokenizer.encode(document.text), eos]
-            except ValueError as error:  # what is no Unicode text
+            except ValueError as error:  # not Unicode text
                 raise ValueError(f"document {document.id!r}: {error}") from error
         self.tokens = _checked_ids(np.concatenate(parts), tokenizer)
         self.lengths = np.asarray([len(part) + 1 for part in parts[::2]], np.int64)
@@ -108,7 +108,7 @@ class TokenizedCorpus:
         return digest.hexdigest()
 
     def fill(self, rows: Sequence[Sequence[Piece]], seq_len: int) -> dict[str, np.ndarray]:
-        """Rows of pieces -> a batch of arrays [B, T]; what no piece covers is padding.
+        """Turns rows of pieces into a batch of arrays [B, T]; what no piece covers is padding.
 
         The target of a token is the next token of its document. A document's last token has none:
         its weight is 0, as is padding's.
@@ -126,6 +126,7 @@ class TokenizedCorpus:
         return batch
 
     def _fill_piece(self, batch: dict[str, np.ndarray], row: int, column: int, piece: Piece):
+        """Writes a piece into a row of the batch, from a column on."""
         cells = (row, slice(column, column + piece.length))
         first = int(self.starts[piece.document]) + piece.begin
         batch["tokens"][cells] = self.tokens[first : first + piece.length]
@@ -138,7 +139,7 @@ class TokenizedCorpus:
 
 
 def _checked_ids(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """A tokenizer's ids as int32, all of them in its vocabulary, padding's as well."""
+    """Returns a tokenizer's ids as int32; raises if one, or padding, is outside the vocabulary."""
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"tokenizer {tokenizer.name!r}: encode must give integers, got {ids.dtype}")
     low, high = (int(f([f(ids), tokenizer.pad_id])) for f in (np.min, np.max))
@@ -151,7 +152,7 @@ def _checked_ids(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def epoch_order(count: int, shuffle: bool, seed: int, *key: int) -> np.ndarray:
-    """0..count-1 in order, or in an order of its own for each (seed, key).
+    """Returns 0..count-1 in order, or in an order of its own for each (seed, key).
 
     Sorts raw bits: NumPy keeps the bits of a bit generator the same in all versions and on all
     machines, but not what Generator.permutation makes of them.
@@ -163,7 +164,7 @@ def epoch_order(count: int, shuffle: bool, seed: int, *key: int) -> np.ndarray:
 
 
 class PackedLayout:
-    """Documents one after another, cut into rows. See the module's text."""
+    """Documents one after another, split into rows. See the module's docstring."""
 
     def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, shuffle: bool):
         self.lengths, self.seq_len, self.seed, self.shuffle = lengths, seq_len, seed, shuffle
@@ -178,6 +179,7 @@ class PackedLayout:
         return documents, ends, rows
 
     def pieces(self, epoch: int, row: int) -> list[Piece]:
+        """Returns the pieces of a row, which is counted within its epoch."""
         documents, ends, rows = self._epoch(epoch)
         position = int(rows[row]) * self.seq_len
         stop = min(position + self.seq_len, self.total)
@@ -193,7 +195,7 @@ class PackedLayout:
 
 
 class WholeLayout:
-    """Documents whole where they fit. See the module's text."""
+    """Documents whole where they fit. See the module's docstring."""
 
     def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, shuffle: bool):
         self.seed, self.shuffle = seed, shuffle
@@ -204,11 +206,12 @@ class WholeLayout:
         )
 
     def pieces(self, epoch: int, row: int) -> list[Piece]:
+        """Returns the pieces of a row, which is counted within its epoch."""
         return self._bins[int(self._epoch(epoch)[row])]
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> list[list[Piece]]:
-    """Best-fit decreasing: each piece goes where it leaves the least room (Johnson et al. 1974)."""
+    """Packs by best-fit decreasing: a piece goes where least room is left (Johnson et al. 1974)."""
     parts = []
     for document, length in enumerate(lengths.tolist()):
         parts += [(document, b, min(seq_len, length - b)) for b in range(0, length, seq_len)]
@@ -229,7 +232,7 @@ def _best_fit(lengths: np.ndarray, seq_len: int) -> list[list[Piece]]:
 
 
 class ContiguousLayout:
-    """B lanes of whole documents. See the module's text.
+    """B lanes of whole documents. See the module's docstring.
 
     The next document of the (endlessly repeated) shuffled corpus goes to the lane that is shortest.
     """
@@ -251,7 +254,7 @@ class ContiguousLayout:
         self._lanes: list[tuple[list[int], list[int]]] = [([], []) for _ in range(lanes)]
 
     def _place_next(self) -> bool:
-        """Put one more document into a lane; False when the last epoch is over."""
+        """Puts one more document into a lane; returns False when the last epoch is over."""
         if not self._queue:
             if self._epoch == self.num_epochs:
                 return False
@@ -268,12 +271,13 @@ class ContiguousLayout:
         return True
 
     def steps(self) -> int:
-        """Steps until the longest lane ends; needs a finite number of epochs."""
+        """Returns the steps until the longest lane ends; needs a finite number of epochs."""
         while self._place_next():
             pass
         return -(-max(end for end, _ in self._heap) // self.seq_len)
 
     def pieces(self, lane: int, step: int) -> list[Piece]:
+        """Returns the pieces of a lane's row of a step; documents are placed as far as needed."""
         position, stop = step * self.seq_len, (step + 1) * self.seq_len
         while self._heap[0][0] < stop and self._place_next():
             pass
@@ -290,7 +294,7 @@ class ContiguousLayout:
 
 
 def strided_pieces(lengths: np.ndarray, seq_len: int, stride: int) -> list[list[Piece]]:
-    """Overlapping windows for evaluation: every target is scored once.
+    """Returns overlapping windows for evaluation: every target is scored once.
 
     A window starts every `stride` tokens of a document; of each but the first only the targets that
     no earlier window scored count, so each has at least seq_len - stride tokens of context.

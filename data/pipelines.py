@@ -1,4 +1,4 @@
-"""Grain pipelines: documents in, batches [B, T] out, resumable to the very step.
+"""Grain pipelines: documents in, batches [B, T] out, resumable to the exact step.
 
     splits = split_documents(sources.load("shakespeare"))
     batches = lm_dataset(splits["train"], get_tokenizer("byte"), seq_len=512, batch_size=8, seed=0)
@@ -9,7 +9,7 @@
 `batch_size` is always the *global* batch. With several hosts each gets its rows of it
 (`shard_index`, `shard_count`): together the hosts see what one host alone would see, step by step.
 A state saved on N hosts is therefore right on M hosts. A state that belongs to another corpus, seed
-or batch shape is refused, for it would silently read other text.
+or batch shape is refused, for it would silently read other documents.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def lm_dataset(
     shard_count: int = 1,
     num_epochs: int | None = None,
 ) -> BatchDataset:
-    """Next-token batches of a corpus.
+    """Makes next-token batches of a corpus.
 
     Every batch is a dict of [B / shard_count, T] arrays: tokens, targets (the next token of the
     same document) int32; weights float32, 0 at a document's last token and on padding; segment_ids
@@ -80,6 +80,8 @@ def lm_dataset(
     """
     check_sizes(seq_len, batch_size, seed, shard_index, shard_count, num_epochs)
     corpus = TokenizedCorpus(documents, tokenizer)
+
+    # Which pieces of documents stand in a row, counted over all steps.
     if packing == "contiguous":
         layout = ContiguousLayout(corpus.lengths, seq_len, seed, shuffle, batch_size, num_epochs)
         steps = None if num_epochs is None else layout.steps()
@@ -129,7 +131,7 @@ def evaluation_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> BatchDataset:
-    """One pass over a corpus in order; nothing is dropped, empty rows fill the last batch.
+    """Makes one pass over a corpus in order; nothing is dropped, empty rows fill the last batch.
 
     Args:
         packing: as in `lm_dataset`, without shuffling.
@@ -186,7 +188,7 @@ def classification_dataset(
     shard_count: int = 1,
     num_epochs: int | None = None,
 ) -> BatchDataset:
-    """Batches of one document a row, cut or padded to T, with its class.
+    """Makes batches of one document a row, truncated or padded to T, with its class.
 
     Every batch holds tokens, segment_ids (1, padding 0), positions int32 [B, T]; labels int32 [B];
     weights float32 [B], 0 for the empty rows that fill the last batch.
@@ -200,11 +202,13 @@ def classification_dataset(
         ValueError: a document without a label or with one that is not in `labels`.
     """
     check_sizes(seq_len, batch_size, seed, shard_index, shard_count, num_epochs)
-    unlabelled = [document.id for document in documents if document.label is None]
-    if unlabelled:
+    unlabeled = [document.id for document in documents if document.label is None]
+    if unlabeled:
         raise ValueError(
-            f"{len(unlabelled)} of {len(documents)} documents have no label, e.g. {unlabelled[0]!r}"
+            f"{len(unlabeled)} of {len(documents)} documents have no label, e.g. {unlabeled[0]!r}"
         )
+
+    # The class of each document, and the order of documents in an epoch.
     names = tuple(labels) if labels is not None else tuple(sorted({d.label for d in documents}))
     unknown = {document.label for document in documents} - set(names)
     if unknown:

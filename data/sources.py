@@ -50,7 +50,7 @@ __all__ = [
 
 
 def get_source(name: str) -> Source:
-    """The registry's row.
+    """Returns the registry's row.
 
     Raises:
         ValueError: no source has this name; names the nearest ones.
@@ -64,7 +64,7 @@ def get_source(name: str) -> Source:
 
 
 def fetch(name: str, offline: bool = False) -> pathlib.Path:
-    """Path of the source's verified file (an archive; for smollm2 the GGUF file itself).
+    """Returns the path of the source's verified file (an archive; of smollm2 the GGUF file itself).
 
     Downloads on first use only.
 
@@ -78,12 +78,12 @@ def fetch(name: str, offline: bool = False) -> pathlib.Path:
 
 
 def _is_own(name: str) -> bool:
-    """Whether a source that is not in the registry is a file, a folder or a data set."""
+    """Returns whether a source that is not in the registry is a file, a folder or a data set."""
     return name.startswith(huggingface.PREFIX) or files.is_path(name)
 
 
 def load(name: str, offline: bool = False) -> list[Document]:
-    """All documents of a corpus, in the same order every time.
+    """Returns all documents of a corpus, in the same order every time.
 
     Args:
         name: a name of the registry; or the path of a text of yours, see `data.files`; or
@@ -107,12 +107,13 @@ def load(name: str, offline: bool = False) -> list[Document]:
 
 @functools.lru_cache(maxsize=4)
 def _parsed(name: str, path: pathlib.Path, modified: int) -> tuple[Document, ...]:
+    """Parses a source's file once, until the file is modified."""
     del modified  # only a part of the cache's key
     return tuple(read_documents(SOURCES[name], path))
 
 
 def load_all(names: Sequence[str]) -> list[Document]:
-    """The documents of several sources, one source after the other.
+    """Returns the documents of several sources, one source after the other.
 
     Ids stay as `load` gives them; a source that repeats one of those before it gets its name in
     front of all of its own.
@@ -142,7 +143,7 @@ def load_all(names: Sequence[str]) -> list[Document]:
 
 
 def _texts(name: str) -> list[str]:
-    """What a source reads, each by one name however it is spelled."""
+    """Returns what a source reads, each by one name however it is spelled."""
     if name in SOURCES or not _is_own(name):
         return [name]
     if name.startswith(huggingface.PREFIX):
@@ -153,12 +154,12 @@ def _texts(name: str) -> list[str]:
 
 
 def add(name: str, path: str) -> pathlib.Path:
-    """Keep a file that the user has as the file of a source of kind file."""
+    """Keeps a file that the user has as the file of a source of kind file."""
     return add_file(get_source(name), path)
 
 
 def list_sources() -> list[dict[str, object]]:
-    """One row a source: its registry fields, size in bytes, and whether it is in the cache."""
+    """Returns one row a source: its registry fields, size in bytes, whether it is in the cache."""
     return [
         {
             "name": source.name,
@@ -166,7 +167,7 @@ def list_sources() -> list[dict[str, object]]:
             "package": source.package,
             "version": source.version,
             "size": source.size,
-            "licence": source.licence,
+            "license": source.license,
             "description": source.description,
             "cached": cached(source) is not None,
         }

@@ -19,7 +19,7 @@ def _rank(document: Document, seed: int) -> bytes:
 
 
 def _part_sizes(count: int, fractions: Sequence[float]) -> list[int]:
-    """Sizes by cumulative rounding; every wanted part gets one while there are enough."""
+    """Computes sizes by cumulative rounding; every wanted part gets one while there are enough."""
     edges = [round(count * sum(fractions[: i + 1])) for i in range(len(fractions))]
     sizes = [high - low for low, high in zip([0, *edges], edges, strict=False)]
     for part, fraction in enumerate(fractions):
@@ -30,7 +30,7 @@ def _part_sizes(count: int, fractions: Sequence[float]) -> list[int]:
 
 
 def _shares(split: str | None, official: set[str], fractions: Sequence[float]) -> list[float]:
-    """The fractions of each part that documents of one official split (None: of none) go to."""
+    """Returns the fractions by part of the documents of one official split (None: of none)."""
     if split is None:
         return list(fractions)
     shares = [float(part == split) for part in PARTS]
@@ -50,7 +50,7 @@ def split_documents(
     fractions: Sequence[float] = (0.9, 0.05, 0.05),
     balanced: bool = False,
 ) -> dict[str, list[Document]]:
-    """Split into train, validation and test by whole documents.
+    """Splits into train, validation and test by whole documents.
 
     A document's place depends on the hashes of (seed, id), never on the order of the list; each
     part keeps the list's order. Every part with a fraction above 0 gets a document while there are
@@ -70,6 +70,7 @@ def split_documents(
         ValueError: fractions are not three numbers >= 0 that sum to 1, ids repeat, or a document's
             split is none of train, validation and test.
     """
+    # What was given.
     fractions = tuple(float(fraction) for fraction in fractions)
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1):
         raise ValueError(
@@ -80,6 +81,8 @@ def split_documents(
     official = {document.split for document in documents} - {None}
     if official - set(PARTS):
         raise ValueError(f"documents have the splits {sorted(official)}; known: {', '.join(PARTS)}")
+
+    # Each official split is divided alone, and each label too if that is asked for.
     groups: dict[tuple[str | None, str | None], list[Document]] = {}
     for document in documents:
         key = (document.split, document.label if balanced else None)

@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -41,6 +41,7 @@ TURN_ENDS = (
 )
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What pipelines and decoding need of a tokenizer.
 
@@ -49,7 +50,7 @@ class Tokenizer(Protocol):
         vocab_size: V; every id is below it.
         eos_id: ends a document.
         end_ids: where generation stops: eos_id, and what ends a turn of a conversation.
-        pad_id: fills batches; may equal eos_id, for segment ids and weights tell padding apart.
+        pad_id: fills batches; may equal eos_id, for segment ids and weights mark padding.
     """
 
     name: str
@@ -59,15 +60,19 @@ class Tokenizer(Protocol):
     pad_id: int
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
-        """str -> int32 [n], without an end-of-document token.
+        """Returns a text's ids, int32 [n], without an end-of-document token.
+
+        Args:
+            text: to encode.
+            allow_special: parse special tokens' spellings in the text as these tokens.
 
         Raises:
-            TypeError: no str.
+            TypeError: not a str.
             ValueError: a lone surrogate in it, which no encoding of Unicode has.
         """
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """int [n] -> str; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of ids, int [n]; bytes that are not UTF-8 become U+FFFD."""
 
 
 def utf8(text: str, name: str = "text") -> bytes:
@@ -78,7 +83,7 @@ def utf8(text: str, name: str = "text") -> bytes:
         name: what errors call it: an argument or a file.
 
     Raises:
-        TypeError: no str.
+        TypeError: not a str.
         ValueError: a lone surrogate, as a wrong decoding or half of an escaped pair leaves it.
     """
     if not isinstance(text, str):
@@ -88,7 +93,7 @@ def utf8(text: str, name: str = "text") -> bytes:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{name} holds a lone surrogate, U+{ord(text[error.start]):04X}, at character "
-            f"{error.start}: it is no Unicode text; was it decoded wrongly, or cut?"
+            f"{error.start}: it is not Unicode text; was it decoded wrongly, or truncated?"
         ) from error
 
 
@@ -111,11 +116,12 @@ class ByteTokenizer:
     vocab_size = 258
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        """Returns a text's bytes as ids; see `Tokenizer.encode`."""
         del allow_special  # the special ids have no spelling
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """int [n] -> str; end of document and padding are left out."""
+        """Returns the text of ids, int [n]; end of document and padding are left out."""
         ids = _checked(ids, self.vocab_size)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
@@ -157,6 +163,7 @@ class TiktokenTokenizer:
         self.end_ids = (self.eos_id,)
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        """Returns a text's ids; see `Tokenizer.encode`."""
         utf8(text)  # tiktoken would replace lone surrogates
         if allow_special:
             ids = self.encoding.encode(text, allowed_special="all")
@@ -165,6 +172,7 @@ class TiktokenTokenizer:
         return np.asarray(ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of ids, special tokens included; see `Tokenizer.decode`."""
         return self.encoding.decode(_checked(ids, self.vocab_size).tolist())
 
 
@@ -194,10 +202,11 @@ class GGUFTokenizer:
         self.name = f"gguf:{pathlib.Path(path).name}"
         fields = GGUFReader(path).fields
 
-        def content(key: str):
+        def content(key: str) -> Any:
             field = fields.get(f"tokenizer.ggml.{key}")
             return None if field is None else field.contents()
 
+        # The model: byte-pair encoding by the file's own tokens and merges.
         model, pre = content("model"), content("pre") or "gpt-2"
         if model != "gpt2" or pre not in ("gpt-2", "smollm"):
             raise ValueError(
@@ -207,7 +216,7 @@ class GGUFTokenizer:
         tokens, merges = content("tokens"), content("merges")
         for key, value in (("tokens", tokens), ("merges", merges)):
             if not isinstance(value, list):
-                raise ValueError(f"{path}: tokenizer.ggml.{key} is missing, or no list")
+                raise ValueError(f"{path}: tokenizer.ggml.{key} is missing, or not a list")
         vocabulary = {token: index for index, token in enumerate(tokens)}
         try:
             bpe = models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges])
@@ -221,6 +230,8 @@ class GGUFTokenizer:
             steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence(steps)
         self._bpe.decoder = decoders.ByteLevel()
+
+        # Special tokens are those that the file marks as control tokens.
         kinds = content("token_type") or [1] * len(tokens)
         if len(kinds) != len(tokens):
             raise ValueError(
@@ -240,6 +251,7 @@ class GGUFTokenizer:
                 f"0..{len(tokens) - 1}"
             )
 
+        # Where generation stops, what fills batches, what prompts begin with.
         ends = [token(key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
         ends += [vocabulary[t] for t in control if t in TEXT_ENDS + TURN_ENDS]
         self.end_ids = tuple(dict.fromkeys(end for end in ends if end is not None))
@@ -253,17 +265,19 @@ class GGUFTokenizer:
         self.bos_id = token("bos_token_id") if content("add_bos_token") else None
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+        """Returns a text's ids; see `Tokenizer.encode`."""
         utf8(text)
         self._bpe.encode_special_tokens = not allow_special
         return np.asarray(self._bpe.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of ids, special tokens included; see `Tokenizer.decode`."""
         ids = _checked(ids, self.vocab_size).tolist()
         return self._bpe.decode(ids, skip_special_tokens=False)
 
 
 def read_ranks(content: bytes) -> dict[bytes, int]:
-    """Parse a .tiktoken file: one `base64(token) rank` a line."""
+    """Parses a .tiktoken file: one `base64(token) rank` a line."""
     lines = (line.split() for line in content.splitlines() if line)
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
@@ -291,7 +305,7 @@ def _cl100k() -> TiktokenTokenizer:
 
 @functools.lru_cache(maxsize=8)
 def get_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer by name, or the one inside a GGUF file by its path.
+    """Returns a tokenizer by name, or the one inside a GGUF file by its path.
 
     Raises:
         ValueError: unknown name; names the nearest one.

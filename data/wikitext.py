@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 _COMMENT = re.compile(r"<!--.*?-->", re.S)
 _SELF_CLOSED_REF = re.compile(r"<ref\b[^<>]*/>", re.I)
-# Elements whose content is no prose.
+# Elements whose content is not prose.
 _DROPPED = re.compile(
     r"<(ref|math|gallery|timeline|imagemap|score|syntaxhighlight|source|nowiki|code|chem|hiero)\b"
     r"[^<>]*>.*?</\1\s*>",
@@ -37,14 +37,14 @@ _TAIL = re.compile(
 
 
 def _link_text(link: re.Match) -> str:
-    """What a reader sees of [[target|text]]; nothing of pictures and categories."""
+    """Returns what a reader sees of [[target|text]]; nothing of pictures and categories."""
     return "" if _NO_PROSE.match(link[1]) else link[1].rpartition("|")[2]
 
 
 def _remove_nested(
     pattern: re.Pattern, text: str, replacement: str | Callable[[re.Match], str] = ""
 ) -> str:
-    """Replace innermost matches until none is left."""
+    """Replaces innermost matches until none is left."""
     count = 1
     while count:
         text, count = pattern.subn(replacement, text)
@@ -52,11 +52,12 @@ def _remove_nested(
 
 
 def strip_wikitext(text: str) -> str:
-    """Plain text of an article's wikitext (str -> str).
+    """Returns the plain text of an article's wikitext.
 
     References, templates, tables, media, formulas and the closing sections of links are removed;
     link texts, headings (as lines of their own) and list items are kept.
     """
+    # Blocks that go as a whole; then links, whose texts stay, and the closing sections.
     text = _COMMENT.sub("", text)
     text = _SELF_CLOSED_REF.sub("", text)
     text = _remove_nested(_DROPPED, text)
@@ -67,6 +68,8 @@ def strip_wikitext(text: str) -> str:
     tail = _TAIL.search(text)
     if tail:
         text = text[: tail.start()]
+
+    # Inline markup, then blanks.
     text = _BREAK.sub("\n", text)
     text = _TAG.sub("", text)
     text = _HEADING.sub(r"\n\2\n", text)

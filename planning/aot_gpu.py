@@ -1,4 +1,4 @@
-"""Compile Mosaic GPU kernels for an H100 that is not there, and read off what the compiler says.
+"""Compiles Mosaic GPU kernels for an H100 that is not attached, and reads the compiler's figures.
 
 XLA's CUDA plugin compiles for a described device; no GPU and no driver are needed. Registers,
 spills and warnings come from ptxas, shared memory from the kernel's launch, and the rest is counted
@@ -22,11 +22,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tilescan
 from tilescan.planning import topologies
 
+Built = tuple[Callable, tuple]  # a function and the shapes of its arguments
 ROOT = Path(tilescan.__file__).parents[1]  # what a child process must find
 INSTALL = (
     "pip install jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 "
@@ -40,8 +43,10 @@ NEEDS = (
 
 
 def cuda_python(python: str | None = None) -> str | None:
-    """The interpreter that can compile for CUDA: `python`, TILESCAN_CUDA_PYTHON or this one; or
-    None."""
+    """Returns the interpreter that can compile for CUDA, None if there is none.
+
+    It is `python`, or else TILESCAN_CUDA_PYTHON, or else this one.
+    """
     python = python or os.environ.get("TILESCAN_CUDA_PYTHON") or sys.executable
     probe = (
         "import importlib.util as u, sys;"
@@ -55,7 +60,7 @@ def cuda_python(python: str | None = None) -> str | None:
 
 
 def compile_jobs(jobs: list[dict], python: str | None = None, timeout: float = 600) -> list[dict]:
-    """Compile each job for an H100; one report a job, in order.
+    """Compiles each job for an H100; returns one report a job, in order.
 
     A job is {"kernel": "forward" | "dkv" | "dk" | "dv" | "dq" | "stock_forward" |
     "stock_backward", "batch", "length", "heads", "kv_heads", "head_dim", "dtype", "mask": "full" |
@@ -82,7 +87,7 @@ def compile_jobs(jobs: list[dict], python: str | None = None, timeout: float = 6
 
 
 def _run_child(python: str, jobs: list[dict], timeout: float) -> list[dict]:
-    """Reports of the first jobs, up to and with the first error."""
+    """Returns reports of the first jobs, up to and with the first error."""
     with tempfile.TemporaryDirectory(prefix="aot_gpu") as dump:
         env = dict(os.environ, JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_TO=dump, PYTHONPATH=str(ROOT))
         for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
@@ -106,7 +111,7 @@ def _run_child(python: str, jobs: list[dict], timeout: float) -> list[dict]:
 
 
 def main_loop(listing: str) -> dict | None:
-    """Figures of the innermost loop that does the most matrix instructions in the fewest steps.
+    """Returns figures of the innermost loop with most matrix instructions in the fewest steps.
 
     That is the loop over full tiles: the one over partial tiles has its masking on top.
 
@@ -115,15 +120,15 @@ def main_loop(listing: str) -> dict | None:
             instr".
 
     Returns:
-        hgmma, instructions, issue_cycles (the sum of the stall counts on one warp's way through the
-        body and nothing else: latencies of memory and of wgmma are not in it), mufu (exponentials
-            and the like), local_memory (loads and stores of spilled values); None without such a
-            loop.
+        hgmma, instructions, issue_cycles (the sum of the stall counts on one warp's path through
+        the body and nothing else: latencies of memory and of wgmma are not in it), mufu
+        (exponentials and the like), local_memory (loads and stores of spilled values); None without
+        such a loop.
     """
     blocks, edges = _basic_blocks(listing)
     loops = _natural_loops(edges)
 
-    def matrix(members):
+    def matrix(members: set[int]) -> int:
         return sum("HGMMA" in text for b in members for _, text in blocks[b])
 
     busy = {head: members for head, members in loops.items() if matrix(members)}
@@ -132,9 +137,9 @@ def main_loop(listing: str) -> dict | None:
     for members in busy.values():
         if any(other < members for other in busy.values()):
             continue  # a loop around another one
-        # Loops that wait for a barrier are out of the way of a warp that finds it open.
-        way = members - set().union(*(m for m in idle if m < members))
-        body = [entry for b in way for entry in blocks[b]]
+        # Loops that wait for a barrier are not on the path of a warp that finds it open.
+        path = members - set().union(*(m for m in idle if m < members))
+        body = [entry for b in path for entry in blocks[b]]
         figures = {
             "hgmma": sum("HGMMA" in t for _, t in body),
             "instructions": len(body),
@@ -149,8 +154,8 @@ def main_loop(listing: str) -> dict | None:
 
 
 def _basic_blocks(listing: str) -> tuple[list[list[tuple[int, str]]], list[list[int]]]:
-    """(instructions with their stall counts, successors) of each basic block; block 0 is the
-    entry."""
+    """Returns (instructions with stall counts, successors) of each basic block; 0 is the entry."""
+    # Blocks begin at labels and end at branches.
     blocks: list[list[tuple[int, str]]] = [[]]
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -162,6 +167,8 @@ def _basic_blocks(listing: str) -> tuple[list[list[tuple[int, str]]], list[list[
             blocks[-1].append((int(found[1]), found[2]))
             if re.search(r"\b(BRA|EXIT|RET)\b", found[2]):
                 blocks.append([])
+
+    # Successors: targets of the last branch, and the next block where that may fall through.
     edges = []
     for i, block in enumerate(blocks):
         last = block[-1][1] if block else ""
@@ -177,8 +184,11 @@ def _basic_blocks(listing: str) -> tuple[list[list[tuple[int, str]]], list[list[
 
 
 def _natural_loops(edges: list[list[int]]) -> dict[int, set[int]]:
-    """Members of each natural loop by its head: back edges are those whose target dominates
-    them."""
+    """Returns members of each natural loop by its head.
+
+    Back edges are those whose target dominates them.
+    """
+    # Dominators of each block, by iteration to the fixed point.
     n = len(edges)
     before: list[list[int]] = [[] for _ in range(n)]
     for i, targets in enumerate(edges):
@@ -194,6 +204,8 @@ def _natural_loops(edges: list[list[int]]) -> dict[int, set[int]]:
             new = {i} | (set.intersection(*known) if known else everything)
             if new != dominators[i]:
                 dominators[i], changed = new, True
+
+    # From each back edge's source backward to the head.
     loops: dict[int, set[int]] = {}
     for i, targets in enumerate(edges):
         for head in targets:
@@ -209,7 +221,7 @@ def _natural_loops(edges: list[list[int]]) -> dict[int, set[int]]:
 
 
 def read_dump(dump: str) -> list[dict]:
-    """One report a kernel from the files that Mosaic GPU leaves in its dump folder."""
+    """Reads one report a kernel from the files that Mosaic GPU leaves in its dump folder."""
     kernels = []
     for path in sorted(glob.glob(f"{dump}/*.ptxas")):
         log = Path(path).read_text(errors="ignore")
@@ -235,8 +247,8 @@ def read_dump(dump: str) -> list[dict]:
     return kernels
 
 
-def _build(job: dict):
-    """(function, argument shapes) of a job."""
+def _build(job: dict[str, Any]) -> Built:
+    """Returns (function, argument shapes) of a job."""
     import jax
     import jax.numpy as jnp
 
@@ -258,6 +270,7 @@ def _build(job: dict):
     if job["kernel"].startswith("peer_gla"):
         return _build_peer_gla(job, q, kv)
 
+    # Our attention's kernels one by one, with the mask and blocks of the job.
     from tilescan.pallas_kernels import gpu
 
     causal = job["mask"] == "causal"
@@ -267,7 +280,7 @@ def _build(job: dict):
     def seen(q_index, k_index, q_ids, k_ids):
         return k_index <= q_index
 
-    def options(kind: str, table):
+    def options(kind: str, table: Any) -> dict[str, Any]:
         transposed = kind in ("dkv", "dk", "dv")
         schedule = gpu.attention_schedule(
             length, length, table, before=None, after=0 if causal else None, transposed=transposed
@@ -293,8 +306,13 @@ def _build(job: dict):
     return lambda *a: kernel(*a, **options(kind, table)), (q, kv, kv, q, rows, rows)
 
 
-def masks_of(length: int, ids) -> dict:
-    """Masks by name, one for each way in which the kernels ask one; ids int32 [B, length]."""
+def masks_of(length: int, ids: Any) -> dict[str, Any]:
+    """Returns masks by name, one for each kind that kernels tell apart.
+
+    Args:
+        length: T, of queries and keys.
+        ids: of packed segments, int32 [B, T].
+    """
     import numpy as np
 
     from tilescan.ops import masks
@@ -313,8 +331,8 @@ def masks_of(length: int, ids) -> dict:
     }
 
 
-def _build_op(job: dict, q, kv):
-    """Forward and backward as the op calls them; the last query's position is traced."""
+def _build_op(job: dict[str, Any], q: Any, kv: Any) -> Built:
+    """Builds forward and backward as the op calls them; the last query's position is traced."""
     import jax
     import jax.numpy as jnp
 
@@ -325,7 +343,7 @@ def _build_op(job: dict, q, kv):
     v, o = shape((*kv.shape[:3], value_dim), q.dtype), shape((*q.shape[:3], value_dim), q.dtype)
     row = shape(q.shape[:3], jnp.float32)
     bias = shape(tuple(job["bias"]), jnp.float32) if job.get("bias") else None
-    numbers = shape(q.shape[:2], jnp.int32), shape((), jnp.int32)
+    ids_and_offset = shape(q.shape[:2], jnp.int32), shape((), jnp.int32)
     options = {"scale": 0.1, "logit_cap": job.get("logit_cap")}
 
     def run(q, k, v, o, lse, do, bias, ids, offset):
@@ -337,11 +355,11 @@ def _build_op(job: dict, q, kv):
         forward = attention_gpu.forward(*arguments, **options)
         return forward, attention_gpu.backward(*arguments, o, lse, do, lse, **options)
 
-    return run, (q, kv, v, o, row, o, bias, *numbers)
+    return run, (q, kv, v, o, row, o, bias, *ids_and_offset)
 
 
-def _build_ssd(job: dict, q, kv):
-    """A kernel of the scan whose key dims share a decay."""
+def _build_ssd(job: dict[str, Any], q: Any, kv: Any) -> Built:
+    """Builds a kernel of the scan whose key dims share a decay."""
     import jax
     import jax.numpy as jnp
 
@@ -359,8 +377,8 @@ def _build_ssd(job: dict, q, kv):
     return ssd.backward, (q, kv, v, lines, states, v, state)
 
 
-def _build_gla(job: dict, q, kv):
-    """A kernel of the scan whose key dims have decays of their own."""
+def _build_gla(job: dict[str, Any], q: Any, kv: Any) -> Built:
+    """Builds a kernel of the scan whose key dims have decays of their own."""
     import jax
     import jax.numpy as jnp
 
@@ -387,8 +405,8 @@ def _build_gla(job: dict, q, kv):
     return walk, (q, A, q, v, whole, state)
 
 
-def _build_peer_scan(job: dict, q, kv):
-    """The same scan of jax-linear-attention; its q has k's heads, and its gradients their own."""
+def _build_peer_scan(job: dict[str, Any], q: Any, kv: Any) -> Built:
+    """Builds jax-linear-attention's scan; its q has k's heads, its gradients have their own."""
     import jax
     import jax.numpy as jnp
     from jla.ops.mosaic_gpu import scalar_gate
@@ -396,7 +414,7 @@ def _build_peer_scan(job: dict, q, kv):
     (B, T, H, _), P = q.shape, job["value_dim"]
 
     def forward(q, k, v, g, state):
-        # Called past the check of the GPU at hand: there is none.
+        # Called past the check of the attached GPU: there is none.
         return scalar_gate.run(
             q, k, v, g, None, delta=False, scale=1.0, initial_state=state, output_final_state=True
         )
@@ -405,8 +423,8 @@ def _build_peer_scan(job: dict, q, kv):
     return _peer(job, forward, kv, decay, jax.ShapeDtypeStruct((B, T, H, P), q.dtype))
 
 
-def _build_peer_gla(job: dict, q, kv):
-    """The scan with decays by key dim of jax-linear-attention; its k has q's heads."""
+def _build_peer_gla(job: dict[str, Any], q: Any, kv: Any) -> Built:
+    """Builds the scan with decays by key dim of jax-linear-attention; its k has q's heads."""
     import jax
     import jax.numpy as jnp
     from jla.ops.mosaic_gpu import gla_kernels
@@ -419,8 +437,8 @@ def _build_peer_gla(job: dict, q, kv):
     return _peer(job, forward, q, decay, v)
 
 
-def _peer(job: dict, forward, q, decay, v):
-    """One direction of a peer's scan forward(q, k, v, log_decay, state)."""
+def _peer(job: dict[str, Any], forward: Callable, q: Any, decay: Any, v: Any) -> Built:
+    """Builds one direction of a peer's scan forward(q, k, v, log_decay, state)."""
     import jax
     import jax.numpy as jnp
 
@@ -431,8 +449,8 @@ def _peer(job: dict, forward, q, decay, v):
     return lambda do, dS, *a: jax.vjp(forward, *a)[1]((do, dS)), (v, state, *arguments)
 
 
-def _build_stock(job: dict, q, kv):
-    """JAX's own Hopper attention kernel, for comparison; it takes float16 only."""
+def _build_stock(job: dict[str, Any], q: Any, kv: Any) -> Built:
+    """Builds JAX's own Hopper attention kernel, for comparison; it takes float16 only."""
     import jax
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
@@ -447,6 +465,7 @@ def _build_stock(job: dict, q, kv):
 
 
 def _child() -> None:
+    """Compiles the jobs on stdin and prints a report each, up to the first error."""
     dump = os.environ["MOSAIC_GPU_DUMP_TO"]
     import warnings
 

@@ -1,4 +1,4 @@
-"""Compile for TPUs that are not here and read libtpu's own static figures.
+"""Compiles for TPUs that are not attached and reads libtpu's own static figures.
 
 libtpu compiles for any TPU generation without a device, and while it does so it can simulate the
 final instruction bundles of every kernel ("static LLO profile") and dump them. Nothing runs: the
@@ -7,7 +7,7 @@ show no contention for memory, no clock, no dispatch.
 
 The flags are read once per process, and the profiler aborts the process on a kernel that it cannot
 model. Hence every compilation happens in a worker process, started here with its environment; when
-a worker dies, the job that it was busy with is reported as not modelled and a new worker goes on
+a worker dies, the job that it was busy with is reported as not modeled and a new worker goes on
 with the rest.
 
 A job names a function "module:name" with JSON keyword arguments; called in the worker, it returns
@@ -22,8 +22,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import tilescan
 from tilescan.planning import topologies
@@ -48,16 +50,17 @@ class Job:
     kwargs: dict
 
     def spec(self) -> dict:
+        """Returns the job as JSON."""
         return {"target": self.target, "kwargs": self.kwargs}
 
 
 def available() -> bool:
-    """Whether libtpu is installed (extra `dev` or `tpu`)."""
+    """Returns whether libtpu is installed (extra `dev` or `tpu`)."""
     return find_spec("libtpu") is not None
 
 
 def environment(profile_dir: str | None = None, bundle_dir: str | None = None) -> dict[str, str]:
-    """The environment of a worker; the only place that knows libtpu's flags."""
+    """Returns the environment of a worker; the only place that knows libtpu's flags."""
     env = dict(os.environ)
     env.pop("XLA_FLAGS", None)
     flags = []
@@ -76,7 +79,7 @@ def compile_jobs(
     bundles: bool = False,
     timeout: float = 1800.0,
 ) -> list[dict]:
-    """Compile every job for one TPU generation, in order.
+    """Compiles every job for one TPU generation, in order.
 
     Returns one dict per job: `cycles` {op: estimated cycles}, `vmem` (bytes, largest of the
     kernels), `argument_bytes`, `temp_bytes`, `peak_bytes`, `custom_calls` (names of TPU kernels in
@@ -122,6 +125,7 @@ def compile_jobs(
 
 
 def _reason(process: subprocess.CompletedProcess) -> str:
+    """Says why a worker died."""
     found = re.search(r"Static LLO profiling of (.*?failed: [^\n]{0,160})", process.stderr)
     tail = process.stderr.strip().splitlines()[-1:] or ["no message"]
     return f"worker ended with {process.returncode}: {found[1] if found else tail[0][:300]}"
@@ -130,7 +134,10 @@ def _reason(process: subprocess.CompletedProcess) -> str:
 # What follows runs in the worker.
 
 
-def _compile(function, arguments, device, profile_dir, bundle_dir) -> dict:
+def _compile(
+    function: Callable, arguments: Any, device: Any, profile_dir: str | None, bundle_dir: str | None
+) -> dict:
+    """Compiles a function for a device; returns what `compile_jobs` tells of a job."""
     import jax
 
     from tilescan.planning.compiled import memory as program_memory
@@ -138,6 +145,8 @@ def _compile(function, arguments, device, profile_dir, bundle_dir) -> dict:
     for folder in filter(None, (profile_dir, bundle_dir)):
         for path in glob.glob(folder + "/*"):
             os.remove(path)
+
+    # The program, and what its text and its compiler say.
     sharding = jax.sharding.SingleDeviceSharding(device)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     traced = jax.jit(function).trace(*jax.tree.map(place, arguments))
@@ -153,6 +162,8 @@ def _compile(function, arguments, device, profile_dir, bundle_dir) -> dict:
     }
     result["bytes_accessed"] = int(compiled.cost_analysis().get("bytes accessed", 0))
     result["trips"] = _trips(text)
+
+    # The files that libtpu leaves.
     if profile_dir:
         result["cycles"] = {}
         for path in glob.glob(profile_dir + "/*_static_llo_profile.textproto"):
@@ -167,7 +178,8 @@ def _compile(function, arguments, device, profile_dir, bundle_dir) -> dict:
 
 
 def _trips(text: str) -> dict[str, int]:
-    """How often the operations in loops' bodies run, of loops that count up to one constant."""
+    """Returns how often HLO ops in loops' bodies run, of loops that count up to one constant."""
+    # Lines by computation, then each loop's body, where it stands and how often it runs.
     lines, inside = {}, ""
     for line in text.splitlines():
         if found := re.match(r"(?:ENTRY )?%(\S+) \(.*\{$", line):
@@ -181,7 +193,7 @@ def _trips(text: str) -> dict[str, int]:
                 parents[loop[2]] = name
                 counts[loop[2]] = int(bounds[0]) if len(bounds) == 1 else 1
 
-    def total(name):
+    def total(name: str) -> int:
         return counts[name] * total(parents[name]) if name in counts else 1
 
     names = {c: re.findall(r"^\s+(?:ROOT )?%(\S+) = ", "\n".join(lines[c]), re.M) for c in counts}
@@ -189,7 +201,7 @@ def _trips(text: str) -> dict[str, int]:
 
 
 def _bundles(folder: str, kernel: str) -> dict:
-    """Bundles of a kernel and how often each kind of slot is used, not weighted by trip counts."""
+    """Counts bundles of a kernel and uses of each kind of slot, not weighted by trip counts."""
     counts = {}
     for path in glob.glob(f"{folder}/*-{kernel}*-schedule-analysis_final_bundles.txt"):
         counts["bundles"] = int(
@@ -213,6 +225,7 @@ def _bundles(folder: str, kernel: str) -> dict:
 
 
 def _worker() -> None:
+    """Compiles the jobs of the request on stdin and prints a result each."""
     request = json.load(sys.stdin)
     import importlib
 

@@ -16,7 +16,7 @@ from tilescan.planning.report import report
 from tilescan.training import config as config_lib
 
 
-def ask(config: Any, topology: str, memory: float | None) -> dict[str, Any]:
+def ask(config: config_lib.Config, topology: str, memory: float | None) -> dict[str, Any]:
     """Returns the fields of the plan, made by the interpreter that has XLA's CUDA plugin.
 
     Raises:
@@ -30,7 +30,7 @@ def ask(config: Any, topology: str, memory: float | None) -> dict[str, Any]:
     return run(python, [config_lib.as_dict(config_lib.settings(config)), topology, memory])
 
 
-def run(python: str, request: list) -> dict[str, Any]:
+def run(python: str, request: list[Any]) -> dict[str, Any]:
     """Returns what an interpreter answers to a request: [config as a dict, topology, memory].
 
     Raises:

@@ -1,13 +1,15 @@
-"""Operations of a training step, by formulas: a compiler's count has loops once and no kernels.
+"""FLOPs of a training step, by formulas: a compiler's count has loops once and no kernels.
 
-Letters: B batch, T time, S key time, H heads, D head dim.
+Dimensions: B batch, T time, S key time, H heads, D head dim.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from flax import linen as nn
+from jaxtyping import PyTree
 
 from tilescan.models import LanguageModelConfig
 from tilescan.models.blocks import BLOCKS, make_mixer
@@ -21,8 +23,8 @@ BACKWARD, ATTENTION_BACKWARD = 2.0, 2.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Operations:
-    """Floating-point operations of the forward pass over a batch, all devices together.
+class Flops:
+    """FLOPs of the forward pass over a batch, all devices together.
 
     Attributes:
       matmuls: 2 x weights x tokens, of all linear maps and convolutions inside blocks.
@@ -55,12 +57,17 @@ class Operations:
         return self.model + again
 
 
-def operations(config: LanguageModelConfig, params, B: int, T: int) -> Operations:
-    """Counts B rows of T tokens, each one sequence: documents packed in a row attend less.
+def flops(config: LanguageModelConfig, params: PyTree, B: int, T: int) -> Flops:
+    """Counts the FLOPs of B rows of T tokens, each one sequence.
+
+    Documents packed in a row attend less.
 
     Args:
+      config: of the model.
       params: the model's parameters, or their shapes.
+      B, T: rows and tokens of each.
     """
+    # Weights of linear maps, inside blocks and to the vocabulary.
     weights = {"blocks": 0, "head": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(params)):
         names = [str(getattr(key, "key", key)) for key in path]
@@ -68,6 +75,8 @@ def operations(config: LanguageModelConfig, params, B: int, T: int) -> Operation
             weights["blocks" if "layers" in " ".join(names) else "head"] += math.prod(leaf.shape)
         if names[-1] == "embedding" and "embed" in names and config.tie_embeddings:
             weights["head"] += math.prod(leaf.shape)
+
+    # Scores of attention and entries of states, of one repeat of the pattern.
     pairs, entries = 0, 0
     for kind in config.pattern:
         if kind == "attention":
@@ -76,7 +85,7 @@ def operations(config: LanguageModelConfig, params, B: int, T: int) -> Operation
             pairs += visible_pairs(config.local_mask, T)
         elif kind not in BLOCKS:
             entries += state_entries(config, kind)
-    return Operations(
+    return Flops(
         matmuls=2.0 * weights["blocks"] * B * T,
         head=2.0 * weights["head"] * B * T,
         attention=4.0 * B * config.repeats * pairs * config.n_heads * config.head_dim,
@@ -86,7 +95,7 @@ def operations(config: LanguageModelConfig, params, B: int, T: int) -> Operation
 
 
 def visible_pairs(mask: masks.Mask, T: int) -> int:
-    """Pairs of query and key that a mask lets T tokens see; all T^2 of a mask not known here."""
+    """Counts pairs of query and key that a mask lets T tokens see; T^2 of a mask not known here."""
     match mask:
         case masks.Causal():
             return T * (T + 1) // 2
@@ -94,21 +103,21 @@ def visible_pairs(mask: masks.Mask, T: int) -> int:
             return _band(T, mask.left) + _band(T, mask.right) - T
         case masks.Lambda():
             near = _band(T, mask.window - 1)
-            # The sinks that the window has left behind: of query i, min(sinks, i + 1 - window).
-            behind = max(0, T - mask.window)
-            sinks = min(mask.sinks, behind)
-            return near + sinks * (sinks + 1) // 2 + (behind - sinks) * sinks
+            # The sinks before the window: of query i, min(sinks, i + 1 - window).
+            before = max(0, T - mask.window)
+            sinks = min(mask.sinks, before)
+            return near + sinks * (sinks + 1) // 2 + (before - sinks) * sinks
     return T * T
 
 
 def _band(T: int, width: int | None) -> int:
-    """Pairs at most `width` tokens apart, on one side, own token included."""
+    """Counts pairs at a distance of at most `width`, on one side, own token included."""
     width = T - 1 if width is None else min(width, T - 1)
     return T * (width + 1) - width * (width + 1) // 2
 
 
 def state_entries(config: LanguageModelConfig, kind: str) -> int:
-    """Numbers in what a recurrent block carries over time, without its convolution's window."""
+    """Counts entries of what a recurrent block carries over time, but its convolution's window."""
     mixer = make_mixer(config, kind)
     try:
         state = jax.eval_shape(lambda: mixer.init_state(1, 1))
@@ -118,7 +127,8 @@ def state_entries(config: LanguageModelConfig, kind: str) -> int:
     return _entries(state)
 
 
-def _entries(state) -> int:
+def _entries(state: Any) -> int:
+    """Counts the entries of a mixer's recurrent state."""
     return sum(
         math.prod(leaf.shape)
         for name in ("ssm", "memory")

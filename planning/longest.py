@@ -10,19 +10,22 @@ from tilescan.training import config as config_lib
 
 
 def longest(
-    config,
+    config: config_lib.Config,
     topology: str | None = None,
     *,
     memory: float | None = None,
     resolution: float = 1 / 16,
     report: Callable[[Plan], None] = lambda plan: None,
 ) -> Plan | None:
-    """The longest data.seq_len whose step fits, found by doubling, halving and bisection.
+    """Finds the longest data.seq_len whose step fits, by doubling, halving and bisection.
 
     Lengths are multiples of what the mesh and model.sequence_balance need, times 128 where the
     first length allows it.
 
     Args:
+      config: of `training.config.default_config()`, or what `training.config.as_dict` gives.
+      topology: as in `plan`.
+      memory: bytes of a device, instead of the vendor's figure.
       resolution: stop when a length that does not fit is at most so much longer.
       report: called with every plan that was made.
 
@@ -36,6 +39,8 @@ def longest(
         raise ValueError(
             f"how much memory has a device of topology={topology!r}? Give memory (--memory=GIB)"
         )
+
+    # The unit of lengths: what shards evenly.
     settings = config_lib.settings(config)
     parts = max(1, settings.mesh.sequence) * (1 + (settings.balance == "zigzag"))
     unit = parts * 128 if settings.data.seq_len % (parts * 128) == 0 else parts
@@ -53,7 +58,7 @@ def longest(
 
 
 def search(fits: Callable[[int], bool], first: int, resolution: float) -> int:
-    """The largest number tried that fits, by doubling, halving and bisection; 0 if 1 does not.
+    """Returns the largest number tried that fits, by doubling, halving and bisection; 0 if 1 fails.
 
     The smallest number tried that does not fit is larger by 1, or by at most `resolution` of it.
     """

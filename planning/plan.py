@@ -4,17 +4,16 @@
     longest.longest(config, "v5p:8x8x8")           the longest sequence that fits, by compiling
     print(text.text(plan(config)))
 
-The step is the one that `training.train` runs, with its shardings and its cut of the batch. Nothing
+The step is the one that `training.train` runs, with its shardings, the batch's among them. Nothing
 runs and no parameter is allocated.
 """
 
-from typing import Any
-
 from tilescan.planning import child, topologies
 from tilescan.planning.report import Plan, report
+from tilescan.training.config import Config
 
 
-def plan(config: Any, topology: str | None = None, *, memory: float | None = None) -> Plan:
+def plan(config: Config, topology: str | None = None, *, memory: float | None = None) -> Plan:
     """Compiles the training step of `config` without allocating or running anything.
 
     For GPUs another process does it: the interpreter that has XLA's CUDA plugin.

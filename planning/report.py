@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import jax
 from tilescan.planning import chips, counts, topologies
 from tilescan.planning.compiled import memory as program_memory
 from tilescan.planning.step import compile_step
-from tilescan.training.collectives import collectives, remote_kernels
+from tilescan.training.collectives import Collective, collectives, remote_kernels
+from tilescan.training.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Plan:
     Attributes:
       topology, device, devices: as asked for (None: this machine); the kind and number of devices.
       mesh: sizes of the axes.
-      batch, seq_len, parameters: rows, tokens of a row, numbers in the model.
+      batch, seq_len, parameters: rows, tokens of a row, entries of all parameters.
       bytes: "parameters", "optimizer", "batch" by their shardings; "outputs" the compiler's (the
         new state, of which "donated" takes the place of the old), "temporaries" (activations,
         gradients, buffers), "code", "peak" where it says one, and "host" (temporaries in the
@@ -29,7 +31,7 @@ class Plan:
         it would be all.
       memory: bytes of the chip, None if not known; fits: whether needs are within it.
       refusal: the compiler's own words, if it refused for lack of memory.
-      model_operations, step_operations: of all devices, by formulas (`counts`); the second
+      model_operations, step_operations: FLOPs of all devices, by formulas (`counts`); the second
         with what the backward pass computes again.
       sent: {kind: {"instructions", "runs", "bytes"}} that a device sends, by the kinds of
         `training.collectives`, "unknown" (loops of unknown length) among them if there are; None
@@ -68,20 +70,22 @@ class Plan:
 
     @property
     def sent_bytes(self) -> float | None:
+        """Bytes that a device sends in a step, None if refused."""
         return None if self.sent is None else sum(kind["bytes"] for kind in self.sent.values())
 
 
-def report(config: Any, topology: str | None, memory: float | None = None) -> Plan:
+def report(config: Config, topology: str | None, memory: float | None = None) -> Plan:
     """Compiles the step in this process; see `plan.plan`."""
+    # The program, and its FLOPs by formulas.
     step = compile_step(config, topologies.devices(topology), topology)
     c, B, T = step.settings, step.settings.data.batch_size, step.settings.data.seq_len
 
     counted = step.model
     if c.train.stream_chunks:  # computes again what remat="full" does
         counted = dataclasses.replace(counted, remat="full")
-    operations = counts.operations(counted, step.state.params, B, T)
+    flops = counts.flops(counted, step.state.params, B, T)
 
-    # Bytes of a device: by the shardings, and what the compiler adds.
+    # Bytes of a device by the shardings.
     state = step.state
     parts = {
         "parameters": state.params,
@@ -89,6 +93,8 @@ def report(config: Any, topology: str | None, memory: float | None = None) -> Pl
         "batch": step.batch,
     }
     sizes = {name: _bytes_of_a_device(tree) for name, tree in parts.items()}
+
+    # What the compiler adds, and what the program sends; a refusal says less.
     chip = chips.CHIPS.get(topologies.generation(topology))
     memory = memory if memory is not None else chip and chip.memory
     hlo, sent, refusal = "", None, step.refusal
@@ -122,8 +128,8 @@ def report(config: Any, topology: str | None, memory: float | None = None) -> Pl
         memory=memory,
         fits=None if memory is None else refusal is None and needs <= memory,
         refusal=None if refusal is None else refusal.text,
-        model_operations=operations.model,
-        step_operations=operations.step,
+        model_operations=flops.model,
+        step_operations=flops.step,
         sent=sent,
         bounds={},
         compiler_seconds=None if step.compiled is None else _own_estimate(step.compiled, hlo),
@@ -142,13 +148,15 @@ def pallas_kernels(hlo: str) -> list[str]:
 
 
 def _bytes_of_a_device(tree: Any) -> int:
+    """Sums the bytes that one device holds of a tree, by its shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def _sent(found) -> dict[str, dict[str, float]]:
+def _sent(found: Iterable[Collective]) -> dict[str, dict[str, float]]:
+    """Sums instructions, runs and bytes sent by kind; see `Plan.sent`."""
     made = {}
     for c in found:
         kind = made.setdefault(c.kind, {"instructions": 0, "runs": 0, "bytes": 0.0})
@@ -162,7 +170,7 @@ def _sent(found) -> dict[str, dict[str, float]]:
 
 
 def _bounds(p: Plan, chip: chips.Chip | None) -> dict[str, float]:
-    """Seconds that no step can go below, by the vendor's figures.
+    """Returns seconds that no step can go below, by the vendor's figures.
 
     Memory: the state and the batch are read, the new state is written, and what the temporaries
     hold is written and read, each once at the least.
@@ -178,11 +186,11 @@ def _bounds(p: Plan, chip: chips.Chip | None) -> dict[str, float]:
     return bounds
 
 
-def _own_estimate(compiled, hlo: str) -> float | None:
-    """The compiler's roofline, which counts loops once and is negative where it knows no cost."""
+def _own_estimate(compiled: jax.stages.Compiled, hlo: str) -> float | None:
+    """Returns the compiler's roofline, which counts loops once; None where it is no figure."""
     try:
         cost = compiled.cost_analysis() or {}
-    except Exception:  # a compiler without such an analysis says so in several ways
+    except Exception:  # a compiler without such an analysis says so by several types
         return None
     seconds = cost.get("optimal_seconds", 0)
     return seconds if seconds > 0 and " while(" not in hlo else None

@@ -62,7 +62,7 @@ class Step:
     seconds: float
 
 
-def compile_step(config: Any, devices: list, topology: str | None = None) -> Step:
+def compile_step(config: config_lib.Config, devices: list, topology: str | None = None) -> Step:
     """Compiles the step that `training.train` runs, without allocating or running anything.
 
     Args:
@@ -73,6 +73,7 @@ def compile_step(config: Any, devices: list, topology: str | None = None) -> Ste
     Raises:
       ValueError: a batch, a length or a mesh that does not fit the devices.
     """
+    # The mesh.
     c = config_lib.settings(config)
     try:
         mesh = sharding.make_mesh(c.mesh, devices)
@@ -92,6 +93,7 @@ def compile_step(config: Any, devices: list, topology: str | None = None) -> Ste
         model, tx, example, c.seed, mesh, sharding.rules(c.mesh)
     )
 
+    # The program, or why there is none.
     step = steps.make_train_step(train.make_loss(model, c), tx, rate, c.train.microbatches)
     compiled, refusal, start = None, None, time.perf_counter()
     try:
@@ -109,8 +111,10 @@ def compile_step(config: Any, devices: list, topology: str | None = None) -> Ste
 
 
 def _batch(c: Settings, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a batch of `training.inputs.make_datasets`, sharded as
-    `training.sharding.put_batch` does it."""
+    """Returns the shapes of a batch of `training.inputs.make_datasets`.
+
+    They are sharded as `training.sharding.put_batch` does it.
+    """
     B, T = c.data.batch_size, c.data.seq_len
     made = dict.fromkeys(("tokens", "segment_ids", "positions"), ((B, T), np.int32))
     if c.task == "language_model":

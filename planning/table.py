@@ -16,6 +16,8 @@ import pathlib
 import subprocess
 import sys
 
+import ml_collections
+
 from tilescan.files import write_atomically
 from tilescan.planning.chips import CHIPS, GIB
 from tilescan.planning.topologies import generation, torus_axes
@@ -39,6 +41,7 @@ class Row:
 
     @property
     def key(self) -> str:
+        """The row's key in plan.json."""
         return f"{self.model}-{self.tokens}-{self.chips}"
 
     @property
@@ -46,7 +49,7 @@ class Row:
         """Devices along a sequence: the fewest that hold AT_MOST tokens each, or else all.
 
         An axis of the mesh is a product of sides of the torus. What is left is fsdp, so that
-        parameters are cut as far as the lengths allow: with sequence = chips they are whole.
+        parameters are sharded as far as lengths allow: with sequence = chips they are whole.
         """
         return next(
             (n for n in torus_axes(TOPOLOGIES[self.chips]) if self.tokens <= n * AT_MOST),
@@ -57,8 +60,8 @@ class Row:
 ROWS = [Row(m, t, c) for c, t, m in itertools.product(TOPOLOGIES, TOKENS, MODELS)]
 
 
-def config_of(row: Row):
-    """The training configuration of a row: one sequence for each part of the batch."""
+def config_of(row: Row) -> ml_collections.ConfigDict:
+    """Returns the training configuration of a row: one sequence for each shard of the batch."""
     from tilescan.configs.long_sequences import get_config
 
     config = get_config(row.model)
@@ -69,7 +72,7 @@ def config_of(row: Row):
 
 
 def measure(row: Row) -> dict:
-    """The row as JSON: its plan, and what it depended on."""
+    """Compiles a row; returns its plan, and what it depended on, as JSON."""
     from tilescan.planning.plan import plan
 
     config = config_of(row)
@@ -85,12 +88,13 @@ def measure(row: Row) -> dict:
 
 
 def load(folder: pathlib.Path) -> dict[str, dict]:
+    """Reads the rows that a folder has, {} without any."""
     path = folder / "plan.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write(folder: pathlib.Path, rows: dict[str, dict]) -> None:
-    """Both files, of the rows that there are, in the order of ROWS."""
+    """Writes both files, of the rows that there are, in the order of ROWS."""
     done = {row.key: rows[row.key] for row in ROWS if row.key in rows}
     write_atomically(folder / "plan.json", json.dumps(done, indent=1) + "\n")
     write_atomically(folder / "plan.md", markdown(list(done.values())))
@@ -102,17 +106,17 @@ _HEAD = """\
 Static figures of a compiler, counts and vendors' bounds: **nothing here has run on a device**. Made
 by `python -m tilescan.planning.table` with {versions}. Models: `configs/long_sequences.py`
 (1.3B parameters, float32 with two moments, bfloat16 computation, layers computed again in the
-backward pass, one sequence for each part of the batch).
+backward pass, one sequence for each shard of the batch).
 
 - The mesh: `sequence` is the smallest product of the torus's sides that leaves a device at most
-  {at_most:,} tokens of a sequence, `fsdp` is the rest. A batch is cut over `fsdp` but parameters
-  are not cut over `sequence`: where one sequence takes all chips (fsdp 1), every chip holds all
-  parameters, moments and gradients, and the whole gradient is summed over all chips.
+  {at_most:,} tokens of a sequence, `fsdp` is the rest. A batch is sharded over `fsdp`, and
+  parameters are not sharded over `sequence`: where one sequence takes all chips (fsdp 1), every
+  chip holds all parameters, moments and gradients, and the whole gradient is summed over all chips.
 - needs, state (parameters and moments), temporaries: GiB of a chip, as libtpu says; a chip has
   {memory:.0f}. logits: GiB of the float32 logits of a chip's tokens. The loss of `training.steps`
-  holds them as a whole, among the temporaries, unless `train.logit_chunk` cuts them: do so
+  holds them as a whole, among the temporaries, unless `train.logit_chunk` is set: set it
   where they are large, as on 64 chips for 4 million tokens.
-- operations: 10^12 of a chip and step, by formulas, with those that the backward pass does again:
+- TFLOPs: of a chip and step, by formulas, with those that the backward pass does again:
   the mean. The hybrid's tokens lie in their order, so that its last chip has nearly twice the mean
   of attention; the Transformer's lie zigzag, and all have the same.
 - permuted, gathered, reduced, all-to-all: GiB that a chip sends in a step, loops included, by the
@@ -123,12 +127,13 @@ backward pass, one sequence for each part of the batch).
 """
 _COLUMNS = (
     "model", "tokens", "chips", "sequence x fsdp", "fits", "needs", "state", "temporaries",
-    "logits", "operations", "permuted", "gathered", "reduced", "all-to-all",
-    "bound: operations", "memory", "links",
+    "logits", "TFLOPs", "permuted", "gathered", "reduced", "all-to-all",
+    "bound: FLOPs", "memory", "links",
 )  # fmt: skip
 
 
 def markdown(rows: list[dict]) -> str:
+    """Formats rows as plan.md: what they show and how, then the table."""
     chip = CHIPS[generation(TOPOLOGIES[64])]
     versions = sorted({f"{n} {v}" for row in rows for n, v in row["versions"].items()})
     head = _HEAD.format(
@@ -144,6 +149,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def _line(row: dict) -> str:
+    """Formats a row's cells."""
     p, of = row["plan"], row["plan"]["bytes"]
     gib = lambda n: f"{n / GIB:.2f}"
     sent = p["sent"]
@@ -174,6 +180,7 @@ def _line(row: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Compiles the rows that are missing, each in its own process; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=pathlib.Path, default=FOLDER)
     parser.add_argument("--only", default="", help="rows whose key contains this")
@@ -183,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.row:
         print("@" + json.dumps(measure(next(row for row in ROWS if row.key == options.row))))
         return 0
+
+    # The rows that are missing; each is written once it is there.
     rows, failed = load(options.folder), 0
     todo = [row for row in ROWS if options.only in row.key and row.key not in rows]
     for row in todo[: options.limit]:

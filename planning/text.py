@@ -6,7 +6,7 @@ from tilescan.planning.topologies import generation
 from tilescan.training.collectives import REMOTE
 
 CAVEATS = (
-    "Nothing ran. Bytes are the compiler's and hold for it; operations are formulas, links ideal.",
+    "Nothing ran. Bytes are the compiler's and hold for it; FLOPs are formulas, links ideal.",
     "Each bound is what no step can go below, not its time: waiting and overlap are not in it.",
 )
 _KINDS = (
@@ -18,18 +18,18 @@ _KINDS = (
 
 
 def text(p: Plan) -> str:
-    """All of a plan."""
+    """Formats all of a plan."""
     axes = ", ".join(f"{axis} {size}" for axis, size in p.mesh.items() if size > 1) or "data 1"
-    cut = p.seq_len // p.mesh["sequence"]
+    part = p.seq_len // p.mesh["sequence"]
     lines = [
         f"devices        {p.devices} x {p.device}",
         f"mesh           {axes}",
         f"parameters     {p.parameters:,}",
         f"tokens a step  {p.tokens:,}",
-        f"               {p.batch:,} x {p.seq_len:,}; a device holds {cut:,} of a sequence",
+        f"               {p.batch:,} x {p.seq_len:,}; a device holds {part:,} of a sequence",
         f"Pallas kernels {', '.join(p.kernels) or 'none'}",
         *_bytes(p),
-        "operations of a step, by formulas (6 x weights x tokens, scores, states):",
+        "FLOPs of a step, by formulas (6 x weights x tokens, scores, states):",
         f"  {p.model_operations:>12.4g}  of the model, on sequences of full length",
         f"  {p.step_operations:>12.4g}  with what the backward pass computes again",
         f"  {p.step_operations / p.devices:>12.4g}  of these by a device, if all have equal work",
@@ -42,7 +42,7 @@ def text(p: Plan) -> str:
 
 
 def verdict(p: Plan) -> str:
-    """Whether it fits, in a few words."""
+    """Says whether it fits, in a few words."""
     if p.memory is None:
         return f"needs {size(p.needs)}; how much a device has is not known (--memory=GIB)"
     more = "at least " if p.at_least else ""
@@ -51,7 +51,7 @@ def verdict(p: Plan) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that leaves a few digits."""
+    """Formats bytes in the unit that leaves a few digits."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale / 10:
             return f"{count / scale:,.2f} {unit}"
@@ -59,6 +59,7 @@ def size(count: float) -> str:
 
 
 def _bytes(p: Plan) -> list[str]:
+    """Formats what a device holds, and the verdict."""
     lines = ["bytes of a device:"]
     for name, words in _KINDS:
         if name in p.bytes:
@@ -79,6 +80,7 @@ def _bytes(p: Plan) -> list[str]:
 
 
 def _sent(p: Plan) -> list[str]:
+    """Formats what a device sends, by kind."""
     if p.sent is None:
         return []
     lines = ["bytes that a device sends in a step, loops included:"]
@@ -90,11 +92,12 @@ def _sent(p: Plan) -> list[str]:
 
 
 def _bounds(p: Plan) -> list[str]:
+    """Formats the bounds on the time of a step."""
     if not p.bounds:
         return []
     chip = CHIPS[generation(p.topology)]
     words = {
-        "compute": f"operations at {chip.flops / 1e12:,.0f} TFLOP/s (dense bfloat16)",
+        "compute": f"FLOPs at {chip.flops / 1e12:,.0f} TFLOP/s (dense bfloat16)",
         "memory": f"state, batch and temporaries once at {chip.bandwidth / 1e9:,.0f} GB/s",
         "links": f"bytes sent at {(chip.links or 0) / 1e9:,.0f} GB/s, all links of a chip together",
     }

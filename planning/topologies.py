@@ -69,7 +69,7 @@ def tpus(topology: str) -> list:
     """Returns libtpu's descriptions of a slice's devices; the environment must be ENVIRONMENT."""
     from jax.experimental import topologies
 
-    # Without it a v4 chip is two devices, which are no mesh.
+    # Without it a v4 chip is two devices, which do not make a mesh.
     options = {"chip_config_name": "megacore"} if generation(topology) == "v4" else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 

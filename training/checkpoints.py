@@ -9,18 +9,36 @@ that damage is found when it is read and is named.
 
 import contextlib
 import errno
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from tilescan.training.optimizers import path_name
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_DISK_WORDS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
+
+
+@runtime_checkable
+class DataIterator(Protocol):
+    """What a checkpoint needs of a data iterator: a state, JSON-able and the same on every process.
+
+    The iterators of data.pipelines have one: the number of processes may change between save and
+    restore.
+    """
+
+    def get_state(self) -> Any:
+        """Returns where the iterator stands."""
+
+    def set_state(self, state: Any) -> None:
+        """Goes back, or on, to where a state was taken."""
 
 
 class CheckpointError(RuntimeError):
@@ -32,7 +50,7 @@ class UnusableCheckpoint(CheckpointError):
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an exception, or one that caused it, says that the disk is full."""
+    """Returns whether an exception, or one that caused it, says that the disk is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             return True
@@ -56,8 +74,8 @@ def _fingerprints(leaves):
     return [one(x) for x in leaves]
 
 
-def describe(state) -> dict[str, list]:
-    """{path: [shape, dtype, fingerprint]} of every array.
+def describe(state: PyTree) -> dict[str, list]:
+    """Returns {path: [shape, dtype, fingerprint]} of every array.
 
     The fingerprint is sum_i bits_i * (2 i + 1) mod 2^32. The factors are odd, so that one wrong
     element always changes it, and integer sums do not depend on order, so that it is the same on
@@ -78,12 +96,9 @@ class Checkpoints:
         directory: made if absent; must be on a disk that all processes share.
         keep: how many of the newest stay.
         config: JSON-able; saved with each checkpoint and handed back by `config_at`.
-
-    A data iterator has get_state() and set_state(), JSON-able and the same on every process, as
-    those of data.pipelines are: the number of processes may change between save and restore.
     """
 
-    def __init__(self, directory, keep: int = 2, config: dict | None = None):
+    def __init__(self, directory: str | os.PathLike, keep: int = 2, config: dict | None = None):
         self.directory = pathlib.Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         self.config = config
@@ -109,13 +124,14 @@ class Checkpoints:
                     shutil.rmtree(path)
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending."""
+        """Returns the steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
     def path(self, step: int) -> pathlib.Path:
+        """Returns the folder of a step's checkpoint, whether it exists or not."""
         return self.directory / str(step)
 
-    def save(self, step: int, state, iterator) -> None:
+    def save(self, step: int, state: PyTree, iterator: DataIterator) -> None:
         """Starts writing and returns once the arrays are copied; an earlier save's errors surface.
 
         Raises:
@@ -136,7 +152,7 @@ class Checkpoints:
         """Returns when the last save is complete on disk. Raises CheckpointError if it failed."""
         self._guard(self._manager.wait_until_finished, self._saving)
 
-    def _guard(self, call: Callable, step) -> None:
+    def _guard(self, call: Callable[[], Any], step: int | None) -> None:
         try:
             call()
             self._manager.check_for_errors()
@@ -147,7 +163,7 @@ class Checkpoints:
                 f"{self.standing()}"
             ) from error
 
-    def _check_space(self, step: int, state) -> None:
+    def _check_space(self, step: int, state: PyTree) -> None:
         need = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
         free = shutil.disk_usage(self.directory).free
         if free < need:
@@ -157,7 +173,7 @@ class Checkpoints:
             )
 
     def standing(self) -> str:
-        """What remains after a failed write, and what to do."""
+        """Says what remains after a failed write, and what to do."""
         # A save that is under way counts as a step until it fails.
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
@@ -174,10 +190,16 @@ class Checkpoints:
         return self._manager.restore(step, args=args)["meta"]
 
     def config_at(self, step: int) -> dict:
-        """The configuration a checkpoint was made with. Raises UnusableCheckpoint if unreadable."""
+        """Returns the configuration that a checkpoint was made with.
+
+        Raises:
+            UnusableCheckpoint: it cannot be read.
+        """
         return self._read(step, lambda: self._meta(step)["config"])
 
-    def restore(self, step: int, abstract_state, iterator=None):
+    def restore(
+        self, step: int, abstract_state: PyTree, iterator: DataIterator | None = None
+    ) -> PyTree:
         """Returns the state of `step`, placed as the shardings of `abstract_state` say.
 
         The mesh may differ from the one that saved. `iterator` is set to where it stood.
@@ -194,7 +216,7 @@ class Checkpoints:
             iterator.set_state(meta["iterator"])
         return state
 
-    def _read_state(self, step: int, saved: dict, abstract_state):
+    def _read_state(self, step: int, saved: dict, abstract_state: PyTree) -> PyTree:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         state = self._manager.restore(step, args=args)["state"]
         for path, found in describe(state).items():
@@ -202,7 +224,7 @@ class Checkpoints:
                 raise ValueError(f"the values of {path} are not the ones that were saved")
         return state
 
-    def _check_structure(self, step: int, saved: dict, abstract_state) -> None:
+    def _check_structure(self, step: int, saved: dict, abstract_state: PyTree) -> None:
         ours = {
             path_name(path): [list(leaf.shape), str(leaf.dtype)]
             for path, leaf in jax.tree.leaves_with_path(abstract_state)
@@ -219,7 +241,7 @@ class Checkpoints:
                 "code and configuration that wrote it"
             )
 
-    def _read(self, step: int, call: Callable):
+    def _read(self, step: int, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except Exception as error:
@@ -235,7 +257,7 @@ class Checkpoints:
             ) from error
 
     def _intact_before(self, step: int) -> int | None:
-        """The newest step before `step` whose every array reads back as it was saved."""
+        """Returns the newest step before `step` whose every array reads back as it was saved."""
         for earlier in reversed([s for s in self.steps() if s < step]):
             try:
                 saved = self._meta(earlier)["arrays"]
@@ -252,4 +274,5 @@ class Checkpoints:
             self._manager.delete(later)
 
     def close(self) -> None:
+        """Waits for a save that is under way and releases the folder."""
         self._manager.close()

@@ -13,7 +13,7 @@ each once.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tilescan.models.stream_chunks import IN_TURN
 
@@ -78,16 +78,16 @@ class Collective:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """The collectives of a compiled program's text (`compiled.as_text()`), in its order.
+    """Returns the collectives of a compiled program (its `as_text()`), in the program's order.
 
     Raises:
-      ValueError: text that is no compiled program.
+      ValueError: the text is not that of a compiled program.
     """
     return [c for c in _all(hlo) if c.kind != REMOTE]
 
 
 def remote_kernels(hlo: str) -> list[Collective]:
-    """The Pallas kernels that copy to other devices themselves, of kind REMOTE.
+    """Returns the Pallas kernels that copy to other devices themselves, of kind REMOTE.
 
     A program does not say what they send. Their operand_bytes are those of the result. All-Scan
     sends its state, which is its result, to one other device. A ring's kernels return what they
@@ -104,7 +104,7 @@ def _all(hlo: str) -> list[Collective]:
 
 
 def sent_bytes(found: Iterable[Collective]) -> dict[str, float]:
-    """Bytes that a device sends, by kind.
+    """Sums the bytes that a device sends, by kind.
 
     Raises:
       ValueError: a collective in a loop of unknown length.
@@ -118,7 +118,7 @@ def sent_bytes(found: Iterable[Collective]) -> dict[str, float]:
 
 
 def table(found: Iterable[Collective]) -> str:
-    """A line per kind: how many instructions, runs and bytes sent by a device."""
+    """Formats a line per kind: how many instructions, runs and bytes sent by a device."""
     found = list(found)
     lines = [f"{'collective':<20} {'instructions':>12} {'runs':>8} {'MiB sent':>10}"]
     for kind in sorted({c.kind for c in found}):
@@ -131,7 +131,7 @@ def table(found: Iterable[Collective]) -> str:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """{name: its instructions} and the name of the one that runs."""
+    """Returns {name: its instructions} and the name of the one that runs."""
     computations, entry, lines = {}, None, None
     for line in hlo.splitlines():
         if head := _HEAD.match(line):
@@ -151,17 +151,20 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 def _visit(computations, name, times, found, partitions, begun=None):
     """Adds the collectives of a computation that runs `times` times, and of what it calls.
 
-    Libtpu cuts an asynchronous collective into parts that lie in several fusions and share a
+    Libtpu splits an asynchronous collective into parts that lie in several fusions and share a
     channel; `begun` has the channels that were met in the loop body, or the program, around.
     """
     sizes, begun = {}, set() if begun is None else begun
     for line in computations[name]:
+        # The instruction, and the bytes of its result: later ones name it as an operand.
         definition = _DEFINITION.match(line)
         if definition is None:
             continue
         result, body = definition[1], definition[2]
         kind, operands = _operation(body)
         sizes[result] = _bytes(body[: body.find(f" {kind}(")]) if kind else 0
+
+        # A collective, counted once however many parts it has.
         base = kind.removesuffix("-start") if kind else None
         if base in KINDS:
             channel = re.search(r"channel_id=(\d+)", body)
@@ -186,6 +189,8 @@ def _visit(computations, name, times, found, partitions, begun=None):
             found.append(Collective(REMOTE, times, sizes[result], devices, _op_name(body)))
         if kind is None or kind.endswith("-done"):
             continue
+
+        # What it calls: a loop's body runs as often as the loop does, of IN_TURN's branches one.
         inside = times
         if kind == "while":
             trips = _trips(computations, name, body)
@@ -199,7 +204,7 @@ def _visit(computations, name, times, found, partitions, begun=None):
 
 
 def _trips(computations, name: str, body: str) -> int | None:
-    """How often a loop in a computation runs: as the program says, or as its counter does.
+    """Returns how often a loop in a computation runs: as the program says, or as its counter does.
 
     Libtpu does not say. There the counter is the tuple's first element: it starts at a constant, is
     compared with one, and grows by one.
@@ -224,7 +229,7 @@ def _trips(computations, name: str, body: str) -> int | None:
 
 
 def _definitions(lines: list[str]) -> dict[str, str]:
-    """{name: right-hand side}, of the instruction that is the result also as "ROOT"."""
+    """Returns {name: right-hand side}, of the instruction that is the result also as "ROOT"."""
     made = {m[1]: m[2] for line in lines if (m := _DEFINITION.match(line))}
     roots = [
         m[2]
@@ -235,13 +240,13 @@ def _definitions(lines: list[str]) -> dict[str, str]:
 
 
 def _element(body: str, index: int) -> str:
-    """Name of an operand of a tuple."""
+    """Returns the name of an operand of a tuple."""
     kind, operands = _operation(body)
     return operands[index] if kind == "tuple" and index < len(operands) else ""
 
 
 def _constant(definitions: dict[str, str], name: str, grows: bool = False) -> int | None:
-    """The value of a name that is a constant; with `grows`, the constant that is added in it."""
+    """Returns the value of a constant; with `grows`, the constant that is added in it."""
     body = definitions.get(name, "")
     kind, operands = _operation(body)
     if kind == "copy":
@@ -253,8 +258,8 @@ def _constant(definitions: dict[str, str], name: str, grows: bool = False) -> in
     return int(value[1]) if value and not grows else None
 
 
-def _operation(body: str):
-    """(opcode, names of operands) of an instruction's right-hand side."""
+def _operation(body: str) -> tuple[str | None, Sequence[str]]:
+    """Returns (opcode, names of operands) of an instruction's right-hand side."""
     depth, start = 0, 0
     for i, c in enumerate(body):  # the result's type may be a tuple, with spaces and parentheses
         depth += (c in "([{") - (c in ")]}")
@@ -287,7 +292,7 @@ def _bytes(shapes: str) -> int:
 
 
 def _called(body: str) -> list[str]:
-    """Computations that an instruction runs: bodies of loops, branches, calls, fusions."""
+    """Returns the computations that an instruction runs: loop bodies, branches, calls, fusions."""
     names = re.findall(
         r"(?:body|calls|to_apply|true_computation|false_computation|called_computations)="
         r"\{?%?([\w.\-]+)",
@@ -299,7 +304,7 @@ def _called(body: str) -> list[str]:
 
 
 def _devices(kind: str, body: str, partitions: int) -> int:
-    """How many devices take part together."""
+    """Returns how many devices take part together."""
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{((?:\{[^}]*\},?)*)\}", body)
         return pairs[1].count("{") if pairs else 0

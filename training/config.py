@@ -35,7 +35,11 @@ from tilescan.training.settings import (
     warmup_steps,
 )
 
+# What people edit, or the same as a plain mapping: what `as_dict` gives and JSON holds.
+Config = ml_collections.ConfigDict | Mapping[str, Any]
+
 __all__ = [
+    "Config",
     "ConfigError",
     "as_dict",
     "assignments_meant",
@@ -51,7 +55,7 @@ __all__ = [
 
 
 def _plain(value):
-    """Dataclasses to dicts, arrays to lists, in tuples too: what JSON can hold."""
+    """Turns dataclasses to dicts and arrays to lists, in tuples too: what JSON can hold."""
     if isinstance(value, masks.Mask):
         return {"mask": type(value).__name__} | _fields(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -70,7 +74,7 @@ def _fields(value) -> dict[str, Any]:
 
 
 def _section(cls, leave_out=()) -> dict[str, Any]:
-    """Names and defaults of a dataclass; None, and no default, are placeholders of their type."""
+    """Returns names and defaults of a dataclass; None, and no default, are typed placeholders."""
     hints, section = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         hint, value = hints[field.name], field.default
@@ -104,7 +108,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def known_keys(config: ml_collections.ConfigDict | None = None) -> list[str]:
-    """Every dotted key of a configuration, by default the default one, sections included."""
+    """Lists every dotted key of a configuration, sections included; None: of the default one."""
 
     def keys(section, prefix="") -> Iterator[str]:
         yield from (prefix + key for key in section)
@@ -116,7 +120,7 @@ def known_keys(config: ml_collections.ConfigDict | None = None) -> list[str]:
 
 
 def keys_named(name: str, known: list[str], near: bool = False) -> list[str]:
-    """The known keys that `name` is, or is the last part of; "-" stands for "_" as well.
+    """Returns the known keys that `name` is, or is the last part of; "-" stands for "_" as well.
 
     With `near`, where there is none, those that begin with it (batch: data.batch_size) or are
     spelled alike.
@@ -133,7 +137,7 @@ def keys_named(name: str, known: list[str], near: bool = False) -> list[str]:
 
 
 def assignments_meant(word: str, known: list[str], near: bool = False) -> list[str]:
-    """["--config.train.steps=5"] of a mistaken "--steps=5": up to four, the shortest paths first.
+    """Returns ["--config.train.steps=5"] of a mistaken "--steps=5": up to four, shortest first.
 
     Args:
         word: what stands on a command line; "train.steps=5" and "--config.steps=5" mean it too.
@@ -146,14 +150,14 @@ def assignments_meant(word: str, known: list[str], near: bool = False) -> list[s
 
 
 def nearest_key(key: str, known: list[str]) -> str:
-    """The known key that `key` most likely means: same last name, else closest spelling."""
+    """Returns the known key that `key` most likely means: same last name, else closest spelling."""
     last = key.rsplit(".", 1)[-1]
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
     alike = [k for k in known if k.rsplit(".", 1)[-1].endswith(f"_{last}")]  # dtype, compute_dtype
     return nearest(key, same_name or alike or known, cutoff=0)
 
 
-def check_keys(config) -> None:
+def check_keys(config: Config) -> None:
     """Raises ConfigError, with the nearest key that exists, for the first key that does not.
 
     A locked `default_config()` cannot get such a key; one that was built by hand or read from a
@@ -218,7 +222,7 @@ def override(config: ml_collections.ConfigDict, assignment: str) -> None:
 
 
 def _literal(text: str):
-    """What a Python literal says; other text is itself."""
+    """Evaluates a Python literal; returns other text as it is."""
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -226,20 +230,20 @@ def _literal(text: str):
 
 
 def _words(text: str) -> tuple[str, ...]:
-    """a,b or (a,b), whose quotes a shell has eaten: bare words with commas between them."""
+    """Splits a,b or (a,b), whose quotes a shell has eaten: bare words with commas between them."""
     inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
     return tuple(word.strip() for word in inner.split(",") if word.strip())
 
 
 def _fits(value, kind: type) -> bool:
-    """Whether a value can be of a key's type; an int can be a float, and no bool is a number."""
+    """Returns whether a value fits a key's type; an int can be a float, a bool not a number."""
     if kind in (int, float):
         return isinstance(value, int | kind) and not isinstance(value, bool)
     return kind not in (bool, str) or isinstance(value, kind)
 
 
 def _tuples(section: dict) -> dict:
-    """Lists, which is what JSON and a config file may hold, to tuples, which is what we hold."""
+    """Turns lists, which JSON and a config file may hold, into tuples, which is what we hold."""
 
     def tuples(value):
         if isinstance(value, Mapping):
@@ -272,7 +276,7 @@ def _group(group) -> ParamGroup:
     return ParamGroup(**group)
 
 
-def settings(config) -> Settings:
+def settings(config: Config) -> Settings:
     """Checks every key and value and returns plain dataclasses. Raises ConfigError."""
     check_keys(config)
     plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
@@ -286,12 +290,12 @@ def settings(config) -> Settings:
 
 
 def as_dict(config: Settings) -> dict[str, Any]:
-    """What config.json and checkpoints hold. Reads back to the same settings."""
+    """Returns what config.json and checkpoints hold. Reads back to the same settings."""
     return _plain(config)
 
 
 def differing_keys(ours: dict, theirs: dict) -> dict[str, tuple]:
-    """{dotted key: (ours, theirs)} of the leaves in which two `as_dict`s differ.
+    """Returns {dotted key: (ours, theirs)} of the leaves in which two `as_dict`s differ.
 
     A key that one of them lacks, because it was written before there was such a key, has its
     default; of two keys of which one is None, what it then follows counts.
@@ -333,7 +337,7 @@ _FOLLOWING = {
 
 
 def _jsonable(value):
-    """Tuples and lists compare equal after a round trip through JSON."""
+    """Turns tuples to lists, so that they compare equal after a round trip through JSON."""
     if isinstance(value, list | tuple):
         return [_jsonable(v) for v in value]
     if isinstance(value, dict):

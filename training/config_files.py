@@ -11,30 +11,31 @@ _RIGHT = "it should return a training.config.default_config(), edited"
 
 
 def load(file: str) -> ml_collections.ConfigDict:
-    """What get_config(), or get_config(ARGUMENT), of a Python file returns: for a training.
+    """Returns what get_config(), or get_config(ARGUMENT), of a Python file returns: for a training.
 
     Args:
       file: "PATH" or "PATH:ARGUMENT".
 
     Raises:
-      ValueError: as `load_any`; or it is no training configuration.
+      ValueError: as `load_any`; or it is not a training configuration.
     """
     config = load_any(file)
     if not {"model", "data", "mesh"} <= set(config):
         raise ValueError(
-            f"--config={file} is no training configuration: its get_config() returned one of "
+            f"--config={file} is not a training configuration: its get_config() returned one of "
             f"{', '.join(config)}; {_RIGHT}"
         )
     return config
 
 
 def load_any(file: str) -> ml_collections.ConfigDict:
-    """What get_config() returns, be it a training's or a paper's.
+    """Returns what get_config() returns, be it a training's or a paper's.
 
     Raises:
-      ValueError: there is no such file, it is no Python, it or its get_config() raises, or that
+      ValueError: there is no such file, it is not Python, it or its get_config() raises, or that
         returns something else; names the file and, where there is one, the line.
     """
+    # The file, run as a script.
     path, colon, argument = file.partition(":")
     if not pathlib.Path(path).is_file():
         assigned = f"; to set a key write --config.{file}" if "=" in file else ""
@@ -43,16 +44,20 @@ def load_any(file: str) -> ml_collections.ConfigDict:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as error:
         raise ValueError(f"--config={file}: {_told(error, path)}") from error
+
+    # Its function, and whether it takes the argument.
     if "get_config" not in names:
         raise ValueError(f"--config={file}: {path} has no get_config(); {_RIGHT}")
     get_config = names["get_config"]
     place = f"{path}{_line_of(get_config)}"
     if not callable(get_config):
         raise ValueError(
-            f"--config={file}: get_config in {path} is {get_config!r:.60}, no function; {_RIGHT}"
+            f"--config={file}: get_config in {path} is {get_config!r:.60}, not a function; {_RIGHT}"
         )
     arguments = [argument] if colon else []
     _check_arguments(file, place, get_config, arguments)
+
+    # What it returns.
     try:
         config = get_config(*arguments)
     except (Exception, SystemExit) as error:
@@ -87,7 +92,7 @@ def _line_of(function) -> str:
 
 
 def _told(error: BaseException, path: str) -> str:
-    """'PATH, line 3: KeyError: ...', the line being the file's own last one on the way."""
+    """Says 'PATH, line 3: KeyError: ...', with the file's own last line in the traceback."""
     kind = type(error).__name__
     here = pathlib.Path(path).resolve()
     if isinstance(error, SyntaxError) and error.filename:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from tilescan.data import pipelines, sources, tokenizers
+from tilescan.data.documents import Document
 from tilescan.models import LanguageModel, SequenceClassifier
 from tilescan.training.settings import ConfigError, Settings
 
@@ -30,16 +31,17 @@ def pad_rows(batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
 
 
 def eval_batches(dataset: Iterable, rows: int, limit: int) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of one evaluation, from the start: at most `limit`, or all if it is 0."""
+    """Yields the batches of one evaluation, from the start: at most `limit`, or all if it is 0."""
     for batch in itertools.islice(dataset, limit or None):
         yield pad_rows(batch, rows)
 
 
 def make_datasets(c: Settings, shard_index: int = 0, shard_count: int = 1) -> dict[str, Iterable]:
-    """Loads, splits and batches the documents of `c.data`: part `shard_index` of each batch's rows.
+    """Loads, splits and batches the documents of `c.data`: a shard of each batch's rows.
 
     "train" repeats without end in an order that the seed gives; "validation" and "test" pass once.
     """
+    # Documents of the three splits.
     documents = sources.load_all(c.data.sources)[: c.data.max_documents]
     parts = pipelines.split_documents(
         documents, c.data.split_seed, c.data.fractions, balanced=c.task == "classification"
@@ -50,6 +52,8 @@ def make_datasets(c: Settings, shard_index: int = 0, shard_count: int = 1) -> di
             f"{c.data.sources} have none"
         )
     _warn_of_empty_parts(parts, c.data.fractions)
+
+    # Batches of each: training shuffles and repeats, the others pass once.
     tokenizer = tokenizers.get_tokenizer(c.data.tokenizer)
     common = dict(
         seq_len=c.data.seq_len,
@@ -95,7 +99,7 @@ def _warn_of_empty_parts(parts: dict[str, list], fractions: tuple[float, ...]) -
 
 
 def make_model(c: Settings, datasets: dict | None = None) -> nn.Module:
-    """The model of `c.model`: a language model or, for task "classification", a classifier."""
+    """Makes the model of `c.model`: a language model or, if the task says so, a classifier."""
     vocab_size = c.model.get("vocab_size")
     if vocab_size is None:
         vocab_size = tokenizers.get_tokenizer(c.data.tokenizer).vocab_size
@@ -116,7 +120,7 @@ def make_model(c: Settings, datasets: dict | None = None) -> nn.Module:
     return SequenceClassifier(config, n_classes, c.classifier.pooling)
 
 
-def check_vocabulary(model: nn.Module, dataset) -> None:
+def check_vocabulary(model: nn.Module, dataset: Iterable) -> None:
     """Raises ConfigError if the data's vocabulary, where it is known, exceeds the model's.
 
     Args:
@@ -166,6 +170,6 @@ def _vocab_size(model: nn.Module) -> int | None:
     return getattr(getattr(model, "config", None), "vocab_size", None)
 
 
-def labels(documents) -> tuple[str, ...]:
-    """The classes of a corpus, in the order of their numbers."""
+def labels(documents: Iterable[Document]) -> tuple[str, ...]:
+    """Returns the classes of a corpus, in the order of their numbers."""
     return tuple(sorted({document.label for document in documents} - {None}))

@@ -1,7 +1,9 @@
 """Ctrl-C and SIGTERM (schedulers send it before they kill) as a question between steps."""
 
+import os
 import signal
 import threading
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -40,14 +42,14 @@ class Interrupts:
         self._restore()
 
     def agreed(self) -> signal.Signals | None:
-        """`signal`, once any process has one; all of several must ask at the same step."""
+        """Returns `signal`, once any process has one; all of several must ask at the same step."""
         if jax.process_count() == 1:
             return self.signal
         number = int(multihost_utils.process_allgather(np.int32(self.signal or 0)).max())
         return signal.Signals(number) if number else None
 
     @staticmethod
-    def raise_for(received: signal.Signals, step: int, saved) -> None:
+    def raise_for(received: signal.Signals, step: int, saved: str | os.PathLike | None) -> NoReturn:
         """Ends the program as the signal asks, and says how to go on."""
         how = f"run the same command to continue from {saved}" if saved else "nothing was saved"
         message = f"stopped by {received.name} after step {step}; {how}"

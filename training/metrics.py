@@ -17,8 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tilescan.files import write_atomically
 
 
-def read_rows(path) -> list[dict]:
-    """Rows of a JSON-lines file; a last line that a kill cut short is left out."""
+def read_rows(path: str | os.PathLike) -> list[dict]:
+    """Reads the rows of a JSON-lines file; a last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: another line is not JSON; names it.
+    """
     path = pathlib.Path(path)
     if not path.exists():
         return []
@@ -36,15 +40,16 @@ def read_rows(path) -> list[dict]:
 
 
 class JsonLines:
-    """A JSON-lines file that goes on after `step`; later rows are cut, all of them if None."""
+    """A JSON-lines file that goes on after `step`; later rows are dropped, all of them if None."""
 
-    def __init__(self, path, step: int | None):
+    def __init__(self, path: str | os.PathLike, step: int | None):
         kept = [row for row in read_rows(path) if step is not None and row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.rows = kept
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
+        """Adds a row, which the next reader sees at once."""
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -55,6 +60,7 @@ class JsonLines:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
@@ -68,7 +74,13 @@ class Recorder:
     """
 
     def __init__(
-        self, workdir, step: int | None, total_steps: int, *, tensorboard: bool, progress: bool
+        self,
+        workdir: str | os.PathLike,
+        step: int | None,
+        total_steps: int,
+        *,
+        tensorboard: bool,
+        progress: bool,
     ):
         workdir = pathlib.Path(workdir)
         self.metrics = JsonLines(workdir / "metrics.jsonl", step)
@@ -149,6 +161,7 @@ class Recorder:
         self.timing.sync()
 
     def close(self) -> None:
+        """Stops the bar and closes all files."""
         if self._bar:
             self._bar.stop()
         if self._board:

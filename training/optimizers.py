@@ -12,10 +12,12 @@ The decay is decoupled (Loshchilov and Hutter 2019, eq. 12) for every rule. `lr_
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from tilescan.training.settings import OptimizerConfig, ParamGroup, warmup_steps
 
@@ -68,7 +70,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable:
     return rate
 
 
-def path_name(path) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
     """Names a leaf of a tree: ('block', 'kernel') -> "block/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -82,8 +84,8 @@ def group_of(name: str, config: OptimizerConfig) -> ParamGroup:
     return ParamGroup(".*", 1.0, config.weight_decay)
 
 
-def check_groups(config: OptimizerConfig, params) -> None:
-    """Raises ValueError for a group that no parameter falls into: a misspelt pattern, most likely.
+def check_groups(config: OptimizerConfig, params: PyTree) -> None:
+    """Raises ValueError for a group that no parameter falls into: a misspelled pattern, probably.
 
     Groups of the default configuration are exempt: not every model has norms or biases.
     """
@@ -103,7 +105,7 @@ def check_groups(config: OptimizerConfig, params) -> None:
 
 
 def _scale_by_group(config: OptimizerConfig, rate: Callable) -> optax.GradientTransformation:
-    """u -> -rate(t) * lr_multiplier * (u + weight_decay * p), each parameter's group's own."""
+    """Maps u to -rate(t) * lr_multiplier * (u + weight_decay * p), by each parameter's group."""
 
     def update(updates, state, params):
         step_size = rate(state.count)
@@ -126,8 +128,8 @@ def make_optimizer(
     """Returns the optax transformation and its schedule `rate(t)`.
 
     Because a group's constants are looked up by path when the update is traced, groups leave no
-    trace in the optimizer's
-    state: its structure, and so a checkpoint's, depends on `name` and `clip_norm` alone.
+    trace in the optimizer's state: its structure, and so a checkpoint's, depends on `name` and
+    `clip_norm` alone.
     """
     rate = make_schedule(config, steps)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()

@@ -1,4 +1,4 @@
-"""Losses on answers instead of on text, whose logits never exist as a whole: GRPO and DPO.
+"""Losses on answers instead of on whole sequences, with logits in chunks: GRPO and DPO.
 
 GRPO (Shao et al. 2024, arXiv 2402.03300, equation 3) is a sum over tokens: a chunk's gradient is
 final once its logits are there. DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7) is not,
@@ -6,12 +6,13 @@ but its gradient is that of log probabilities times one number per pair, -beta s
 are computed once for the number and once more for the gradient (StreamBP, arXiv 2506.03077,
 section 3.1).
 
-Both return sums as `training.steps.cross_entropy` does: what is minimised is "loss" / "weight".
+Both return sums as `training.steps.cross_entropy` does: what is minimized is "loss" / "weight".
 
-Letters: B batch, T time, E embedding, V vocabulary, P pairs.
+Dimensions: B batch, T time, E embedding, V vocabulary, P pairs.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,23 +43,24 @@ def grpo(
     clip_high: float = 0.2,
     kl_weight: float = 0.0,
     temperature: float = 1.0,
-    normaliser: str | int = "sequences",
-    **head_options,
+    normalizer: str | int = "sequences",
+    **head_options: Any,
 ) -> Sums:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_weight KL, over the answers' tokens.
+    """Sums GRPO's loss over the answers' tokens.
 
-    r is exp(log p - old log p) of a token, KL = exp(ref - log p) - (ref - log p) - 1.
+    Of a token it is -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_weight KL, where r is
+    exp(log p - old log p) and KL = exp(ref - log p) - (ref - log p) - 1.
 
     Args:
       hidden, head: of the policy; see `ops.cross_entropy.chunked_cross_entropy`.
       targets, mask: tokens and whether they belong to an answer (1) or not (0). What does not is
-        never looked at; a target of an answer that is no token makes the loss NaN.
-      advantages: A of each row: its reward, less the mean over its group, over the deviation.
+        never looked at; a target of an answer that is not a token id makes the loss NaN.
+      advantages: A of each row: its reward, less the mean over its group, over the std.
       old_log_probs: of the policy that wrote the answers, at the same temperature.
       reference_log_probs: of the reference; may be None where kl_weight is 0.
       chunk: positions per chunk.
       temperature: divides the logits.
-      normaliser: what "weight" is: "sequences", the mean over each answer and then over answers;
+      normalizer: what "weight" is: "sequences", the mean over each answer and then over answers;
         "tokens", the mean over all tokens; or a number of tokens that stands for every answer's
         length (Dr. GRPO, arXiv 2503.20783).
       **head_options: tied, logit_scale, logit_cap.
@@ -67,26 +69,30 @@ def grpo(
       Sums with "kl" and "clipped" (the share of tokens whose gradient the clip removed) besides.
 
     Raises:
-      ValueError: an unknown normaliser, no reference for the KL term.
+      ValueError: an unknown normalizer, no reference for the KL term.
       TypeError: targets that are not integers.
     """
     check_ids("targets", targets)
     if kl_weight and reference_log_probs is None:
         raise ValueError(f"kl_weight={kl_weight} needs reference_log_probs")
+
+    # Weights of tokens by the normalizer, and what they sum to.
     mask = (mask > 0).astype(jnp.promote_types(hidden.dtype, jnp.float32))
     lengths = jnp.sum(mask, axis=1, keepdims=True)
     answers = jnp.sum((lengths > 0).astype(mask.dtype))
-    if normaliser == "sequences":
+    if normalizer == "sequences":
         weights, total = mask / jnp.maximum(lengths, 1), answers
-    elif normaliser == "tokens":
+    elif normalizer == "tokens":
         weights, total = mask, jnp.sum(mask)
-    elif isinstance(normaliser, int) and normaliser > 0:
-        weights, total = mask, answers * normaliser
+    elif isinstance(normalizer, int) and normalizer > 0:
+        weights, total = mask, answers * normalizer
     else:
         raise ValueError(
-            f"normaliser={normaliser!r} must be 'sequences', 'tokens' or a positive number of "
+            f"normalizer={normalizer!r} must be 'sequences', 'tokens' or a positive number of "
             "tokens"
         )
+
+    # What the chunks read, by token.
     per_token = {
         "targets": jnp.where(mask > 0, targets, 0),
         "weights": weights,
@@ -105,11 +111,14 @@ def grpo(
 
 
 def _grpo(logits, x, low, high, kl_weight):
+    """Returns (loss, sums) of a chunk of tokens; see `grpo`."""
     weights, advantages = x["weights"], x["advantages"].astype(logits.dtype)
     log_p, _ = log_probabilities_of(logits, x["targets"])
     counts = weights > 0
+    # The estimate of KL(policy || reference) that is never negative (Schulman's k3).
     delta = jnp.where(counts, x["reference"] - log_p, 0)
     kl = jnp.expm1(delta) - delta
+    # The clipped surrogate of PPO.
     ratio = jnp.exp(jnp.where(counts, log_p - x["old"], 0))
     free, clipped = ratio * advantages, jnp.clip(ratio, low, high) * advantages
     per_token = -jnp.minimum(free, clipped)
@@ -132,9 +141,11 @@ def dpo(
     *,
     chunk: int,
     beta: float = 0.1,
-    **head_options,
+    **head_options: Any,
 ) -> Sums:
-    """-log sigmoid(z) of each pair, z = beta (log p - ref of the chosen - those of the rejected).
+    """Sums DPO's loss over pairs: -log sigmoid(z), with the logits z = beta (chosen - rejected).
+
+    chosen and rejected are sums of log p - ref over the tokens of an answer.
 
     Args:
       hidden, head: of the policy; see `ops.cross_entropy.chunked_cross_entropy`.
@@ -142,7 +153,7 @@ def dpo(
         0 .. P - 1 are chosen, row P + p is what was rejected for row p; B = 2 P.
       reference_log_probs: of the same tokens, from the reference.
       chunk: positions per chunk.
-      beta: how dear it is to leave the reference.
+      beta: the cost of leaving the reference.
       **head_options: tied, logit_scale, logit_cap.
 
     Returns:
@@ -156,12 +167,14 @@ def dpo(
     check_ids("targets", targets)
     if hidden.shape[0] % 2:
         raise ValueError(
-            f"{hidden.shape[0]} rows are no pairs: the first half is chosen, the second rejected"
+            f"{hidden.shape[0]} rows are not pairs: the first half is chosen, the second rejected"
         )
     counts = mask > 0
     log_p = chunked_log_probabilities(
         hidden, head, jnp.where(counts, targets, 0), chunk=chunk, **head_options
     )
+
+    # Log ratios of whole answers, and the margin of each pair.
     answers = jnp.sum(jnp.where(counts, log_p, 0), axis=1)
     ratios = answers - jnp.sum(jnp.where(counts, reference_log_probs, 0), axis=1)
     chosen, rejected = jnp.split(ratios, 2)

@@ -48,7 +48,7 @@ class DataConfig:
     packing: str = "packed"  # packed, whole or contiguous: see data.packing
     shuffle: bool = True  # another order of documents in each epoch, from the seed
     fractions: tuple[float, ...] = (0.9, 0.05, 0.05)  # of the documents: train, validation, test
-    split_seed: int = 0  # which documents are held out; apart from the seed, so that seeds compare
+    split_seed: int = 0  # which documents are held out; not the run's seed, so that seeds compare
     max_documents: int | None = None  # use only the first so many; None: all
     eval_stride: int | None = None  # slide windows by so many tokens in evaluations; None: packed
 
@@ -69,7 +69,7 @@ class DataConfig:
         if self.eval_stride is not None and self.eval_stride > self.seq_len:
             raise ConfigError(
                 f"data.eval_stride = {self.eval_stride} must be at most data.seq_len = "
-                f"{self.seq_len}: windows further apart would leave tokens out"
+                f"{self.seq_len}: windows with larger gaps would leave tokens out"
             )
 
 
@@ -124,7 +124,7 @@ class OptimizerConfig:
                 re.compile(group.pattern)
             except (re.error, TypeError) as error:
                 raise ConfigError(
-                    f"optimizer.groups: pattern = {group.pattern!r} is no regular expression: "
+                    f"optimizer.groups: pattern = {group.pattern!r} is not a regular expression: "
                     f"{error}"
                 ) from error
         if self.name == "adam" and (self.weight_decay or any(g.weight_decay for g in self.groups)):
@@ -211,10 +211,10 @@ class ClassifierConfig:
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: int = -1  # copies of the model; -1: whatever devices the other axes leave
-    fsdp: int = 1  # parts of each parameter and its moments; the batch is cut as well
-    sequence: int = 1  # parts of the time axis; model.sequence_parallel says how they meet
-    tensor: int = 1  # parts of heads, MLP and vocabulary
-    parameters_over_sequence: bool = False  # cut parameters and moments over `sequence` as well
+    fsdp: int = 1  # shards of each parameter and its moments; the batch is sharded as well
+    sequence: int = 1  # shards of the time axis; model.sequence_parallel says how they meet
+    tensor: int = 1  # shards of heads, MLP and vocabulary
+    parameters_over_sequence: bool = False  # shard parameters and moments over `sequence` as well
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -262,6 +262,7 @@ class Settings:
     mesh: MeshConfig
 
     def __post_init__(self):
+        # Fields that one look at the value decides.
         _one_of("task", self.task, TASKS)
         if self.seed < 0:
             raise ConfigError(f"seed = {self.seed} must be at least 0")
@@ -274,6 +275,8 @@ class Settings:
                 f"train.microbatches = {self.train.microbatches} must divide "
                 f"data.batch_size = {self.data.batch_size}"
             )
+
+        # The model, and how its sequences are streamed and sharded.
         try:
             model = self.model_config(vocab_size=1)
             if self.train.stream_chunks:
@@ -300,7 +303,7 @@ class Settings:
         return self.model.get("sequence_balance", "contiguous")
 
     def model_config(self, vocab_size: int) -> LanguageModelConfig:
-        """The model's configuration; `vocab_size` is used if config.model has none."""
+        """Returns the model's configuration; `vocab_size` is used if config.model has none."""
         set_ = self.model.get("vocab_size")
         model = self.model | {"vocab_size": vocab_size if set_ is None else set_}
         if model.get("max_len") is None:

@@ -1,11 +1,15 @@
 """The mesh, and where each array lives on it.
 
-Axes: `data` (copies of the model), `fsdp` (parameters cut along their embedding dimension, batch
-cut as well), `sequence` (time of activations) and `tensor` (heads, MLP width, recurrent channels,
+Axes: `data` (copies of the model), `fsdp` (parameters sharded along their embedding dimension, and
+the batch), `sequence` (time of activations) and `tensor` (heads, MLP width, recurrent channels,
 vocabulary). Modules name the dimensions of their parameters; RULES is the one place that maps those
 names to mesh axes. The compiler inserts the communication; attention, which may be a kernel that it
-cannot cut, is cut by ops.partitioned, and what mixes over time meets by ops.sequence_parallel.
+cannot partition, is partitioned by ops.partitioned, and what mixes over time communicates by
+ops.sequence_parallel.
 """
+
+import contextlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -13,6 +17,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from tilescan.ops.mesh_axes import BATCH_AXES, HEAD_AXIS, TIME_AXIS
 from tilescan.ops.sequence_parallel import layouts
@@ -21,8 +26,10 @@ from tilescan.training.settings import MeshConfig
 AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = P(BATCH_AXES)
 
+Rules = dict[str, str | tuple[str, ...] | None]
+
 # Logical name of a dimension -> mesh axis. A dimension that its axis does not divide stays whole.
-RULES: dict[str, str | tuple[str, ...] | None] = {
+RULES: Rules = {
     "batch": BATCH_AXES,
     "time": TIME_AXIS,
     "embed": "fsdp",
@@ -43,20 +50,24 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def rules(config: MeshConfig) -> dict[str, str | tuple[str, ...] | None]:
-    """RULES, or those that cut parameters over `sequence` as well.
+def rules(config: MeshConfig) -> Rules:
+    """Returns RULES, or those that shard parameters over `sequence` as well.
 
     That is ZeRO-3 over the devices that share rows and those that share a sequence, as DeepSpeed-
     Ulysses has it (arXiv 2309.14509): layers gather their parameters, and what is left of their
-    gradients is a device's part.
+    gradients is a device's shard.
     """
     if not config.parameters_over_sequence:
         return RULES
     return RULES | {"embed": ("fsdp", TIME_AXIS)}
 
 
-def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """Returns a mesh over all devices with the configured sizes.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh with the configured sizes.
+
+    Args:
+        config: sizes of the axes.
+        devices: attached ones or descriptions; None takes all devices that JAX has.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices; the message holds both
@@ -93,12 +104,12 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
         )
 
 
-def _axes(axis) -> tuple[str, ...]:
+def _axes(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
 
 
 def spec_of(
-    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: dict = RULES
+    names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES
 ) -> P:
     """Maps the logical names of an array's dimensions to mesh axes.
 
@@ -127,8 +138,8 @@ def spec_of(
     return P(*entries)
 
 
-def param_shardings(params, mesh: Mesh, rules: dict = RULES):
-    """Shardings of a tree of (abstract) parameters, `nn.LogicallyPartitioned` boxes or bare.
+def param_shardings(params: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
+    """Returns shardings of a tree of (abstract) parameters, `nn.LogicallyPartitioned` or bare.
 
     Leaves without names are copied to every device. The result has the structure of the tree
     without boxes.
@@ -142,8 +153,17 @@ def param_shardings(params, mesh: Mesh, rules: dict = RULES):
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
-def optimizer_shardings(tx: optax.GradientTransformation, params, shardings, mesh: Mesh):
-    """Shardings of `tx`'s state: moments lie where their parameters lie, counters everywhere."""
+def optimizer_shardings(
+    tx: optax.GradientTransformation, params: PyTree, shardings: PyTree, mesh: Mesh
+) -> PyTree:
+    """Returns shardings of `tx`'s state: moments lie with their parameters, counters everywhere.
+
+    Args:
+        tx: the optimizer.
+        params: parameters, or their shapes.
+        shardings: the parameters' own, a tree like `params`.
+        mesh: of the counters.
+    """
     state = jax.eval_shape(tx.init, params)
     return optax.tree.map_params(
         tx,
@@ -155,7 +175,7 @@ def optimizer_shardings(tx: optax.GradientTransformation, params, shardings, mes
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which part of each batch's rows this process feeds, and of how many.
+    """Returns (index, count): which shard of each batch's rows this process feeds, and of how many.
 
     Processes along `sequence` or `tensor` feed the same rows.
 
@@ -170,7 +190,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     shards = sorted({tuple(sorted(part)) for part in rows.values()})
     if sum(map(len, shards)) != len(parts):
         raise ValueError(
-            f"mesh {dict(mesh.shape)}: the rows of a batch do not fall apart by processes: "
+            f"mesh {dict(mesh.shape)}: the rows of a batch do not split by processes: "
             f"{shards}; let mesh.sequence * mesh.tensor be a multiple or a divisor of the devices "
             "of a process"
         )
@@ -180,7 +200,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 def in_order(
     batch: dict[str, np.ndarray], mesh: Mesh, balance: str = "contiguous"
 ) -> dict[str, np.ndarray]:
-    """A batch with its tokens in the order of `balance` (ops.sequence_parallel.layouts).
+    """Puts the tokens of a batch in the order of `balance` (ops.sequence_parallel.layouts).
 
     Positions are added where they can no longer be counted.
 
@@ -199,7 +219,7 @@ def in_order(
 
 
 def batch_spec(ndim: int) -> P:
-    """How an array of a batch is cut: rows and, if it has it, time."""
+    """Returns how an array of a batch is sharded: rows and, if it has it, time."""
     return P(BATCH_AXES, TIME_AXIS) if ndim > 1 else BATCH
 
 
@@ -208,7 +228,7 @@ def put_batch(
 ) -> dict[str, jax.Array]:
     """Sends this process's rows [B / shards, T, ...] to its devices; returns the global arrays.
 
-    Time is cut over `sequence`, in the order of `balance`, as `in_order` says.
+    Time is sharded over `sequence`, in the order of `balance`, as `in_order` says.
     """
     index, count = data_shard(mesh)
 
@@ -227,7 +247,7 @@ def put_batch(
 
 
 def _positions(batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Positions [B, T] that start at 0 in each segment, as models count them by themselves."""
+    """Counts positions [B, T] from 0 in each segment, as models count them by themselves."""
     B, T = batch["tokens"].shape[:2]
     index = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     if "segment_ids" not in batch:
@@ -237,10 +257,11 @@ def _positions(batch: dict[str, np.ndarray]) -> np.ndarray:
     return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
 
 
-def use(mesh: Mesh):
-    """A context in which what is traced knows the mesh, for `jax.shard_map` inside ops."""
+def use(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Returns a context in which what is traced knows the mesh, for `jax.shard_map` inside ops."""
     return jax.set_mesh(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device of the mesh holds whole."""
     return NamedSharding(mesh, P())

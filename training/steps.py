@@ -6,9 +6,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from tilescan.ops.cross_entropy import log_probabilities_of
 from tilescan.ops.explicit_axes import partitioned_by_compiler, replicated, specs_of
@@ -29,8 +30,10 @@ class TrainState:
     masters: Any = None  # see `masters_of`
 
 
-def init_state(model: nn.Module, tx, batch: dict, seed: int) -> TrainState:
-    """Initialises parameters from the seed; leaves are still boxed with their logical axis names.
+def init_state(
+    model: nn.Module, tx: optax.GradientTransformation, batch: dict, seed: int
+) -> TrainState:
+    """Initializes parameters from the seed; leaves are still boxed with their logical axis names.
 
     Moments are float32 whatever the parameters are: a second moment with decay 0.999 does not move
     in bfloat16. Nor does a parameter by less than 1/256 of itself: see `masters_of`.
@@ -42,8 +45,8 @@ def init_state(model: nn.Module, tx, batch: dict, seed: int) -> TrainState:
     return TrainState(jnp.zeros([], jnp.int32), params, opt_state, key, masters_of(values))
 
 
-def start_from(state: TrainState, params, shardings: TrainState) -> TrainState:
-    """Returns a state just initialised with other parameters, copied, in its own dtypes.
+def start_from(state: TrainState, params: PyTree, shardings: TrainState) -> TrainState:
+    """Returns a state just initialized with other parameters, copied, in its own dtypes.
 
     Args:
       state: as `init_state` makes it, without boxes.
@@ -76,11 +79,12 @@ def start_from(state: TrainState, params, shardings: TrainState) -> TrainState:
     return state.replace(params=started, masters=masters)
 
 
-def float32(tree):
+def float32(tree: PyTree) -> PyTree:
+    """Returns a tree of arrays with every leaf in float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def masters_of(params):
+def masters_of(params: PyTree) -> PyTree | None:
     """Returns float32 copies of the parameters that are narrower than float32, or None.
 
     Updates are added up in these masters, and the parameters are the masters rounded. Added to
@@ -92,13 +96,13 @@ def masters_of(params):
     return jax.tree.map(lambda x: x.astype(jnp.float32) if is_narrow(x) else None, params)
 
 
-def is_narrow(x) -> bool:
-    """Whether a parameter has fewer bits than float32."""
+def is_narrow(x: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> bool:
+    """Returns whether a parameter has fewer bits than float32."""
     return jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
 
 
-def _exact_params(state: TrainState):
-    """The parameters as they are updated: masters where there are, and else themselves."""
+def _exact_params(state: TrainState) -> PyTree:
+    """Returns the parameters as they are updated: masters where there are, and else themselves."""
     if state.masters is None:
         return float32(state.params)
     return jax.tree.map(
@@ -109,7 +113,7 @@ def _exact_params(state: TrainState):
 
 
 def model_inputs(batch: dict) -> dict:
-    """The part of a batch that models see."""
+    """Returns the arrays of a batch that models see."""
     return {k: batch[k] for k in ("tokens", "positions", "segment_ids") if k in batch}
 
 
@@ -123,9 +127,9 @@ def cross_entropy(
     """Sums weighted -log softmax(logits)[target], in float32 whatever the logits are.
 
     Targets are ids in [0, V) of any integer dtype. Where the weight is 0 they are never looked at;
-    elsewhere one that is no token (-100, V) makes "loss" and "nll", and their gradients, NaN.
+    elsewhere one that is not a token id (-100, V) makes "loss" and "nll", and their gradients, NaN.
 
-    With z_loss, "loss" has + z_loss * logsumexp(logits)^2 per token, which holds the normaliser
+    With z_loss, "loss" has + z_loss * logsumexp(logits)^2 per token, which holds the normalizer
     near 1 (PaLM, Chowdhery et al. 2022, section 5); "nll" is without it. "rows" counts the rows
     (the last axis) with any weight and "exact" those whose weighted tokens are all right: as greedy
     decoding would write them, since up to the first mistake it reads the targets.
@@ -138,11 +142,15 @@ def cross_entropy(
     for name, x in (("targets", targets), ("weights", weights)):
         if x.shape != logits.shape[:-1]:
             raise ValueError(f"{name} must be {logits.shape[:-1]} like logits, got {x.shape}")
+
+    # Of each token.
     logits = logits.astype(jnp.float32)
     targets = counted_ids(targets, weights, logits.shape[-1])
     log_p, log_z = log_probabilities_of(logits, targets)
     nll = -log_p
     hit = jnp.argmax(logits, axis=-1) == targets
+
+    # Of each row: whether it has any weight, and any weighted token wrong.
     counts = weights > 0
     by_row = lambda a: a if a.ndim < 2 else jnp.any(a, axis=-1)
     rows, wrong = by_row(counts), by_row(counts & ~hit)
@@ -181,14 +189,19 @@ def make_loss(model: nn.Module, task: str, z_loss: float = 0.0) -> Callable:
 
 
 def split_microbatches(batch: dict, parts: int) -> dict:
-    """[B, ...] -> [parts, B/parts, ...]; microbatch i is rows i, i + parts, ...: none moves."""
+    """Reshapes [B, ...] to [parts, B/parts, ...].
+
+    Microbatch i has the rows i, i + parts, ..., so that no row leaves its device.
+    """
     return jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch
     )
 
 
-def summed_gradients(loss: Callable, params, batch: dict, key, microbatches: int):
-    """Gradient of the summed loss, and Sums, over microbatches one after another.
+def summed_gradients(
+    loss: Callable, params: PyTree, batch: dict, key: jax.Array | None, microbatches: int
+) -> tuple[PyTree, Sums]:
+    """Returns the gradient of the summed loss, and Sums, over microbatches one after another.
 
     Sums, not means, are what adds up: microbatches with unequal weight give the full batch's
     gradient too.
@@ -210,13 +223,13 @@ def summed_gradients(loss: Callable, params, batch: dict, key, microbatches: int
 
 
 def per_token(sums: Sums) -> Float[Array, ""]:
-    """1 / weight, or 0 if nothing has weight."""
+    """Returns 1 / weight, or 0 if nothing has weight."""
     some = sums["weight"] > 0
     return jnp.where(some, 1.0 / jnp.where(some, sums["weight"], 1.0), 0.0)
 
 
 def means(sums: Sums) -> dict[str, Float[Array, ""]]:
-    """Means over the tokens that count; all 0 if none does."""
+    """Returns means over the tokens that count; all 0 if none does."""
     scale = per_token(sums)
     return {
         "loss": sums["loss"] * scale,
@@ -226,7 +239,9 @@ def means(sums: Sums) -> dict[str, Float[Array, ""]]:
     }
 
 
-def make_train_step(loss: Callable, tx, rate: Callable, microbatches: int = 1) -> Callable:
+def make_train_step(
+    loss: Callable, tx: optax.GradientTransformation, rate: Callable, microbatches: int = 1
+) -> Callable:
     """Returns `step(state, batch) -> (state, metrics)`, to be jitted with the caller's shardings.
 
     metrics: loss, nll, accuracy (means over weighted tokens), exact (share of rows that are right
@@ -242,6 +257,8 @@ def make_train_step(loss: Callable, tx, rate: Callable, microbatches: int = 1) -
         grads, sums = summed_gradients(loss, state.params, batch, key, microbatches)
         scale = per_token(sums)
         grads = jax.tree.map(lambda g: g * scale, grads)
+
+        # The update, added to float32 whatever the parameters are.
         exact = _exact_params(state)
         updates, opt_state = tx.update(grads, state.opt_state, exact)
         if state.masters is None:
@@ -250,6 +267,7 @@ def make_train_step(loss: Callable, tx, rate: Callable, microbatches: int = 1) -
             exact = optax.apply_updates(exact, updates)
             params = jax.tree.map(lambda x, p: x.astype(p.dtype), exact, state.params)
             masters = jax.tree.map(lambda p, x: x if is_narrow(p) else None, params, exact)
+
         metrics = means(sums) | {
             "weight": sums["weight"],
             "grad_norm": optax.tree.norm(grads),

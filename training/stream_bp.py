@@ -1,4 +1,4 @@
-"""Losses of a language model in the memory of a part of the sequence: StreamBP (arXiv 2506.03077).
+"""Losses of a language model in the memory of a chunk of the sequence: StreamBP (arXiv 2506.03077).
 
     loss = stream_loss(model, chunks=4)       # in place of steps.make_loss(model, "language_model")
     step = steps.make_train_step(loss, tx, rate)
@@ -13,8 +13,9 @@ into it, which moves integers, not vectors.
 """
 
 from collections.abc import Callable
+from typing import Any
 
-import jax
+from jaxtyping import Array, Float, PyTree
 
 from tilescan.models import LanguageModel
 from tilescan.models.stream_bp import in_stream_order, stream_hidden
@@ -33,11 +34,11 @@ def stream_loss(
     logit_chunk: int = LOGIT_CHUNK,
     z_loss: float = 0.0,
 ) -> Callable:
-    """The next token's cross-entropy.
+    """Returns the loss of the next token's cross-entropy.
 
     Args:
       model: any LanguageModel.
-      chunks: parts of the sequence in the layers' backward pass; see `models.stream_bp`.
+      chunks: of the sequence in the layers' backward pass; see `models.stream_bp`.
       logit_chunk: positions whose logits exist at once.
       z_loss: as in `training.steps.make_loss`.
     """
@@ -61,11 +62,12 @@ def stream_loss(
 
 
 def stream_grpo_loss(
-    model: LanguageModel, *, chunks: int | None, logit_chunk: int = LOGIT_CHUNK, **options
+    model: LanguageModel, *, chunks: int | None, logit_chunk: int = LOGIT_CHUNK, **options: Any
 ) -> Callable:
-    """`preference_losses.grpo`, with its options; batches hold its arguments by their names.
+    """Returns `preference_losses.grpo`'s loss, with its options; batches hold its arguments.
 
-    The mask is "weights"; "advantages" [B], "old_log_probs" and "reference_log_probs" [B, T].
+    They have its names, but the mask is "weights": "advantages" [B], "old_log_probs" and
+    "reference_log_probs" [B, T].
     """
 
     def loss(params, batch, key=None):
@@ -90,7 +92,9 @@ def stream_grpo_loss(
 def stream_dpo_loss(
     model: LanguageModel, *, chunks: int | None, logit_chunk: int = LOGIT_CHUNK, beta: float = 0.1
 ) -> Callable:
-    """`preference_losses.dpo`; batches hold "reference_log_probs" [B, T], and "weights", the mask.
+    """Returns `preference_losses.dpo`'s loss; batches hold "reference_log_probs" [B, T].
+
+    The mask is "weights".
 
     Microbatches keep pairs together where their number divides that of pairs.
     """
@@ -114,13 +118,13 @@ def stream_dpo_loss(
 
 def log_probabilities(
     model: LanguageModel,
-    params,
+    params: PyTree,
     batch: dict,
     *,
     logit_chunk: int = LOGIT_CHUNK,
     temperature: float = 1.0,
-) -> jax.Array:
-    """log p(target) of every token [B, T], float32: what references and old policies give."""
+) -> Float[Array, "B T"]:
+    """Returns log p(target) of every token, float32: what references and old policies give."""
     return chunked_log_probabilities(
         hidden_of(model, params, batch, None),
         targets=batch["targets"],
@@ -131,19 +135,21 @@ def log_probabilities(
 
 
 def _in_order(model: LanguageModel, batch: dict, chunks: int | None) -> dict:
-    """A batch in the order in which `hidden_of` reads it."""
+    """Returns a batch in the order in which `hidden_of` reads it."""
     return batch if chunks is None else in_stream_order(model.config, batch, chunks)
 
 
-def hidden_of(model: LanguageModel, params, batch: dict, chunks: int | None) -> jax.Array:
-    """What the head reads [B, T, E], streamed unless chunks is None, of a batch `_in_order`."""
+def hidden_of(
+    model: LanguageModel, params: PyTree, batch: dict, chunks: int | None
+) -> Float[Array, "B T E"]:
+    """Returns what the head reads, streamed unless chunks is None, of a batch `_in_order`."""
     if chunks is None:
         return model.apply({"params": params}, **model_inputs(batch), method="hidden")[0]
     return stream_hidden(model, params, **model_inputs(batch), chunks=chunks, in_order=True)
 
 
-def head_of(model: LanguageModel, params) -> dict:
-    """The head's arguments to the functions of `ops.cross_entropy`."""
+def head_of(model: LanguageModel, params: PyTree) -> dict[str, Any]:
+    """Returns the head's arguments to the functions of `ops.cross_entropy`."""
     config = model.config
     if config.tie_embeddings:
         head = params["backbone"]["embed"]["embedding"]

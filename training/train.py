@@ -17,14 +17,24 @@ tensorboard/, checkpoints/.
 
 import contextlib
 import math
+import os
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
+import optax
 from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from tilescan.training import config as config_lib
 from tilescan.training import inputs, sharding, steps, stream_bp
 from tilescan.training import workdir as work
-from tilescan.training.checkpoints import CheckpointError, Checkpoints, UnusableCheckpoint
+from tilescan.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    DataIterator,
+    UnusableCheckpoint,
+)
 from tilescan.training.interrupts import Interrupts
 from tilescan.training.optimizers import check_groups, make_optimizer
 from tilescan.training.settings import Settings
@@ -39,7 +49,14 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 
-def train(config, workdir, *, model=None, datasets=None, params=None) -> dict:
+def train(
+    config: config_lib.Config,
+    workdir: str | os.PathLike,
+    *,
+    model: nn.Module | None = None,
+    datasets: Mapping[str, Iterable] | None = None,
+    params: PyTree | None = None,
+) -> dict[str, float]:
     """Trains a model as configured and returns its final metrics.
 
     Args:
@@ -92,7 +109,7 @@ def train(config, workdir, *, model=None, datasets=None, params=None) -> dict:
     loss = make_loss(model, c)
 
     # Shard.
-    state_shardings, abstract_state, initialise = sharded_init(
+    state_shardings, abstract_state, initialize = sharded_init(
         model, tx, example, c.seed, mesh, sharding.rules(c.mesh)
     )
     check_groups(c.optimizer, abstract_state.params)
@@ -112,7 +129,7 @@ def train(config, workdir, *, model=None, datasets=None, params=None) -> dict:
         stack.callback(saver.close)
         restored = step_to_restore(saver, c)
         if restored is None:
-            state = initialise()
+            state = initialize()
             if params is not None:
                 state = steps.start_from(state, params, state_shardings)
         else:
@@ -185,8 +202,8 @@ def train(config, workdir, *, model=None, datasets=None, params=None) -> dict:
         return work.final_metrics(recorder.metrics.rows)
 
 
-def make_loss(model: nn.Module, c: Settings):
-    """The loss that the configuration asks for: of all tokens at once, or by parts of them."""
+def make_loss(model: nn.Module, c: Settings) -> Callable:
+    """Returns the loss that the configuration asks for: of all tokens at once, or by chunks."""
     if c.train.logit_chunk is None and c.train.stream_chunks is None:
         return steps.make_loss(model, c.task, c.train.z_loss)
     return stream_bp.stream_loss(
@@ -198,9 +215,14 @@ def make_loss(model: nn.Module, c: Settings):
 
 
 def sharded_init(
-    model: nn.Module, tx, example: dict, seed: int, mesh, rules: dict = sharding.RULES
-):
-    """Returns the TrainState's (shardings, abstract state, initialise()), the last on the mesh.
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    example: dict,
+    seed: int,
+    mesh: Mesh,
+    rules: sharding.Rules = sharding.RULES,
+) -> tuple[steps.TrainState, steps.TrainState, Callable[[], steps.TrainState]]:
+    """Returns the TrainState's (shardings, abstract state, initialize()), the last on the mesh.
 
     The values depend on the seed, and on the mesh in their last bits alone.
     """
@@ -208,6 +230,7 @@ def sharded_init(
     def init():
         return steps.init_state(model, tx, example, seed)
 
+    # Shapes, and the sharding of each leaf by its logical axis names.
     with sharding.use(mesh):
         boxed = jax.eval_shape(init)
     params = nn.meta.unbox(boxed.params)
@@ -233,21 +256,22 @@ def sharded_init(
         state = init()
         return state.replace(params=nn.meta.unbox(state.params))
 
-    def initialise():
+    def initialize():
         with sharding.use(mesh):
             return jax.jit(unboxed, out_shardings=shardings)()
 
-    return shardings, abstract, initialise
+    return shardings, abstract, initialize
 
 
 def step_to_restore(saver: Checkpoints, c: Settings) -> int | None:
-    """The step to continue from, or None to start afresh.
+    """Returns the step to continue from, or None to start afresh.
 
     Raises:
         CheckpointError: train.resume_step has no checkpoint.
         UnusableCheckpoint: it cannot be read, or its configuration differs in a key that changes
             what is computed; the keys are named with both values.
     """
+    # The step that was asked for, or the newest.
     saved = saver.steps()
     wanted = c.train.resume_step
     if wanted is not None and wanted not in saved:
@@ -258,6 +282,8 @@ def step_to_restore(saver: Checkpoints, c: Settings) -> int | None:
     if not saved:
         return None
     step = saved[-1] if wanted is None else wanted
+
+    # Its configuration, but for what does not change the numbers.
     free = set(FREE_ON_RESUME)
     if c.optimizer.schedule in ("constant", "inverse_sqrt"):
         free.add("train.steps")  # they do not look at the end: training longer is the same run
@@ -296,7 +322,7 @@ def check_finite(step: int, values: dict[str, float], saver: Checkpoints) -> Non
 
 
 def local_rows(c: Settings, shards: int) -> int:
-    """Rows of a batch that this process feeds, as one of `shards` groups of processes."""
+    """Returns the rows of a batch that this process feeds, as one of `shards` groups."""
     if c.data.batch_size % shards:
         raise ValueError(
             f"data.batch_size = {c.data.batch_size} must be a multiple of the {shards} groups of "
@@ -306,7 +332,11 @@ def local_rows(c: Settings, shards: int) -> int:
 
 
 def eval_metrics(sums: dict[str, float], split: str) -> dict[str, float]:
-    """Means over the tokens of an evaluation. Raises ValueError if no token counts."""
+    """Returns means over the tokens of an evaluation.
+
+    Raises:
+        ValueError: no token counts.
+    """
     if not sums.get("weight"):
         raise ValueError(f"the {split} data hold no token that counts: give it more documents")
     nll = sums["nll"] / sums["weight"]
@@ -319,15 +349,15 @@ def eval_metrics(sums: dict[str, float], split: str) -> dict[str, float]:
     }
 
 
-def _peek(iterator) -> dict:
-    """The first batch, for its shapes; the iterator is put back."""
+def _peek(iterator: DataIterator) -> dict:
+    """Returns the first batch, for its shapes; the iterator is put back."""
     state = iterator.get_state()
     batch = next(iterator)
     iterator.set_state(state)
     return batch
 
 
-def _next(iterator, step: int, total: int) -> dict:
+def _next(iterator: DataIterator, step: int, total: int) -> dict:
     try:
         return next(iterator)
     except StopIteration:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import pathlib
+from collections.abc import Iterator
 
 import jax
 
@@ -14,7 +16,7 @@ from tilescan.training.metrics import Recorder
 from tilescan.training.settings import Settings
 
 
-def prepare(workdir) -> pathlib.Path:
+def prepare(workdir: str | os.PathLike) -> pathlib.Path:
     """Makes the work folder and proves that it can be written, before anything that takes time."""
     workdir = pathlib.Path(workdir).absolute()
     try:
@@ -31,8 +33,8 @@ def prepare(workdir) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def full_disk_is_named(workdir, saver: Checkpoints):
-    """A write of metrics that fails for want of space says so, and what still stands."""
+def full_disk_is_named(workdir: pathlib.Path, saver: Checkpoints) -> Iterator[None]:
+    """Makes a write of metrics that fails for want of space say so, and what still stands."""
     try:
         yield
     except OSError as error:
@@ -42,7 +44,7 @@ def full_disk_is_named(workdir, saver: Checkpoints):
 
 
 def start_records(workdir: pathlib.Path, c: Settings, restored: int | None) -> Recorder:
-    """Process 0 records in the work folder, the others in folders of their own below it."""
+    """Opens the records: process 0's in the work folder, the others' in folders below it."""
     first = jax.process_index() == 0
     place = workdir if first else workdir / f"process_{jax.process_index()}"
     place.mkdir(exist_ok=True)
@@ -59,7 +61,7 @@ def start_records(workdir: pathlib.Path, c: Settings, restored: int | None) -> R
 
 
 def final_metrics(rows: list[dict]) -> dict:
-    """{"step": last, "<split>/<metric>": value} from the last row of every split."""
+    """Returns {"step": last, "<split>/<metric>": value} from the last row of every split."""
     final: dict = {}
     for row in rows:
         final["step"] = row["step"]

@@ -13,17 +13,18 @@ from tilescan.data.tasks.base import Task, language_rows
 
 
 def _positive(**values: int) -> None:
+    """Raises ValueError for an option below 1."""
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
 
 
 def copy(max_length: int = 20, alphabet: int = 26) -> Task:
-    """<BOS> string <COPY> string <EOS>; lengths uniform in 1..max_length, or all the greatest."""
+    """Copies: <BOS> string <COPY> string <EOS>; lengths uniform in 1..max_length, or max_length."""
     _positive(max_length=max_length, alphabet=alphabet)
     BOS, COPY, EOS, PAD = range(alphabet, alphabet + 4)
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         n = np.full(rows, max_length) if hard else rng.integers(1, max_length + 1, rows)
         n = n[:, None]
         letters = rng.integers(0, alphabet, (rows, max_length))
@@ -38,11 +39,11 @@ def copy(max_length: int = 20, alphabet: int = 26) -> Task:
         )
         return language_rows(row, (at > n + 1) & (at <= 2 * n + 2))
 
-    return Task("copy", draw, 2 * max_length + 2, alphabet + 4)
+    return Task("copy", sample, 2 * max_length + 2, alphabet + 4)
 
 
 def longest_increasing(values: Sequence[int]) -> list[int]:
-    """Length of the longest increasing subsequence that ends at each value."""
+    """Returns the length of the longest increasing subsequence that ends at each value."""
     best: list[int] = []
     for i, value in enumerate(values):
         best.append(1 + max((best[j] for j in range(i) if values[j] < value), default=0))
@@ -50,7 +51,7 @@ def longest_increasing(values: Sequence[int]) -> list[int]:
 
 
 def lis(length: int = 20, largest: int = 150, steps: bool = True) -> Task:
-    """Longest increasing subsequence: values = ends of each = longest.
+    """Finds the longest increasing subsequence: values = ends of each = longest.
 
     With steps the length at every value is written before the answer.
     """
@@ -59,7 +60,7 @@ def lis(length: int = 20, largest: int = 150, steps: bool = True) -> Task:
         raise ValueError(f"length={length} needs largest={largest} to be as large")
     BOS, EQUALS = largest + 1, largest + 2
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         values = rng.integers(1, largest + 1, (rows, length))
         ends = np.ones((rows, length), int)
         for i in range(1, length):  # over positions; all rows at once
@@ -74,7 +75,7 @@ def lis(length: int = 20, largest: int = 150, steps: bool = True) -> Task:
         start = sum(p.shape[1] for p in parts[:asked])
         return language_rows(row, np.broadcast_to(np.arange(row.shape[1]) >= start, row.shape))
 
-    return Task("lis", draw, 1 + length + (length + 1 if steps else 0) + 1, largest + 3)
+    return Task("lis", sample, 1 + length + (length + 1 if steps else 0) + 1, largest + 3)
 
 
 MODULUS = 11
@@ -83,6 +84,7 @@ SYMBOLS = [*map(str, range(MODULUS)), "+", "-", "*", "/", "(", ")", "=", "<", ">
 
 
 def _apply(a: int, operator: int, b: int) -> int:
+    """Computes one operation in the field of MODULUS elements."""
     if operator == PLUS:
         return (a + b) % MODULUS
     if operator == MINUS:
@@ -93,7 +95,7 @@ def _apply(a: int, operator: int, b: int) -> int:
 
 
 def _expand(rng: np.random.Generator, value: int) -> list[int]:
-    """(a operator b) with this value, division by other than zero."""
+    """Samples (a operator b) with this value; divisors are not zero."""
     operator = int(rng.integers(PLUS, OVER + 1))
     if operator in (PLUS, MINUS):
         b = int(rng.integers(MODULUS))
@@ -118,7 +120,7 @@ def simplify(tokens: list[int]) -> list[int]:
 
 
 def expression(rng: np.random.Generator, operators: int) -> list[int]:
-    """A random expression in the field of 11 numbers, grown from its value leaf by leaf."""
+    """Samples an expression in the field of 11 elements, grown from its value leaf by leaf."""
     tokens = [int(rng.integers(MODULUS))]
     for _ in range(operators):
         leaves = [i for i, token in enumerate(tokens) if token < MODULUS]
@@ -128,12 +130,12 @@ def expression(rng: np.random.Generator, operators: int) -> list[int]:
 
 
 def arithmetic(operators: int = 4, steps: bool = True) -> Task:
-    """< expression = ... = value >, one operation less at each "=", or the value alone."""
+    """Evaluates < expression = ... = value >, one operator less at each "=", or the value alone."""
     _positive(operators=operators)
     lengths = [1 + 4 * n for n in range(operators, -1, -1)]
     length = 2 + sum(lengths) + operators if steps else 2 + lengths[0] + 2
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         made = np.full((rows, length), END)
         for row in made:
             tokens = expression(rng, operators)
@@ -147,11 +149,11 @@ def arithmetic(operators: int = 4, steps: bool = True) -> Task:
         answers &= ~((made == IS) & (np.cumsum(made == IS, axis=1) == 1))
         return language_rows(made, answers)
 
-    return Task("arithmetic", draw, length - 1, len(SYMBOLS))
+    return Task("arithmetic", sample, length - 1, len(SYMBOLS))
 
 
 def lagged_fibonacci(length: int = 16, lag: int = 4, modulus: int = 11, steps: bool = True) -> Task:
-    """x_i = x_{i-1} + x_{i-lag} mod m: a problem whose steps look at the last `lag` numbers alone.
+    """Continues x_i = x_{i-1} + x_{i-lag} mod m: steps look at the last `lag` numbers alone.
 
     Row: <BOS> the first `lag` numbers = the next `length` (with steps) or the last of them.
     """
@@ -160,7 +162,7 @@ def lagged_fibonacci(length: int = 16, lag: int = 4, modulus: int = 11, steps: b
         raise ValueError(f"modulus={modulus} must be at least 2")
     BOS, EQUALS = modulus, modulus + 1
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         x = np.zeros((rows, lag + length), int)
         x[:, :lag] = rng.integers(0, modulus, (rows, lag))
         for i in range(lag, lag + length):  # over positions; all rows at once
@@ -170,11 +172,11 @@ def lagged_fibonacci(length: int = 16, lag: int = 4, modulus: int = 11, steps: b
         row = np.concatenate([mark(BOS), x[:, :lag], mark(EQUALS), written], axis=1)
         return language_rows(row, np.broadcast_to(np.arange(row.shape[1]) > lag + 1, row.shape))
 
-    return Task("lagged_fibonacci", draw, 1 + lag + (length if steps else 1), modulus + 2)
+    return Task("lagged_fibonacci", sample, 1 + lag + (length if steps else 1), modulus + 2)
 
 
 def running_sum(length: int = 64, modulus: int = 7, every: bool = True) -> Task:
-    """At each place (`every`; else at the last) the sum of the numbers so far, mod m.
+    """Sums the numbers so far, mod m, at each place (`every`; else at the last).
 
     The sums are targets and are not read: a state of log2(m) bits solves it, step by step.
     """
@@ -182,18 +184,18 @@ def running_sum(length: int = 64, modulus: int = 7, every: bool = True) -> Task:
     if modulus < 2:
         raise ValueError(f"modulus={modulus} must be at least 2")
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         numbers = rng.integers(0, modulus, (rows, length), dtype=np.int32)
         weights = np.full(numbers.shape, float(every), np.float32)
         weights[:, -1] = 1.0
         sums = np.cumsum(numbers, axis=1, dtype=np.int32) % modulus
         return {"tokens": numbers, "targets": sums, "weights": weights}
 
-    return Task("running_sum", draw, length, modulus)
+    return Task("running_sum", sample, length, modulus)
 
 
 def edit_distance(length: int = 6, alphabet: int = 8, steps: bool = True) -> Task:
-    """<BOS> a | b = distances of all prefixes, a's outermost, = distance of a and b.
+    """Finds an edit distance: <BOS> a | b = those of all prefixes, a's outermost, = that of a, b.
 
     Insertions, deletions and substitutions cost 1. Without steps the answer alone is written. b has
     at each place a's letter or a random one.
@@ -203,7 +205,7 @@ def edit_distance(length: int = 6, alphabet: int = 8, steps: bool = True) -> Tas
     NUMBER = alphabet
     BOS, BAR, EQUALS = range(NUMBER + length + 1, NUMBER + length + 4)
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         a, b = rng.integers(0, alphabet, (2, rows, length))
         b = np.where(rng.random(b.shape) < 0.5, a, b)
         d = np.zeros((rows, length + 1, length + 1), int)
@@ -222,7 +224,7 @@ def edit_distance(length: int = 6, alphabet: int = 8, steps: bool = True) -> Tas
         return language_rows(row, np.broadcast_to(np.arange(row.shape[1]) >= first, row.shape))
 
     seq_len = 2 * length + 3 + (length**2 + 1 if steps else 0)
-    return Task("edit_distance", draw, seq_len, NUMBER + length + 4)
+    return Task("edit_distance", sample, seq_len, NUMBER + length + 4)
 
 
 TASKS = {

@@ -1,6 +1,6 @@
-"""What a task is: rows drawn from a generator, or a standard set with splits of its own.
+"""What a task is: rows sampled from a generator, or a standard set with splits of its own.
 
-A drawn task makes rows from a random generator. Which split a row belongs to is decided by a hash
+A sampled task makes rows from a random generator. Which split a row belongs to is decided by a hash
 of the row itself, so that no row of one split occurs in another whatever the seeds are. A fixed
 task has its examples and its splits. Batches of both are what `training.steps` takes: tokens [B, T]
 (or [B, T, F], real numbers); targets and weights [B, T] (language models) or labels and weights [B]
@@ -21,7 +21,8 @@ SPLITS = ("train", "validation", "test")
 _HELD_OUT = {"validation": 0, "test": 1}
 
 
-def _config_keys(task, n_features: int | None = None) -> dict[str, Any]:
+def _config_keys(task: "Task | FixedTask", n_features: int | None = None) -> dict[str, Any]:
+    """Returns what a training configuration must say for a task."""
     keys = {
         "data.seq_len": task.seq_len,
         "model.vocab_size": task.vocab_size,
@@ -34,7 +35,8 @@ def _config_keys(task, n_features: int | None = None) -> dict[str, Any]:
     return keys
 
 
-def _fingerprint(task, batch_size: int) -> dict[str, Any]:
+def _fingerprint(task: "Task | FixedTask", batch_size: int) -> dict[str, Any]:
+    """Returns what the batches of all splits depend on."""
     return {
         "task": task.name,
         "options": dict(task.options),
@@ -45,11 +47,11 @@ def _fingerprint(task, batch_size: int) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """How to draw rows of a task.
+    """How to sample rows of a task.
 
     Attributes:
       name: its name in the registry.
-      draw: `draw(rng, rows, hard) -> Batch` of that many rows: tokens [B, T], and targets and
+      sample: `sample(rng, rows, hard) -> Batch` of that many rows: tokens [B, T], and targets and
         weights [B, T] (language models) or labels [B] (classifiers); `hard` asks for what is
         evaluated, e.g. the greatest length, or the answer alone.
       seq_len: T.
@@ -59,7 +61,7 @@ class Task:
     """
 
     name: str
-    draw: Callable[[np.random.Generator, int, bool], Batch]
+    sample: Callable[[np.random.Generator, int, bool], Batch]
     seq_len: int
     vocab_size: int
     n_classes: int | None = None
@@ -73,7 +75,7 @@ class Task:
     def rows(
         self, split: str, count: int, key: tuple[int, ...], hard: bool, distinct: bool = False
     ) -> Batch:
-        """`count` rows of a split; the same for the same key.
+        """Returns `count` rows of a split; the same for the same key.
 
         Raises:
           ValueError: an unknown split, or a task too small to have so many (if `distinct`:
@@ -84,8 +86,9 @@ class Task:
         rng = np.random.default_rng(key)
         parts, seen, have = [], np.zeros(0, np.uint64), 0
         for _ in range(100):
-            drawn = self.draw(rng, 2 * count if split == "train" else 12 * count, hard)
-            hashes = row_hashes(drawn)
+            # More rows than needed, of which those that fall into the split are kept.
+            sampled = self.sample(rng, 2 * count if split == "train" else 12 * count, hard)
+            hashes = row_hashes(sampled)
             keep = np.flatnonzero(_split_of(hashes) == SPLITS.index(split))
             if distinct:
                 _, first = np.unique(hashes[keep], return_index=True)
@@ -93,7 +96,7 @@ class Task:
                 keep = keep[~np.isin(hashes[keep], seen)]
             keep = keep[: count - have]
             seen = np.concatenate([seen, hashes[keep]])
-            parts.append({name: value[keep] for name, value in drawn.items()})
+            parts.append({name: value[keep] for name, value in sampled.items()})
             have += len(keep)
             if have == count:
                 return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
@@ -111,7 +114,7 @@ class Task:
         shard_index: int = 0,
         shard_count: int = 1,
     ) -> dict[str, BatchDataset]:
-        """{"train", "validation", "test"} for `training.train`: the first never ends.
+        """Returns {"train", "validation", "test"} for `training.train`: the first never ends.
 
         Validation and test do not depend on the seed, so that seeds compare.
 
@@ -123,6 +126,8 @@ class Task:
             rows at every step; the rows of validation and test are different ones then, too.
         """
         check_sizes(self.seq_len, batch_size, seed, shard_index, shard_count, None)
+
+        # Training: new rows at every step, or the same ones in another order each epoch.
         fingerprint = _fingerprint(self, batch_size)
         distinct = train_examples is not None
         mine = np.asarray(host_rows(0, batch_size, shard_index, shard_count))
@@ -138,6 +143,8 @@ class Task:
             make = fresh
         known = {**fingerprint, "seed": seed, "train_examples": train_examples}
         datasets = {"train": BatchDataset(make, None, known, self.vocab_size)}
+
+        # Validation and test: rows by a key of their own.
         for split, number in _HELD_OUT.items():
             key = (number, 0x5EED)
             rows = self.rows(split, batch_size * eval_batches, key, hard=True, distinct=distinct)
@@ -187,7 +194,7 @@ class FixedTask:
         shard_index: int = 0,
         shard_count: int = 1,
     ) -> dict[str, BatchDataset]:
-        """{"train", "validation", "test"} for `training.train`: the first never ends.
+        """Returns {"train", "validation", "test"} for `training.train`: the first never ends.
 
         Training repeats its examples in another order each epoch. Validation and test pass once, in
         their own order; rows that fill up the last batch have weight 0.
@@ -226,8 +233,10 @@ class FixedTask:
         return shown if kept is None else {**shown, "weights": kept}
 
 
-def _epochs(arrays: Batch, batch_size: int, seed: int, index: int, hosts: int):
-    """step -> rows: all of them in an order of its own in each epoch, without end."""
+def _epochs(
+    arrays: Batch, batch_size: int, seed: int, index: int, hosts: int
+) -> Callable[[int], Batch]:
+    """Returns step -> rows: all of them in an order of its own in each epoch, without end."""
     count = len(next(iter(arrays.values())))
     orders: dict[int, np.ndarray] = {}
 
@@ -246,8 +255,8 @@ def _epochs(arrays: Batch, batch_size: int, seed: int, index: int, hosts: int):
     return make
 
 
-def _once(arrays: Batch, batch_size: int, index: int, hosts: int):
-    """step -> rows in order; those beyond the last weigh nothing."""
+def _once(arrays: Batch, batch_size: int, index: int, hosts: int) -> Callable[[int], Batch]:
+    """Returns step -> rows in order; those beyond the last weigh nothing."""
     count = len(next(iter(arrays.values())))
 
     def make(step: int) -> Batch:
@@ -261,7 +270,7 @@ def _once(arrays: Batch, batch_size: int, index: int, hosts: int):
 
 
 def row_hashes(batch: Batch) -> np.ndarray:
-    """uint64 [B]: a hash of each row's tokens and targets."""
+    """Returns uint64 [B]: a hash of each row's tokens and targets."""
     parts = []
     for name in ("tokens", "targets"):
         if name in batch:
@@ -278,13 +287,13 @@ def row_hashes(batch: Batch) -> np.ndarray:
 
 
 def _split_of(hashes: np.ndarray) -> np.ndarray:
-    """Index in SPLITS of each row."""
+    """Returns the index in SPLITS of each row."""
     tenth = (hashes % np.uint64(10)).astype(int)
     return np.where(tenth == 0, 1, np.where(tenth == 1, 2, 0))
 
 
 def language_rows(rows: np.ndarray, answers: np.ndarray) -> Batch:
-    """Rows of T + 1 tokens as tokens and the next ones; those with `answers` true count.
+    """Splits rows of T + 1 tokens into tokens and targets; those with `answers` true count.
 
     Args:
       rows: [B, 1+T] integers.
@@ -298,7 +307,7 @@ def language_rows(rows: np.ndarray, answers: np.ndarray) -> Batch:
 
 
 def padded_rows(rows: Sequence[np.ndarray], length: int, pad: int) -> Batch:
-    """Rows of tokens, cut or padded: tokens and segment_ids (1, padding 0), int32 [B, length]."""
+    """Truncates or pads rows: tokens and segment_ids (1, padding 0), int32 [B, length]."""
     lengths = np.asarray([min(len(row), length) for row in rows])
     inside = np.arange(length) < lengths[:, None]
     tokens = np.full(inside.shape, pad, np.int32)

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import io
 import json
+from collections.abc import Callable
 
 import numpy as np
 
@@ -25,8 +26,8 @@ MNIST_COUNTS = {"train": 60_000, "test": 10_000}
 CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
 CIFAR_PICTURE = (1024, 10_000)  # width and height of the package's pictures
 
-# Mean and standard deviation over CIFAR-10's training images, of values in 0..1: of red, green and
-# blue, and of their grey.
+# Mean and std over CIFAR-10's training images, of values in 0..1: of red, green and
+# blue, and of their gray.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 GREY_MEAN, GREY_STD = (0.4799,), (0.2396,)
 # ITU-R 601 luma; the sum is 0.9999.
@@ -36,7 +37,7 @@ Arrays = dict[str, Batch]
 
 
 def read_mnist(offline: bool = False) -> Arrays:
-    """{"train", "test"}: images uint8 [N, 28, 28], labels uint8 [N]; N = 60,000 and 10,000.
+    """Reads {"train", "test"}: images uint8 [N, 28, 28], labels uint8 [N]; N = 60,000, 10,000.
 
     Raises:
       data.sources.SourceError: the package cannot be had; with the command that fetches it.
@@ -55,19 +56,19 @@ def read_mnist(offline: bool = False) -> Arrays:
 
 
 def _idx(found: dict[str, bytes], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of bytes in LeCun's idx format: 0, 0, 8, dimensions, sizes (big endian), content."""
+    """Reads bytes in LeCun's idx format: 0, 0, 8, dimensions, sizes (big endian), content."""
     if name not in found:
         raise ArchiveError(f"the archive of MNIST has no {name}")
     content = found[name]
     start = 4 + 4 * len(shape)
     header = np.frombuffer(content[:start], ">u4").tolist()
     if header != [0x800 + len(shape), *shape] or len(content) != start + np.prod(shape):
-        raise ArchiveError(f"{name} is no idx file of bytes {shape}: header {header}")
+        raise ArchiveError(f"{name} is not an idx file of bytes {shape}: header {header}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def read_cifar10(offline: bool = False) -> Arrays:
-    """{"train", "test"}: images uint8 [N, 32, 32, 3], labels uint8 [N]; N = 50,000 and 10,000.
+    """Reads {"train", "test"}: images uint8 [N, 32, 32, 3], labels uint8 [N]; N = 50,000, 10,000.
 
     Raises:
       data.sources.SourceError: the package cannot be had; with the command that fetches it.
@@ -90,7 +91,7 @@ def read_cifar10(offline: bool = False) -> Arrays:
 
 
 def _png_rows(name: str, content: bytes) -> np.ndarray:
-    """uint8 [N, 32, 32, 3]: each row of the picture is one image's 1,024 pixels."""
+    """Reads uint8 [N, 32, 32, 3]: each row of the picture is one image's 1,024 pixels."""
     from PIL import Image
 
     with Image.open(io.BytesIO(content)) as picture:
@@ -100,34 +101,44 @@ def _png_rows(name: str, content: bytes) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=2)
-def _with_validation(read) -> Arrays:
+def _with_validation(read: Callable[[], Arrays]) -> Arrays:
+    """Splits the last tenth of the training images off as validation."""
     arrays = read()
     train = arrays["train"]
-    cut = len(train["labels"]) * 9 // 10
+    kept = len(train["labels"]) * 9 // 10
     return {
-        "train": {name: value[:cut] for name, value in train.items()},
-        "validation": {name: value[cut:] for name, value in train.items()},
+        "train": {name: value[:kept] for name, value in train.items()},
+        "validation": {name: value[kept:] for name, value in train.items()},
         "test": arrays["test"],
     }
 
 
-def grey(images: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] -> uint8 [...] as TensorFlow's rgb_to_grayscale, which the LRA calls.
+def gray(images: np.ndarray) -> np.ndarray:
+    """Turns uint8 [..., 3] into uint8 [...] as TensorFlow's rgb_to_grayscale, which the LRA calls.
 
-    It goes through float32 values in 0..1, and back by cutting off after multiplying with 255.5.
+    It goes through float32 values in 0..1, and back by truncation after multiplying with 255.5.
     """
     values = images.astype(np.float32) * np.float32(1 / 255)
     return (values @ np.asarray(LUMA, np.float32) * np.float32(255.5)).astype(np.uint8)
 
 
 def scaled(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """uint8 [B, T, F] -> float32 [B, T, F] with about mean 0 and standard deviation 1."""
+    """Scales uint8 [B, T, F] to float32 [B, T, F] with mean and std of about 0 and 1."""
     values = pixels.astype(np.float32) / 255
     return (values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
-def _task(name, read, integers, mean, std, n_pixels, to_pixels=None, order=None) -> FixedTask:
-    """A task that shows images [B, ...] as `to_pixels` makes them, pixel after pixel."""
+def _task(
+    name: str,
+    read: Callable[[], Arrays],
+    integers: bool,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    n_pixels: int,
+    to_pixels: Callable[[np.ndarray], np.ndarray] | None = None,
+    order: np.ndarray | None = None,
+) -> FixedTask:
+    """Makes a task that shows images [B, ...] as `to_pixels` makes them, pixel after pixel."""
     n_features = len(mean)
 
     def present(arrays: Batch) -> Batch:
@@ -153,25 +164,25 @@ def _task(name, read, integers, mean, std, n_pixels, to_pixels=None, order=None)
 
 
 def sequential_mnist(integers: bool = False) -> FixedTask:
-    """Handwritten digits, 784 pixels in rows: values 0..1, or integers 0..255."""
+    """Classifies handwritten digits, 784 pixels in rows: values 0..1, or integers 0..255."""
     return _task("sequential_mnist", read_mnist, integers, (0.0,), (1.0,), 784)
 
 
 def permuted_mnist(integers: bool = False, permutation_seed: int = 0) -> FixedTask:
-    """`sequential_mnist` with its pixels in one random order, the same for all images."""
+    """Classifies `sequential_mnist` with its pixels in one random order for all images."""
     order = epoch_order(784, True, permutation_seed, 4)
     return _task("permuted_mnist", read_mnist, integers, (0.0,), (1.0,), 784, order=order)
 
 
 def sequential_cifar10(integers: bool = False) -> FixedTask:
-    """CIFAR-10 in colour: 1,024 pixels of three scaled values, or 3,072 integers 0..255."""
+    """Classifies CIFAR-10 in color: 1,024 pixels of three values, or 3,072 integers 0..255."""
     return _task("sequential_cifar10", read_cifar10, integers, CIFAR_MEAN, CIFAR_STD, 1024)
 
 
 def lra_image(integers: bool = False) -> FixedTask:
-    """CIFAR-10 in grey (Long Range Arena, Tay et al. 2021): 1,024 pixels."""
+    """Classifies CIFAR-10 in gray (Long Range Arena, Tay et al. 2021): 1,024 pixels."""
     args = read_cifar10, integers, GREY_MEAN, GREY_STD, 1024
-    return _task("lra_image", *args, to_pixels=grey)
+    return _task("lra_image", *args, to_pixels=gray)
 
 
 TASKS = {

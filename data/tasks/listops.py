@@ -3,9 +3,9 @@
 Nangia and Bowman 2018 (arXiv 1804.06028); Tay et al. 2021 (arXiv 2011.04006), whose generator's
 rules are these: a node above the greatest depth is an operator with probability 1/4, else a digit;
 operators and digits are uniform, an operator has 2 to 10 arguments; the median of an even number is
-the mean of the middle two, cut off. Trees are kept if they have more than 500 and fewer than 2000
-tokens, each once; 96,000 are for training, 2,000 for validation, 2,000 for test. The published
-generator has no seed, so that its files are one draw of many and these are another.
+the mean of the middle two, rounded down. Trees are kept if they have more than 500 and fewer than
+2000 tokens, each once; 96,000 are for training, 2,000 for validation, 2,000 for test. The published
+generator has no seed, so that its files are one sample of many and these are another.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class _Level:
 
 
 def _grow(rng: np.random.Generator, trees: int, rules: Rules) -> tuple[list[_Level], np.ndarray]:
-    """(levels, lengths [trees]) of random trees whose root is an operator.
+    """Samples (levels, lengths [trees]) of random trees whose root is an operator.
 
     A tree that is too long already does not grow on.
     """
@@ -83,7 +83,7 @@ def _grow(rng: np.random.Generator, trees: int, rules: Rules) -> tuple[list[_Lev
 
 
 def _select(levels: list[_Level], kept: np.ndarray) -> list[_Level]:
-    """The nodes of the trees for which `kept` is true, trees numbered anew."""
+    """Returns the nodes of the trees for which `kept` is true, trees numbered anew."""
     number, chosen, new_index = np.cumsum(kept) - 1, [], np.zeros(0, int)
     for level in levels:
         mask = kept[level.tree]
@@ -96,13 +96,13 @@ def _select(levels: list[_Level], kept: np.ndarray) -> list[_Level]:
 
 
 def _first_children(above: _Level, below: _Level) -> tuple[np.ndarray, np.ndarray]:
-    """(index of each operator's first child, how many children it has)."""
+    """Returns (index of each operator's first child, how many children it has)."""
     count = np.bincount(below.parent, minlength=len(above.token))[above.operator]
     return np.cumsum(count) - count, count
 
 
 def _values(levels: list[_Level]) -> np.ndarray:
-    """The value of each tree, from the leaves up."""
+    """Computes the value of each tree, from the leaves up."""
     value = levels[-1].token - ZERO
     for above, below in zip(levels[-2::-1], levels[:0:-1], strict=True):
         first, count = _first_children(above, below)
@@ -125,11 +125,14 @@ def _values(levels: list[_Level]) -> np.ndarray:
 
 
 def _written(levels: list[_Level], trees: int) -> list[np.ndarray]:
-    """Each tree as tokens, operator first and "]" last."""
+    """Writes each tree as tokens, operator first and "]" last."""
+    # Tokens of each subtree, from the leaves up.
     sizes = [np.ones(len(levels[-1].token), int)]
     for above, below in zip(levels[-2::-1], levels[:0:-1], strict=True):
         inside = np.bincount(below.parent, weights=sizes[0], minlength=len(above.token)).astype(int)
         sizes.insert(0, np.where(above.operator, 2 + inside, 1))
+
+    # Where each subtree starts, from the roots down.
     ends = np.cumsum(sizes[0])
     text = np.zeros(sizes[0].sum(), np.uint8)
     start = ends - sizes[0]
@@ -145,7 +148,7 @@ def _written(levels: list[_Level], trees: int) -> list[np.ndarray]:
 
 
 def examples(seed: int, rules: Rules | None = None) -> Iterator[tuple[np.ndarray, int]]:
-    """Endless (tokens uint8 [n], value) of different trees; the same ones for a seed."""
+    """Yields (tokens uint8 [n], value) of different trees without end; the same ones for a seed."""
     rules = rules or Rules()
     seen: set[bytes] = set()
     block = 0
@@ -166,6 +169,7 @@ def examples(seed: int, rules: Rules | None = None) -> Iterator[tuple[np.ndarray
 
 @functools.lru_cache(maxsize=2)
 def _splits(seed: int, rules: Rules, counts: tuple[int, ...]) -> dict[str, Batch]:
+    """Makes the examples of the three splits, so many each."""
     print(f"making {sum(counts)} lists of ListOps", file=sys.stderr, flush=True)
     stream = examples(seed, rules)
     splits = {}
@@ -185,14 +189,14 @@ def listops(
     max_length: int = 2000,
     data_seed: int = 0,
 ) -> FixedTask:
-    """Nested MIN, MAX, MED and SM of digits, classified by their value; T = max_length.
+    """Evaluates nested MIN, MAX, MED and SM of digits: ten classes, the values; T = max_length.
 
     Made at first use, a few thousand a second, and kept in memory.
 
     Args:
       examples: how many for training, validation and test.
       max_depth, max_args, min_length, max_length: see `Rules`.
-      data_seed: which trees; apart from the training seed, so that seeds compare.
+      data_seed: which trees; not the training seed, so that seeds compare.
     """
     rules = Rules(max_depth, max_args, min_length, max_length)
     counts = tuple(int(count) for count in examples)
@@ -208,7 +212,7 @@ def listops(
 
 
 def evaluate(tokens: Sequence[int]) -> int:
-    """The value of a written tree, with a stack.
+    """Computes the value of a written tree, with a stack.
 
     Raises:
       ValueError: it is not a tree.
@@ -230,6 +234,7 @@ def evaluate(tokens: Sequence[int]) -> int:
 
 
 def _apply(operator: int, values: list[int]) -> int:
+    """Computes one operator of its arguments."""
     if operator == MIN:
         return min(values)
     if operator == MAX:

@@ -23,7 +23,7 @@ DIGITS = 5
 
 
 def prompt(key: str, lines: int, at: int) -> str:
-    """The text up to the question; the answer is " " + key. For any tokenizer.
+    """Returns the text up to the question; the answer is " " + key. For any tokenizer.
 
     Args:
       key: the digits.
@@ -41,7 +41,7 @@ def prompt(key: str, lines: int, at: int) -> str:
 
 
 def line_at(depth: float, lines: int) -> int:
-    """The key's line at a depth from 0 (first) to 1 (last), as published."""
+    """Returns the key's line at a depth from 0 (first) to 1 (last), as published."""
     if not 0 <= depth <= 1:
         raise ValueError(f"depth={depth} must lie in 0..1")
     return int(depth * (lines - 1))
@@ -53,7 +53,7 @@ def passkey(
     random_filler: bool = False,
     answer_only: bool = True,
 ) -> Task:
-    """Five digits in a long text of one repeated line, asked for at its end.
+    """Retrieves five digits from a long text of one repeated line, asked for at its end.
 
     Tokens are bytes (ids of the "byte" tokenizer); the five digits of the answer count.
 
@@ -65,6 +65,7 @@ def passkey(
         published sentence.
       answer_only: in training, too; False counts every byte there.
     """
+    # How many lines fit, and what never changes.
     frame = len(PREFIX) + len(SUFFIX) + 1 + DIGITS
     key_line = len(KEY_LINE.format(key="0" * DIGITS))
     lines = 1 + (length - frame - key_line) // len(FILLER)
@@ -77,7 +78,8 @@ def passkey(
     blank = KEY_LINE.format(key="#" * DIGITS)
     places = blank.index("#"), blank.rindex("#") - DIGITS + 1
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+        # The key's line and the others.
         repeated = lambda text: np.broadcast_to(text, (rows, len(text)))
         digits = rng.integers(ord("0"), ord("9") + 1, (rows, DIGITS), np.uint8)
         key = repeated(letters(blank)).copy()
@@ -86,14 +88,17 @@ def passkey(
         body = repeated(filler)
         if random_filler:
             body = rng.integers(ord("a"), ord("z") + 1, body.shape, np.uint8)
-        at = rng.integers(0, lines, (rows, 1)) if fixed_at is None else fixed_at
+
         # The key's line is pushed in before the line that had its number.
+        at = rng.integers(0, lines, (rows, 1)) if fixed_at is None else fixed_at
         start = np.broadcast_to(at * len(FILLER), (rows, 1))
         column = np.arange(len(filler) + key_line)
         source = np.where(column < start, column, column - key_line)
         inside = (column >= start) & (column < start + key_line)
         source = np.where(inside, len(filler) + column - start, source)
         text = np.take_along_axis(np.concatenate([body, key], axis=1), source, axis=1)
+
+        # The whole row, and which tokens count.
         question = repeated(letters(SUFFIX + " "))
         row = np.concatenate([repeated(letters(PREFIX)), text, question, digits], axis=1)
         weights = np.ones((rows, total - 1), np.float32)
@@ -105,7 +110,7 @@ def passkey(
             "weights": weights,
         }
 
-    return Task("passkey", draw, total - 1, ByteTokenizer.vocab_size)
+    return Task("passkey", sample, total - 1, ByteTokenizer.vocab_size)
 
 
 TASKS = {"passkey": passkey}

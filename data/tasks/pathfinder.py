@@ -34,7 +34,7 @@ _BY_SIZE = {
 
 
 def settings(size: int = 32, segments: int = 14) -> Settings:
-    """The Long Range Arena's settings for a size.
+    """Returns the Long Range Arena's settings for a size.
 
     Raises:
       ValueError: a size that it does not have, or too few segments.
@@ -47,13 +47,14 @@ def settings(size: int = 32, segments: int = 14) -> Settings:
 
 
 def example(s: Settings, seed: int, index: int) -> tuple[np.ndarray, int]:
-    """(image uint8 [S, S], label): a function of its arguments alone."""
+    """Makes (image uint8 [S, S], label): a function of its arguments alone."""
     drawing = draw(s, np.random.default_rng((seed, index)))
     return drawing.image, drawing.label
 
 
 @functools.lru_cache(maxsize=2)
 def _splits(s: Settings, examples: int, seed: int) -> dict[str, Batch]:
+    """Makes or reads the images of the three splits."""
     blocks = [_block(s, seed, b, examples) for b in range(-(-examples // BLOCK))]
     images, labels = (np.concatenate(parts)[:examples] for parts in zip(*blocks, strict=True))
     tenth = np.arange(examples) % 10
@@ -64,13 +65,13 @@ def _splits(s: Settings, examples: int, seed: int) -> dict[str, Batch]:
 
 
 def block_file(s: Settings, seed: int, block: int) -> pathlib.Path:
-    """Where images BLOCK * block and following are kept once they are made."""
+    """Returns where images BLOCK * block and following are kept once they are made."""
     folder = cache_dir() / "pathfinder" / f"{s.size}-{s.segments}-seed{seed}-v{VERSION}"
     return folder / f"{block:05d}.npz"
 
 
 def _block(s: Settings, seed: int, block: int, examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """(images [N, S, S], labels [N]) of a block: all BLOCK of them, or fewer if it is the last."""
+    """Returns (images [N, S, S], labels [N]) of a block: BLOCK of them, or fewer in the last."""
     path, first = block_file(s, seed, block), block * BLOCK
     wanted = min(BLOCK, examples - first)
     try:
@@ -80,6 +81,8 @@ def _block(s: Settings, seed: int, block: int, examples: int) -> tuple[np.ndarra
             return images, labels
     except (FileNotFoundError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         pass  # not made yet, or damaged
+
+    # Made anew, and written whole.
     print(f"making Pathfinder images {first} to {first + wanted - 1} of {examples}, "
           f"{s.size} x {s.size}", file=sys.stderr, flush=True)  # fmt: skip
     made = [example(s, seed, first + i) for i in range(wanted)]
@@ -99,7 +102,7 @@ def pathfinder(
     integers: bool = False,
     data_seed: int = 0,
 ) -> FixedTask:
-    """Are two discs joined by a dashed contour? Images as sequences of size^2 pixels.
+    """Tells whether two discs are joined by a dashed contour, in images of size^2 pixels.
 
     Of ten images in a row, the first eight are for training, then one for validation, one for test.
     At first use they are made: some 30 a second and core of size 32 or 256, but only one to four of
@@ -110,7 +113,7 @@ def pathfinder(
       segments: of the two contours; 6, 9 and 14 are published as easy, intermediate and hard.
       examples: how many in all; published: 200,000.
       integers: pixels as tokens 0..255; else as real numbers -1..1, [B, T, 1].
-      data_seed: which images; apart from the training seed, so that seeds compare.
+      data_seed: which images; not the training seed, so that seeds compare.
     """
     if examples < 10:
         raise ValueError(f"examples={examples} must be at least 10: a tenth is for validation")

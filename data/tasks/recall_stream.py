@@ -5,6 +5,8 @@ so that a loss that grows with the position is the model's doing. For "Stuffed M
 (arXiv 2410.07145), whose models are asked for a passkey at any distance.
 """
 
+from typing import Any
+
 import numpy as np
 
 from tilescan.data.batches import Batch
@@ -19,10 +21,10 @@ def recall_stream(
     blank: float = 0.1,
     window: int = 8,
 ) -> Task:
-    """Pairs "key value"; a key that comes again has its last value, and that value counts.
+    """Recalls values in pairs "key value": a key that comes again has its last value, which counts.
 
     Keys are tokens 0..keys-1, values keys..keys+values-1, the blank is keys + values; a blank pair
-    has two of it. A new pair draws its key and its value: it may give an old key another value.
+    has two of it. A new pair samples its key and its value: it may give an old key another value.
     A repeated key is that of the pair `lag` pairs ago, with log-uniform lags: up to the whole past
     in training, up to `window` pairs in evaluation, at every position alike.
 
@@ -43,7 +45,7 @@ def recall_stream(
     if not (0 <= repeat < 1 and 0 <= blank < 1):
         raise ValueError(f"repeat={repeat} and blank={blank} must be at least 0 and below 1")
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         row, counts = _pairs(
             rng, rows, length // 2, keys, values, repeat, blank, window if hard else length
         )
@@ -55,13 +57,18 @@ def recall_stream(
             "weights": weights.astype(np.float32),
         }
 
-    return Task("recall_stream", draw, length, keys + values + 1)
+    return Task("recall_stream", sample, length, keys + values + 1)
 
 
 def distant_recall(
-    rng: np.random.Generator, rows: int, length: int, keys: int = 64, values: int = 16, **options
+    rng: np.random.Generator,
+    rows: int,
+    length: int,
+    keys: int = 64,
+    values: int = 16,
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts that end with a key that came once, at depth (i + 1/2) / rows of row i.
+    """Makes prompts that end with a key that came once, at depth (i + 1/2) / rows of row i.
 
     Args:
       rng, keys, values, and repeat, blank and window of `options`: as in `recall_stream`; lags are
@@ -91,8 +98,18 @@ def distant_recall(
     return tokens.astype(np.int32), value.astype(np.int32)
 
 
-def _pairs(rng, rows, pairs, keys, values, repeat, blank, window):
-    """([rows, pairs, 2] tokens, [rows, pairs] whether the value can be known)."""
+def _pairs(
+    rng: np.random.Generator,
+    rows: int,
+    pairs: int,
+    keys: int,
+    values: int,
+    repeat: float,
+    blank: float,
+    window: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples ([rows, pairs, 2] tokens, [rows, pairs] whether the value can be known)."""
+    # All chance at once, and the state of each row: last values, keys so far.
     every = np.arange(rows)
     chance, asked = rng.random((2, rows, pairs))
     fresh_key = rng.integers(0, keys, (rows, pairs))
@@ -102,6 +119,8 @@ def _pairs(rng, rows, pairs, keys, values, repeat, blank, window):
     count = np.zeros(rows, int)
     out = np.full((rows, pairs, 2), keys + values)
     known = np.zeros((rows, pairs), bool)
+
+    # Pair after pair, all rows at once.
     for i in range(pairs):
         writes = chance[:, i] >= blank
         again = writes & (chance[:, i] < blank + repeat * (1 - blank)) & (count > 0)

@@ -12,12 +12,12 @@ TASKS = {name: make for family in _FAMILIES for name, make in family.TASKS.items
 
 
 def summaries() -> dict[str, str]:
-    """All tasks that `get` makes: name -> what it is, in a line."""
+    """Returns all tasks that `get` makes: name -> what a model does in it, in a line."""
     return {name: make.__doc__.partition("\n")[0] for name, make in TASKS.items()}
 
 
 def get(name: str, **options: Any) -> Task | FixedTask:
-    """A task by name; options are the arguments of the function that makes it.
+    """Makes a task by name; options are the arguments of the function that makes it.
 
     Raises:
       ValueError: an unknown name (the nearest is named), or options that make no task.

@@ -19,6 +19,7 @@ LABELS = ("neg", "pos")
 
 @functools.lru_cache(maxsize=2)
 def _splits(source: str, validate_on_test: bool) -> dict[str, Batch]:
+    """Reads the reviews of the three splits as bytes."""
     fractions = (1.0, 0.0, 0.0) if validate_on_test else (0.9, 0.1, 0.0)
     parts = split_documents(sources.load(source), 0, fractions, balanced=True)
     if validate_on_test:
@@ -42,12 +43,12 @@ def _splits(source: str, validate_on_test: bool) -> dict[str, Batch]:
 def lra_text(
     max_length: int = 4096, source: str = "imdb", validate_on_test: bool = False
 ) -> FixedTask:
-    """Film reviews (IMDB) as bytes, negative or positive.
+    """Classifies film reviews (IMDB) as bytes, negative or positive.
 
     Ids are those of the "byte" tokenizer; rows are padded with its padding.
 
     Args:
-      max_length: T, where reviews are cut; published: 1,000 to 4,000.
+      max_length: T, where reviews are truncated; published: 1,000 to 4,000.
       source: "imdb" (your own file), or "imdb_huggingface".
       validate_on_test: as the Long Range Arena does; else validation is a tenth of the training
         reviews, of each label as many.

@@ -14,13 +14,14 @@ from tilescan.data.tasks.base import Task, language_rows
 
 
 def _check(minimum: int, **values: int) -> None:
+    """Raises ValueError for an option below its minimum."""
     for name, value in values.items():
         if value < minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}")
 
 
 def induction(length: int = 30, vocab_size: int = 20, answer_only: bool = False) -> Task:
-    """Letters with one "=>" among them, "=>" again: which letter followed the first one?
+    """Recalls a letter: letters with one "=>" among them, "=>" again, what followed the first one.
 
     Training counts every position, as published (`answer_only`: the answer alone); evaluation the
     answer. "=>" is the token vocab_size - 2; vocab_size - 1 is reserved and never occurs.
@@ -30,7 +31,7 @@ def induction(length: int = 30, vocab_size: int = 20, answer_only: bool = False)
     LETTERS = vocab_size - 2
     TRIGGER = LETTERS
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         row = rng.integers(0, LETTERS, (rows, length + 2))
         at = rng.integers(0, length - 2, (rows, 1))
         np.put_along_axis(row, at, TRIGGER, axis=1)
@@ -38,13 +39,13 @@ def induction(length: int = 30, vocab_size: int = 20, answer_only: bool = False)
         row[:, -1:] = np.take_along_axis(row, at + 1, axis=1)
         return language_rows(row, _last_or_all(row, hard or answer_only))
 
-    return Task("induction", draw, length + 1, vocab_size)
+    return Task("induction", sample, length + 1, vocab_size)
 
 
 def associative_recall(length: int = 40, vocab_size: int = 20, answer_only: bool = False) -> Task:
-    """key value key value ... => key: its value. Keys keep their value through a row.
+    """Recalls a value: key value key value ... => key, its value. Keys keep theirs through a row.
 
-    Keys are the first half of the letters, values the second; a row has length // 2 pairs, drawn
+    Keys are the first half of the letters, values the second; a row has length // 2 pairs, sampled
     with replacement, and asks for one of the keys that occurred. What counts and the special tokens
     are as in `induction`.
     """
@@ -53,7 +54,7 @@ def associative_recall(length: int = 40, vocab_size: int = 20, answer_only: bool
     LETTERS = vocab_size - 2
     KEYS, PAIRS, ASK = LETTERS // 2, length // 2, LETTERS
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         value_of = rng.integers(KEYS, LETTERS, (rows, KEYS))
         keys = rng.integers(0, KEYS, (rows, PAIRS))
         occurs = np.zeros((rows, KEYS), bool)
@@ -66,10 +67,11 @@ def associative_recall(length: int = 40, vocab_size: int = 20, answer_only: bool
         row[:, -1:] = np.take_along_axis(value_of, asked, axis=1)
         return language_rows(row, _last_or_all(row, hard or answer_only))
 
-    return Task("associative_recall", draw, 2 * PAIRS + 2, vocab_size)
+    return Task("associative_recall", sample, 2 * PAIRS + 2, vocab_size)
 
 
 def _last_or_all(row: np.ndarray, last: bool) -> np.ndarray:
+    """Returns which tokens count: the last one of each row, or all."""
     return np.broadcast_to(np.arange(row.shape[1]) >= (row.shape[1] - 1 if last else 0), row.shape)
 
 
@@ -81,11 +83,11 @@ def multi_query_recall(
     passes: int = 1,
     random_fill: bool = True,
 ) -> Task:
-    """MQAR: pairs of key and value, then each key once again somewhere, to be met with its value.
+    """Recalls many values (MQAR): pairs of key and value, then each key again, asking for its own.
 
     The value is the target at the key's second place and is not written after it. The places are
-    drawn without replacement, the place g-th after the pairs with weight g^(power - 1): recent keys
-    more often. Keys are tokens 1..vocab_size // 2 - 1, values those from vocab_size // 2 on.
+    sampled without replacement, the place g-th after the pairs with weight g^(power - 1): recent
+    keys more often. Keys are tokens 1..vocab_size // 2 - 1, values those from vocab_size // 2 on.
 
     Args:
       length: T, even.
@@ -110,7 +112,7 @@ def multi_query_recall(
     space = (length - context) // 2
     weights = np.arange(1, space + 1) ** (power - 1.0)
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         keys = 1 + _choose(rng, rows, np.ones(HALF - 1), pairs)
         values = HALF + _choose(rng, rows, np.ones(vocab_size - HALF), pairs)
         both = np.stack([keys, values], axis=2).reshape(rows, 2 * pairs)
@@ -124,11 +126,11 @@ def multi_query_recall(
         np.put_along_axis(counts, at, 1.0, axis=1)
         return {"tokens": tokens, "targets": targets, "weights": counts}
 
-    return Task("multi_query_recall", draw, length, vocab_size)
+    return Task("multi_query_recall", sample, length, vocab_size)
 
 
 def _choose(rng: np.random.Generator, rows: int, weights: np.ndarray, count: int) -> np.ndarray:
-    """[rows, count] different indices of `weights`, drawn one after another by weight.
+    """Samples [rows, count] different indices of `weights`, one after another by weight.
 
     The smallest of exponential variables over their weights come in just that order (Efraimidis
     and Spirakis 2006).
@@ -143,13 +145,14 @@ def _choose(rng: np.random.Generator, rows: int, weights: np.ndarray, count: int
 
 
 def _memorize(name: str, length: int, memorize: int, vocab_size: int, scattered: bool) -> Task:
+    """Makes `copying`, or `selective_copying` if the letters are scattered."""
     _check(1, memorize=memorize)
     _check(4, vocab_size=vocab_size)
     if length < memorize:
         raise ValueError(f"length={length} has no room for memorize={memorize} tokens")
     BLANK, MARKER = 0, vocab_size - 1
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         letters = rng.integers(1, MARKER, (rows, memorize))
         at = np.broadcast_to(np.arange(memorize), (rows, memorize))
         if scattered:
@@ -163,11 +166,11 @@ def _memorize(name: str, length: int, memorize: int, vocab_size: int, scattered:
         weights[:, length:] = 1.0
         return {"tokens": tokens, "targets": targets, "weights": weights}
 
-    return Task(name, draw, length + memorize, vocab_size)
+    return Task(name, sample, length + memorize, vocab_size)
 
 
 def copying(length: int = 110, memorize: int = 10, vocab_size: int = 10) -> Task:
-    """Letters, then blanks; at the markers that follow the letters are to be said in order.
+    """Repeats letters after blanks: at the markers that follow, the letters in order.
 
     Args:
       length: places before the markers: `memorize` letters and length - memorize blanks (token 0).
@@ -177,18 +180,18 @@ def copying(length: int = 110, memorize: int = 10, vocab_size: int = 10) -> Task
 
 
 def selective_copying(length: int = 4096, memorize: int = 16, vocab_size: int = 16) -> Task:
-    """`copying` with the letters anywhere among the blanks: their distance is no constant."""
+    """Repeats letters as in `copying`, but they lie anywhere among the blanks."""
     return _memorize("selective_copying", length, memorize, vocab_size, scattered=True)
 
 
 def delay(length: int = 1024, lag: int = 256, vocab_size: int = 16) -> Task:
-    """Random tokens; at each place the token `lag` places before is to be said."""
+    """Repeats random tokens: at each place the token `lag` places before is the target."""
     _check(1, lag=lag)
     _check(2, vocab_size=vocab_size)
     if lag >= length:
         raise ValueError(f"lag={lag} must be below length={length}")
 
-    def draw(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
+    def sample(rng: np.random.Generator, rows: int, hard: bool) -> Batch:
         tokens = rng.integers(0, vocab_size, (rows, length), dtype=np.int32)
         targets = np.zeros_like(tokens)
         targets[:, lag:] = tokens[:, :-lag]
@@ -196,7 +199,7 @@ def delay(length: int = 1024, lag: int = 256, vocab_size: int = 16) -> Task:
         weights[:, lag:] = 1.0
         return {"tokens": tokens, "targets": targets, "weights": weights}
 
-    return Task("delay", draw, length, vocab_size)
+    return Task("delay", sample, length, vocab_size)
 
 
 TASKS = {

@@ -10,7 +10,7 @@ from tilescan.training.config import settings
 GOOD = "from tilescan.training.config import default_config\n"
 WRONG = {
     "": "has no get_config(); it should return a training.config.default_config(), edited",
-    "get_config = 3\n": "get_config in {path} is 3, no function; it should return",
+    "get_config = 3\n": "get_config in {path} is 3, not a function; it should return",
     "def get_config():\n    pass\n": "get_config() at {path}, line 1 returned None, of type",
     "def get_config():\n    return {'model': 1}\n": "returned {'model': 1}, of type dict; it",
     "\ndef get_config(a):\n    return 1\n": "get_config(a) at {path}, line 2 was given nothing",
@@ -25,7 +25,7 @@ WRONG = {
     GOOD + "def get_config():\n    c = default_config()\n    c.train.steps = 'a'\n    return c\n":
         "{path}, line 4: TypeError: ",
     GOOD + "def get_config():\n    return default_config().train\n":
-        "is no training configuration: its get_config() returned one of checkpoint_every, ",
+        "is not a training configuration: its get_config() returned one of checkpoint_every, ",
 }  # fmt: skip
 
 

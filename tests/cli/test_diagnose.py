@@ -61,7 +61,7 @@ def test_the_newline_prompt_needs_no_text(checkpoint, tmp_path, capsys):
         (["--lengths=8,16"], "one of them above train_length=16"),
         (["--lengths=a"], "must be numbers"),
         (["--lengths=17"], "multiples of one number"),
-        (["--newline=300"], "newline=300 is no id below 300"),
+        (["--newline=300"], "newline=300 is not an id below 300"),
     ],
 )
 def test_errors_say_what_would_be_right(checkpoint, capsys, options, message):

@@ -156,7 +156,7 @@ def test_a_text_of_the_users_own_is_shown(capsys, own_texts):
         ["train", "--workdir=run", "--config.data.sources=mine.txt,mine.jsonl:body"],
     ):
         status, err = fails(capsys, *argv)
-        assert status == 1 and "mine.jsonl, line 2: no JSON object" in err
+        assert status == 1 and "mine.jsonl, line 2: not a JSON object" in err
 
 
 @pytest.mark.slow

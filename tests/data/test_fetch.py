@@ -42,7 +42,7 @@ def source(kind="pypi", content=b"whole", **changes) -> Source:
         "package": "toy-package",
         "archive": "toy-1.0.bin",
         "size": 5,
-        "licence": "MIT",
+        "license": "MIT",
         "description": "a toy",
         "parse": read_lines,
         "version": "1.0",

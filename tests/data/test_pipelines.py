@@ -133,7 +133,7 @@ def test_orbax_saves_the_iterator(tmp_path):
     assert all(same(next(resumed), batch) for batch in expected)
 
 
-def test_grain_transformations_go_behind():
+def test_grain_transformations_come_after():
     doubled = dataset().map(lambda batch: batch | {"tokens": 2 * batch["tokens"]})
     for plain, double in zip(first(dataset(), 3), first(doubled, 3), strict=True):
         assert np.array_equal(2 * plain["tokens"], double["tokens"])

@@ -117,7 +117,7 @@ def test_cifar10():
         arrays["train"]["images"][::7].reshape(-1, 1024, 3), images.CIFAR_MEAN, images.CIFAR_STD
     )
     assert np.abs(values.mean((0, 1))).max() < 0.02 and np.abs(values.std((0, 1)) - 1).max() < 0.01
-    shades = images.grey(arrays["train"]["images"][::7]) / 255
+    shades = images.gray(arrays["train"]["images"][::7]) / 255
     assert (shades.mean(), shades.std()) == pytest.approx(
         (images.GREY_MEAN[0], images.GREY_STD[0]), abs=0.003
     )

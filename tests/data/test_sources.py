@@ -22,7 +22,7 @@ def test_every_row_is_complete(name):
     source = sources.SOURCES[name]
     assert source.name == name
     assert source.kind in KINDS
-    assert source.licence and source.description
+    assert source.license and source.description
     if source.kind in ("pypi", "npm"):
         assert source.version and len(source.sha256) == 64
         assert source.size > 0

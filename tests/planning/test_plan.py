@@ -189,7 +189,7 @@ def test_visible_pairs_are_those_of_the_mask(mask):
         assert plan_counts.visible_pairs(mask, T) == seen.sum()
 
 
-def matmul_operations(jaxpr):
+def matmul_flops(jaxpr):
     """2 x products of all dot_generals, through everything that contains them but loops."""
     total = 0
     for eqn in jaxpr.eqns:
@@ -199,11 +199,11 @@ def matmul_operations(jaxpr):
             lhs = eqn.invars[0].aval.shape
             total += 2 * np.prod(eqn.outvars[0].aval.shape) * np.prod([lhs[i] for i in contracted])
         for inner in jax.tree.leaves(list(eqn.params.values())):
-            total += matmul_operations(inner.jaxpr) if hasattr(inner, "jaxpr") else 0
+            total += matmul_flops(inner.jaxpr) if hasattr(inner, "jaxpr") else 0
     return total
 
 
-def test_operations_of_attention_and_mlp_are_those_of_the_traced_program():
+def test_flops_of_attention_and_mlp_are_those_of_the_traced_program():
     config = LanguageModelConfig(
         vocab_size=48, d_model=32, repeats=3, n_heads=4, n_kv_heads=2, scan_layers=False,
         causal=False, attention_implementation="xla",
@@ -211,8 +211,8 @@ def test_operations_of_attention_and_mlp_are_those_of_the_traced_program():
     model, tokens = LanguageModel(config), jax.ShapeDtypeStruct((2, 16), np.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     traced = jax.make_jaxpr(lambda p, t: model.apply({"params": p}, t)[0])(params, tokens)
-    counted = plan_counts.operations(config, params, 2, 16)
-    assert counted.matmuls + counted.head + counted.attention == matmul_operations(traced.jaxpr)
+    counted = plan_counts.flops(config, params, 2, 16)
+    assert counted.matmuls + counted.head + counted.attention == matmul_flops(traced.jaxpr)
     assert counted.recurrences == 0
     full = dataclasses.replace(counted, remat="full")
     again = counted.matmuls + counted.attention
@@ -239,7 +239,7 @@ def test_state_entries_of_recurrent_blocks(kind, entries):
         (("--config.mesh.data=2", "--config.mesh.fsdp=8"), "multiply to 16, but there are 8"),
         (("--topology=h100:12",), "h100:N has N GPUs, up to 8 or a multiple"),
         (("--config=nowhere.py",), "there is no file 'nowhere.py'"),
-        (("--config=configs/s4.py:smoke",), "is no training configuration"),
+        (("--config=configs/s4.py:smoke",), "is not a training configuration"),
         (("--config=experiments/harness/html.py",), "has no get_config()"),
         (("--longest",), "how much memory has a device of topology=None? Give memory"),
     ],

@@ -143,7 +143,7 @@ def test_values_that_make_no_sense_are_refused():
         "optimizer.b1=1.0": r"optimizer.b1 = 1.0 must be in \[0, 1\)",
         "optimizer.eps=-1.0": r"optimizer.eps = -1.0 must be at least 0",
         "optimizer.groups=(1,)": r"optimizer.groups holds 1; each group is a dict with",
-        "optimizer.groups=({'pattern': '('},)": r"pattern = '\(' is no regular expression",
+        "optimizer.groups=({'pattern': '('},)": r"pattern = '\(' is not a regular expression",
     }.items():
         config = default_config()
         override(config, assignment)

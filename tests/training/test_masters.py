@@ -104,10 +104,10 @@ def test_wide_parameters_among_narrow_ones_have_no_masters():
 def test_masters_lie_where_their_parameters_lie():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     tx, _ = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
-    shardings, abstract, initialise = sharded_init(
+    shardings, abstract, initialize = sharded_init(
         narrow_model("mlp"), tx, next(iter(Rows())), 0, mesh
     )
-    state = initialise()
+    state = initialize()
     where = lambda tree: {
         jax.tree_util.keystr(path): x.sharding for path, x in jax.tree.leaves_with_path(tree)
     }

@@ -35,9 +35,9 @@ def log_probs(hidden, head, targets, temperature=1.0):
     return jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize("normaliser", ["sequences", "tokens", 6])
+@pytest.mark.parametrize("normalizer", ["sequences", "tokens", 6])
 @pytest.mark.parametrize("options", [{}, {"kl_weight": 0.3, "temperature": 0.7}])
-def test_grpo_is_its_formula(normaliser, options):
+def test_grpo_is_its_formula(normalizer, options):
     with jax.enable_x64(True):
         hidden, head, targets, mask, old, reference = inputs()
         advantages = jnp.asarray([1.0, -2.0, 0.5, 3.0])
@@ -53,14 +53,14 @@ def test_grpo_is_its_formula(normaliser, options):
             each = each + options.get("kl_weight", 0.0) * (jnp.exp(d) - d - 1)
             each = mask * each
             lengths = mask.sum(1)
-            if normaliser == "sequences":
+            if normalizer == "sequences":
                 return jnp.sum(each.sum(1) / jnp.maximum(lengths, 1)) / 3
-            return jnp.sum(each) / (mask.sum() if normaliser == "tokens" else 3 * normaliser)
+            return jnp.sum(each) / (mask.sum() if normalizer == "tokens" else 3 * normalizer)
 
         def chunked(hidden, head):
             sums = grpo(
                 hidden, head, targets, mask, advantages, old, reference, chunk=4,
-                clip_low=low, clip_high=high, normaliser=normaliser, **options,
+                clip_low=low, clip_high=high, normalizer=normalizer, **options,
             )  # fmt: skip
             return sums["loss"] / sums["weight"], sums
 
@@ -82,7 +82,7 @@ def test_an_unclipped_first_step_is_the_policy_gradient():
         call = functools.partial(
             grpo, targets=targets, mask=mask, advantages=advantages, old_log_probs=old, chunk=3
         )
-        got = jax.grad(lambda h: call(hidden, h, normaliser="tokens")["loss"])(head)
+        got = jax.grad(lambda h: call(hidden, h, normalizer="tokens")["loss"])(head)
         want = jax.grad(
             lambda h: -jnp.sum(mask * advantages[:, None] * log_probs(hidden, h, targets))
         )(head)
@@ -146,11 +146,11 @@ def test_pairs_without_answers_do_not_count():
     [
         (lambda *a: grpo(*a[:4], jnp.ones(B), a[4], chunk=4, kl_weight=0.1), "needs reference"),
         (
-            lambda *a: grpo(*a[:4], jnp.ones(B), a[4], chunk=4, normaliser="rows"),
-            "normaliser='rows' must be 'sequences', 'tokens' or",
+            lambda *a: grpo(*a[:4], jnp.ones(B), a[4], chunk=4, normalizer="rows"),
+            "normalizer='rows' must be 'sequences', 'tokens' or",
         ),
         (lambda *a: dpo(*(x if x.ndim == 2 and len(x) == E else x[:3] for x in a[:5]), chunk=4),
-         "3 rows are no pairs"),
+         "3 rows are not pairs"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(call, message):

@@ -80,7 +80,7 @@ def two_steps(
     model, rows = model or TinyModel(), iter(rows())
     put = functools.partial(sharding.put_batch, mesh=mesh, balance=balance)
     example = sharding.in_order(next(iter(rows)), mesh, balance)
-    shardings, _, initialise = sharded_init(model, tx, example, 0, mesh, rules)
+    shardings, _, initialize = sharded_init(model, tx, example, 0, mesh, rules)
     loss = loss or steps.make_loss(model, "language_model")
     train_step = steps.make_train_step(loss, tx, rate, microbatches)
 
@@ -91,7 +91,7 @@ def two_steps(
         return *train_step(state, batch), grads
 
     step = jax.jit(step_and_gradients, out_shardings=(shardings, sharding.replicated(mesh), None))
-    before = initialise() if before is None else jax.device_put(before, shardings)
+    before = initialize() if before is None else jax.device_put(before, shardings)
     with sharding.use(mesh):
         middle, _, grads = step(before, put(next(rows)))
         after, metrics, _ = step(middle, put(next(rows)))

@@ -117,7 +117,7 @@ def test_permuted_digits_have_one_order_for_all():
     assert not np.array_equal(mixed["tokens"], other["tokens"])
 
 
-def test_colour_pictures_are_scaled_and_grey_is_luma():
+def test_color_pictures_are_scaled_and_gray_is_luma():
     task, test = batches("sequential_cifar10", "test")
     assert test["tokens"].shape == (4, 1024, 3) and task.n_features == 3
     back = test["tokens"] * np.asarray(images.CIFAR_STD) + np.asarray(images.CIFAR_MEAN)
@@ -131,12 +131,12 @@ def test_colour_pictures_are_scaled_and_grey_is_luma():
     assert np.abs(shades["tokens"] - luma * 255.5 / 255 + 0.5).max() <= 0.5 + 1e-3
     assert shades["tokens"].shape == (4, 1024) and task.vocab_size == 256
     same = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
-    np.testing.assert_array_equal(images.grey(same), np.arange(256))
+    np.testing.assert_array_equal(images.gray(same), np.arange(256))
 
 
 def test_damaged_packages_are_named(packages):
     packages["mnist"]["data/t10k-labels-idx1-ubyte"] = idx(np.zeros(5, np.uint8))
-    with pytest.raises(ArchiveError, match=r"t10k-labels.* is no idx file of bytes \(6,\)"):
+    with pytest.raises(ArchiveError, match=r"t10k-labels.* is not an idx file of bytes \(6,\)"):
         images.read_mnist()
     del packages["mnist"]["data/train-images-idx3-ubyte"]
     with pytest.raises(ArchiveError, match="no train-images"):

@@ -31,7 +31,7 @@ def replay(tokens, weights, targets, window):
 @pytest.mark.parametrize("hard", [False, True])
 def test_repeated_keys_have_their_last_value(hard):
     task = recall_stream(length=120, keys=KEYS, values=VALUES, window=3)
-    batch = task.draw(np.random.default_rng(0), 8, hard)
+    batch = task.sample(np.random.default_rng(0), 8, hard)
     assert batch["tokens"].max() == KEYS + VALUES == task.vocab_size - 1
     lags = [
         lag
