@@ -2,9 +2,9 @@
 # # Attention as tiles
 #
 # Attention compares every query with every key: a square of scores, as long and as wide as the
-# text. Nobody wants to store that square, and with a mask most of it is empty anyway.
+# sequence. That square is too large to store, and with a mask most of it is empty anyway.
 #
-# So cut it into **tiles**. A tile that the mask empties costs nothing. A tile that it fills needs
+# So divide it into **tiles**. A tile that the mask empties costs nothing. A tile that it fills needs
 # no masking. Only the tiles on the edge need a closer look. And the softmax, which seems to need
 # whole rows, can be put together tile by tile, exactly.
 #
@@ -53,16 +53,16 @@ for name, mask in gallery.items():
 
 # %% [markdown]
 # Each can be asked two things. By element, `mask(q, k)`: does this query see this key? By tile,
-# `tile_kinds`: is this tile empty, partial or full? Below, both at once. Grey tiles are skipped,
+# `tile_kinds`: is this tile empty, partial or full? Below, both at once. Gray tiles are skipped,
 # blue ones are computed without a mask, orange ones with it (dark where visible).
 
 # %%
-COLOURS = ["#eeeeee", "white", "#fbdcb5", "#e8871e", "white", "#2f6fab"]  # 2 * kind + visible
+COLORS = ["#eeeeee", "white", "#fbdcb5", "#e8871e", "white", "#2f6fab"]  # 2 * kind + visible
 
 
 def draw(axis, mask, T=T, tile=tile):
     image = masks.picture(mask, T, T, tile, tile)
-    axis.imshow(image, cmap=ListedColormap(COLOURS), vmin=0, vmax=5, interpolation="nearest")
+    axis.imshow(image, cmap=ListedColormap(COLORS), vmin=0, vmax=5, interpolation="nearest")
     axis.set_xticks(np.arange(0, T + 1, tile) - 0.5, [])
     axis.set_yticks(np.arange(0, T + 1, tile) - 0.5, [])
     axis.grid(color="white", linewidth=1)
@@ -77,12 +77,12 @@ for axis, (name, mask) in zip(axes.flat, gallery.items(), strict=True):
     axis.set_title(f"{name}: {masks.live_tiles(kinds)} of {kinds.size}")
 axes[0, 0].set(ylabel="queries")
 axes[1, 0].set(ylabel="queries", xlabel="keys")
-legend = [Patch(color=COLOURS[i], label=text) for i, text in
+legend = [Patch(color=COLORS[i], label=text) for i, text in
           ((0, "empty: skipped"), (3, "partial: masked"), (5, "full: no mask needed"))]
 _ = figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
 
 # %% [markdown]
-# The picture is a promise, so let us check it: no visible score lies in a grey tile, and no
+# The picture is a promise, so let us check it: no visible score lies in a gray tile, and no
 # hidden one in a blue tile.
 
 # %%
@@ -126,8 +126,9 @@ print(f"at {lengths[-1]} tokens:", {name: int(counts[-1]) for name, counts in li
 #
 # ## A softmax in pieces
 #
-# A softmax needs the sum over a whole row, and a tile has only a part of the row. The way out:
-# keep, for each part, its output `o` and the logarithm of its sum, `lse`. Two parts then merge:
+# A softmax needs the sum over a whole row, and a tile has only a part of the row. The
+# solution: keep, for each part, its output `o` and the logarithm of its sum, `lse`. Two parts then
+# merge:
 #
 # $$ \mathrm{lse} = \log(e^{\mathrm{lse}_1} + e^{\mathrm{lse}_2}), \qquad
 #    o = e^{\mathrm{lse}_1 - \mathrm{lse}}\, o_1 + e^{\mathrm{lse}_2 - \mathrm{lse}}\, o_2 . $$
@@ -141,11 +142,11 @@ def by_hand(scores, values):
 
 
 scores, values = np.log([1.0, 2.0, 5.0]), np.array([1.0, 2.0, 4.0])
-for cut in (1, 2):
-    o1, lse1 = by_hand(scores[:cut], values[:cut])
-    o2, lse2 = by_hand(scores[cut:], values[cut:])
+for split in (1, 2):
+    o1, lse1 = by_hand(scores[:split], values[:split])
+    o2, lse2 = by_hand(scores[split:], values[split:])
     o, lse = merge_partials(jnp.array([o1]), jnp.array(lse1), jnp.array([o2]), jnp.array(lse2))
-    print(f"{cut} + {3 - cut} keys: o = {o[0]:.6f}, lse = {lse:.6f}")
+    print(f"{split} + {3 - split} keys: o = {o[0]:.6f}, lse = {lse:.6f}")
     assert np.isclose(o[0], 25 / 8) and np.isclose(lse, np.log(8))
 
 # %% [markdown]

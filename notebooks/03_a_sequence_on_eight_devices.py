@@ -1,16 +1,16 @@
 # %% [markdown]
 # # A sequence on eight devices
 #
-# A sequence that is too long for one device is cut along time: device $p$ of $P$ holds $T/P$
+# A sequence that is too long for one device is sharded along time: device $p$ of $P$ holds $T/P$
 # tokens. Embeddings, norms and MLPs look at one token at a time and notice nothing. The layers
-# that mix over time have to send something, and what they send is what tells the ways apart:
+# that mix over time have to send something, and what they send is what distinguishes the strategies:
 #
 # - **attention** needs every key that a query sees: keys travel, or heads are traded for time;
 # - **a recurrence** needs one state, that of the moment before its first token.
 #
 # This notebook draws who holds what, who sends what to whom and when, counts the bytes in the
 # compiled programs, and ends with a model that trains on eight devices as on one. The devices are
-# virtual ones: eight parts of one CPU. So nothing here is about speed; numbers, messages, bytes and
+# virtual ones: eight parts of one CPU. So nothing here is about speed; values, messages, bytes and
 # memory are those of real programs.
 
 # %%
@@ -52,9 +52,9 @@ def mesh_of(count):
 
 
 def over(count, function, *, result=PartitionSpec(None, "sequence")):
-    """function of one device's part, compiled for `count` devices that share dimension 1."""
-    cut = PartitionSpec(None, "sequence")
-    return jax.jit(jax.shard_map(function, mesh=mesh_of(count), in_specs=cut, out_specs=result,
+    """function of one device's shard, compiled for `count` devices that share dimension 1."""
+    time = PartitionSpec(None, "sequence")
+    return jax.jit(jax.shard_map(function, mesh=mesh_of(count), in_specs=time, out_specs=result,
                                  check_vma=False))
 
 
@@ -63,7 +63,7 @@ def over(count, function, *, result=PartitionSpec(None, "sequence")):
 #
 # Three orders of the tokens. Under a causal mask a query costs as many keys as it has before it, so
 # with runs of equal length the last device has fifteen times the first one's work, and in a ring
-# everybody waits for the slowest. **Zigzag** gives each device an early run and a late one,
+# all wait for the slowest. **Zigzag** gives each device an early run and a late one,
 # **striped** every eighth token. The order is made once, where batches are made; positions, masks
 # and targets follow it.
 
@@ -90,7 +90,7 @@ _ = axes[2, 1].set(xlabel="device")
 #
 # Queries stay. In round $r$ device $p$ has the keys of device $p - r$, attends to them, and hands
 # them on while it does. What of those keys the mask lets it see is drawn below: one square is one
-# device in one round, the colour says whose keys it has, and how much of the square is filled, how
+# device in one round, the color says whose keys it has, and how much of the square is filled, how
 # many of the pairs of query and key are to be computed.
 
 # %%
@@ -124,7 +124,7 @@ assert waits["zigzag"] < 1.2 < waits["contiguous"]
 assert visible(Causal() & SlidingWindow(11), "contiguous")[0].shape[1] == 3
 
 # %% [markdown]
-# The number is the sum over rounds of the busiest device's work, over the mean: nobody gets new keys
+# The number is the sum over rounds of the busiest device's work, over the mean: no device gets new keys
 # before all have passed theirs on. Contiguous runs waste half of it. Rounds that no device needs are never
 # run: a window costs as many as it is long.
 #
@@ -144,10 +144,10 @@ def loss(q, k, v, weights, attend):
 
 whole = functools.partial(attention, mask=Causal())
 want = whole(q, k, v), *jax.grad(functools.partial(loss, attend=whole), (0, 1, 2))(q, k, v, weights)
-for name, way in ATTENTION.items():
+for name, strategy in ATTENTION.items():
     for balance in ("contiguous",) if SMALL else ("contiguous", "zigzag"):
         order, back = layouts.order(T, P, balance), layouts.restore(T, P, balance)
-        attend = functools.partial(way, mask=Causal(), balance=balance)
+        attend = functools.partial(strategy, mask=Causal(), balance=balance)
         gradients = jax.grad(functools.partial(loss, attend=attend), (0, 1, 2))
         moved = [x[:, order] for x in (q, k, v, weights)]
         got = over(P, attend)(*moved[:3]), *over(P, gradients)(*moved)
@@ -196,8 +196,8 @@ assert grown[-1] < 2 * grown[0] < table["T = 128 P, 8 heads", "ring"][-1]
 # A device of a ring, or of a gather, sees all keys pass: its traffic grows with the sequence,
 # however many devices share it. In Ulysses a device trades away only what it holds, so its traffic
 # stays when tokens and devices grow together. With few key-value heads the picture turns: keys are
-# small, and what Ulysses sends is mostly queries and outputs. A ring can also hide its messages
-# behind the computation, an all-to-all cannot.
+# small, and what Ulysses sends is mostly queries and outputs. A ring can also overlap its messages
+# with the computation, an all-to-all cannot.
 #
 # ## What memory a device needs
 #
@@ -225,16 +225,16 @@ assert all(memory[name][-1] < memory[name][0] for name in ("ring", "ulysses"))
 assert SMALL or memory["all_gather"][-1] > 0.8 * memory["all_gather"][0]
 
 # %% [markdown]
-# A ring holds its own tokens and one neighbour's keys, Ulysses the same for some heads: both fall as
+# A ring holds its own tokens and one neighbor's keys, Ulysses the same for some heads: both fall as
 # devices are added. A gather holds the keys of the whole sequence however many share it. Ring
 # Self-Attention, as the paper has it, keeps rows of scores as long as the sequence: with devices
 # they fall, with the length they grow by its square.
 #
 # ## Recurrences: a state goes from device to device
 #
-# A device's stretch of a recurrence is one affine map of the state, $S \mapsto A_p S + S_p$: what it
+# A device's shard of a recurrence is one affine map of the state, $S \mapsto A_p S + S_p$: what it
 # does to the state that enters, and what it adds. All devices work theirs out at once, from zeros.
-# Then device $p$ needs $S_\mathrm{in}(p)$, the maps before it in a row. Four schedules are at hand. Here
+# Then device $p$ needs $S_\mathrm{in}(p)$, the maps before it in a row. There are four schedules. Here
 # they are played through in plain Python, with nothing but the messages that are drawn, and their
 # results compared with those of the real ops.
 
@@ -249,7 +249,7 @@ def chain(A, S):
 
 
 def all_gather(A, S):
-    """All maps to everybody, who then folds those before it (LASP-2)."""
+    """All maps to every device, which then folds those before it (LASP-2)."""
     S_in, messages = np.zeros_like(S), []
     for q in range(P):
         for p in range(q):
@@ -259,7 +259,7 @@ def all_gather(A, S):
 
 
 def log_step(A, S):
-    """After messages over 1, 1, 2, 4 devices everybody has all maps before it (Hillis, Steele)."""
+    """After messages over 1, 1, 2, 4 devices every device has all maps before it (Hillis, Steele)."""
     before = lambda x, d: np.concatenate([np.zeros_like(x[:d]), x[:-d]])
     messages = [(0, 1, p, p + 1) for p in range(P - 1)]
     A, S, distance, tick = before(A, 1), before(S, 1), 1, 1
@@ -290,7 +290,7 @@ ends = {}
 for axis, kind in zip(axes, SCHEDULES, strict=True):
     S_in, messages = SCHEDULES[kind](A, S)
     scan = lambda A, S, kind=kind: affine_scan(jnp.log(A[:, 0]), S[:, 0], kind=kind)[0][:, None]
-    # Dimension 1 is the one that is cut: one row of it a device.
+    # Dimension 1 is the one that is sharded: one row of it a device.
     of_op = over(P, scan)(*(jnp.asarray(x.swapaxes(0, 1), jnp.float32) for x in (A, S)))
     np.testing.assert_allclose(of_op.swapaxes(0, 1), S_in, atol=1e-5)
     for start, end, p, q in messages:
@@ -349,7 +349,7 @@ step = steps.make_train_step(steps.make_loss(model, "language_model"), tx, lambd
 
 
 def train(count):
-    """(losses, gradient norms, the compiled step) with rows cut over `count` devices."""
+    """(losses, gradient norms, the compiled step) with rows sharded over `count` devices."""
     mesh = sharding.make_mesh(MeshConfig(data=1, sequence=count), jax.devices()[:count])
     with sharding.use(mesh):
         stream = (sharding.put_batch(batch, mesh) for batch in batches())
@@ -383,22 +383,23 @@ left.plot(alone[:, 0], lw=4, color="0.8", label="one device")
 left.plot(together[:, 0], color=COLORS[3], label="eight devices")
 left.set(xlabel="update", ylabel="loss (nats a byte)")
 left.legend(frameon=False)
-apart = np.abs(together / alone - 1)
-right.semilogy(apart[:, 0] + 1e-9, label="loss")
-right.semilogy(apart[:, 1] + 1e-9, label="norm of the gradient")
+difference = np.abs(together / alone - 1)
+right.semilogy(difference[:, 0] + 1e-9, label="loss")
+right.semilogy(difference[:, 1] + 1e-9, label="norm of the gradient")
 right.set(xlabel="update", ylabel="relative difference")
 _ = right.legend(frameon=False)
-print(f"first update: {apart[0].max():.1e} apart; at most {apart[:, 0].max():.1e} in the loss later")
-assert apart[0].max() < 1e-5
-assert apart[:, 0].max() < 1e-4
+print(f"max relative difference: {difference[0].max():.1e} in the first update, "
+      f"{difference[:, 0].max():.1e} in the loss later")
+assert difference[0].max() < 1e-5
+assert difference[:, 0].max() < 1e-4
 if not SMALL:
     assert alone[-5:, 0].mean() < alone[:5, 0].mean() - 1
 
 # %% [markdown]
-# The updates are the same but for the order of float32 sums. What rounding does later is up to the
+# The updates are the same but for the order of float32 sums. What rounding does later depends on the
 # task: each update starts from the one before, and where learning is abrupt, two orders of summation
-# part in the end, on one device as well. In float64 the tests hold the ops to 1e-12.
+# diverge in the end, on one device as well. In float64 the tests hold the ops to 1e-12.
 #
-# From here: `docs/sequence_parallel.md` says which mixers, ways and orders go together,
+# From here: `docs/sequence_parallel.md` says which mixers, strategies and orders go together,
 # `tilescan plan` compiles a training step for TPU slices and counts its bytes, and
 # `configs/ulysses.py`, `zeco.py` and `ring_self_attention.py` measure the papers.

@@ -25,27 +25,31 @@ class ThisInterpreter(AsyncKernelManager):
     """Runs kernels in the Python that runs this script, whatever kernels are installed."""
 
     @property
-    def kernel_spec(self):
+    def kernel_spec(self) -> KernelSpec:
+        """This interpreter's, whatever name is asked for."""
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
 
 def scripts() -> list[pathlib.Path]:
+    """Returns the notebooks' scripts, in order."""
     return sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 
 
 def read(script: pathlib.Path) -> nbformat.NotebookNode:
-    """The notebook that a script describes, without outputs."""
+    """Returns the notebook that a script describes, without outputs."""
     notebook = jupytext.read(script)
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"  # jupytext draws them at random: every build would differ
+        cell.id = f"cell-{number}"  # jupytext samples them: every build would differ
         cell.metadata.clear()
     kernel = dict(name="python3", display_name="Python 3", language="python")
     notebook.metadata = nbformat.from_dict({"kernelspec": kernel})
     return notebook
 
 
-def execute(notebook: nbformat.NotebookNode, size: str, timeout: int = 900):
+def execute(
+    notebook: nbformat.NotebookNode, size: str, timeout: int = 900
+) -> nbformat.NotebookNode:
     """Runs all cells in place; a cell that raises raises `nbclient.CellExecutionError`."""
     client = nbclient.NotebookClient(
         notebook,
@@ -59,7 +63,8 @@ def execute(notebook: nbformat.NotebookNode, size: str, timeout: int = 900):
     return notebook
 
 
-def main():
+def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", nargs="*", help="beginnings of names, such as 01; default: all")
     parser.add_argument("--size", choices=SIZES, default="full")

@@ -21,13 +21,23 @@ Sums = dict[str, Any]
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a checkpoint must hold to continue, but the data iterator."""
+    """Everything that a checkpoint must hold to continue, but the data iterator.
 
-    step: Int[Array, ""]  # updates done
-    params: Any
-    opt_state: Any
-    key: Array  # uint32 key data; update t uses fold_in(key, t)
-    masters: Any = None  # see `masters_of`
+    The same tree holds shapes or shardings in the place of arrays.
+
+    Attributes:
+      step: int32 [], updates done.
+      params: the model's.
+      opt_state: the optimizer's.
+      key: uint32 key data; update t uses fold_in(key, t).
+      masters: see `masters_of`.
+    """
+
+    step: Any
+    params: PyTree
+    opt_state: PyTree
+    key: Any
+    masters: PyTree | None = None
 
 
 def init_state(

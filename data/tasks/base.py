@@ -306,8 +306,14 @@ def language_rows(rows: np.ndarray, answers: np.ndarray) -> Batch:
     }
 
 
-def padded_rows(rows: Sequence[np.ndarray], length: int, pad: int) -> Batch:
-    """Truncates or pads rows: tokens and segment_ids (1, padding 0), int32 [B, length]."""
+def padded_rows(rows: Sequence[np.ndarray] | np.ndarray, length: int, pad: int) -> Batch:
+    """Truncates or pads rows: tokens and segment_ids (1, padding 0), int32 [B, length].
+
+    Args:
+      rows: B arrays of tokens, of any lengths.
+      length: T.
+      pad: the token that fills up.
+    """
     lengths = np.asarray([min(len(row), length) for row in rows])
     inside = np.arange(length) < lengths[:, None]
     tokens = np.full(inside.shape, pad, np.int32)

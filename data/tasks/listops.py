@@ -211,7 +211,7 @@ def listops(
     return FixedTask("listops", load, present, max_length, len(SYMBOLS), 10)
 
 
-def evaluate(tokens: Sequence[int]) -> int:
+def evaluate(tokens: Sequence[int] | np.ndarray) -> int:
     """Computes the value of a written tree, with a stack.
 
     Raises:

@@ -9,7 +9,7 @@ import pytest
 from tilescan.models import LanguageModelConfig
 from tilescan.training import config as lib
 from tilescan.training import inputs, sharding, steps, train
-from tilescan.training.checkpoints import CheckpointError
+from tilescan.training.checkpoints import CheckpointError, Checkpoints
 from tilescan.training.config import ConfigError, default_config, override, settings
 from tilescan.training.optimizers import make_optimizer
 from tilescan.training.settings import OptimizerConfig, warmup_steps
@@ -238,7 +238,7 @@ def test_a_default_that_follows_equals_what_it_follows_to():
     }
 
 
-class Saved:
+class Saved(Checkpoints):
     """As much of Checkpoints as `step_to_restore` asks: one checkpoint, at step 2."""
 
     directory = "checkpoints"

@@ -79,6 +79,12 @@ def test_a_batch_with_other_ids_is_named(tmp_path, name, value, split):
         def __getattr__(self, attribute):
             return getattr(self.rows, attribute)
 
+        def get_state(self):
+            return self.rows.get_state()
+
+        def set_state(self, state):
+            self.rows.set_state(state)
+
         def __next__(self):
             batch = {k: np.array(v) for k, v in next(self.rows).items()}
             batch["weights"][0, 0] = 1

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # One recurrence, four ways
+# # One recurrence, four algorithms
 #
 # A state space model carries a state through time,
 #
@@ -40,7 +40,7 @@ plt.rcParams.update({"figure.dpi": 80, "font.size": 9, "axes.spines.top": False,
                      "axes.spines.right": False})
 
 # %% [markdown]
-# ## The four ways
+# ## The four algorithms
 #
 # The system is S4D's: for each of `H` channels a diagonal $A_n = -\frac12 + i\pi n$ and a step of
 # its own, $\bar A = e^{\Delta A}$. States come in conjugate pairs, of which one half is kept.
@@ -94,8 +94,8 @@ def convolution(u):
     return long_convolution(u, s4.s4d_kernel(log_dt, A, B, C, u.shape[1]))[0]
 
 
-WAYS = {"sequential": sequential, "associative": associative, "chunked": chunked,
-        "convolution": convolution}
+ALGORITHMS = {"sequential": sequential, "associative": associative, "chunked": chunked,
+              "convolution": convolution}
 
 # %% [markdown]
 # What is right is decided by plain steps in float64:
@@ -113,17 +113,17 @@ def in_float64(u):
 
 u = jnp.asarray(rng.standard_normal((1, 1000, H)), jnp.float32)
 exact = in_float64(u)
-for name, way in WAYS.items():
-    error = np.abs(way(u) - exact).max() / np.abs(exact).max()
+for name, algorithm in ALGORITHMS.items():
+    error = np.abs(algorithm(u) - exact).max() / np.abs(exact).max()
     print(f"{name:12s} largest error {error:.1e} of the largest output")
     assert error < 3e-5
 
 # %% [markdown]
 # ## What they cost
 #
-# Same numbers, different bills. For one channel of N states over T steps, in chunks of c:
+# Same outputs, different costs. For one channel of N states over T steps, in chunks of c:
 #
-# | way | work | depth | memory |
+# | algorithm | work | depth | memory |
 # | --- | --- | --- | --- |
 # | sequential | T N | T | N |
 # | associative | T N, a few times over | log T | T N |
@@ -138,40 +138,42 @@ for name, way in WAYS.items():
 LENGTHS = [256, 1024] if SMALL else [256, 1024, 4096, 16384, 65536]
 
 
-def milliseconds(way, T):
+def milliseconds(algorithm, T):
     u = jax.random.normal(jax.random.key(0), (1, T, H))
-    way(u).block_until_ready()
+    algorithm(u).block_until_ready()
     times = []
     for _ in range(3 if SMALL else 7):
         start = time.perf_counter()
-        way(u).block_until_ready()
+        algorithm(u).block_until_ready()
         times.append(time.perf_counter() - start)
     return 1e3 * min(times)
 
 
-def mebibytes(way, T):
-    compiled = way.lower(jax.ShapeDtypeStruct((1, T, H), jnp.float32)).compile()
+def mebibytes(algorithm, T):
+    compiled = algorithm.lower(jax.ShapeDtypeStruct((1, T, H), jnp.float32)).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
-elapsed = {name: [milliseconds(way, T) for T in LENGTHS] for name, way in WAYS.items()}
-memory = {name: [mebibytes(way, T) for T in LENGTHS] for name, way in WAYS.items()}
+elapsed = {name: [milliseconds(algorithm, T) for T in LENGTHS]
+           for name, algorithm in ALGORITHMS.items()}
+memory = {name: [mebibytes(algorithm, T) for T in LENGTHS]
+          for name, algorithm in ALGORITHMS.items()}
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 for axis, results, label in ((axes[0], elapsed, "ms"), (axes[1], memory, "temporary MiB")):
     for (name, numbers), marker in zip(results.items(), "os^d", strict=True):
         axis.loglog(LENGTHS, numbers, marker + "-", label=name)
     axis.set(xlabel="tokens", ylabel=label)
 _ = axes[0].legend(frameon=False)
-for name in WAYS:
+for name in ALGORITHMS:
     print(f"{name:12s}", ", ".join(f"{t:.3g} ms" for t in elapsed[name]), "|",
           ", ".join(f"{m:.3g} MiB" for m in memory[name]))
 assert memory["chunked"][-1] < memory["associative"][-1]
 
 # %% [markdown]
 # The tree keeps a state for every token; that is what runs out of memory first, and two cores have
-# no use for so short a depth. Steps keep one state, and on a processor with few lanes they are no
-# bad way. Chunks lie between: their work is matrix products, and only one state goes from chunk to
-# chunk. The convolution has no state, which is also its limit: generation goes back to steps.
+# no use for so short a depth. Steps keep one state, and on a processor with few lanes they are a
+# good method. Chunks lie between: their work is matrix products, and only one state goes from chunk
+# to chunk. The convolution has no state, which is also its limit: generation goes back to steps.
 #
 # ## Looking into the states
 #
@@ -199,9 +201,9 @@ for i in range(3):
     np.testing.assert_allclose(packed[:, 40 * i:40 * (i + 1)], alone, atol=1e-6)
 
 # %% [markdown]
-# A state is all that the past leaves behind, so a sequence may be cut anywhere: the first part
-# gives `final_state`, the second takes it as `initial_state`. (Streaming, training on pieces of a
-# book and splitting a sequence over devices are all this line.)
+# A state is all that later tokens need of the past, so a sequence may be split anywhere: the first
+# part gives `final_state`, the second takes it as `initial_state`. (Streaming, training on pieces of a
+# book and sharding a sequence over devices are all this line.)
 
 # %%
 whole, last = linear_recurrence(a, b)
@@ -214,8 +216,8 @@ np.testing.assert_allclose(end, last, atol=1e-6)
 # ## Decays that the input selects
 #
 # Mamba-2 lets every token choose its decay, $h_t = e^{\Delta_t A} h_{t-1} + \Delta_t x_t B_t^\top$
-# and $y_t = h_t C_t$. No convolution does that any more. The other three ways stay, and a new one
-# joins them: written out, $y = (L \circ C B^\top)(\Delta x)$ is attention without softmax, with a
+# and $y_t = h_t C_t$. No convolution does that any more. The other three algorithms stay, and a new
+# one joins them: written out, $y = (L \circ C B^\top)(\Delta x)$ is attention without softmax, with a
 # mask $L_{ij} = e^{\sum_{j<k\le i} \Delta_k A}$ of decays. Chunks are what lies between: squares of
 # that matrix on the diagonal, a state for all that is left of them.
 
@@ -242,10 +244,10 @@ for axis, image, title in ((axes[0], L, "decays L"), (axes[1], jnp.abs(scores), 
     axis.set(xlabel="j", ylabel="i")
 
 # %% [markdown]
-# ## A state that never learnt to forget
+# ## A state that never learned to forget
 #
-# The state has a fixed size, and the text has not. A model must learn to forget, and it learns
-# that only if its training texts fill the state ("Stuffed Mamba", arXiv 2410.07145). Two small
+# The state has a fixed size, and the sequence has not. A model must learn to forget, and it learns
+# that only if its training sequences fill the state ("Stuffed Mamba", arXiv 2410.07145). Two small
 # Mamba-2 models read a stream of pairs, key and value, and are asked for the last value of a recent
 # key: one with a small state, one with a large one, both trained on rows of 16 tokens and then read
 # far beyond.
@@ -303,14 +305,14 @@ places = np.arange(LONG // 8) * 8 + 8
 
 
 def calmer(values):
-    """Means of three buckets behind the training length, where a bucket has few questions."""
+    """Means of three buckets beyond the training length, where a bucket has few questions."""
     return np.append(values[:2], values[2:].reshape(-1, 3).mean(axis=1))
 
 
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 for name, (losses, _) in curves.items():
     axes[0].plot(calmer(places), calmer(losses / losses[:2].max()), label=name)
-axes[0].axvline(TRAINED, color="grey", lw=0.7, ls=":")
+axes[0].axvline(TRAINED, color="gray", lw=0.7, ls=":")
 axes[0].set(xlabel="position", ylabel="loss / greatest loss within 16 tokens", ylim=0)
 axes[0].legend(frameon=False)
 for name in list(curves)[:2]:
@@ -322,10 +324,10 @@ axes[1].set(xlabel="position", ylabel="root mean square of the state, times that
 _ = axes[1].legend(frameon=False)
 ratio = {}
 for name, (losses, _) in curves.items():
-    within, behind = losses[:2].max(), losses[2:]
-    ratio[name] = behind.mean() / within
-    print(f"{name:27s} loss within 16 tokens {within:.3f}; behind, {ratio[name]:.2f} times that, "
-          f"at most {behind.max() / within:.2f} times")
+    within, beyond = losses[:2].max(), losses[2:]
+    ratio[name] = beyond.mean() / within
+    print(f"{name:27s} loss within 16 tokens {within:.3f}; beyond, {ratio[name]:.2f} times that, "
+          f"at most {beyond.max() / within:.2f} times")
 
 # %%
 if not SMALL:  # three steps teach nothing
@@ -335,7 +337,7 @@ if not SMALL:  # three steps teach nothing
     assert collapsed > ratio[f"{large}, trained on rows of 64"]
 
 # %% [markdown]
-# The larger state is the better one within 16 tokens, and the one that loses most behind them. A
+# The larger state is the better one within 16 tokens, and the one that loses most beyond them. A
 # window on the state, put on after training, takes a part of that away: it forgets in the model's
 # place. Longer rows teach the model itself to forget. The norms say less: the large state grows
 # more than the small one, but at this size neither explodes, as the paper's do at its own.
