@@ -145,6 +145,8 @@ def loss(q, k, v, weights, attend):
 whole = functools.partial(attention, mask=Causal())
 want = whole(q, k, v), *jax.grad(functools.partial(loss, attend=whole), (0, 1, 2))(q, k, v, weights)
 for name, strategy in ATTENTION.items():
+    if name == "ring_kernel":  # the ring by remote copies, which TPUs alone have
+        continue
     for balance in ("contiguous",) if SMALL else ("contiguous", "zigzag"):
         order, back = layouts.order(T, P, balance), layouts.restore(T, P, balance)
         attend = functools.partial(strategy, mask=Causal(), balance=balance)
