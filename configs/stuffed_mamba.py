@@ -51,7 +51,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.mitigation = section(
         kept_shares=(0.44, 0.1, 0.01),
         b_scale=0.75,
-        windows=(1, 2),  # parts of the training length that the window holds
+        windows=(1, 2),  # the window holds the training length divided by these
         bounds=(1.0,),  # times the norms at the end of the training length
         dt_scales=(0.5,),
     )

@@ -28,6 +28,12 @@ RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "sgd": lambda c: optax.trace(c.b1) if c.b1 else optax.identity(),
 }
 
+# Parameters that are A, B and P of a state space.
+_STATE_MATRICES = {
+    "s4": r"(log_A_real|A_imag|/[PB]_(real|imag))$",
+    "s4d": r"(log_A_real|A_imag)$",
+}
+
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable:
     """Returns `rate(t)`, the learning rate of update t in [0, steps).
@@ -119,6 +125,34 @@ def _scale_by_group(config: OptimizerConfig, rate: Callable) -> optax.GradientTr
 
     return optax.GradientTransformation(
         lambda params: optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32)), update
+    )
+
+
+def state_space_groups(
+    mixer: str, learning_rate: float, *, slowest: float = 1e-3, frozen: bool = False
+) -> tuple[dict[str, Any], ...]:
+    """Returns entries of `optimizer.groups`: a state space trains slowly and does not decay.
+
+    As S4's paper trains (arXiv 2111.00396): A, B, P and the step of time at a rate of at most
+    `slowest`; C and D are like all other parameters.
+
+    Args:
+      mixer: "s4" or "s4d".
+      learning_rate: of the other parameters.
+      slowest: the rate of the state space, unless the others' is smaller.
+      frozen: whether A, B and P stay what they were at the start.
+
+    Raises:
+      ValueError: another mixer.
+    """
+    if mixer not in _STATE_MATRICES:
+        known = ", ".join(_STATE_MATRICES)
+        raise ValueError(f"mixer={mixer!r} has no group of its own; known: {known}")
+    factor = min(1.0, slowest / learning_rate)
+    factors = {_STATE_MATRICES[mixer]: 0.0 if frozen else factor, r"log_dt$": factor}
+    return tuple(
+        {"pattern": pattern, "lr_multiplier": lr_multiplier, "weight_decay": 0.0}
+        for pattern, lr_multiplier in factors.items()
     )
 
 

@@ -7,7 +7,7 @@ Dimensions: B batch, T time, L layers, H heads, P head dim, N state dim.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from tilescan.data.batches import Batch
 from tilescan.data.buckets import mean_by_position
 from tilescan.models import LanguageModel, LanguageModelConfig
 from tilescan.models.language_model import ModelState
@@ -185,3 +186,51 @@ def with_mixer(config: LanguageModelConfig, **options: Any) -> LanguageModelConf
     """Returns the config with other options of its Mamba-2 mixers; the same parameters fit."""
     mixers = {**config.mixers, "mamba2": {**config.mixers.get("mamba2", {}), **options}}
     return dataclasses.replace(config, mixers=mixers)
+
+
+def compare_mitigations(
+    config: LanguageModelConfig,
+    params: Any,
+    batches: Mapping[str, Batch],
+    candidates: Mapping[str, Sequence[Mapping[str, float]]],
+    *,
+    train_length: int,
+    chunk: int,
+) -> dict[str, dict[str, Any]]:
+    """Measures the loss within and beyond the training length under mitigations of collapse.
+
+    Args:
+      config: of a model whose pattern holds nothing but "mamba2".
+      params: its parameters.
+      batches: {"validation", "test"}: rows of several training lengths.
+      candidates: {mitigation: what validation chooses from}: options of the mixer, see
+        `with_mixer`; "bound" stands for a bound of each head's norm, in units of its mean at the
+        end of the training length on validation rows.
+      train_length: T, even.
+      chunk: tokens a call, as of `read`; it divides T.
+
+    Returns:
+      {mitigation: {"chosen": the candidate with the smallest loss at the end of validation rows,
+      and of test rows "within": the mean loss in (T/2, T], "beyond": that of the last T/2}}.
+    """
+
+    def reading(split: str, limit: np.ndarray | None = None, **options) -> dict[str, np.ndarray]:
+        changed, batch = with_mixer(config, **options), batches[split]
+        return read(changed, params, batch["tokens"], batch["targets"], chunk=chunk, limit=limit)
+
+    # Norms of the states at the end of the training length, a bound for longer sequences.
+    mixer = config.mixers["mamba2"]
+    size = mixer.get("head_dim", 64) * mixer.get("state_dim", 128)
+    norms = state_norms(reading("validation"), size)[train_length // chunk - 1].mean(axis=1)
+
+    def losses(split: str, bound: float | None = None, **options) -> list[float]:
+        found = reading(split, None if bound is None else bound * norms, **options)["nll"]
+        return by_position(found, batches[split]["weights"], train_length // 2)
+
+    # Validation chooses, the test decides.
+    result = {}
+    for name, options in candidates.items():
+        chosen = min(options, key=lambda candidate: losses("validation", **candidate)[-1])
+        tested = losses("test", **chosen)
+        result[name] = {"chosen": dict(chosen), "within": tested[1], "beyond": tested[-1]}
+    return result

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tilescan.training.optimizers import check_groups, group_of, make_optimizer, make_schedule
+from tilescan.training.optimizers import (
+    check_groups,
+    group_of,
+    make_optimizer,
+    make_schedule,
+    state_space_groups,
+)
 from tilescan.training.settings import RECURRENCE, ConfigError, OptimizerConfig, ParamGroup
 
 STEPS, WARMUP = 40, 7
@@ -168,3 +174,16 @@ def test_recurrences_and_scales_are_not_decayed_by_default():
         assert group_of(f"backbone/layers/s_0/mixer/{name}", OptimizerConfig()).weight_decay == 0.1
     slower = OptimizerConfig(groups=(ParamGroup(RECURRENCE, 0.1, 0.0),))
     assert group_of("mixer/A_log", slower).lr_multiplier == 0.1
+
+
+def test_a_state_space_trains_slowly_and_does_not_decay():
+    groups = tuple(ParamGroup(**g) for g in state_space_groups("s4", 1e-2))
+    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, groups=groups)
+    found = lambda name: group_of(f"layers/s4_0/mixer/{name}", config)
+    for name in ("log_A_real", "A_imag", "P_real", "B_imag", "log_dt"):
+        assert (found(name).lr_multiplier, found(name).weight_decay) == (0.1, 0.0)
+    assert (found("C_real").lr_multiplier, found("C_real").weight_decay) == (1.0, 0.1)
+    factors = [g["lr_multiplier"] for g in state_space_groups("s4d", 5e-4, frozen=True)]
+    assert factors == [0.0, 1.0]  # never faster than the others
+    with pytest.raises(ValueError, match="mixer='h3'"):
+        state_space_groups("h3", 1e-3)

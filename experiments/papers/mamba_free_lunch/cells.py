@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 
 from tilescan.configs.common import flat
 from tilescan.experiments.harness.cells import Cell, sweep
+from tilescan.experiments.measurements import copying
 from tilescan.experiments.measurements.training import measure_task, state_size
-from tilescan.experiments.papers.mamba_free_lunch import theory
 
 TRANSFORMER = "Transformer (rotary)"
 
@@ -21,11 +21,13 @@ def cells(config: ConfigDict) -> list[Cell]:
 def theory_cells(score: ConfigDict, recall: ConfigDict) -> list[Cell]:
     """Returns theorems 1 to 3 on constructed queries, keys and values."""
     base = {"kind": "score", "lengths": tuple(score.lengths), "tolerance": score.tolerance}
-    attention, state = ({**base, "mechanism": m} for m in (theory.ATTENTION, theory.STATE))
+    attention, state = ({**base, "mechanism": m} for m in (copying.ATTENTION, copying.STATE))
     return [
-        Cell("score-attention", theory.required_score, attention, seconds=5),
-        *sweep("score-decay{decay:g}", theory.required_score, state, decay=score.decays, seconds=5),
-        Cell("recall", theory.recall, {"kind": "recall", **recall.to_dict()}, seconds=5),
+        Cell("score-attention", copying.required_score, attention, seconds=5),
+        *sweep(
+            "score-decay{decay:g}", copying.required_score, state, decay=score.decays, seconds=5
+        ),
+        Cell("recall", copying.recall, {"kind": "recall", **recall.to_dict()}, seconds=5),
     ]
 
 

@@ -9,8 +9,8 @@ from tilescan.experiments.harness.claims import Claim, Verdict, claim, leads, no
 from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.tables import percent
+from tilescan.experiments.measurements import copying
 from tilescan.experiments.measurements.training import examples_to
-from tilescan.experiments.papers.mamba_free_lunch import theory
 from tilescan.experiments.papers.mamba_free_lunch.tables import SOLVED, exact, mechanism, models
 
 FEWER = 3.0  # times fewer examples
@@ -47,7 +47,7 @@ def claims(records: Records) -> list[Claim]:
         ),
         claim(
             "steps that look far back",
-            "Written steps that need the whole input favour the Transformer.",
+            "Written steps that need the whole input favor the Transformer.",
             longer_steps(dp.select(local=False, steps_written=True)),
         ),
         *map(law, records.kind("score")),
@@ -157,7 +157,7 @@ def _family(records: Records, name: str) -> Group:
 def law(record: Record) -> Claim:
     """Returns whether the required score grows with the distance as a theorem says."""
     lengths, scores = (np.array(record.result[k], float) for k in ("lengths", "scores"))
-    if record.settings["mechanism"] == theory.ATTENTION:
+    if record.settings["mechanism"] == copying.ATTENTION:
         says = "Attention's score grows as log L (theorem 2)."
         x, y, want = np.log(lengths), scores, 1.0
     else:

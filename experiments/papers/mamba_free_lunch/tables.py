@@ -16,8 +16,8 @@ from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread
 from tilescan.experiments.harness.tables import MEASURED, STATIC, Column, Table, columns, table
+from tilescan.experiments.measurements import copying
 from tilescan.experiments.measurements.training import examples_to
-from tilescan.experiments.papers.mamba_free_lunch import theory
 
 SOLVED = 0.9  # share of whole strings right
 
@@ -104,20 +104,20 @@ def _score(found: Records) -> Table:
 
 def mechanism(settings: Mapping[str, Any]) -> str:
     """Returns what copies in a cell of theorems 1 and 2."""
-    if settings["mechanism"] == theory.ATTENTION:
+    if settings["mechanism"] == copying.ATTENTION:
         return "attention"
     return f"state, decay {settings['decay']:g}"
 
 
 def _formula(settings: Mapping[str, Any], length: int) -> float:
     tolerance = settings["tolerance"]
-    if settings["mechanism"] == theory.ATTENTION:
+    if settings["mechanism"] == copying.ATTENTION:
         return math.log(length * (2 / tolerance - 1))
     return (1 - tolerance) * settings["decay"] ** -length
 
 
 def _recall(record: Record) -> Table:
-    values = (record.result[name] for name in ("items", theory.ATTENTION, theory.STATE))
+    values = (record.result[name] for name in ("items", copying.ATTENTION, copying.STATE))
     return table(
         "recall",
         f"Theorem 3: items recalled from a state with room for {record.settings['state_dim']} "

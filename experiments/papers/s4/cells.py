@@ -10,6 +10,7 @@ from tilescan.experiments.measurements.generation import decode
 from tilescan.experiments.measurements.training import measure_classification
 from tilescan.experiments.measurements.words import recorded
 from tilescan.experiments.papers.s4 import kernels
+from tilescan.training.optimizers import state_space_groups
 
 # Sections of the config that train on a task: sequential MNIST, and tasks of the Long Range Arena.
 TASKS = ("digits", "listops", "image", "pathfinder")
@@ -20,13 +21,7 @@ INITS = {
     "lin": ("s4d", "lin"),
     "random_diagonal": ("s4d", "random"),
 }
-# S4's own rate for the parameters of its state space other than C and D; these are not decayed.
-SSM_RATE = 1e-3
-STATE_MATRICES = {
-    "s4": r"(log_A_real|A_imag|/[PB]_(real|imag))$",
-    "s4d": r"(log_A_real|A_imag)$",
-}
-MODELS = (*STATE_MATRICES, "attention")
+MODELS = ("s4", "s4d", "attention")
 
 
 def cells(config: ConfigDict) -> list[Cell]:
@@ -37,6 +32,7 @@ def cells(config: ConfigDict) -> list[Cell]:
         "model.max_len": max(generation.contexts) + generation.tokens,
     }
     models = {m: {**model_keys(m, generation), **language} for m in ("s4", "attention")}
+    decoded = {"kind": "generation", "models": models}
     return [
         *sweep(
             "exactness-L{length}",
@@ -56,9 +52,7 @@ def cells(config: ConfigDict) -> list[Cell]:
         *sweep(
             "generation-T{context}",
             decode,
-            recorded(
-                generation, "batch_size", "tokens", "rounds", kind="generation", models=models
-            ),
+            {**recorded(generation, "batch_size", "tokens", "rounds"), **decoded},
             seconds=lambda context: 8 + context / 400,
             context=generation.contexts,
         ),
@@ -149,7 +143,7 @@ def model_keys(model: str, section: ConfigDict, init: str | None = None) -> dict
 
 
 def optimizer_keys(model: str, section: ConfigDict, frozen: bool = False) -> dict[str, Any]:
-    """Returns the keys of AdamW; state spaces train at a rate of at most SSM_RATE, undecayed.
+    """Returns the keys of AdamW, with the state spaces' own rate; see `state_space_groups`.
 
     Args:
       model: one of MODELS; groups of parameters that it lacks would be refused.
@@ -157,17 +151,12 @@ def optimizer_keys(model: str, section: ConfigDict, frozen: bool = False) -> dic
       frozen: whether A, B and P stay what they were at the start.
     """
     rate = section.attention_learning_rate if model == "attention" else section.learning_rate
-    slow = min(1.0, SSM_RATE / rate)
-    groups = [(r"(^|/)(scale|bias|D)$", 1.0)]
-    if model != "attention":
-        groups += [(STATE_MATRICES[model], 0.0 if frozen else slow), (r"log_dt$", slow)]
+    slow = () if model == "attention" else state_space_groups(model, rate, frozen=frozen)
+    fixed = {"pattern": r"(^|/)(scale|bias|D)$", "lr_multiplier": 1.0, "weight_decay": 0.0}
     return {
         "optimizer.learning_rate": rate,
         "optimizer.weight_decay": section.weight_decay,
         "optimizer.warmup_steps": section.steps // 10,
         "optimizer.b2": 0.999,
-        "optimizer.groups": tuple(
-            {"pattern": pattern, "lr_multiplier": factor, "weight_decay": 0.0}
-            for pattern, factor in groups
-        ),
+        "optimizer.groups": (fixed, *slow),
     }

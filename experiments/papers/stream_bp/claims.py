@@ -5,36 +5,30 @@ from tilescan.experiments.harness.claims import Claim, Effect, Verdict, claim
 from tilescan.experiments.harness.groups import by
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.tables import format_value
-from tilescan.experiments.papers.stream_bp import published, tables
-from tilescan.experiments.papers.stream_bp.losses import (
-    CHECKPOINT,
-    DPO,
-    GRPO,
-    LOSSES,
-    MST,
-    NONE,
-    SFT,
-    STREAM,
-)
+from tilescan.experiments.papers.stream_bp import losses, published, tables
+from tilescan.experiments.papers.stream_bp.losses import CHECKPOINT, LOSSES, STREAM
 from tilescan.experiments.papers.stream_bp.tables import LOSS_NAMES, NAMES, PARTS, error, gain
 from tilescan.experiments.papers.stream_bp.training import BASE16, STREAM16, STREAM32
 
 # Of losses and the methods to compare with: bounds of the ratio of lengths, about the least, and
 # for SFT the greatest, that is published over models and kinds of training; what the paper says.
 GAINS = {
-    (SFT, CHECKPOINT): (
+    (losses.SFT, CHECKPOINT): (
         (2.5, 6.0),
         "Sequences are 2.8 to 5.5 times as long as with checkpointing (abstract).",
     ),
-    (SFT, NONE): (
+    (losses.SFT, losses.NONE): (
         (23.0, None),
         "Sequences are 23 to 36 times as long as without checkpointing (section 4.1).",
     ),
-    (GRPO, CHECKPOINT): (
+    (losses.GRPO, CHECKPOINT): (
         (1.4, None),
         "In GRPO sequences are 1.46 to 2.3 times as long (Table 3).",
     ),
-    (DPO, CHECKPOINT): ((1.7, None), "In DPO sequences are 1.77 to 3.1 times as long (Table 3)."),
+    (losses.DPO, CHECKPOINT): (
+        (1.7, None),
+        "In DPO sequences are 1.77 to 3.1 times as long (Table 3).",
+    ),
 }
 MOST_TIME = 1.05
 FLOAT32_ERROR = 1e-5
@@ -115,12 +109,12 @@ def longer(records: Records, loss: str, over: str, low: float, high: float | Non
 
 def beyond_logits(records: Records) -> Verdict:
     """Returns whether chunks of layers give longer sequences than chunks of logits alone."""
-    values = {LOSS_NAMES[loss]: gain(records, loss, MST) for loss in LOSSES}
+    values = {LOSS_NAMES[loss]: gain(records, loss, losses.MST) for loss in LOSSES}
     values = {name: value for name, value in values.items() if value is not None}
     return Verdict(
         "longest sequence, StreamBP / checkpointing with chunks of logits: above 1.2 for each loss",
         c.every(value > 1.2 for value in values.values()),
-        ", ".join(f"{name} {value:.2f}" for name, value in values.items()),
+        c.listed(values, "{} {:.2f}"),
     )
 
 

@@ -132,13 +132,13 @@ def read(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict[s
 
     # Test rows, from their beginning.
     width, batch = length // 2, _rows(settings, "test", times * length)
-    found = _read_all(model, batch["tokens"], batch["targets"], chunk)
+    found = _read(model, batch["tokens"], batch["targets"], chunk)
     by_position = lambda name: state_collapse.by_position(found[name], batch["weights"], width)
 
     # One repeated token: newlines, or blanks.
     repeated = ord("\n") if settings["kind"] == TEXT else model.config.vocab_size - 1
     prompt = np.full((1, times * length), repeated, np.int32)
-    silent = _read_all(model, prompt, prompt, chunk)
+    silent = _read(model, prompt, prompt, chunk)
 
     every = slice(length // chunk - 1, None, length // chunk)
     by_head = lambda values: values[every].mean(axis=2).reshape(times, -1)
@@ -165,58 +165,32 @@ def recall(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict
         rng, options = np.random.default_rng((length, 7)), settings["model"]["rows"]
         tokens, value = recall_stream.distant_recall(rng, settings["prompts"], length, **options)
         targets = np.repeat(value[:, None], length, axis=1)
-        hit = _read_all(model, tokens, targets, min(settings["lengths"]))["hit"]
+        hit = _read(model, tokens, targets, min(settings["lengths"]))["hit"]
         found[str(length)] = float(hit[:, -1].mean())
     return found
 
 
 def mitigate(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict[str, Any]:
-    """Measures the loss within and beyond the training length T under each mitigation.
+    """Measures the loss within and up to four times the training length under each mitigation.
 
     Settings: "model"; "train_length"; "tokens", "chunk", as of `read`; "candidates".
 
     Returns:
-      {name: {"chosen": the candidate with the smallest loss beyond T on validation rows, and of
-      test rows "within": the mean loss in (T/2, T], "beyond": that in (7T/2, 4T]}}.
+      What `state_collapse.compare_mitigations` does.
     """
-    model = trained(workspace, settings["model"], seed)
-    length, chunk = settings["train_length"], settings["chunk"]
-    batches = {split: _rows(settings, split, 4 * length) for split in _READ}
-
-    def reading(split: str, limit: np.ndarray | None = None, **options) -> dict[str, np.ndarray]:
-        batch = batches[split]
-        return _read_all(model, batch["tokens"], batch["targets"], chunk, limit, **options)
-
-    # Norms of the states at the end of the training length, a bound for longer sequences.
-    mixer = model.config.mixers["mamba2"]
-    size = mixer.get("head_dim", 64) * mixer.get("state_dim", 128)
-    norms = state_collapse.state_norms(reading("validation"), size)
-    norms = norms[length // chunk - 1].mean(axis=1)
-
-    def losses(split: str, bound: float | None = None, **options) -> list[float]:
-        found = reading(split, None if bound is None else bound * norms, **options)["nll"]
-        return state_collapse.by_position(found, batches[split]["weights"], length // 2)
-
-    # Validation chooses, the test decides.
-    result = {}
-    for name, options in settings["candidates"].items():
-        chosen = min(options, key=lambda candidate: losses("validation", **candidate)[-1])
-        tested = losses("test", **chosen)
-        result[name] = {"chosen": dict(chosen), "within": tested[1], "beyond": tested[-1]}
-    return result
+    model, length = trained(workspace, settings["model"], seed), settings["train_length"]
+    return state_collapse.compare_mitigations(
+        model.config,
+        model.params,
+        {split: _rows(settings, split, 4 * length) for split in _READ},
+        settings["candidates"],
+        train_length=length,
+        chunk=settings["chunk"],
+    )
 
 
-def _read_all(
-    model: Trained,
-    tokens: np.ndarray,
-    targets: np.ndarray,
-    chunk: int,
-    limit: np.ndarray | None = None,
-    **options: Any,
-) -> dict[str, np.ndarray]:
-    """Returns a reading of rows by a model whose mixers have other `options`."""
-    config = state_collapse.with_mixer(model.config, **options) if options else model.config
-    return state_collapse.read(config, model.params, tokens, targets, chunk=chunk, limit=limit)
+def _read(model: Trained, tokens: np.ndarray, targets: np.ndarray, chunk: int) -> dict:
+    return state_collapse.read(model.config, model.params, tokens, targets, chunk=chunk)
 
 
 def _rows(settings: Mapping[str, Any], split: str, length: int) -> Batch:

@@ -4,15 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tilescan.experiments.harness.claims import (
-    Claim,
-    Verdict,
-    claim,
-    effect_of,
-    higher_by,
-    listed,
-    not_run,
-)
+from tilescan.experiments.harness import claims as c
+from tilescan.experiments.harness.claims import Claim, Verdict, claim
 from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread, exponential_fit, line_fit
@@ -97,7 +90,7 @@ def claims(records: Records) -> list[Claim]:
             "The length from which a passkey is recalled grows with the state, exponentially.",
             recall_grows(q.recalls(records)),
         ),
-        not_run(
+        c.not_run(
             "laws' coefficients",
             "T_forget = 5.172 N_S - 4.469 and T_recall = 4.756 (1.365^N_S - 1) - 0.742, N_S in "
             "millions, T in K tokens, with R^2 > 0.999.",
@@ -156,7 +149,7 @@ def larger_needs_longer(records: Records) -> Verdict:
         slope, low, high, r2 = line_fit(*np.array(points).T)
         holds, effect = (
             bool(_never_falls(means) and low > 0),
-            effect_of(1e3 * published.SLOPE, slope, kind="difference"),
+            c.effect_of(1e3 * published.SLOPE, slope, kind="difference"),
         )
         evidence = (
             f"smallest safe length, mean over seeds, by state elements {_listed(means)}; slope "
@@ -188,7 +181,7 @@ def heads_remember(readings: Records) -> Verdict:
         "with the largest state, the greatest share of the first token kept over the training "
         "length is higher at the shortest than at the longest, by more than twice the larger "
         "standard deviation over seeds",
-        higher_by(*found.values(), 0.0) if found else None,
+        c.higher_by(*found.values(), 0.0) if found else None,
         " tokens, ".join(f"{format_value(kept)} over {n}" for n, kept in found.items()),
     )
 
@@ -229,4 +222,4 @@ def _never_falls(means: dict[int, float]) -> bool:
 
 
 def _listed(means: dict[int, float]) -> str:
-    return listed(means, "{:,}: {:.0f}")
+    return c.listed(means, "{:,}: {:.0f}")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def name_of(group: Group) -> str:
     return f"{layers} layers, width {width}, N={dims}"
 
 
-def mean_of(number: Callable[[Record], float], **settings) -> Callable[[Group], Spread | None]:
+def mean_of(number: Callable[[Record], float], **settings: Any) -> Callable[[Group], Spread | None]:
     """Returns the function of a group: mean and std of a number of its records with settings."""
     return lambda group: spread(map(number, group.select(**settings).records))
 

@@ -200,16 +200,15 @@ def figures(records: Records) -> dict[str, str]:
     share = _over_tokens(largest, lambda r: r.result["first_token"])
     variance = _over_tokens(largest, lambda r: r.result["state_variance"])
     labels = dict(x_label="tokens", log_x=True, share_y=False)
+    places = dict(x_label="position / training length", markers=False)
+    of_share, of_variance = (
+        "log share of the first token, slowest head",
+        "variance of the state, largest head",
+    )
     return {
-        "loss-against-position": line_chart(
-            losses, x_label="position / training length", y_label="loss (nats)", markers=False
-        ),
-        "first-token": line_chart(
-            share, y_label="log share of the first token, slowest head", **labels
-        ),
-        "state-variance": line_chart(
-            variance, y_label="variance of the state, largest head", log_y=True, **labels
-        ),
+        "loss-against-position": line_chart(losses, y_label="loss (nats)", **places),
+        "first-token": line_chart(share, y_label=of_share, **labels),
+        "state-variance": line_chart(variance, y_label=of_variance, log_y=True, **labels),
     }
 
 

@@ -114,6 +114,21 @@ def test_mitigations_that_do_nothing_change_nothing(params, rows):
     assert np.abs(narrow[:, 8:] - plain[:, 8:]).max() > 1e-4
 
 
+def test_validation_chooses_a_mitigation(params, rows):
+    batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "weights": np.ones((2, 32))}
+    batches, sizes = {"validation": batch, "test": batch}, dict(train_length=8, chunk=8)
+    compare = lambda **candidates: state_collapse.compare_mitigations(
+        CONFIG, params, batches, candidates, **sizes
+    )
+    found = compare(none=[{}], norm=[{"bound": 1e-3}, {"bound": 1e6}])
+    want = state_collapse.by_position(read(CONFIG, params, rows)["nll"], batch["weights"], 4)
+    assert found["none"] == {"chosen": {}, "within": want[1], "beyond": want[-1]}
+    loss = lambda bound: compare(norm=[{"bound": bound}])["norm"]["beyond"]
+    best = min((1e-3, 1e6), key=loss)
+    assert found["norm"]["chosen"] == {"bound": best} and loss(1e-3) != loss(1e6)
+    assert loss(1e6) == pytest.approx(found["none"]["beyond"], rel=1e-6)
+
+
 KEYS = {
     "model.pattern": ("mamba2",),
     "model.repeats": 1,

@@ -5,7 +5,7 @@ needs a score that grows exponentially with the distance), theorem 2 (attention 
 logarithm) and theorem 3 (a state with a key for each item copies exactly). Nothing is trained: the
 ops of this project run on the constructed queries, keys and values.
 
-Letters: L distance in tokens, N state dim, n items.
+Dimensions: L distance in tokens, N state dim, n items.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,8 +22,8 @@ ATTENTION, STATE = "attention", "decaying state"
 LARGEST_SCORE = 1e30  # float32 ends at 3e38
 
 
-def required_score(settings: Mapping[str, Any], seed: int) -> dict:
-    """The smallest score of the wanted item that copies its value, by bisection, per distance.
+def required_score(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Finds the smallest score of an item that copies its value, by bisection, at each distance.
 
     The last of L + 1 tokens asks for the first. That one's value is 1, all others' is -1, the worst
     case; their scores are 0. Attention takes the softmax of the scores; the state multiplies what
@@ -46,7 +46,7 @@ def required_score(settings: Mapping[str, Any], seed: int) -> dict:
 
 
 def _copy_error(mechanism: str, length: int, decay: float | None) -> Callable:
-    """score -> how far the last token's output lies below the first token's value 1."""
+    """Returns score -> how far the last token's output is below the first token's value 1."""
     time = length + 1
     v = jnp.where(jnp.arange(time) == 0, 1.0, -1.0)[None, :, None, None]
     q = jnp.ones((1, time, 1, 1))
@@ -64,7 +64,7 @@ def _copy_error(mechanism: str, length: int, decay: float | None) -> Callable:
 
 
 def _smallest(enough: Callable[[float], bool], digits: float = 1e-5) -> float | None:
-    """The smallest positive x with enough(x), to relative precision; None above LARGEST_SCORE."""
+    """Returns the smallest x > 0 with enough(x), to relative precision; None: > LARGEST_SCORE."""
     low, high = 0.0, 1.0
     while not enough(high):
         low, high = high, 4 * high
@@ -76,8 +76,8 @@ def _smallest(enough: Callable[[float], bool], digits: float = 1e-5) -> float | 
     return high
 
 
-def recall(settings: Mapping[str, Any], seed: int) -> dict:
-    """How many of n stored items come back, from a state of N x V numbers and from attention.
+def recall(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Counts how many of n stored items come back, from a state of N x V and from attention.
 
     Item i is a random one of V symbols under key i: one-hot vectors as values; keys are orthonormal
     as long as n <= N (theorem 3), beyond that random directions, the best that is left. Nothing
@@ -110,7 +110,7 @@ def recall(settings: Mapping[str, Any], seed: int) -> dict:
 
 
 def _keys(rng: np.random.Generator, trials: int, n: int, N: int) -> np.ndarray:
-    """Unit vectors [trials, n, N]: orthonormal if n <= N, else random directions."""
+    """Returns unit vectors [trials, n, N]: orthonormal if n <= N, else random directions."""
     keys = rng.normal(size=(trials, max(n, 1), N))
     if n <= N:
         q, _ = np.linalg.qr(np.swapaxes(keys, 1, 2))
