@@ -22,7 +22,7 @@ C chunk, n chunks.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Complex, Float, Integer
 
 from tilescan.ops import diagonal_scan, s4
 from tilescan.ops.arrays import AnyArray
@@ -105,7 +105,7 @@ def diagonal_tables(
     B: Complex[AnyArray, "#H N"],
     C: Complex[AnyArray, "#H N"],
     discretization: str,
-    segment_ids: SegmentIds | None,
+    segment_ids: Integer[AnyArray, "B _"] | None,
     chunk: int | None,
 ) -> Tables:
     """Returns the tables of `diagonal_state_space`, which has these arguments.
@@ -168,7 +168,7 @@ def dplr_tables(
     P: Complex[AnyArray, "#H N"],
     B: Complex[AnyArray, "#H N"],
     C: Complex[AnyArray, "#H N"],
-    segment_ids: SegmentIds | None,
+    segment_ids: Integer[AnyArray, "B _"] | None,
     chunk: int | None,
 ) -> Tables:
     """Returns the tables of `dplr_state_space`, which has these arguments.

@@ -99,7 +99,7 @@ def factor_scan(
 
 
 def matrix_scan(
-    transition: Float[Array, "*B D D"],
+    transition: Float[Array, "*#B D D"],
     state: Float[Array, "*B D V"],
     axis_name: str = "sequence",
     *,
