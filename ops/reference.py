@@ -369,8 +369,8 @@ def selective_scan(
 
 def linear_attention(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B T G D"],
-    v: Float[Array, "B T G P"],
+    k: Float[Array, "B T _ D"],
+    v: Float[Array, "B T _ P"],
     log_decay: Float[Array, "B T H"] | Float[Array, "B T H D"] | None = None,
     beta: Float[Array, "B T H"] | None = None,
     *,
