@@ -10,6 +10,7 @@ D head dim, P value dim.
 import dataclasses
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ _KERNELS = {"tpu": "tilescan.ops.attention_tpu", "cuda": "tilescan.ops.attention
 Scalar = float | np.floating | Float[AnyArray, ""]
 
 
-def _with_seeds(op):
+def _with_seeds[F: Callable](op: F) -> F:
     """Returns `op`, given a dropout seed of each sequence and head before arrays are sharded."""
 
     @functools.wraps(op)

@@ -19,7 +19,7 @@ channels. Other letters are dimensions that stay replicated.
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ __all__ = [
 ]
 
 ROWS, TIME, HEADS = "B", "T", "HGE"
+
+F = TypeVar("F", bound=Callable)  # decorators keep the signature of an op
 
 
 class Partitioning(NamedTuple):
@@ -87,7 +89,7 @@ def partitioned_by_dimensions(
     *,
     prepare: Callable[[dict], dict] = lambda x: x,
     **dimensions: str | tuple[str, ...],
-) -> Callable[[Callable], Callable]:
+) -> Callable[[F], F]:
     """Returns a decorator by which devices compute the rows and heads that Explicit axes give them.
 
     Rows and heads are sharded as the first argument that is sharded along them; other dimensions

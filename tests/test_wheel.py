@@ -1,5 +1,6 @@
 """A wheel of the project works far from the checkout, beside a user's own folders of our names."""
 
+import glob
 import os
 import pathlib
 import shutil
@@ -22,6 +23,17 @@ def run(command, folder, path, timeout=300):
         text=True,
         timeout=timeout,
     )
+
+
+def interpreters():
+    """Yields (path, version) of the Pythons from 3.12 on beside this one, and of this one."""
+    beside = pathlib.Path(sys.base_prefix).parent.glob("*/bin/python3")
+    found = {sys.executable, *map(str, beside), *glob.glob("/usr/bin/python3.[1-9][0-9]")}
+    for path in sorted(found):
+        asked = [path, "-c", "import sys; print(*sys.version_info[:2])"]
+        version = tuple(map(int, subprocess.check_output(asked, text=True, timeout=60).split()))
+        if version >= (3, 12):
+            yield path, version
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +89,17 @@ def test_commands_of_a_wheel_work_from_another_folder(installed, arguments, said
     site, work = installed
     done = run(["-m", "tilescan.cli.main", *arguments], work, site)
     assert done.returncode == 0 and said in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_wheel_installs_and_compiles_under_every_python_that_is_there(installed, tmp_path):
+    (wheel,) = installed[0].parent.glob("*.whl")
+    for number, (python, version) in enumerate(interpreters()):
+        site = tmp_path / str(number)
+        pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        install = [*pip, "install", "--no-deps", "--no-compile", f"--target={site}", str(wheel)]
+        done = subprocess.run(install, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (version, done.stderr[-2000:])
+        compiling = [python, "-m", "compileall", "-q", str(site / "tilescan")]
+        done = subprocess.run(compiling, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (version, done.stdout[-2000:])
