@@ -112,7 +112,7 @@ def line_figure(
     log: bool = False,
     dashed: Sequence[str] = (),
 ) -> str:
-    """Returns an SVG of one panel: the lines' values over the keys of groups; "" without groups.
+    """Returns an SVG of one panel: the lines' values over the keys of groups of records.
 
     Args:
       rows: groups (`groups.by`) whose keys are numbers.
@@ -121,12 +121,32 @@ def line_figure(
       log: whether y is, too.
       dashed: names of lines to draw dashed.
     """
-    if not rows:
-        return ""
-    keys = [row.key for row in rows]
-    number = lambda value: getattr(value, "mean", value)
-    shown = {name: (keys, [number(of(row)) for row in rows]) for name, of in lines.items()}
-    return line_chart({"": shown}, x_label=x, y_label=y, log_x=True, log_y=log, dashed=dashed)
+    return panel_figure({"": (rows, lines)}, x=x, y=y, log=log, dashed=dashed)
+
+
+def panel_figure(
+    panels: Mapping[str, tuple[Sequence[Any], Mapping[str, Callable[[Any], Any]]]],
+    *,
+    x: str,
+    y: str,
+    log: bool = False,
+    dashed: Sequence[str] = (),
+) -> str:
+    """Returns an SVG of a panel for each {title: (rows, lines)}, which are as of `line_figure`.
+
+    Text in place of a number is a gap; a line of gaps alone is left out.
+    """
+
+    def number(value: Any) -> float | None:
+        value = getattr(value, "mean", value)
+        return value if isinstance(value, int | float) else None
+
+    shown = {}
+    for title, (rows, lines) in panels.items():
+        keys = [row.key for row in rows]
+        drawn = {name: (keys, [number(of(row)) for row in rows]) for name, of in lines.items()}
+        shown[title] = {n: line for n, line in drawn.items() if any(v is not None for v in line[1])}
+    return line_chart(shown, x_label=x, y_label=y, log_x=True, log_y=log, dashed=dashed)
 
 
 def effects_chart(effects: Mapping[str, Sequence[float]]) -> str:

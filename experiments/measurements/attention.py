@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tilescan.benchmarks.attention_flops import attention_flops
+from tilescan.experiments.harness.groups import Group, by
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.statistics import log_slope
 from tilescan.experiments.measurements import timing
 from tilescan.ops import masks
 from tilescan.ops.attention import attention
@@ -19,6 +23,8 @@ FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 DIRECTIONS = {FORWARD: "forward", FORWARD_BACKWARD: "forward + backward"}  # with their titles
 STANDARD, TILED = "standard", "tiled"
 VARIANTS = (STANDARD, TILED, "windowed", "block_sparse")
+MASKS = ("full", "causal")  # of `runtime_by_mask`
+BACKWARD = "backward"  # the difference of the two directions
 
 
 def variant(name: str, settings: Mapping[str, Any]) -> Callable[..., Array]:
@@ -69,6 +75,10 @@ def in_direction(attend: Callable[..., Array], direction: str) -> Callable[..., 
     return forward_backward
 
 
+def _shape(settings: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    return (settings["batch"], settings["length"], settings["heads"], settings["head_dim"])
+
+
 def inputs(settings: Mapping[str, Any], seed: int) -> tuple[Float[Array, "B T H D"], ...]:
     """Returns random (q, k, v, do) of the settings' shape and dtype."""
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -84,6 +94,23 @@ def runtime(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     functions = {
         name: in_direction(variant(name, settings), settings["direction"])
         for name in settings["variants"]
+    }
+    return timing.compare(functions, inputs(settings, seed), repeats=settings["repeats"])
+
+
+def runtime_by_mask(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Times standard and tiled attention, full and causal, in both directions, interleaved.
+
+    Settings: batch, length, heads, head_dim, dtype, repeats. Returns what `timing.compare` returns,
+    by "variant mask direction", e.g. "tiled causal forward".
+    """
+    functions = {
+        f"{name} {mask} {direction}": in_direction(
+            variant(name, {**settings, "causal": mask == "causal"}), direction
+        )
+        for name in (STANDARD, TILED)
+        for mask in MASKS
+        for direction in DIRECTIONS
     }
     return timing.compare(functions, inputs(settings, seed), repeats=settings["repeats"])
 
@@ -107,5 +134,38 @@ def memory(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     return results
 
 
-def _shape(settings: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    return (settings["batch"], settings["length"], settings["heads"], settings["head_dim"])
+def outcome(group: Group, variant: str, metric: str) -> float | str | None:
+    """Returns "median_ms" or "temp_bytes", OUT_OF_MEMORY, None where it was not measured."""
+    result = group.first.result.get(variant, {})
+    return result.get(metric, result.get("error"))
+
+
+def growth(found: Records, variant: str) -> float | None:
+    """Returns the power of the length in the memory of one direction, from length 1024 on."""
+    groups = by(found, "length")
+    groups = [g for g in groups if g.key >= 1024] or groups
+    points = [(g.key, outcome(g, variant, "temp_bytes")) for g in groups]
+    points = [(n, size) for n, size in points if size and isinstance(size, int)]
+    return log_slope([n for n, _ in points], [size for _, size in points])
+
+
+def milliseconds(record: Record, variant: str, mask: str, direction: str) -> float | None:
+    """Returns a median of `runtime_by_mask`; of BACKWARD the difference of the two others."""
+    one = lambda direction: record.result[f"{variant} {mask} {direction}"].get("median_ms")
+    if direction != BACKWARD:
+        return one(direction)
+    both, forward = one(FORWARD_BACKWARD), one(FORWARD)
+    return None if both is None or forward is None or both <= forward else both - forward
+
+
+def flops(settings: Mapping[str, Any], direction: str, causal: bool) -> float:
+    """Returns FLOPs as FlashAttention-2 counts them; see `attention_flops`."""
+    batch, length, heads, head_dim = _shape(settings)
+    name = {FORWARD: "fwd", BACKWARD: "bwd", FORWARD_BACKWARD: "fwd+bwd"}[direction]
+    return attention_flops(batch, length, length, heads, head_dim, causal=causal, direction=name)
+
+
+def rate(record: Record, variant: str, mask: str, direction: str) -> float | None:
+    """Returns the achieved GFLOP/s of `runtime_by_mask` by this count."""
+    ms = milliseconds(record, variant, mask, direction)
+    return None if ms is None else flops(record.settings, direction, mask == "causal") / ms / 1e6

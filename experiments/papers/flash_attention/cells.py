@@ -8,8 +8,8 @@ from tilescan.configs.common import flat
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.measurements import attention, attention_counts, contexts, static_kernels
 from tilescan.experiments.measurements.attention import DIRECTIONS, STANDARD, TILED, VARIANTS
+from tilescan.experiments.measurements.attention_exactness import errors
 from tilescan.experiments.measurements.training import measure_text
-from tilescan.experiments.papers.flash_attention.exactness import errors
 
 
 def cells(config: ConfigDict) -> list[Cell]:

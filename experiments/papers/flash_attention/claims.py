@@ -17,14 +17,12 @@ from tilescan.experiments.harness.statistics import log_slope, ratio
 from tilescan.experiments.harness.tables import format_value
 from tilescan.experiments.measurements import attention, timing
 from tilescan.experiments.measurements.attention import DIRECTIONS, FORWARD, FORWARD_BACKWARD
+from tilescan.experiments.measurements.attention_exactness import exact
 from tilescan.experiments.papers.flash_attention import published, tables
-from tilescan.experiments.papers.flash_attention.exactness import OUTPUTS, STANDARD
 from tilescan.experiments.papers.flash_attention.tables import OVER_SPARSE, OVER_STANDARD
 
 # Smallest accepted standard / tiled at the longest common length.
 FASTER = {FORWARD: 1.5, FORWARD_BACKWARD: 1.2}
-FLOAT32_BOUND = 2e-6  # relative to the largest value
-BFLOAT16_BOUND = 2.0  # times the error of standard attention in bfloat16
 SLOPE_ERROR = 0.1  # largest accepted distance of a measured power from that of the bound
 CONTEXT_GAIN = 0.01  # of the perplexity: smallest accepted gain of the longest context
 CURVE_TOLERANCE = 0.01  # nats: largest accepted difference of two training curves
@@ -169,7 +167,7 @@ def sparse_faster(runtime: Records) -> Verdict:
 
 def linear_memory(memory: Records) -> Verdict:
     """Returns whether memory is linear if tiled and quadratic if standard, in one direction."""
-    dense, tiled = powers = [tables.growth(memory, variant) for variant in OVER_STANDARD]
+    dense, tiled = powers = [attention.growth(memory, variant) for variant in OVER_STANDARD]
     known = None not in powers
     return Verdict(
         "log-log slope over lengths >= 1024: standard >= 1.8 and tiled <= 1.2",
@@ -183,35 +181,12 @@ def less_memory(groups: list[Group]) -> Effect | None:
     """Returns standard / tiled of the bytes at the longest length that the paper has, too."""
     for group in reversed(groups):
         of_paper = published.over(group.key, published.MEGABYTES, *OVER_STANDARD)
-        found = ratio(*(tables.outcome(group, variant, "temp_bytes") for variant in OVER_STANDARD))
+        found = ratio(
+            *(attention.outcome(group, variant, "temp_bytes") for variant in OVER_STANDARD)
+        )
         if of_paper and found:
             return Effect(of_paper, [found])
     return None
-
-
-def exact(found: Records) -> Verdict:
-    """Returns whether errors of tiled attention are those of rounding."""
-    single, half = (_worst(found.select(dtype=dtype)) for dtype in ("float32", "bfloat16"))
-    known = bool(single and half)
-    return Verdict(
-        f"outputs and gradients, every mask and tile: float32 within {FLOAT32_BOUND:g} of float64, "
-        f"bfloat16 within {BFLOAT16_BOUND:g} times the error of standard attention",
-        single[0] <= FLOAT32_BOUND and half[1] <= BFLOAT16_BOUND if known else None,
-        f"float32 {single[0]:.2g}, bfloat16 {half[1]:.2f} times" if known else "",
-    )
-
-
-def _worst(found: Records) -> tuple[float, float] | None:
-    """Returns the largest error of one dtype, and the largest ratio to the standard one."""
-    pairs = [
-        (error[output], record.result[f"{STANDARD}, none"][output])
-        for record in found
-        for name, tiles in tables.by_implementation(record).items()
-        if name != STANDARD
-        for error in tiles.values()
-        for output in OUTPUTS
-    ]
-    return (max(a for a, _ in pairs), max(a / b for a, b in pairs)) if pairs else None
 
 
 def less_traffic(record: Record | None) -> Verdict:

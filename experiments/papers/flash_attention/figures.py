@@ -1,7 +1,9 @@
 """FlashAttention's figures: calls and traffic against length and memory, curves of training."""
 
-from tilescan.experiments.harness.figures import line_chart, line_figure
-from tilescan.experiments.harness.groups import by
+from collections.abc import Callable
+
+from tilescan.experiments.harness.figures import line_chart, line_figure, panel_figure
+from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.measurements.attention import DIRECTIONS
 from tilescan.experiments.papers.flash_attention import tables
@@ -9,40 +11,35 @@ from tilescan.experiments.papers.flash_attention import tables
 
 def figures(records: Records) -> dict[str, str]:
     """Returns SVG by name, of what the records can draw."""
+    runtime, memory, on_chip, sparse, curves, context, documents = (
+        records.select(kind=kind)
+        for kind in ("runtime", "memory", "io", "io_sparse", "curves", "context", "documents")
+    )
     made = {
-        "runtime-against-length": _calls(records, "runtime", "median_ms", 1, "ms a call"),
-        "memory-against-length": _calls(
-            records, "memory", "temp_bytes", 2**20, "MiB of temporaries"
-        ),
-        "traffic-against-on-chip-memory": _traffic(records.select(kind="io")),
-        "traffic-against-sparsity": _sparsity(records.select(kind="io_sparse")),
-        "training-curves": _curves(records.select(kind="curves")),
+        "runtime-against-length": _calls(runtime, tables.median_ms, "ms a call"),
+        "memory-against-length": _calls(memory, tables.mebibytes, "MiB of temporaries"),
+        "traffic-against-on-chip-memory": _traffic(on_chip),
+        "traffic-against-sparsity": _sparsity(sparse),
+        "training-curves": _curves(curves),
         "test-perplexity-against-context": _trained(
-            records, "context", "context", "test_perplexity", 1, "test perplexity"
+            context, "context", "test_perplexity", "test perplexity"
         ),
         "test-accuracy-against-length": _trained(
-            records, "documents", "length", "test_accuracy", 100, "test micro-F1 (%)"
+            documents, "length", "test_accuracy", "test micro-F1 (%)", unit=100
         ),
     }
     return {name: svg for name, svg in made.items() if svg}
 
 
-def _calls(records: Records, kind: str, metric: str, unit: float, label: str) -> str:
+def _calls(found: Records, value: Callable[[Group, str], tables.Value], label: str) -> str:
     """Returns time or memory of a call against length, a panel for each direction."""
-    panels = {}
-    for direction, title in DIRECTIONS.items():
-        groups = by(records.select(kind=kind, direction=direction), "length")
-        lines = {}
-        for variant, name in tables.NAMES.items():
-            found = [(g.key, tables.outcome(g, variant, metric)) for g in groups]
-            points = [(n, v / unit) for n, v in found if isinstance(v, int | float) and v > 0]
-            if points:
-                lines[name] = tuple(zip(*points, strict=True))
-        if lines:
-            panels[title] = lines
-    if not panels:
-        return ""
-    return line_chart(panels, x_label="length (tokens)", y_label=label, log_x=True, log_y=True)
+    lines = {name: lambda g, v=v: value(g, v) for v, name in tables.NAMES.items()}
+    panels = {
+        title: (by(found.select(direction=direction), "length"), lines)
+        for direction, title in DIRECTIONS.items()
+    }
+    panels = {title: panel for title, panel in panels.items() if panel[0]}
+    return panel_figure(panels, x="length (tokens)", y=label, log=True) if panels else ""
 
 
 def _traffic(on_chip: Records) -> str:
@@ -58,14 +55,9 @@ def _traffic(on_chip: Records) -> str:
 def _sparsity(sparse: Records) -> str:
     """Returns traffic against the live fraction of the tiles."""
     found = [g.first.result for g in by(sparse, "factors")]
-    if not found:
-        return ""
     line = [r["live_fraction"] for r in found], [r["forward"] / 1e6 for r in found]
-    return line_chart(
-        {"": {"block-sparse": line}},
-        x_label="live fraction of the tiles",
-        y_label="10⁶ elements moved, forward",
-    )
+    labels = {"x_label": "live fraction of the tiles", "y_label": "10⁶ elements moved, forward"}
+    return line_chart({"": {"block-sparse": line}}, **labels) if found else ""
 
 
 def _curves(curves: Records) -> str:
@@ -89,16 +81,12 @@ def _curves(curves: Records) -> str:
     )
 
 
-def _trained(
-    records: Records, kind: str, setting: str, metric: str, unit: float, label: str
-) -> str:
+def _trained(found: Records, setting: str, metric: str, label: str, unit: float = 1) -> str:
     """Returns test perplexity or accuracy against what is read, a line for each seed."""
-    lines = {}
-    for group in by(records.select(kind=kind), setting):
-        for record in group.records:
-            x, y = lines.setdefault(f"seed {record.seed}", ([], []))
-            x.append(group.key)
-            y.append(unit * record.result[metric])
-    if not lines:
-        return ""
-    return line_chart({"": lines}, x_label="tokens read", y_label=label, log_x=True)
+    lines = {
+        f"seed {seed}": lambda g, seed=seed: next(
+            (unit * r.result[metric] for r in g.records if r.seed == seed), None
+        )
+        for seed in sorted({r.seed for r in found})
+    }
+    return line_figure(by(found, setting), lines, x="tokens read", y=label) if found else ""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.harness.statistics import log_slope, ratio
+from tilescan.experiments.harness.statistics import ratio
 from tilescan.experiments.harness.tables import (
     MEASURED,
     PUBLISHED,
@@ -21,10 +21,12 @@ from tilescan.experiments.measurements.attention import (
     FORWARD_BACKWARD,
     STANDARD,
     TILED,
+    growth,
+    outcome,
 )
+from tilescan.experiments.measurements.attention_exactness import exactness_table
 from tilescan.experiments.measurements.timing import gain
 from tilescan.experiments.papers.flash_attention import published
-from tilescan.experiments.papers.flash_attention.exactness import OUTPUTS
 
 # The numbers of the paper's tables, with dropout and padding, and without.
 NUMBERS = {FORWARD: ("Table 9", "Table 18"), FORWARD_BACKWARD: ("Table 11", "Table 20")}
@@ -55,10 +57,17 @@ def tables(records: Records) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def outcome(group: Group, variant: str, metric: str) -> Value:
-    """Returns "median_ms" or "temp_bytes", OUT_OF_MEMORY, None where it was not measured."""
-    result = group.first.result.get(variant, {})
-    return result.get(metric, result.get("error"))
+def median_ms(group: Group, variant: str) -> Value:
+    """Returns the time of a call, or why there is none."""
+    return outcome(group, variant, "median_ms")
+
+
+def mebibytes(group: Group, variant: str) -> Value:
+    """Returns the temporaries of a call in MiB, or why there are none; of lengths, their growth."""
+    if len(group) > 1:
+        return growth(group.records, variant)
+    size = outcome(group, variant, "temp_bytes")
+    return size / 2**20 if isinstance(size, int) else size
 
 
 def beside(
@@ -82,7 +91,7 @@ def runtime_table(records: Records, direction: str) -> Table:
     """Returns published and measured times against length, and their ratios."""
     runtime, (number, plain) = records.select(kind="runtime"), NUMBERS[direction]
     of_paper = published.MS[direction], published.PLAIN_MS[direction]
-    shown = beside(of_paper[0], "ms", MEASURED, "ms", lambda g, v: outcome(g, v, "median_ms"))
+    shown = beside(of_paper[0], "ms", MEASURED, "ms", median_ms)
     for pair in (OVER_STANDARD, OVER_SPARSE):
         title = " / ".join(NAMES[v] for v in pair)
         paper = lambda i, pair=pair: lambda g: published.over(g.key, of_paper[i], *pair)
@@ -102,15 +111,6 @@ def runtime_table(records: Records, direction: str) -> Table:
     )
 
 
-def growth(memory: Records, variant: str) -> float | None:
-    """Returns the power of the length in the memory of one direction, from length 1024 on."""
-    groups = by(memory, "length")
-    groups = [g for g in groups if g.key >= 1024] or groups
-    points = [(g.key, outcome(g, variant, "temp_bytes")) for g in groups]
-    points = [(n, size) for n, size in points if size and isinstance(size, int)]
-    return log_slope([n for n, _ in points], [size for _, size in points])
-
-
 def memory_table(records: Records, direction: str) -> Table:
     """Returns temporaries against length, and in a last row how they grow."""
     memory = records.select(kind="memory")
@@ -120,52 +120,16 @@ def memory_table(records: Records, direction: str) -> Table:
         rows.append(Group("growth: power of length", found))
     of_paper = published.MEGABYTES if direction == FORWARD_BACKWARD else {}
 
-    def value(group: Group, variant: str) -> Value:
-        if len(group) > 1:
-            return growth(group.records, variant)
-        size = outcome(group, variant, "temp_bytes")
-        return size / 2**20 if isinstance(size, int) else size
-
     backends = ", ".join(sorted({r.environment["backend"] for r in memory}))
     return table(
         f"memory-{direction}",
         f"Memory of one attention call against length, {DIRECTIONS[direction]}",
         rows,
-        beside(of_paper, "MB", STATIC, "MiB", value),
+        beside(of_paper, "MB", STATIC, "MiB", mebibytes),
         "Temporaries beside arguments and results, by XLA's own buffer assignment for "
         f"{backends}; compiled, not run. The last row is the slope of log memory over "
         "log length from length 1024 on: 2 is quadratic, 1 linear."
         + (" Published (Table 21): all memory in use, batch 16, 16 bit." if of_paper else ""),
-    )
-
-
-def by_implementation(record: Record) -> dict[str, dict[str, Mapping[str, float]]]:
-    """Returns {implementation: {tile: errors}}."""
-    found = {}
-    for name, error in record.result.items():
-        implementation, _, tile = name.rpartition(", ")
-        found.setdefault(implementation, {})[tile] = error
-    return found
-
-
-def exactness_table(found: Records) -> Table:
-    """Returns errors by mask, dtype and implementation, the worst over its tiles."""
-    ranked = sorted(found, key=lambda r: r.settings["dtype"], reverse=True)
-    worst = {o: lambda row, o=o: max(e[o] for e in row[2].values()) for o in OUTPUTS}
-    return table(
-        "exactness",
-        "Exactness of outputs and gradients",
-        [(r, *tiled) for r in ranked for tiled in by_implementation(r).items()],
-        [
-            Column("dtype", of=lambda row: row[0].settings["dtype"]),
-            Column("mask", of=lambda row: row[0].settings["mask"]),
-            Column("attention", of=lambda row: row[1]),
-            Column("tiles", of=lambda row: ", ".join(row[2])),
-            *columns(MEASURED, worst, digits=2),
-        ],
-        first(found, "{length} queries and keys, {heads} heads of {head_dim}. ")
-        + "Largest error over largest value, against dense attention in float64, of the worst "
-        "tile. Tiles are queries x keys; by itself the op takes one for so short a sequence.",
     )
 
 
@@ -334,11 +298,12 @@ def _about(found: Records) -> str:
 
 
 def context_table(measured: Records, compared: Records) -> Table:
-    """Returns perplexity by context; a row has a label, published numbers, and records or None."""
-    rows = [(str(g.key), (None, None), g) for g in by(Records([*measured, *compared]), "context")]
+    """Returns perplexity by context; rows without records are the published ones."""
+    rows = by(Records([*measured, *compared]), "context")
     if rows:
-        rows += [(f"{n} (GPT-2 small)", found, None) for n, found in published.PERPLEXITY.items()]
-    score = lambda kind: lambda row: row[2] and row[2].select(kind=kind).mean_std("test_perplexity")
+        rows += [Group(context, Records([])) for context in published.PERPLEXITY]
+    of_paper = lambda i: lambda g: None if len(g) else published.PERPLEXITY[g.key][i]
+    score = lambda kind: lambda g: g.select(kind=kind).mean_std("test_perplexity")
     shown = {
         f"perplexity, {position(found)}": score(kind)
         for kind, found in zip(CONTEXTS, (measured, compared), strict=True)
@@ -361,11 +326,11 @@ def context_table(measured: Records, compared: Records) -> Table:
         "Table 4: perplexity against the length of the context",
         rows,
         [
-            Column("context", of=lambda row: row[0]),
-            Column("perplexity", PUBLISHED, of=lambda row: row[1][0]),
-            Column("training on 8 A100s", PUBLISHED, "days", of=lambda row: row[1][1]),
+            Column("context", of=lambda g: str(g.key) if len(g) else f"{g.key} (GPT-2 small)"),
+            Column("perplexity", PUBLISHED, of=of_paper(0)),
+            Column("training on 8 A100s", PUBLISHED, "days", of=of_paper(1)),
             *columns(MEASURED, shown),
-            Column("seeds", MEASURED, of=lambda row: row[2] and len(row[2].select(kind="context"))),
+            Column("seeds", MEASURED, of=lambda g: len(g.select(kind="context")) or None),
         ],
         note,
     )
@@ -386,22 +351,24 @@ def position(found: Records) -> str:
 
 
 def document_table(documents: Records) -> Table:
-    """Returns scores by what is read; a row has a label, published scores, and records or None."""
-    rows = [(str(g.key), {}, g) for g in by(documents, "length")]
+    """Returns scores by what is read; rows without records are the published ones."""
+    rows = by(documents, "length")
     if rows:
-        for n in published.F1["MIMIC-III"]:
-            rows.append((str(n), {name: scores[n] for name, scores in published.F1.items()}, None))
-    of_paper = {f"{n}, micro-F1": lambda row, n=n: row[1].get(n) for n in published.F1}
-    score = lambda row: row[2] and row[2].mean_std("test_accuracy", 100)
+        rows += [Group(length, Records([])) for length in published.F1["MIMIC-III"]]
+    of_paper = {
+        f"{name}, micro-F1": lambda g, scores=scores: None if len(g) else scores[g.key]
+        for name, scores in published.F1.items()
+    }
+    score = lambda g: g.mean_std("test_accuracy", 100)
     return table(
         "documents",
         "Table 5: classification against how much of a document is read",
         rows,
         [
-            Column("tokens read", of=lambda row: row[0]),
+            Column("tokens read", of=lambda g: str(g.key)),
             *columns(PUBLISHED, of_paper, "%"),
             Column("sections of BBC news, micro-F1", MEASURED, "%", of=score),
-            Column("seeds", MEASURED, of=lambda row: row[2] and len(row[2])),
+            Column("seeds", MEASURED, of=lambda g: len(g) or None),
         ],
         f"{_about(documents)}. With one label a document micro-F1 is accuracy. The paper "
         "fine-tunes RoBERTa on medical notes and court cases, which may not be passed on; here a "

@@ -11,13 +11,20 @@ from tilescan.experiments.harness.claims import (
     not_run,
     within,
 )
-from tilescan.experiments.harness.groups import by
+from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.tables import format_value
 from tilescan.experiments.measurements import static_kernels, timing
-from tilescan.experiments.measurements.attention import FORWARD, FORWARD_BACKWARD, STANDARD, TILED
+from tilescan.experiments.measurements.attention import (
+    FORWARD,
+    FORWARD_BACKWARD,
+    MASKS,
+    STANDARD,
+    TILED,
+    rate,
+)
 from tilescan.experiments.papers.flash_attention_2 import published
-from tilescan.experiments.papers.flash_attention_2.tables import compared, context, in_order, rate
+from tilescan.experiments.papers.flash_attention_2.tables import VARIANTS, by_context, compared
 
 LEAST_OVER_STANDARD = published.OVER_STANDARD[0]
 LEAST_GAIN = 1.2  # of tiled over standard attention at the longest context
@@ -52,7 +59,7 @@ def claims(records: Records) -> list[Claim]:
                 over_standard(longest(speed), mask),
                 why=slow_cause(longest(speed), mask),
             )
-            for mask in ("full", "causal")
+            for mask in MASKS
         ),
         *static_kernels.claims(records),
         not_run(
@@ -65,7 +72,7 @@ def claims(records: Records) -> list[Claim]:
             "faster training",
             "Training is faster than without FlashAttention, the more the longer the context "
             "(Table 1, 1.3B parameters: 1.4 times at 2k, 3.1 times at 8k).",
-            faster_training(in_order(records.select(kind="training"))),
+            faster_training(by_context(records.select(kind="training"))),
         ),
         not_run(
             "end to end",
@@ -121,7 +128,7 @@ def causal_gain(found: list[Record]) -> Verdict:
     """Returns whether skipping tiles gives about the published speed-up."""
     value, evidence, effect = None, "", None
     for record in found:
-        names = [f"{TILED} {mask} {FORWARD}" for mask in ("full", "causal")]
+        names = [f"{TILED} {mask} {FORWARD}" for mask in MASKS]
         value = timing.gain(record, *names)
         evidence = (
             f"{format_value(value, 4)} at length {record.settings['length']}" if value else ""
@@ -167,20 +174,19 @@ def slow_cause(found: list[Record], mask: str) -> str:
     )
 
 
-def faster_training(found: list[Record]) -> Verdict:
+def faster_training(steps: list[Group]) -> Verdict:
     """Returns whether training is faster with tiles, the more the longer the context."""
-    gains = [timing.gain(record, STANDARD, TILED) for record in found]
-    holds, evidence, effect = None, "", None
-    if len(found) > 1 and None not in gains:
-        holds = gains[-1].mean >= LEAST_GAIN and gains[-1].mean > gains[0].mean
-        pairs = zip(gains, found, strict=True)
-        evidence = ", ".join(f"{format_value(gain)} at {context(r)}" for gain, r in pairs)
-        without, _, with_tiles = published.TRAINING[LONGEST]
-        effect = timing.effect(with_tiles / without, found[-1], STANDARD, TILED)
-    return Verdict(
+    criterion = (
         f"time of a training step: standard / tiled >= {LEAST_GAIN} at the longest context and "
-        "larger than at the shortest",
-        holds,
-        evidence,
-        effect,
+        "larger than at the shortest"
+    )
+    gains = {step.key: timing.gain(step.first, *VARIANTS) for step in steps}
+    if len(steps) < 2 or None in gains.values():
+        return Verdict(criterion, None, "")
+    first, *_, last = gains.values()
+    return Verdict(
+        criterion,
+        last.mean >= LEAST_GAIN and last.mean > first.mean,
+        ", ".join(f"{format_value(gain)} at {context}" for context, gain in gains.items()),
+        timing.effect(published.training_gain(LONGEST), steps[-1].first, *VARIANTS),
     )

@@ -1,12 +1,8 @@
 """FlashAttention-2's tables and figures."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from tilescan.benchmarks.attention_flops import attention_flops
-from tilescan.experiments.harness.figures import line_chart
+from tilescan.experiments.harness.figures import panel_figure
 from tilescan.experiments.harness.groups import Group, by, first
-from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.statistics import ratio
 from tilescan.experiments.harness.tables import (
     MEASURED,
@@ -17,26 +13,23 @@ from tilescan.experiments.harness.tables import (
     columns,
     table,
 )
-from tilescan.experiments.measurements import static_kernels
+from tilescan.experiments.measurements import static_kernels, training_steps
 from tilescan.experiments.measurements.attention import (
+    BACKWARD,
     DIRECTIONS,
     FORWARD,
     FORWARD_BACKWARD,
+    MASKS,
     STANDARD,
     TILED,
+    rate,
 )
 from tilescan.experiments.measurements.timing import gain
 from tilescan.experiments.papers.flash_attention_2 import published
 
-BACKWARD = "backward"
-MASKS = ("full", "causal")
 TITLES = {**DIRECTIONS, BACKWARD: "backward"}
-# {direction: (figure, its name among those of `attention_flops`)}
-FIGURES = {
-    FORWARD_BACKWARD: ("Figure 4", "fwd+bwd"),
-    FORWARD: ("Figure 5", "fwd"),
-    BACKWARD: ("Figure 6", "bwd"),
-}
+FIGURES = {FORWARD_BACKWARD: "Figure 4", FORWARD: "Figure 5", BACKWARD: "Figure 6"}
+VARIANTS = (STANDARD, TILED)
 RANGE = "{:g}–{:g}".format
 
 
@@ -52,28 +45,6 @@ def tables(records: Records) -> list[Table]:
         training_table(records.select(kind="training")),
     ]
     return [table for table in made if table.rows]
-
-
-def flops(settings: Mapping[str, Any], direction: str, causal: bool) -> float:
-    """Returns the paper's count: 4 N² d a head forward, 2.5 times that backward, half if causal."""
-    batch, length, heads, head_dim = (settings[k] for k in ("batch", "length", "heads", "head_dim"))
-    name = FIGURES[direction][1]
-    return attention_flops(batch, length, length, heads, head_dim, causal=causal, direction=name)
-
-
-def milliseconds(record: Record, variant: str, mask: str, direction: str) -> float | None:
-    """Returns the median; of backward the difference of the two others."""
-    one = lambda direction: record.result[f"{variant} {mask} {direction}"].get("median_ms")
-    if direction != BACKWARD:
-        return one(direction)
-    both, forward = one(FORWARD_BACKWARD), one(FORWARD)
-    return None if both is None or forward is None or both <= forward else both - forward
-
-
-def rate(record: Record, variant: str, mask: str, direction: str) -> float | None:
-    """Returns the achieved GFLOP/s by the paper's count."""
-    ms = milliseconds(record, variant, mask, direction)
-    return None if ms is None else flops(record.settings, direction, mask == "causal") / ms / 1e6
 
 
 def per_output(group: Group, loop: str, key: str) -> float:
@@ -171,8 +142,8 @@ def rate_table(speed: Records) -> Table:
     over = ("tiled over standard, forward + backward", PUBLISHED, MEASURED)
     speeds = {
         f"{figure}, {TITLES[d]}: {v}": lambda row, v=v, d=d: rate(row[1].first, v, row[0], d)
-        for d, (figure, _) in FIGURES.items()
-        for v in (STANDARD, TILED)
+        for d, figure in FIGURES.items()
+        for v in VARIANTS
     }
     head_dim = first(speed, "{head_dim}")
     shape = first(
@@ -202,59 +173,46 @@ def rate_table(speed: Records) -> Table:
 
 def compared(mask: str) -> list[str]:
     """Returns the names of standard and tiled attention, forward and backward, in a record."""
-    return [f"{variant} {mask} {FORWARD_BACKWARD}" for variant in (STANDARD, TILED)]
+    return [f"{variant} {mask} {FORWARD_BACKWARD}" for variant in VARIANTS]
 
 
-def in_order(training: Records) -> list[Record]:
-    """Returns the records of training steps by their context."""
-    return sorted(training, key=context)
-
-
-def context(record: Record) -> int:
-    """Returns the length of the sequences of a training step."""
-    return record.settings["train"]["data.seq_len"]
-
-
-def training_rate(record: Record, variant: str) -> float | str | None:
-    """Returns GFLOP/s of training by the paper's count, or why there are none.
-
-    The count: 6 a token and parameter, 12 x layers x hidden x N² a sequence.
-    """
-    train, result = record.settings["train"], record.result[variant]
-    length = context(record)
-    scores = 12 * train["model.repeats"] * train["model.d_model"] * length**2
-    step = train["data.batch_size"] * (6.0 * length * record.result["parameters"] + scores)
-    ms = result.get("median_ms")
-    return result.get("error") if ms is None else step / ms / 1e6
+def by_context(training: Records) -> list[Group]:
+    """Returns the records of training steps, each by its context."""
+    ranked = sorted(training, key=training_steps.context)
+    return [Group(training_steps.context(record), Records([record])) for record in ranked]
 
 
 def training_table(training: Records) -> Table:
-    """Returns table 1; a row has a name, published speeds and the record, where there are any."""
-    size = lambda r: f"{r.result['parameters'] / 1e6:.1f}M parameters, {context(r)}"
-    rows = [(size(r), None, r) for r in in_order(training)]
+    """Returns table 1; rows without records are the published ones."""
+    rows = by_context(training)
     if rows:
-        rows = [(name, speeds, None) for name, speeds in published.TRAINING.items()] + rows
-    of_paper = {
-        name: lambda row, i=i: row[1] and row[1][i]
-        for i, name in enumerate(("without FlashAttention", "FlashAttention", "FlashAttention-2"))
-    }
+        rows = [*(Group(name, Records([])) for name in published.TRAINING), *rows]
+    speeds = lambda g: () if len(g) else published.TRAINING[g.key]
+    names = ("without FlashAttention", "FlashAttention", "FlashAttention-2")
+    of_paper = {n: lambda g, i=i: next(iter(speeds(g)[i:]), None) for i, n in enumerate(names)}
+    gained = lambda g: published.training_gain(g.key)
+    of_ours = lambda of: lambda g: of(g.first) if len(g) else None
     measured = {
-        f"{v} attention": lambda row, v=v: row[2] and training_rate(row[2], v)
-        for v in (STANDARD, TILED)
+        f"{v} attention": of_ours(lambda r, v=v: training_steps.rate(r, v)) for v in VARIANTS
     }
-    gained = lambda row: row[2] and gain(row[2], STANDARD, TILED)
+
+    def called(group: Group) -> str:
+        if not len(group):
+            return group.key
+        return f"{group.first.result['parameters'] / 1e6:.1f}M parameters, {group.key}"
+
     return table(
         "training",
         "Table 1: speed of training GPTs",
         rows,
         [
-            Column("model, context", of=lambda row: row[0]),
+            Column("model, context", of=called),
             *columns(PUBLISHED, of_paper, "TFLOP/s"),
             Column(
-                "FlashAttention-2 / without", PUBLISHED, of=lambda r: r[1] and r[1][2] / r[1][0]
+                "FlashAttention-2 / without", PUBLISHED, of=lambda g: published.training_gain(g.key)
             ),
             *columns(MEASURED, measured, "GFLOP/s"),
-            Column("tiled / standard", MEASURED, of=gained),
+            Column("tiled / standard", MEASURED, of=of_ours(lambda r: gain(r, *VARIANTS))),
         ],
         "Published: each of 8 A100s. Measured: one device, "
         + first(training, "{model.repeats} layers of width {model.d_model}")
@@ -266,24 +224,22 @@ def training_table(training: Records) -> Table:
 
 def figures(records: Records) -> dict[str, str]:
     """Returns SVG by name: speed against length, as in figures 4 and 5."""
-    made, speed = {}, records.select(kind="speed")
-    for direction in (FORWARD_BACKWARD, FORWARD):
-        panels = {}
-        for head_dim in speed.values("head_dim"):
-            groups = by(speed.select(head_dim=head_dim), "length")
-            for mask in MASKS:
-                panels[f"head dim {head_dim}, {mask}"] = {
-                    v: (
-                        [g.key for g in groups],
-                        [rate(g.first, v, mask, direction) for g in groups],
-                    )
-                    for v in (STANDARD, TILED)
-                }
-        if panels:
-            made[f"speed-{direction.replace('_', '-')}"] = line_chart(
-                panels,
-                x_label="length (tokens)",
-                y_label=f"GFLOP/s, {TITLES[direction]}",
-                log_x=True,
-            )
-    return made
+    speed = records.select(kind="speed")
+    if not speed:
+        return {}
+    speeds = lambda mask, d: {v: lambda g, v=v: rate(g.first, v, mask, d) for v in VARIANTS}
+    return {
+        f"speed-{direction.replace('_', '-')}": panel_figure(
+            {
+                f"head dim {head_dim}, {mask}": (
+                    by(speed.select(head_dim=head_dim), "length"),
+                    speeds(mask, direction),
+                )
+                for head_dim in speed.values("head_dim")
+                for mask in MASKS
+            },
+            x="length (tokens)",
+            y=f"GFLOP/s, {TITLES[direction]}",
+        )
+        for direction in (FORWARD_BACKWARD, FORWARD)
+    }

@@ -7,10 +7,9 @@ import pytest
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import tables
 from tilescan.experiments.harness.records import Record, Records
-from tilescan.experiments.measurements import attention_counts
+from tilescan.experiments.measurements import attention, attention_counts, training_steps
 from tilescan.experiments.papers import flash_attention_2
 from tilescan.experiments.papers.flash_attention_2 import cells
-from tilescan.experiments.papers.flash_attention_2 import tables as paper_tables
 from tilescan.ops import masks, reference
 
 SETTINGS = {"kind": "speed", "batch": 1, "length": 4096, "heads": 8, "head_dim": 64, "dtype": "f"}
@@ -41,16 +40,16 @@ def claim(name, *made):
 
 
 def test_flops_are_the_papers_formula():
-    forward = paper_tables.flops(SETTINGS, "forward", causal=False)
+    forward = attention.flops(SETTINGS, "forward", causal=False)
     assert forward == 4 * 4096**2 * 64 * 8
-    assert paper_tables.flops(SETTINGS, "backward", causal=False) == 2.5 * forward
-    assert paper_tables.flops(SETTINGS, "forward_backward", causal=True) == (3.5 * forward / 2)
+    assert attention.flops(SETTINGS, "backward", causal=False) == 2.5 * forward
+    assert attention.flops(SETTINGS, "forward_backward", causal=True) == (3.5 * forward / 2)
 
 
 def test_backward_is_the_difference():
     made = speed(tiled__full__forward=20.0)
     both, forward, backward = (
-        paper_tables.milliseconds(made, "tiled", "full", d)
+        attention.milliseconds(made, "tiled", "full", d)
         for d in ("forward_backward", "forward", "backward")
     )
     assert (both, forward, backward) == (70.0, 20.0, 50.0)
@@ -129,7 +128,7 @@ def test_training_steps_differ_in_attention_alone(monkeypatch):
             programs[name] = str(jaxpr), jax.tree.map(lambda x: (x.shape, x.dtype), out)
         return {}
 
-    monkeypatch.setattr(cells.timing, "compare", compare)
+    monkeypatch.setattr(training_steps.timing, "compare", compare)
     config = papers.load_config("flash_attention_2", "smoke")
     cell = cells.cells(config)[-1]
     assert cell.measure(cell.settings, 0)["parameters"] > 2000
@@ -138,7 +137,7 @@ def test_training_steps_differ_in_attention_alone(monkeypatch):
 
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 9, 2, 4))
     want = reference.attention(q, k, v, mask=masks.Causal(), scale=0.3)
-    got = cells.standard_attention(q, k, v, mask=masks.Causal(), scale=0.3)
+    got = training_steps.standard_attention(q, k, v, mask=masks.Causal(), scale=0.3)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.workspace import Workspace
+from tilescan.experiments.measurements import attention_exactness
 from tilescan.experiments.measurements import contexts as long_context
 from tilescan.experiments.measurements import static_kernels as static_figures
 from tilescan.experiments.measurements import training as measurements
 from tilescan.experiments.papers import flash_attention
-from tilescan.experiments.papers.flash_attention import exactness as attention_exactness
 from tilescan.ops import masks
 from tilescan.training import inputs
 from tilescan.training.config import settings

@@ -1,4 +1,7 @@
-"""How far tiled attention is from the definition in float64: outputs and gradients."""
+"""How far tiled attention is from the definition in float64: outputs and gradients.
+
+Dimensions: B batch, T time, H heads, G key-value heads, D head dim.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -10,6 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tilescan.experiments.harness.claims import Verdict
+from tilescan.experiments.harness.groups import first
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.tables import MEASURED, Column, Table, columns, table
 from tilescan.experiments.measurements.exactness import difference, values_and_gradients
 from tilescan.ops import attention_tpu, attention_xla, masks, reference
 from tilescan.ops.attention import attention
@@ -17,6 +24,8 @@ from tilescan.ops.attention import attention
 STANDARD, XLA, KERNELS = "standard", "tiled (XLA)", "tiled (Pallas TPU, interpreted)"
 CHOSEN = "as chosen"  # tiles that the op takes by itself
 OUTPUTS = ("o", "dq", "dk", "dv")
+FLOAT32_BOUND = 2e-6  # relative to the largest value
+BFLOAT16_BOUND = 2.0  # times the error of standard attention in bfloat16
 Results = tuple[Float[Array, "B T H D"], tuple[Float[Array, "B T G D"], ...]]
 
 
@@ -121,3 +130,58 @@ def sides(tile: str) -> tuple[int, int]:
     if not (queries.isdecimal() and keys.isdecimal() and int(queries) and int(keys)):
         raise ValueError(f"tile={tile!r} must be queries x keys, e.g. '64x128'")
     return int(queries), int(keys)
+
+
+def by_implementation(record: Record) -> dict[str, dict[str, Mapping[str, float]]]:
+    """Returns {implementation: {tile: errors}} of a record of `errors`."""
+    found = {}
+    for name, error in record.result.items():
+        implementation, _, tile = name.rpartition(", ")
+        found.setdefault(implementation, {})[tile] = error
+    return found
+
+
+def exactness_table(found: Records) -> Table:
+    """Returns errors by mask, dtype and implementation, the worst over its tiles."""
+    ranked = sorted(found, key=lambda r: r.settings["dtype"], reverse=True)
+    worst = {o: lambda row, o=o: max(e[o] for e in row[2].values()) for o in OUTPUTS}
+    return table(
+        "exactness",
+        "Exactness of outputs and gradients",
+        [(r, *tiled) for r in ranked for tiled in by_implementation(r).items()],
+        [
+            Column("dtype", of=lambda row: row[0].settings["dtype"]),
+            Column("mask", of=lambda row: row[0].settings["mask"]),
+            Column("attention", of=lambda row: row[1]),
+            Column("tiles", of=lambda row: ", ".join(row[2])),
+            *columns(MEASURED, worst, digits=2),
+        ],
+        first(found, "{length} queries and keys, {heads} heads of {head_dim}. ")
+        + "Largest error over largest value, against dense attention in float64, of the worst "
+        "tile. Tiles are queries x keys; by itself the op takes one for so short a sequence.",
+    )
+
+
+def exact(found: Records) -> Verdict:
+    """Returns whether errors of tiled attention are those of rounding."""
+    single, half = (_worst(found.select(dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    known = bool(single and half)
+    return Verdict(
+        f"outputs and gradients, every mask and tile: float32 within {FLOAT32_BOUND:g} of float64, "
+        f"bfloat16 within {BFLOAT16_BOUND:g} times the error of standard attention",
+        single[0] <= FLOAT32_BOUND and half[1] <= BFLOAT16_BOUND if known else None,
+        f"float32 {single[0]:.2g}, bfloat16 {half[1]:.2f} times" if known else "",
+    )
+
+
+def _worst(found: Records) -> tuple[float, float] | None:
+    """Returns the largest error of one dtype, and the largest ratio to the standard one."""
+    pairs = [
+        (error[output], record.result[f"{STANDARD}, none"][output])
+        for record in found
+        for name, tiles in by_implementation(record).items()
+        if name != STANDARD
+        for error in tiles.values()
+        for output in OUTPUTS
+    ]
+    return (max(a for a, _ in pairs), max(a / b for a, b in pairs)) if pairs else None
