@@ -134,19 +134,15 @@ def _shrink(config: ConfigDict) -> None:
         lengths=(64, 128), standard_up_to=64, heads=2, head_dim=16, window=32, block=32, repeats=1
     )
     config.memory.lengths = (64, 128)
-    config.exactness.update(
-        length=40, head_dim=16, masks=("causal",), dtypes=("float32",), tiles=("16x32",)
-    )
-    config.exactness.kernel_tiles = ()
+    config.exactness.update(length=40, head_dim=16, masks=("causal",), dtypes=("float32",))
+    config.exactness.update(tiles=("16x32",), kernel_tiles=())
     config.io.update(length=128, head_dim=16, on_chip=(1024, 2048), lengths=(64, 128), block=32)
     config.io.lengths_on_chip = 1024
     for part in (config.curves, config.context, config.documents):
         part.seeds = (0,)
         part.train.model.update(d_model=16, repeats=1, n_heads=2)
-        part.train.data.update(
-            sources=("python_stdlib",), tokenizer="byte", fractions=(0.8, 0.0, 0.2)
-        )
-        part.train.data.update(max_documents=12, batch_size=8)
+        part.train.data.update(sources=("python_stdlib",), tokenizer="byte", max_documents=12)
+        part.train.data.update(fractions=(0.8, 0.0, 0.2), batch_size=8)
         part.train.train.update(steps=2, eval_batches=2)
         part.train.optimizer.warmup_steps = 0
     config.curves.train.data.seq_len = 32

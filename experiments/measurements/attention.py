@@ -22,7 +22,9 @@ from tilescan.ops.attention import attention
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 DIRECTIONS = {FORWARD: "forward", FORWARD_BACKWARD: "forward + backward"}  # with their titles
 STANDARD, TILED = "standard", "tiled"
-VARIANTS = (STANDARD, TILED, "windowed", "block_sparse")
+SPARSE = "block_sparse"
+VARIANTS = (STANDARD, TILED, "windowed", SPARSE)
+OVER_STANDARD, OVER_SPARSE = (STANDARD, TILED), (TILED, SPARSE)  # (slow, fast)
 MASKS = ("full", "causal")  # of `runtime_by_mask`
 BACKWARD = "backward"  # the difference of the two directions
 
@@ -52,7 +54,7 @@ def _mask(name: str, settings: Mapping[str, Any]) -> masks.Mask:
     if name == "windowed":
         half = settings["window"] // 2
         return masks.SlidingWindow(half, half)
-    if name == "block_sparse":
+    if name == SPARSE:
         layout = masks.butterfly(-(-length // settings["block"]))
         return masks.BlockSparse(layout, settings["block"])
     raise ValueError(f"variant={name!r} is unknown; it must be one of {', '.join(VARIANTS)}")
@@ -108,7 +110,7 @@ def runtime_by_mask(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
         f"{name} {mask} {direction}": in_direction(
             variant(name, {**settings, "causal": mask == "causal"}), direction
         )
-        for name in (STANDARD, TILED)
+        for name in OVER_STANDARD
         for mask in MASKS
         for direction in DIRECTIONS
     }
@@ -140,6 +142,17 @@ def outcome(group: Group, variant: str, metric: str) -> float | str | None:
     return result.get(metric, result.get("error"))
 
 
+def median_ms(group: Group, variant: str) -> float | str | None:
+    """Returns the time of a call in ms, or as `outcome` why there is none."""
+    return outcome(group, variant, "median_ms")
+
+
+def mebibytes(group: Group, variant: str) -> float | str | None:
+    """Returns the temporaries of a call in MiB, or as `outcome` why there are none."""
+    size = outcome(group, variant, "temp_bytes")
+    return size / 2**20 if isinstance(size, int) else size
+
+
 def growth(found: Records, variant: str) -> float | None:
     """Returns the power of the length in the memory of one direction, from length 1024 on."""
     groups = by(found, "length")
@@ -169,3 +182,9 @@ def rate(record: Record, variant: str, mask: str, direction: str) -> float | Non
     """Returns the achieved GFLOP/s of `runtime_by_mask` by this count."""
     ms = milliseconds(record, variant, mask, direction)
     return None if ms is None else flops(record.settings, direction, mask == "causal") / ms / 1e6
+
+
+def longest(found: Records) -> list[Record]:
+    """Returns the records of the greatest length, by head dim."""
+    length = max(found.values("length"), default=None)
+    return [g.first for g in by(found.select(length=length), "head_dim")]

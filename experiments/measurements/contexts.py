@@ -1,8 +1,8 @@
 """Context lengths compared on the same batches: only how far a token sees differs.
 
-Rows of the longest context are cut into shorter ones: every context trains on the same tokens, in
-the same order and in the same batches. Comparing runs that draw rows of different lengths instead
-would also compare how many different places of the corpus a batch holds.
+Rows of the longest context are split into shorter ones: every context trains on the same tokens, in
+the same order and in the same batches. Comparing runs on rows of different lengths instead would
+also compare how many different places of the corpus a batch holds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from tilescan.experiments.harness.groups import Group, by
+from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.workspace import Workspace
 from tilescan.experiments.measurements import training as measurements
 from tilescan.training import config as config_lib
@@ -18,7 +20,7 @@ from tilescan.training.train import train
 
 
 class CutRows:
-    """A data set whose rows [B, T] are cut into [B * T / context, context].
+    """A data set whose rows [B, T] are split into [B * T / context, context].
 
     Args:
       dataset: batches of arrays [B, T], as `data.pipelines` makes them.
@@ -80,3 +82,26 @@ def run(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict:
         "test_tokens": final["test/weight"],
         "train_loss": final["train/loss"],
     }
+
+
+def by_seed(groups: list[Group], metric: str) -> dict[int, tuple[float, float]]:
+    """Returns {seed: (value of the first group, of the last)} of the seeds that both have."""
+    if len(groups) < 2:
+        return {}
+    short, long = ({r.seed: r.result[metric] for r in g.records} for g in (groups[0], groups[-1]))
+    return {seed: (short[seed], long[seed]) for seed in sorted(short.keys() & long.keys())}
+
+
+def gains(found: Records) -> tuple[list[float], str]:
+    """Returns the gain in perplexity of the longest over the shortest context, also in words.
+
+    Returns:
+      ([1 - longest / shortest of each seed], text); ([], "") of fewer than two contexts.
+    """
+    groups = by(found, "context")
+    pairs = by_seed(groups, "test_perplexity")
+    made = {seed: 1 - long / short for seed, (short, long) in pairs.items()}
+    if not made:
+        return [], ""
+    listed = ", ".join(f"{-100 * gain:+.1f}% (seed {seed})" for seed, gain in made.items())
+    return list(made.values()), f"{listed} from {groups[0].key} to {groups[-1].key} tokens"

@@ -172,7 +172,7 @@ def _tpu_table(record: Record | None) -> Table:
         ],
         f"No device: libtpu {versions.get('libtpu', '')}'s static profile of the compiled kernels, "
         f"bfloat16, {', '.join(f'{k} {v}' for k, v in shape.items())}. It ranks two kernels on one "
-        "generation; it is no time. JAX's kernel at its best tiles of a small sweep; – where it "
+        "generation; it is not a time. JAX's kernel at its best tiles of a small sweep; – where it "
         "lacks the mask or the profiler a model. FLOPs by formula, for visible scores alone. "
         "Backward is two kernels, 7 products of matrices; their VMEM is the larger one's.",
     )
@@ -208,7 +208,7 @@ def _gpu_table(record: Record | None) -> Table:
         f"No device: machine code for an H100 by ptxas, {shape}. FLOPs and bytes by formula: "
         "visible scores alone, every input and output once. Issue cycles are those of one warp for "
         "one pass of the loop over full tiles, without the latencies of tensor cores and memory: "
-        "they are no time. Stock kernels are those that JAX installs; theirs has no causal "
+        "they are not times. Stock kernels are those that JAX installs; theirs has no causal "
         "backward.",
     )
 

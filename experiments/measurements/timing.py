@@ -1,7 +1,8 @@
-"""Times functions against each other: interleaved, compile time apart, medians of rounds."""
+"""Times functions against each other: interleaved, compile time separately, medians of rounds."""
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,9 +11,11 @@ from typing import Any
 import jax
 
 from tilescan.benchmarks.timing import interleaved, seconds_of
-from tilescan.experiments.harness.claims import Effect
-from tilescan.experiments.harness.records import Record
+from tilescan.experiments.harness.claims import Effect, Verdict, within
+from tilescan.experiments.harness.groups import Group, by
+from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread, spread
+from tilescan.experiments.harness.tables import format_value
 from tilescan.planning.compiled import memory
 
 OUT_OF_MEMORY = "out of memory"
@@ -114,3 +117,37 @@ def effect(published: float | None, record: Record, slow: str, fast: str) -> Eff
     """Returns a published speed-up beside those of a record's rounds; None without both."""
     rounds = ratios_of_rounds(record.result.get(slow, {}), record.result.get(fast, {}))
     return Effect(published, rounds) if published and rounds else None
+
+
+def both_timed(records: Records, slow: str, fast: str) -> list[Group]:
+    """Returns the records of the lengths at which two functions were timed, a group each."""
+    return [g for g in by(records, "length") if gain(g.first, slow, fast)]
+
+
+def gain_within(
+    criterion: str,
+    record: Record | None,
+    pair: tuple[str, str],
+    low: float,
+    high: float = math.inf,
+    *,
+    published: float | None = None,
+    digits: int = 3,
+) -> Verdict:
+    """Returns whether a record's speed-up lies within bounds, with its effect.
+
+    Args:
+      criterion: the predicate in words.
+      record: of one length; None: it was not measured.
+      pair: names of the slow and the fast function.
+      low, high: bounds.
+      published: speed-up.
+      digits: significant ones of the evidence.
+    """
+    value = record and gain(record, *pair)
+    return Verdict(
+        criterion,
+        within(value and value.mean, low, high),
+        f"{format_value(value, digits)} at length {record.settings['length']}" if value else "",
+        effect(published, record, *pair) if value else None,
+    )

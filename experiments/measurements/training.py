@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from tilescan.data import tasks
 from tilescan.data.tasks import images
+from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.shared_models import train_as_set
 from tilescan.experiments.harness.workspace import Workspace
 from tilescan.experiments.measurements.attention import STANDARD, TILED
@@ -159,3 +160,15 @@ def examples_to(result: Mapping[str, Any], share: float, metric: str = "exact") 
     """Returns the examples seen when validation first reached a share of right answers, or None."""
     seen = zip(result["examples"], result[f"validation_{metric}"], strict=True)
     return next((examples for examples, value in seen if value >= share), None)
+
+
+def attention_pairs(found: Records) -> list[tuple[Record, Record]]:
+    """Returns the runs of each seed with standard and with tiled attention."""
+    standard, tiled = ({r.seed: r for r in found.select(attention=kind)} for kind in _ATTENTION)
+    return [(standard[seed], tiled[seed]) for seed in sorted(standard.keys() & tiled.keys())]
+
+
+def curve_difference(pair: tuple[Record, Record]) -> float:
+    """Returns the largest difference of a step's losses between two runs."""
+    one, two = (record.result["train_loss"] for record in pair)
+    return max(abs(a - b) for a, b in zip(one, two, strict=True))

@@ -9,7 +9,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from tilescan.experiments.harness.records import Record
+from tilescan.experiments.harness.groups import Group
+from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.measurements import timing
 from tilescan.experiments.measurements.attention import STANDARD, TILED
 from tilescan.experiments.measurements.training import training_config
@@ -64,9 +65,10 @@ def standard_attention(
     return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True)
 
 
-def context(record: Record) -> int:
-    """Returns the length of the sequences of a training step."""
-    return record.settings["train"]["data.seq_len"]
+def by_context(found: Records) -> list[Group]:
+    """Returns the records, each a group by the length of its sequences."""
+    ranked = sorted(found, key=_context)
+    return [Group(_context(record), Records([record])) for record in ranked]
 
 
 def rate(record: Record, variant: str) -> float | str | None:
@@ -74,8 +76,12 @@ def rate(record: Record, variant: str) -> float | str | None:
 
     The count: 6 a token and parameter, 12 x layers x hidden x N² a sequence.
     """
-    train, result, length = record.settings["train"], record.result[variant], context(record)
+    train, result, length = record.settings["train"], record.result[variant], _context(record)
     scores = 12 * train["model.repeats"] * train["model.d_model"] * length**2
     flops = train["data.batch_size"] * (6.0 * length * record.result["parameters"] + scores)
     ms = result.get("median_ms")
     return result.get("error") if ms is None else flops / ms / 1e6
+
+
+def _context(record: Record) -> int:
+    return record.settings["train"]["data.seq_len"]

@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 from tilescan.configs.common import flat
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.measurements import attention, attention_counts, contexts, static_kernels
-from tilescan.experiments.measurements.attention import DIRECTIONS, STANDARD, TILED, VARIANTS
 from tilescan.experiments.measurements.attention_exactness import errors
 from tilescan.experiments.measurements.training import measure_text
 
@@ -55,16 +54,17 @@ def _calls(r: ConfigDict, memory_lengths: tuple[int, ...]) -> list[Cell]:
     shape = {k: r[k] for k in ("batch", "heads", "head_dim", "dtype", "window", "block")}
 
     def timed(direction: str, length: int) -> dict[str, Any]:
-        fitting = [v for v in VARIANTS if v != STANDARD or length <= r.standard_up_to]
+        dense, *others = attention.VARIANTS
+        fitting = [dense, *others] if length <= r.standard_up_to else others
         return {"kind": "runtime", "variants": fitting, "repeats": r.repeats, **shape}
 
     return [
         *sweep(
             "memory-{direction}-T{length}",
             attention.memory,
-            {"kind": "memory", "variants": VARIANTS, **shape},
+            {"kind": "memory", "variants": attention.VARIANTS, **shape},
             seconds=4,
-            direction=tuple(DIRECTIONS),
+            direction=tuple(attention.DIRECTIONS),
             length=memory_lengths,
         ),
         *sweep(
@@ -72,7 +72,7 @@ def _calls(r: ConfigDict, memory_lengths: tuple[int, ...]) -> list[Cell]:
             attention.runtime,
             timed,
             seconds=lambda direction, length: 4 + 15 * (length / 4096) ** 2,
-            direction=tuple(DIRECTIONS),
+            direction=tuple(attention.DIRECTIONS),
             length=r.lengths,
         ),
     ]
@@ -89,6 +89,7 @@ def _training(curves: ConfigDict, context: ConfigDict, documents: ConfigDict) ->
         task = {"task": "classification", "model.causal": False, "data.seq_len": length}
         return {"kind": "documents", "train": {**flat(documents.train), **task}}
 
+    runs = {"seeds": context.seeds, "seconds": 30}
     return [
         *sweep(
             "curves-{attention}-seed{seed}",
@@ -96,23 +97,17 @@ def _training(curves: ConfigDict, context: ConfigDict, documents: ConfigDict) ->
             {"kind": "curves", "train": flat(curves.train)},
             seeds=curves.seeds,
             seconds=30,
-            attention=(STANDARD, TILED),
+            attention=attention.OVER_STANDARD,
         ),
         *sweep(
             "context{context}-seed{seed}",
             contexts.run,
             {"kind": "context", "train": keys},
-            seeds=context.seeds,
-            seconds=30,
             context=context.contexts,
+            **runs,
         ),
         *sweep(
-            f"context{{context}}-{other}-seed{{seed}}",
-            contexts.run,
-            compared,
-            seeds=context.seeds,
-            seconds=30,
-            context=ends,
+            f"context{{context}}-{other}-seed{{seed}}", contexts.run, compared, context=ends, **runs
         ),
         *sweep(
             "documents{length}-seed{seed}",

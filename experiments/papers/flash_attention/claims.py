@@ -15,12 +15,13 @@ from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import log_slope, ratio
 from tilescan.experiments.harness.tables import format_value
-from tilescan.experiments.measurements import attention, timing
+from tilescan.experiments.measurements import attention, contexts, timing
 from tilescan.experiments.measurements.attention import DIRECTIONS, FORWARD, FORWARD_BACKWARD
 from tilescan.experiments.measurements.attention_exactness import exact
+from tilescan.experiments.measurements.training import attention_pairs, curve_difference
 from tilescan.experiments.papers.flash_attention import published, tables
-from tilescan.experiments.papers.flash_attention.tables import OVER_SPARSE, OVER_STANDARD
 
+OVER_STANDARD, OVER_SPARSE = attention.OVER_STANDARD, attention.OVER_SPARSE
 # Smallest accepted standard / tiled at the longest common length.
 FASTER = {FORWARD: 1.5, FORWARD_BACKWARD: 1.2}
 SLOPE_ERROR = 0.1  # largest accepted distance of a measured power from that of the bound
@@ -32,6 +33,7 @@ SPEED_UPS = {
     FORWARD: "Table 18: 2.0 times at 4096; 3.5 times with dropout and padding, Table 9",
     FORWARD_BACKWARD: "Table 20: 1.7 times at 4096; 3.3 times with dropout and padding, Table 11",
 }
+MEMORY = {FORWARD: "", FORWARD_BACKWARD: " (Table 21: 20 times as much at 4096)"}
 
 
 def claims(records: Records) -> list[Claim]:
@@ -58,8 +60,8 @@ def claims(records: Records) -> list[Claim]:
             claim(
                 f"linear memory, {title}",
                 "Tiled attention needs memory linear in the length, standard attention quadratic"
-                + (" (Table 21: 20 times as much at 4096)." if "backward" in title else "."),
-                linear_memory(memory.select(direction=direction)),
+                f"{MEMORY[direction]}.",
+                linear_memory(memory.select(direction=direction), direction),
             )
             for direction, title in DIRECTIONS.items()
         ),
@@ -127,66 +129,57 @@ def claims(records: Records) -> list[Claim]:
 
 def faster(runtime: Records, direction: str) -> Verdict:
     """Returns whether tiled attention is faster than standard attention, in one direction."""
-    gains = {g: timing.gain(g.first, *OVER_STANDARD) for g in by(runtime, "length")}
-    timed = [g for g, gain in gains.items() if gain]
-    criterion = f"standard / tiled >= {FASTER[direction]} at the longest length that both ran"
-    if not timed:
-        return Verdict(criterion, None, "")
-    longest = timed[-1]
-    return Verdict(
-        criterion,
-        gains[longest].mean >= FASTER[direction],
-        f"{format_value(gains[longest])} at length {longest.key}",
-        speed_effect(longest, direction, OVER_STANDARD),
+    timed = timing.both_timed(runtime, *OVER_STANDARD)
+    return timing.gain_within(
+        f"standard / tiled >= {FASTER[direction]} at the longest length that both ran",
+        timed[-1].first if timed else None,
+        OVER_STANDARD,
+        FASTER[direction],
+        published=plain(timed[-1].key, direction, OVER_STANDARD) if timed else None,
     )
 
 
-def speed_effect(group: Group, direction: str, pair: tuple[str, str]) -> Effect | None:
-    """Returns a ratio of times beside the paper's without dropout and padding, as here."""
-    of_paper = published.over(group.key, published.PLAIN_MS[direction], *pair)
-    return timing.effect(of_paper, group.first, *pair)
+def plain(length: int, direction: str, pair: tuple[str, str]) -> float | None:
+    """Returns the paper's ratio of times without dropout and padding, as here."""
+    return published.over(length, published.PLAIN_MS[direction], *pair)
 
 
 def sparse_faster(runtime: Records) -> Verdict:
     """Returns whether the time falls as tiles are left out."""
-    inverse = lambda g: 1 / attention.live_fraction(g.key, g.first.settings["block"])  # 1 / s
-    gains = {g: timing.gain(g.first, *OVER_SPARSE) for g in by(runtime, "length")}
-    timed = [g for g, gain in gains.items() if gain and inverse(g) > 1]
     criterion = "tiled / block-sparse grows with length and is at least 0.5 / s at the longest one"
+    inverse = lambda g: 1 / attention.live_fraction(g.key, g.first.settings["block"])  # 1 / s
+    timed = [g for g in timing.both_timed(runtime, *OVER_SPARSE) if inverse(g) > 1]
     if len(timed) < 2:
         return Verdict(criterion, None, "")
     short, long = timed[0], timed[-1]
+    least, most = (timing.gain(g.first, *OVER_SPARSE) for g in (short, long))
     return Verdict(
         criterion,
-        gains[long].mean > gains[short].mean and gains[long].mean >= 0.5 * inverse(long),
-        f"{format_value(gains[short])} at {short.key}, {format_value(gains[long])} at {long.key} "
-        f"where 1/s is {inverse(long):.2f}",
-        speed_effect(long, FORWARD_BACKWARD, OVER_SPARSE),
+        most.mean > least.mean and most.mean >= 0.5 * inverse(long),
+        f"{format_value(least)} at {short.key}, {format_value(most)} at {long.key} where 1/s is "
+        f"{inverse(long):.2f}",
+        timing.effect(plain(long.key, FORWARD_BACKWARD, OVER_SPARSE), long.first, *OVER_SPARSE),
     )
 
 
-def linear_memory(memory: Records) -> Verdict:
-    """Returns whether memory is linear if tiled and quadratic if standard, in one direction."""
+def linear_memory(memory: Records, direction: str) -> Verdict:
+    """Returns whether memory is linear if tiled and quadratic if standard, in one direction.
+
+    Its effect is standard / tiled at the longest length that the paper has, too.
+    """
     dense, tiled = powers = [attention.growth(memory, variant) for variant in OVER_STANDARD]
+    effects = []
+    for group in by(memory, "length"):
+        of_paper = published.over(group.key, published.MEGABYTES.get(direction, {}), *OVER_STANDARD)
+        found = ratio(*(attention.outcome(group, v, "temp_bytes") for v in OVER_STANDARD))
+        effects += [Effect(of_paper, [found])] if of_paper and found else []
     known = None not in powers
     return Verdict(
         "log-log slope over lengths >= 1024: standard >= 1.8 and tiled <= 1.2",
         dense >= 1.8 and tiled <= 1.2 if known else None,
         f"standard {dense:.2f}, tiled {tiled:.2f}" if known else "",
-        less_memory(by(memory.select(direction=FORWARD_BACKWARD), "length")),
+        effects[-1] if effects else None,
     )
-
-
-def less_memory(groups: list[Group]) -> Effect | None:
-    """Returns standard / tiled of the bytes at the longest length that the paper has, too."""
-    for group in reversed(groups):
-        of_paper = published.over(group.key, published.MEGABYTES, *OVER_STANDARD)
-        found = ratio(
-            *(attention.outcome(group, variant, "temp_bytes") for variant in OVER_STANDARD)
-        )
-        if of_paper and found:
-            return Effect(of_paper, [found])
-    return None
 
 
 def less_traffic(record: Record | None) -> Verdict:
@@ -227,7 +220,7 @@ def follows_bound(records: Records) -> Verdict:
 
 def equal_curves(curves: Records) -> Verdict:
     """Returns whether both attentions train alike, step by step."""
-    gaps = [tables.curve_difference(pair) for pair in tables.curve_pairs(curves)]
+    gaps = [curve_difference(pair) for pair in attention_pairs(curves)]
     return Verdict(
         f"the losses of every step differ by at most {CURVE_TOLERANCE} nats, each seed",
         every(gap <= CURVE_TOLERANCE for gap in gaps),
@@ -235,18 +228,10 @@ def equal_curves(curves: Records) -> Verdict:
     )
 
 
-def ends(groups: list[Group], metric: str) -> dict[int, tuple[float, float]]:
-    """Returns {seed: (value of the first group, of the last)} of the seeds that both have."""
-    if len(groups) < 2:
-        return {}
-    short, long = ({r.seed: r.result[metric] for r in g.records} for g in (groups[0], groups[-1]))
-    return {seed: (short[seed], long[seed]) for seed in sorted(short.keys() & long.keys())}
-
-
 def longer_context(measured: Records, compared: Records) -> Verdict:
-    """Returns whether the longest context is better; other positions are told of, no more."""
-    gains, evidence = _context_gains(measured)
-    others, told = _context_gains(compared)
+    """Returns whether the longest context is better; other positions are evidence alone."""
+    gains, evidence = contexts.gains(measured)
+    others, told = contexts.gains(compared)
     if others:
         evidence += f"; with {tables.position(compared)} {told}"
     (short, _), (long, _) = published.PERPLEXITY[1024], published.PERPLEXITY[4096]
@@ -258,16 +243,6 @@ def longer_context(measured: Records, compared: Records) -> Verdict:
         evidence,
         Effect(short / long, [1 / (1 - gain) for gain in gains]) if gains else None,
     )
-
-
-def _context_gains(found: Records) -> tuple[list[float], str]:
-    """Returns the gain of the longest over the shortest context for each seed, also in words."""
-    groups = by(found, "context")
-    gains = {seed: 1 - b / a for seed, (a, b) in ends(groups, "test_perplexity").items()}
-    if not gains:
-        return [], ""
-    listed = ", ".join(f"{-100 * gain:+.1f}% (seed {seed})" for seed, gain in gains.items())
-    return list(gains.values()), f"{listed} from {groups[0].key} to {groups[-1].key} tokens"
 
 
 def longer_documents(groups: list[Group]) -> Verdict:
@@ -283,7 +258,7 @@ def longer_documents(groups: list[Group]) -> Verdict:
         return Verdict(criterion, None, "")
     short, long = (g.mean_std("test_accuracy", 100) for g in (groups[0], groups[-1]))
     of_paper = statistics.fmean(f1[16384] - f1[512] for f1 in published.F1.values())
-    points = [100 * (b - a) for a, b in ends(groups, "test_accuracy").values()]
+    points = [100 * (b - a) for a, b in contexts.by_seed(groups, "test_accuracy").values()]
     return Verdict(
         criterion,
         higher_by(long, short, 0.0),

@@ -3,21 +3,22 @@
 from collections.abc import Callable
 
 from tilescan.experiments.harness.figures import line_chart, line_figure, panel_figure
-from tilescan.experiments.harness.groups import Group, by
+from tilescan.experiments.harness.groups import by
 from tilescan.experiments.harness.records import Records
-from tilescan.experiments.measurements.attention import DIRECTIONS
+from tilescan.experiments.measurements import attention
+from tilescan.experiments.measurements.training import attention_pairs
 from tilescan.experiments.papers.flash_attention import tables
 
 
 def figures(records: Records) -> dict[str, str]:
-    """Returns SVG by name, of what the records can draw."""
+    """Returns SVG by name, "" where the records have nothing to draw."""
     runtime, memory, on_chip, sparse, curves, context, documents = (
         records.select(kind=kind)
         for kind in ("runtime", "memory", "io", "io_sparse", "curves", "context", "documents")
     )
-    made = {
-        "runtime-against-length": _calls(runtime, tables.median_ms, "ms a call"),
-        "memory-against-length": _calls(memory, tables.mebibytes, "MiB of temporaries"),
+    return {
+        "runtime-against-length": _calls(runtime, attention.median_ms, "ms a call"),
+        "memory-against-length": _calls(memory, attention.mebibytes, "MiB of temporaries"),
         "traffic-against-on-chip-memory": _traffic(on_chip),
         "traffic-against-sparsity": _sparsity(sparse),
         "training-curves": _curves(curves),
@@ -28,28 +29,24 @@ def figures(records: Records) -> dict[str, str]:
             documents, "length", "test_accuracy", "test micro-F1 (%)", unit=100
         ),
     }
-    return {name: svg for name, svg in made.items() if svg}
 
 
-def _calls(found: Records, value: Callable[[Group, str], tables.Value], label: str) -> str:
+def _calls(found: Records, value: Callable[..., object], label: str) -> str:
     """Returns time or memory of a call against length, a panel for each direction."""
     lines = {name: lambda g, v=v: value(g, v) for v, name in tables.NAMES.items()}
     panels = {
         title: (by(found.select(direction=direction), "length"), lines)
-        for direction, title in DIRECTIONS.items()
+        for direction, title in attention.DIRECTIONS.items()
     }
-    panels = {title: panel for title, panel in panels.items() if panel[0]}
-    return panel_figure(panels, x="length (tokens)", y=label, log=True) if panels else ""
+    return panel_figure(panels, x="length (tokens)", y=label, log=True)
 
 
 def _traffic(on_chip: Records) -> str:
     """Returns traffic against the size of on-chip memory."""
-    keys = {"standard": "standard_forward_backward", "tiled": "forward_backward"}
-    lines = {
-        name: lambda g, key=key: tables.gigabytes(g.first.result[key]) for name, key in keys.items()
-    }
+    moved = lambda key: lambda g: tables.gigabytes(g.first.result[key])
+    lines = {"standard": moved("standard_forward_backward"), "tiled": moved("forward_backward")}
     labels = {"x": "on-chip elements", "y": "GB moved, forward + backward"}
-    return line_figure(by(on_chip, "on_chip"), lines, log=True, **labels) if on_chip else ""
+    return line_figure(by(on_chip, "on_chip"), lines, log=True, **labels)
 
 
 def _sparsity(sparse: Records) -> str:
@@ -62,7 +59,7 @@ def _sparsity(sparse: Records) -> str:
 
 def _curves(curves: Records) -> str:
     """Returns the first seed's two training curves, and their difference."""
-    pairs = tables.curve_pairs(curves)
+    pairs = attention_pairs(curves)
     if not pairs:
         return ""
     steps = pairs[0][0].result["steps"]
@@ -89,4 +86,4 @@ def _trained(found: Records, setting: str, metric: str, label: str, unit: float 
         )
         for seed in sorted({r.seed for r in found})
     }
-    return line_figure(by(found, setting), lines, x="tokens read", y=label) if found else ""
+    return line_figure(by(found, setting), lines, x="tokens read", y=label)

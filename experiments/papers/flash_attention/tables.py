@@ -14,29 +14,17 @@ from tilescan.experiments.harness.tables import (
     columns,
     table,
 )
-from tilescan.experiments.measurements import static_kernels
-from tilescan.experiments.measurements.attention import (
-    DIRECTIONS,
-    FORWARD,
-    FORWARD_BACKWARD,
-    STANDARD,
-    TILED,
-    growth,
-    outcome,
-)
+from tilescan.experiments.measurements import attention, static_kernels
+from tilescan.experiments.measurements.attention import DIRECTIONS, OVER_SPARSE, OVER_STANDARD
 from tilescan.experiments.measurements.attention_exactness import exactness_table
 from tilescan.experiments.measurements.timing import gain
+from tilescan.experiments.measurements.training import attention_pairs, curve_difference
 from tilescan.experiments.papers.flash_attention import published
 
-# The numbers of the paper's tables, with dropout and padding, and without.
-NUMBERS = {FORWARD: ("Table 9", "Table 18"), FORWARD_BACKWARD: ("Table 11", "Table 20")}
-SPARSE = "block_sparse"
-NAMES = {v: v.replace("_", "-") for v in (STANDARD, TILED, SPARSE, "windowed")}
-OVER_STANDARD, OVER_SPARSE = (STANDARD, TILED), (TILED, SPARSE)  # (slow, fast)
+NAMES = {v: v.replace("_", "-") for v in (*OVER_STANDARD, attention.SPARSE, "windowed")}
 PAPER_IO = {"length": 1024, "head_dim": 64, "on_chip": 98304}  # of figure 2, an A100's memory
 IO_HEADS = 16 * 64  # of all sequences of the batch
 CONTEXTS = ("context", "context_compared")  # kinds of records
-Value = float | str | None
 
 
 def tables(records: Records) -> list[Table]:
@@ -57,25 +45,12 @@ def tables(records: Records) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def median_ms(group: Group, variant: str) -> Value:
-    """Returns the time of a call, or why there is none."""
-    return outcome(group, variant, "median_ms")
-
-
-def mebibytes(group: Group, variant: str) -> Value:
-    """Returns the temporaries of a call in MiB, or why there are none; of lengths, their growth."""
-    if len(group) > 1:
-        return growth(group.records, variant)
-    size = outcome(group, variant, "temp_bytes")
-    return size / 2**20 if isinstance(size, int) else size
-
-
 def beside(
-    of_paper: Mapping[str, tuple[Value, ...]],
+    of_paper: Mapping[str, tuple[float | str, ...]],
     paper_unit: str,
     kind: str,
     unit: str,
-    value: Callable[[Group, str], Value],
+    value: Callable[[Group, str], float | str | None],
 ) -> list[Column]:
     """Returns the length and, for each variant, what is published of it and our value."""
     shown = [Column("length", of=lambda g: str(g.key))]
@@ -89,9 +64,9 @@ def beside(
 
 def runtime_table(records: Records, direction: str) -> Table:
     """Returns published and measured times against length, and their ratios."""
-    runtime, (number, plain) = records.select(kind="runtime"), NUMBERS[direction]
+    runtime, (number, plain) = records.select(kind="runtime"), published.TABLES[direction]
     of_paper = published.MS[direction], published.PLAIN_MS[direction]
-    shown = beside(of_paper[0], "ms", MEASURED, "ms", median_ms)
+    shown = beside(of_paper[0], "ms", MEASURED, "ms", attention.median_ms)
     for pair in (OVER_STANDARD, OVER_SPARSE):
         title = " / ".join(NAMES[v] for v in pair)
         paper = lambda i, pair=pair: lambda g: published.over(g.key, of_paper[i], *pair)
@@ -115,17 +90,17 @@ def memory_table(records: Records, direction: str) -> Table:
     """Returns temporaries against length, and in a last row how they grow."""
     memory = records.select(kind="memory")
     found = memory.select(direction=direction)
+    value = lambda g, v: attention.growth(found, v) if len(g) > 1 else attention.mebibytes(g, v)
     rows = by(found, "length")
     if len(rows) > 1:
         rows.append(Group("growth: power of length", found))
-    of_paper = published.MEGABYTES if direction == FORWARD_BACKWARD else {}
-
+    of_paper = published.MEGABYTES.get(direction, {})
     backends = ", ".join(sorted({r.environment["backend"] for r in memory}))
     return table(
         f"memory-{direction}",
         f"Memory of one attention call against length, {DIRECTIONS[direction]}",
         rows,
-        beside(of_paper, "MB", STATIC, "MiB", mebibytes),
+        beside(of_paper, "MB", STATIC, "MiB", value),
         "Temporaries beside arguments and results, by XLA's own buffer assignment for "
         f"{backends}; compiled, not run. The last row is the slope of log memory over "
         "log length from length 1024 on: 2 is quadratic, 1 linear."
@@ -188,7 +163,7 @@ def on_chip_table(on_chip: Records) -> Table:
     both = ("standard_forward_backward", "forward_backward")
     moved = {
         f"{name}, forward + backward": lambda g, key=key: gigabytes(g.first.result[key])
-        for name, key in zip((TILED, STANDARD), both[::-1], strict=True)
+        for name, key in zip(OVER_STANDARD[::-1], both[::-1], strict=True)
     }
     return table(
         "io-on-chip",
@@ -253,18 +228,6 @@ def sparse_table(sparse: Records) -> Table:
     )
 
 
-def curve_pairs(curves: Records) -> list[tuple[Record, Record]]:
-    """Returns the (standard, tiled) runs of each seed."""
-    tiled = {r.seed: r for r in curves.select(attention=TILED)}
-    return [(r, tiled[r.seed]) for r in curves.select(attention=STANDARD) if r.seed in tiled]
-
-
-def curve_difference(pair: tuple[Record, Record]) -> float:
-    """Returns the largest difference of a step's losses."""
-    one, two = (r.result["train_loss"] for r in pair)
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
-
-
 def curve_table(curves: Records) -> Table:
     """Returns losses and perplexities of both attentions, a row for each seed."""
     loss = lambda i: lambda pair: pair[i].result["train_loss"][-1]
@@ -272,7 +235,7 @@ def curve_table(curves: Records) -> Table:
     return table(
         "curves",
         "Section 4.1: training with standard and with tiled attention",
-        curve_pairs(curves),
+        attention_pairs(curves),
         [
             Column("seed", of=lambda pair: str(pair[0].seed)),
             Column("steps", MEASURED, of=lambda pair: len(pair[0].result["train_loss"])),
@@ -311,7 +274,7 @@ def context_table(measured: Records, compared: Records) -> Table:
     }
     note = (
         f"{_about(measured)}. Every context trains on the same tokens in the same batches: long "
-        "rows are cut into shorter ones. Held-out whole documents, scored with the same context. "
+        "rows are split into shorter ones. Held-out whole documents, scored with the same context. "
         "Published: tokens of a BPE vocabulary, so only the direction compares."
     )
     if compared:
@@ -371,7 +334,7 @@ def document_table(documents: Records) -> Table:
             Column("seeds", MEASURED, of=lambda g: len(g) or None),
         ],
         f"{_about(documents)}. With one label a document micro-F1 is accuracy. The paper "
-        "fine-tunes RoBERTa on medical notes and court cases, which may not be passed on; here a "
-        "small encoder learns the section of news articles from scratch. Only the direction "
+        "fine-tunes RoBERTa on medical notes and court cases, which may not be redistributed; here "
+        "a small encoder learns the section of news articles from scratch. Only the direction "
         "compares.",
     )

@@ -2,29 +2,14 @@
 
 import statistics
 
-from tilescan.experiments.harness.claims import (
-    Claim,
-    Effect,
-    Verdict,
-    claim,
-    every,
-    not_run,
-    within,
-)
+from tilescan.experiments.harness.claims import Claim, Effect, Verdict, claim, every, not_run
 from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.tables import format_value
-from tilescan.experiments.measurements import static_kernels, timing
-from tilescan.experiments.measurements.attention import (
-    FORWARD,
-    FORWARD_BACKWARD,
-    MASKS,
-    STANDARD,
-    TILED,
-    rate,
-)
+from tilescan.experiments.measurements import attention, static_kernels, timing, training_steps
+from tilescan.experiments.measurements.attention import FORWARD, FORWARD_BACKWARD, MASKS, TILED
 from tilescan.experiments.papers.flash_attention_2 import published
-from tilescan.experiments.papers.flash_attention_2.tables import VARIANTS, by_context, compared
+from tilescan.experiments.papers.flash_attention_2.tables import VARIANTS, compared, training_gain
 
 LEAST_OVER_STANDARD = published.OVER_STANDARD[0]
 LEAST_GAIN = 1.2  # of tiled over standard attention at the longest context
@@ -33,7 +18,7 @@ LONGEST = "GPT3-1.3B, 8k"  # whose gain is the published one of the longest cont
 
 def claims(records: Records) -> list[Claim]:
     """Returns the paper's statements, and those that need more than one machine."""
-    speed = records.select(kind="speed")
+    found = attention.longest(records.select(kind="speed"))
     return [
         claim(
             "fewer operations",
@@ -50,14 +35,14 @@ def claims(records: Records) -> list[Claim]:
             "causal masks",
             "Skipping the tiles above the diagonal makes causal attention 1.7 to 1.8 times faster "
             "(section 3.1.1).",
-            causal_gain(longest(speed)[:1]),
+            causal_gain(found),
         ),
         *(
             claim(
                 f"over standard attention, {mask}",
                 "3 to 10 times faster than standard attention (section 4.1).",
-                over_standard(longest(speed), mask),
-                why=slow_cause(longest(speed), mask),
+                over_standard(found, mask),
+                why=slow_cause(found, mask),
             )
             for mask in MASKS
         ),
@@ -72,7 +57,7 @@ def claims(records: Records) -> list[Claim]:
             "faster training",
             "Training is faster than without FlashAttention, the more the longer the context "
             "(Table 1, 1.3B parameters: 1.4 times at 2k, 3.1 times at 8k).",
-            faster_training(by_context(records.select(kind="training"))),
+            faster_training(training_steps.by_context(records.select(kind="training"))),
         ),
         not_run(
             "end to end",
@@ -118,27 +103,17 @@ def skipped_tiles(tiles: Records) -> Verdict:
     )
 
 
-def longest(speed: Records) -> list[Record]:
-    """Returns the records of the longest length, by head dim."""
-    length = max(speed.values("length"), default=None)
-    return [g.first for g in by(speed.select(length=length), "head_dim")]
-
-
 def causal_gain(found: list[Record]) -> Verdict:
     """Returns whether skipping tiles gives about the published speed-up."""
-    value, evidence, effect = None, "", None
-    for record in found:
-        names = [f"{TILED} {mask} {FORWARD}" for mask in MASKS]
-        value = timing.gain(record, *names)
-        evidence = (
-            f"{format_value(value, 4)} at length {record.settings['length']}" if value else ""
-        )
-        effect = timing.effect(statistics.fmean(published.CAUSAL), record, *names)
-    return Verdict(
+    full, causal = (f"{TILED} {mask} {FORWARD}" for mask in MASKS)
+    return timing.gain_within(
         "full / causal between 1.5 and 2 at the longest length, forward, smallest head dim",
-        within(value and value.mean, 1.5, 2.0),
-        evidence,
-        effect,
+        found[0] if found else None,
+        (full, causal),
+        1.5,
+        2.0,
+        published=statistics.fmean(published.CAUSAL),
+        digits=4,
     )
 
 
@@ -160,17 +135,17 @@ def over_standard(found: list[Record], mask: str) -> Verdict:
 
 
 def slow_cause(found: list[Record], mask: str) -> str:
-    """Returns why the gain falls as heads grow, with the speeds: as large a width has fewer."""
-    speeds = ", ".join(
-        "{} and {} GFLOP/s with head dim {}".format(
-            *(format_value(rate(r, v, mask, FORWARD_BACKWARD)) for v in (STANDARD, TILED)),
-            r.settings["head_dim"],
-        )
+    """Returns why the gain falls as heads grow, with the speeds."""
+    speed = lambda r, variant: format_value(attention.rate(r, variant, mask, FORWARD_BACKWARD))
+    speeds = [
+        f"{' and '.join(speed(r, v) for v in VARIANTS)} GFLOP/s with head dim "
+        f"{r.settings['head_dim']}"
         for r in found
-    )
+    ]
     return (
-        "for as many FLOPs in matrix products fewer, larger heads have fewer scores, which "
-        f"standard attention stores and tiled attention does not: they reach {speeds}"
+        "of one hidden size larger heads are fewer and have fewer scores for as many FLOPs; "
+        "standard attention, which stores the scores, gains more by that than tiled attention: "
+        f"{', '.join(speeds)}"
     )
 
 
@@ -188,5 +163,5 @@ def faster_training(steps: list[Group]) -> Verdict:
         criterion,
         last.mean >= LEAST_GAIN and last.mean > first.mean,
         ", ".join(f"{format_value(gain)} at {context}" for context, gain in gains.items()),
-        timing.effect(published.training_gain(LONGEST), steps[-1].first, *VARIANTS),
+        timing.effect(training_gain(published.TRAINING[LONGEST]), steps[-1].first, *VARIANTS),
     )

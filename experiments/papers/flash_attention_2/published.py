@@ -1,7 +1,5 @@
 """What FlashAttention-2's paper publishes: speed-ups and training speed on A100s."""
 
-from tilescan.experiments.harness.statistics import ratio
-
 # Section 4.1, over standard attention: a range in the text (the figures' points are not in it).
 OVER_STANDARD = (3, 10)
 # Section 3.1.1: speed-up of skipping the tiles above the diagonal, on long sequences.
@@ -14,9 +12,3 @@ TRAINING = {
     "GPT3-2.7B, 2k": (149, 189, 205),
     "GPT3-2.7B, 8k": (80, 175, 225),
 }
-
-
-def training_gain(model: str) -> float | None:
-    """Returns the speed with FlashAttention-2 over that without, None for an unknown model."""
-    without, _, flash_2 = TRAINING.get(model, (None, None, None))
-    return ratio(flash_2, without)

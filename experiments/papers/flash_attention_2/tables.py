@@ -13,24 +13,15 @@ from tilescan.experiments.harness.tables import (
     columns,
     table,
 )
-from tilescan.experiments.measurements import static_kernels, training_steps
-from tilescan.experiments.measurements.attention import (
-    BACKWARD,
-    DIRECTIONS,
-    FORWARD,
-    FORWARD_BACKWARD,
-    MASKS,
-    STANDARD,
-    TILED,
-    rate,
-)
+from tilescan.experiments.measurements import attention, static_kernels, training_steps
+from tilescan.experiments.measurements.attention import DIRECTIONS, FORWARD, FORWARD_BACKWARD, rate
 from tilescan.experiments.measurements.timing import gain
 from tilescan.experiments.papers.flash_attention_2 import published
 
-TITLES = {**DIRECTIONS, BACKWARD: "backward"}
-FIGURES = {FORWARD_BACKWARD: "Figure 4", FORWARD: "Figure 5", BACKWARD: "Figure 6"}
-VARIANTS = (STANDARD, TILED)
-RANGE = "{:g}–{:g}".format
+VARIANTS = attention.OVER_STANDARD
+TITLES = {**DIRECTIONS, attention.BACKWARD: "backward"}
+FIGURES = {FORWARD_BACKWARD: "Figure 4", FORWARD: "Figure 5", attention.BACKWARD: "Figure 6"}
+FASTER, OVER = ("{:g}–{:g}".format(*x) for x in (published.CAUSAL, published.OVER_STANDARD))
 
 
 def tables(records: Records) -> list[Table]:
@@ -68,7 +59,7 @@ def counts_table(counts: Records) -> Table:
         "FLOPs outside matrix products per element of the output, by the loops of both papers",
         by(counts, "causal", "length"),
         [
-            Column("mask", of=lambda g: MASKS[g.key[0]]),
+            Column("mask", of=lambda g: attention.MASKS[g.key[0]]),
             Column("length", of=lambda g: str(g.key[1])),
             Column("tile visits", STATIC, of=lambda g: g.first.result["fa2"]["visits"]),
             *columns(STATIC, shown),
@@ -95,9 +86,7 @@ def tiles_table(tiles: Records) -> Table:
             Column("of these on the diagonal", STATIC, of=found(lambda r: r["partial"])),
             Column("skipped, of all", STATIC, of=found(lambda r: 1 - r["live"] / r["all"])),
             Column("all / live", STATIC, of=found(lambda r: r["all"] / r["live"])),
-            Column(
-                "speed-up", PUBLISHED, of=lambda g: None if len(g) else RANGE(*published.CAUSAL)
-            ),
+            Column("speed-up", PUBLISHED, of=lambda g: None if len(g) else FASTER),
         ],
         "Counted by the op's own mask algebra. Tiles below the diagonal need no mask of their "
         "elements. All / live is the speed-up if a tile's cost is all there is.",
@@ -115,7 +104,7 @@ def causal_table(speed: Records) -> Table:
         f"{variant}, {DIRECTIONS[d]}": lambda g, v=variant, d=d: gain(
             g.first, f"{v} full {d}", f"{v} causal {d}"
         )
-        for variant in (TILED, STANDARD)
+        for variant in reversed(VARIANTS)
         for d in DIRECTIONS
     }
     return table(
@@ -127,7 +116,7 @@ def causal_table(speed: Records) -> Table:
             Column("length", of=lambda g: str(g.key[1])),
             Column("all / live tiles of 512", STATIC, of=lambda g: predicted(g, 512)),
             Column("all / live tiles of 128", STATIC, of=lambda g: predicted(g, 128)),
-            Column("FA-2", PUBLISHED, of=lambda g: RANGE(*published.CAUSAL)),
+            Column("FA-2", PUBLISHED, of=lambda g: FASTER),
             *columns(MEASURED, measured),
         ],
         "With n tiles a side, n(n+1)/2 of n² are live: 2n/(n+1) is what skipping can give. "
@@ -155,12 +144,12 @@ def rate_table(speed: Records) -> Table:
     return table(
         f"speed-d{head_dim}",
         f"Figures 4 to 6: speed against length, head dim {head_dim}",
-        [(mask, group) for mask in MASKS for group in by(speed, "length")],
+        [(mask, group) for mask in attention.MASKS for group in by(speed, "length")],
         [
             Column("mask", of=lambda row: row[0]),
             Column("length", of=lambda row: str(row[1].key)),
             *columns(MEASURED, speeds, "GFLOP/s"),
-            Column(over[0], PUBLISHED, of=lambda row: RANGE(*published.OVER_STANDARD)),
+            Column(over[0], PUBLISHED, of=lambda row: OVER),
             Column(over[0], MEASURED, of=lambda row: gain(row[1].first, *compared(row[0]))),
         ],
         f"Measured with {shape} (the paper: 16k tokens, hidden size 2048, 16 bit, A100). "
@@ -176,41 +165,32 @@ def compared(mask: str) -> list[str]:
     return [f"{variant} {mask} {FORWARD_BACKWARD}" for variant in VARIANTS]
 
 
-def by_context(training: Records) -> list[Group]:
-    """Returns the records of training steps, each by its context."""
-    ranked = sorted(training, key=training_steps.context)
-    return [Group(training_steps.context(record), Records([record])) for record in ranked]
+def training_gain(speeds: tuple[float, float, float]) -> float:
+    """Returns the speed with FlashAttention-2 over that without."""
+    return speeds[2] / speeds[0]
 
 
 def training_table(training: Records) -> Table:
     """Returns table 1; rows without records are the published ones."""
-    rows = by_context(training)
+    rows = training_steps.by_context(training)
     if rows:
         rows = [*(Group(name, Records([])) for name in published.TRAINING), *rows]
-    speeds = lambda g: () if len(g) else published.TRAINING[g.key]
+    of_paper = lambda of: lambda g: None if len(g) else of(published.TRAINING[g.key])
     names = ("without FlashAttention", "FlashAttention", "FlashAttention-2")
-    of_paper = {n: lambda g, i=i: next(iter(speeds(g)[i:]), None) for i, n in enumerate(names)}
-    gained = lambda g: published.training_gain(g.key)
+    speeds = {name: of_paper(lambda x, i=i: x[i]) for i, name in enumerate(names)}
     of_ours = lambda of: lambda g: of(g.first) if len(g) else None
     measured = {
         f"{v} attention": of_ours(lambda r, v=v: training_steps.rate(r, v)) for v in VARIANTS
     }
-
-    def called(group: Group) -> str:
-        if not len(group):
-            return group.key
-        return f"{group.first.result['parameters'] / 1e6:.1f}M parameters, {group.key}"
-
+    size = lambda r: f"{r.result['parameters'] / 1e6:.1f}M parameters, "
     return table(
         "training",
         "Table 1: speed of training GPTs",
         rows,
         [
-            Column("model, context", of=called),
-            *columns(PUBLISHED, of_paper, "TFLOP/s"),
-            Column(
-                "FlashAttention-2 / without", PUBLISHED, of=lambda g: published.training_gain(g.key)
-            ),
+            Column("model, context", of=lambda g: (of_ours(size)(g) or "") + str(g.key)),
+            *columns(PUBLISHED, speeds, "TFLOP/s"),
+            Column("FlashAttention-2 / without", PUBLISHED, of=of_paper(training_gain)),
             *columns(MEASURED, measured, "GFLOP/s"),
             Column("tiled / standard", MEASURED, of=of_ours(lambda r: gain(r, *VARIANTS))),
         ],
@@ -225,8 +205,6 @@ def training_table(training: Records) -> Table:
 def figures(records: Records) -> dict[str, str]:
     """Returns SVG by name: speed against length, as in figures 4 and 5."""
     speed = records.select(kind="speed")
-    if not speed:
-        return {}
     speeds = lambda mask, d: {v: lambda g, v=v: rate(g.first, v, mask, d) for v in VARIANTS}
     return {
         f"speed-{direction.replace('_', '-')}": panel_figure(
@@ -236,7 +214,7 @@ def figures(records: Records) -> dict[str, str]:
                     speeds(mask, direction),
                 )
                 for head_dim in speed.values("head_dim")
-                for mask in MASKS
+                for mask in attention.MASKS
             },
             x="length (tokens)",
             y=f"GFLOP/s, {TITLES[direction]}",
