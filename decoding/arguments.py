@@ -12,6 +12,8 @@ from jaxtyping import Array, Int
 
 from tilescan.decoding.filters import check_integer, is_traced
 from tilescan.models import LanguageModelConfig
+from tilescan.models.blocks import make_mixer
+from tilescan.models.mixers import attends
 from tilescan.ops import masks
 
 _INT32 = np.iinfo(np.int32).max
@@ -95,11 +97,13 @@ def flush_right(
     """
     if lengths is None:
         return prompt.astype(jnp.int32), None, None
-    if config.sinks or not _shift_invariant(config.attention_mask):
-        raise ValueError(
-            "prompts of different lengths need a mask that depends on distances alone; with "
-            f"{config.attention_mask!r}, sinks={config.sinks} generate row by row"
-        )
+    for block in filter(attends, config.pattern):
+        mask = make_mixer(config, block).sees
+        if not _shift_invariant(mask):
+            raise ValueError(
+                "prompts of different lengths need a mask that depends on distances alone; with "
+                f"{mask!r} of {block!r} generate row by row"
+            )
     T = prompt.shape[1]
     positions = np.arange(T)[None] - (T - lengths)[:, None]
     tokens = jnp.take_along_axis(prompt, jnp.asarray(positions % T), axis=1)

@@ -1,6 +1,6 @@
 """Attention as a token mixer: heads, positions and a key-value cache around `ops.attention`.
 
-Letters: B batch, T query time, S key time, H heads, G key-value heads, D head dim, E embedding.
+Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D head dim, E embedding.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from tilescan.models import positions as positions_lib
 from tilescan.models.layers import RMSNorm, linear, scaled_fan_in
 from tilescan.models.module import Module
+from tilescan.models.recurrent import check_mixer_inputs
 from tilescan.ops import masks
 from tilescan.ops.attention import attention, decode_attention
 from tilescan.ops.mesh_axes import sequence_devices
@@ -36,7 +37,10 @@ class KVCache(NamedTuple):
     length: Int[Array, " B"]
 
     @classmethod
-    def create(cls, batch: int, max_len: int, n_kv_heads: int, head_dim: int, dtype: Any):
+    def create(
+        cls, batch: int, max_len: int, n_kv_heads: int, head_dim: int, dtype: Any
+    ) -> "KVCache":
+        """Returns the cache of [batch] rows without tokens, with max_len slots each."""
         kv = jnp.zeros((batch, max_len, n_kv_heads, head_dim), dtype)
         ids = jnp.zeros((batch, max_len), jnp.int32)
         return cls(kv, kv, ids, jnp.zeros((batch,), jnp.int32))
@@ -53,7 +57,7 @@ class KVCache(NamedTuple):
     def append(
         self, k: Float[Array, "B T G D"], v: Float[Array, "B T G D"], ids: Int[Array, "B T"]
     ) -> "KVCache":
-        """Writes T tokens behind the last of each row.
+        """Returns the cache with T more tokens, after the last of each row.
 
         Raises:
           ValueError: if T tokens never fit (a full row is seen only when the program runs).
@@ -81,7 +85,8 @@ class Attention(Module):
 
     Attributes:
       n_heads, n_kv_heads, head_dim: H, G and D; G must divide H.
-      mask: what a query sees; packed `segment_ids` are added to it.
+      mask: what a query sees; packed `segment_ids` are added to it. Default: Causal() or Full().
+      causal: whether a query sees only the past, where no mask is given.
       position: a kind of `positions.POSITION_KINDS`; "learned" and "none" do nothing here.
       rope_theta, rope_scaling: of the rotary kinds.
       qk_norm: RMSNorm over D of queries and keys, before the rotation.
@@ -92,14 +97,16 @@ class Attention(Module):
       implementation: of `ops.attention`, which every device of a mesh in use (`jax.set_mesh`)
         calls for its own rows and heads; see `ops.partitioned`. Or a function to call in place of
         `ops.attention`, with its arguments; short decoding steps do not.
-      sequence_parallel, sequence_balance: how devices share time, and in which order the tokens
-        then are; see `ops.sequence_parallel`. With a state, time is not shared.
+      sequence_parallel, sequence_balance: how devices that share a sequence exchange keys and
+        values (a name of `ATTENTION_KINDS` or `TPU_ATTENTION_KINDS` in `ops.sequence_parallel`),
+        and in which order the tokens then are. With a state, time is not sharded.
     """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    mask: masks.Mask = masks.Causal()
+    mask: masks.Mask | None = None
+    causal: bool = True
     position: str = "rope"
     rope_theta: float = 10000.0
     rope_scaling: positions_lib.RopeScaling | None = None
@@ -115,6 +122,13 @@ class Attention(Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    @property
+    def sees(self) -> masks.Mask:
+        """What a query sees within its segment."""
+        if self.mask is not None:
+            return self.mask
+        return masks.Causal() if self.causal else masks.Full()
+
     @nn.compact
     def __call__(
         self,
@@ -124,23 +138,10 @@ class Attention(Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], KVCache | None]:
-        """Mixes T tokens, behind those of `state` if one is given.
-
-        Args:
-          x: the tokens' vectors.
-          state: from `init_state` or an earlier call. A row that outgrows it becomes NaN.
-          positions: for the rotation; default: count on from the state.
-          segment_ids: any integers; tokens see only their own id, also in the cache, so with a
-            state give them at every call or at none.
-
-        Returns:
-          y and the new state (None if none was given).
-
-        Raises:
-          ValueError: for a wrong rank or for ids and positions that are not [B, T].
-        """
-        _check(x, positions=positions, segment_ids=segment_ids)
+        """Mixes T tokens, as `models.mixers` says; a row that outgrows the state becomes NaN."""
+        check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         B, T, E = x.shape
+        # Queries, keys and values, by position.
         q = self._project("query", self.n_heads, "heads")(x)
         k = self._project("key", self.n_kv_heads, "kv_heads")(x)
         v = self._project("value", self.n_kv_heads, "kv_heads")(x)
@@ -160,6 +161,7 @@ class Attention(Module):
             q = positions_lib.apply_rope(q, positions, **rope)
             k = positions_lib.apply_rope(k, positions, **rope)
 
+        # Attention among the new tokens, or also to those in the cache.
         if state is None:
             self._check_balance()
             split = dict(sequence_parallel=self.sequence_parallel, balance=self.sequence_balance)
@@ -180,6 +182,7 @@ class Attention(Module):
 
     @nn.nowrap
     def init_state(self, batch: int, max_len: int) -> KVCache:
+        """Returns an empty cache of max_len slots in each of [batch] rows."""
         return KVCache.create(batch, max_len, self.n_kv_heads, self.head_dim, self.dtype)
 
     def _project(self, name: str, heads: int, axis: str) -> nn.DenseGeneral:
@@ -196,7 +199,7 @@ class Attention(Module):
         options = dict(scale=self.scale, logit_cap=self.logit_cap)
         if self.position == "alibi":
             options["bias"] = positions_lib.alibi_bias(
-                self.n_heads, T, S, q_offset, causal=sees_only_past(self.mask)
+                self.n_heads, T, S, q_offset, causal=sees_only_past(self.sees)
             )
         return options
 
@@ -210,7 +213,7 @@ class Attention(Module):
             )
 
     def _attend(self, q, k, v, q_ids, kv_ids, q_offset, **split) -> Float[Array, "B T H D"]:
-        mask = self.mask if q_ids is None else self.mask & masks.Segments(q_ids, kv_ids)
+        mask = self.sees if q_ids is None else self.sees & masks.Segments(q_ids, kv_ids)
         op, options = attention, {"implementation": self.implementation}
         if callable(self.implementation):
             op, options = self.implementation, {}
@@ -235,19 +238,19 @@ class Attention(Module):
         if T <= DECODE_QUERIES and sequence_devices() > 1:
             caches = state.k, state.v, state.segment_ids
             o, caches = partitioned_decode(
-                q, (k, v, slots), caches, state.length, mask=self.mask, ids=ids,
+                q, (k, v, slots), caches, state.length, mask=self.sees, ids=ids,
                 **self._options(T, S, state.length),
             )  # fmt: skip
             new = KVCache(*caches, state.length + T)
         elif T <= DECODE_QUERIES:
             new = state.append(k, v, slots)
-            mask = self.mask & masks.Segments(ids, new.segment_ids) if packed else self.mask
+            mask = self.sees & masks.Segments(ids, new.segment_ids) if packed else self.sees
             options = self._options(T, S, state.length)
             o = decode_attention(q, new.k, new.v, lengths=new.length, mask=mask, **options)
         else:
             new = state.append(k, v, slots)
             kv_ids = new.segment_ids if packed else None
-            if not sees_only_past(self.mask):
+            if not sees_only_past(self.sees):
                 kv_ids, ids = new.filled_ids(ids), slots  # hides the slots still empty
             o = self._attend_rows(q, new, ids, kv_ids, state.length)
         # Writing past the end would move the slice and give plausible, wrong numbers.
@@ -277,8 +280,32 @@ class Attention(Module):
         )
 
 
+class LocalAttention(Attention):
+    """Attention within a window, and of what a `mask` shows, if one is given.
+
+    Attributes:
+      window: a query sees itself and the window - 1 tokens before it; without `causal` also the
+        window - 1 tokens after it.
+      sinks: the first tokens, which every later one sees too (arXiv 2309.17453).
+    """
+
+    window: int | None = None
+    sinks: int = 0
+
+    @property
+    def sees(self) -> masks.Mask:
+        """What a query sees within its segment."""
+        if self.window is None:
+            raise ValueError("LocalAttention needs window, e.g. window=256")
+        if self.sinks:
+            near: masks.Mask = masks.Lambda(self.sinks, self.window)
+        else:
+            near = masks.SlidingWindow(self.window - 1, 0 if self.causal else self.window - 1)
+        return near if self.mask is None else self.mask & near
+
+
 def sees_only_past(mask: masks.Mask) -> bool:
-    """Whether the mask is causal by its construction (False if it can't be told)."""
+    """Returns whether the mask is causal by its construction (False if it can't be told)."""
     match mask:
         case masks.Causal() | masks.Lambda():
             return True
@@ -289,13 +316,3 @@ def sees_only_past(mask: masks.Mask) -> bool:
         case masks.Or():
             return all(sees_only_past(part) for part in mask.masks)
     return False
-
-
-def _check(x, **per_token) -> None:
-    if x.ndim != 3:
-        raise ValueError(f"a mixer's x is [batch, time, d_model]; got shape {x.shape}")
-    for name, value in per_token.items():
-        if value is not None and value.shape != x.shape[:2]:
-            raise ValueError(
-                f"{name} must be [batch, time] = {x.shape[:2]} like x, got {value.shape}"
-            )

@@ -1,98 +1,73 @@
 """The residual block around each mixer, and the repetition of a pattern of blocks."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
-from tilescan.models.attention import Attention
 from tilescan.models.config import LanguageModelConfig
-from tilescan.models.layers import MLP, NORMS
-from tilescan.models.mixers import MIXERS
-from tilescan.ops import masks
-
-
-def _attention(config: LanguageModelConfig, mask: masks.Mask, name: str | None) -> Attention:
-    return Attention(
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        mask=mask,
-        position=config.position,
-        rope_theta=config.rope_theta,
-        rope_scaling=config.rope_scaling,
-        qk_norm=config.qk_norm,
-        norm_eps=config.norm_eps,
-        scale=config.attention_scale,
-        logit_cap=config.attention_logit_cap,
-        use_bias=config.attention_bias,
-        out_scale=config.n_blocks**-0.5,
-        implementation=config.attention_implementation,
-        sequence_parallel=config.sequence_parallel,
-        sequence_balance=config.sequence_balance,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        name=name,
-    )
-
-
-def _mlp(config: LanguageModelConfig, name: str | None) -> MLP:
-    return MLP(
-        kind=config.mlp,
-        dim=config.mlp_dim,
-        use_bias=config.mlp_bias,
-        out_scale=config.n_blocks**-0.5,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        name=name,
-    )
-
+from tilescan.models.layers import NORMS
+from tilescan.models.mixers import MIXERS, attends, base_name
 
 # What remat="offload" keeps of each repetition, by this name and in the host's memory.
 REPEAT_INPUT = "repeat_input"
 
-# The blocks of `models.mixers.OTHER_BLOCKS`.
-BLOCKS: dict[str, Callable[[LanguageModelConfig, str | None], nn.Module]] = {
-    "attention": lambda config, name=None: _attention(config, config.attention_mask, name),
-    "local_attention": lambda config, name=None: _attention(config, config.local_mask, name),
-    "mlp": lambda config, name=None: _mlp(config, name),
-}
 
+def make_mixer(config: LanguageModelConfig, block: str, name: str | None = None) -> nn.Module:
+    """Returns the mixer of a block, with the options that the configuration gives it.
 
-def make_mixer(config: LanguageModelConfig, kind: str, name: str | None = None) -> nn.Module:
-    """The mixer of a block, with the options that the configuration gives it."""
-    if kind in BLOCKS:
-        return BLOCKS[kind](config, name)
-    mixer = MIXERS[kind]
+    Args:
+      config: of the model.
+      block: a name that `config.pattern` can hold, such as "mamba2" or "local_attention:512".
+      name: of the module.
+    """
+    mixer = MIXERS[base_name(block)]
     shared = dict(
         d_model=config.d_model,
         norm_eps=config.norm_eps,
         out_scale=config.n_blocks**-0.5,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
-        sequence_parallel=config.sequence_parallel,
+        sequence_parallel=config.scan_sequence_parallel,
+        sequence_balance=config.sequence_balance,
     )
+    if attends(block):
+        shared["sequence_parallel"] = config.attention_sequence_parallel
     fields = {field.name for field in dataclasses.fields(mixer)}
     shared = {key: value for key, value in shared.items() if key in fields}
-    return mixer(**shared, **config.mixers.get(kind, {}), name=name)
+    return mixer(**shared, **config.options(block), name=name)
 
 
-def make_norm(config: LanguageModelConfig, name: str) -> nn.Module:
+def make_norm(config: LanguageModelConfig, name: str | None) -> nn.Module:
+    """Returns a norm of the kind that the configuration names."""
     return NORMS[config.norm](
         eps=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name
     )
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), or x + norm(mixer(norm(x))) with post_norm."""
+    """x + mixer(norm(x)), or x + norm(mixer(norm(x))) with post_norm.
+
+    Attributes:
+      config: of the model.
+      kind: the block's name in `config.pattern`.
+    """
 
     config: LanguageModelConfig
     kind: str
 
     @nn.compact
-    def __call__(self, x, *, state=None, positions=None, segment_ids=None) -> tuple[Any, Any]:
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        *,
+        state: Any = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Any]:
+        """Adds to T vectors what the mixer makes of them; arguments as `models.mixers` says."""
         config = self.config
         mixer = make_mixer(config, self.kind, "mixer")
         y, state = mixer(
@@ -109,7 +84,14 @@ class Repeat(nn.Module):
     config: LanguageModelConfig
 
     @nn.compact
-    def __call__(self, x, state, positions, segment_ids):
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        state: tuple[Any, ...] | None,
+        positions: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T E"], tuple[Any, ...] | None]:
+        """Applies the pattern's blocks in order; `state` holds one entry per block."""
         x = checkpoint_name(x, REPEAT_INPUT)
         states = (None,) * len(self.config.pattern) if state is None else state
         new = []
@@ -121,10 +103,10 @@ class Repeat(nn.Module):
 
 
 def init_state(config: LanguageModelConfig, batch: int, max_len: int) -> tuple[Any, ...]:
-    """The state of one `Repeat` before the first token, one entry per block of the pattern."""
+    """Returns the state of one `Repeat` before the first token, one entry per block."""
     return tuple(make_mixer(config, kind).init_state(batch, max_len) for kind in config.pattern)
 
 
 def block_name(index: int, kind: str) -> str:
-    """Name of the pattern's block in the tree of parameters, e.g. "attention_0"."""
-    return f"{kind}_{index}"
+    """Returns a block's name in the tree of parameters, "attention_0" of any variant of it."""
+    return f"{base_name(kind)}_{index}"

@@ -94,12 +94,15 @@ def _to_mamba(config: LanguageModelConfig, kind: str) -> dict[str, Any]:
 
 
 # How a model is run is no property of its checkpoint; fields of what its blocks don't have neither.
-_FREE = ("remat", "scan_layers", "attention_implementation")
+_FREE = (
+    "remat", "scan_layers", "attention_implementation", "attention_sequence_parallel",
+    "scan_sequence_parallel", "sequence_balance",
+)  # fmt: skip
 _FREE_OPTIONS = ("chunk", "implementation")
 _OF_ATTENTION_AND_MLP = (
-    "n_heads", "n_kv_heads", "head_dim", "causal", "mask", "window", "sinks", "rope_theta",
-    "rope_scaling", "qk_norm", "attention_scale", "attention_logit_cap", "attention_bias", "mlp",
-    "mlp_dim", "mlp_bias", "max_len",
+    "n_heads", "n_kv_heads", "head_dim", "causal", "rope_theta", "rope_scaling", "qk_norm",
+    "attention_scale", "attention_logit_cap", "attention_bias", "mlp", "mlp_dim", "mlp_bias",
+    "max_len",
 )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class GatedDeltaNet(Module):
       negative_eigenvalues: b = 2 sigmoid, so that a step may turn the state (arXiv 2411.12537).
       norm_eps: of the norm over P.
       chunk, implementation: of `ops.gated_delta_rule`.
-      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
+      sequence_parallel: a name of SCAN_KINDS in `ops.sequence_parallel.kinds`.
       out_scale: multiplies the output's initial weights.
     """
 
@@ -67,7 +67,7 @@ class GatedDeltaNet(Module):
     implementation: str | None = None
     norm_eps: float = 1e-5
     out_scale: float = 1.0
-    sequence_parallel: str = "ring"
+    sequence_parallel: str = "all_scan"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

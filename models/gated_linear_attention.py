@@ -37,7 +37,7 @@ class GatedLinearAttention(Module):
       gate_normalizer: the larger, the slower is the decay.
       norm_eps: of the norm over P.
       chunk, implementation: of `ops.gated_linear_attention`.
-      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
+      sequence_parallel: a name of SCAN_KINDS in `ops.sequence_parallel.kinds`.
       out_scale: multiplies the output's initial weights.
     """
 
@@ -51,7 +51,7 @@ class GatedLinearAttention(Module):
     implementation: str | None = None
     norm_eps: float = 1e-5
     out_scale: float = 1.0
-    sequence_parallel: str = "ring"
+    sequence_parallel: str = "all_scan"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

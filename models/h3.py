@@ -49,7 +49,7 @@ class H3(Module):
       dt_min, dt_max: its initial steps are log-uniform between them.
       fft: as of `models.s4.S4D`.
       use_bias: of the linear maps.
-      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
+      sequence_parallel: a name of SCAN_KINDS in `ops.sequence_parallel.kinds`.
       out_scale: multiplies the output's initial weights.
     """
 
@@ -64,7 +64,7 @@ class H3(Module):
     fft: bool = True
     use_bias: bool = True
     out_scale: float = 1.0
-    sequence_parallel: str = "ring"
+    sequence_parallel: str = "all_scan"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

@@ -47,7 +47,7 @@ class Mamba(Module):
       conv_width: W.
       conv_bias, use_bias: of the convolution; of W_in and W_out.
       dt_min, dt_max: initial step sizes are log-uniform between them.
-      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
+      sequence_parallel: a name of SCAN_KINDS in `ops.sequence_parallel.kinds`.
       out_scale: multiplies the output's initial weights.
       implementation: of `ops.selective_scan`.
     """
@@ -63,7 +63,7 @@ class Mamba(Module):
     dt_max: float = 1e-1
     implementation: str | None = None
     out_scale: float = 1.0
-    sequence_parallel: str = "ring"
+    sequence_parallel: str = "all_scan"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

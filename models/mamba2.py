@@ -68,7 +68,7 @@ class Mamba2(Module):
         W - 1 tokens more.
       norm_eps: of the norm.
       chunk, implementation: of `ops.ssd`.
-      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
+      sequence_parallel: a name of SCAN_KINDS in `ops.sequence_parallel.kinds`.
       out_scale: multiplies the output's initial weights.
     """
 
@@ -92,7 +92,7 @@ class Mamba2(Module):
     implementation: str | None = None
     norm_eps: float = 1e-5
     out_scale: float = 1.0
-    sequence_parallel: str = "ring"
+    sequence_parallel: str = "all_scan"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

@@ -95,13 +95,13 @@ class ShortConvolution(Module):
     Attributes:
       width: W.
       activation: None or "silu".
-      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
+      sequence_parallel: a name of SCAN_KINDS in `ops.sequence_parallel.kinds`.
     """
 
     width: int = 4
     use_bias: bool = True
     activation: str | None = "silu"
-    sequence_parallel: str = "ring"
+    sequence_parallel: str = "all_scan"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

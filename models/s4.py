@@ -57,7 +57,7 @@ class _StateSpaceLayer(Module):
       output: "glu", W y * sigmoid(W' y); "linear", W y; or "none", y.
       dropout: rate behind GELU, one mask for all of time; active where `apply` has a "dropout" key.
       use_bias: of W and W'.
-      sequence_parallel: of `ops.sequence_parallel.on_mesh`.
+      sequence_parallel: a name of SCAN_KINDS in `ops.sequence_parallel.kinds`.
       out_scale: multiplies the initial weights W.
     """
 
@@ -73,7 +73,7 @@ class _StateSpaceLayer(Module):
     dropout: float = 0.0
     use_bias: bool = True
     out_scale: float = 1.0
-    sequence_parallel: str = "ring"
+    sequence_parallel: str = "all_scan"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

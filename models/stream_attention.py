@@ -2,9 +2,9 @@
 
 The keys and values of all chunks are projected once; a chunk of queries then reads those that its
 mask lets it see. Where devices share the sequence a stage is one `jax.shard_map`. All in it is
-local but for two things: keys, values and their gradients travel chunk by chunk, in the way that
-`config.sequence_parallel` names, and the gradients of parameters are summed over the devices, once,
-after the last chunk.
+local but for two things: keys, values and their gradients travel chunk by chunk, as
+`config.attention_sequence_parallel` says, and the gradients of parameters are summed over the
+devices, once, after the last chunk.
 
 Letters: B batch, T time of a device, E embedding, G key-value heads, D head dim.
 """
@@ -24,7 +24,7 @@ from tilescan.ops.attention import attention
 from tilescan.ops.mask_placed import Range, visible
 from tilescan.ops.mesh_axes import TIME_AXIS
 from tilescan.ops.partitioned import partitioned
-from tilescan.ops.sequence_parallel import ATTENTION, kinds, layouts
+from tilescan.ops.sequence_parallel import ATTENTION, layouts
 
 
 def attention_forward(plan, stage, params, x, tokens):
@@ -126,9 +126,9 @@ def _attend(plan, stage, span, tokens, own, x, k, v):
 def _attend_whole(plan, mixer, span, q, k, v, ids):
     """Attention of a chunk's queries where all keys are at hand."""
     del plan
-    seen = _seen(mixer.mask, span, k.shape[1])
+    seen = _seen(mixer.sees, span, k.shape[1])
     k, v = cut(k, seen), cut(v, seen)
-    mask, offset = mixer.mask, span[0] - seen[0]
+    mask, offset = mixer.sees, span[0] - seen[0]
     if ids[0] is not None:
         mask = mask & masks.Segments(ids[0], cut(ids[1], seen))
     return partitioned(
@@ -143,11 +143,11 @@ def _attend_shared(plan, mixer, span, q, k, v, ids):
     Devices exchange the keys of those chunks that any of the chunk's queries may see.
     """
     P, T = plan.devices, q.shape[1]
-    seen = _seen_chunks(plan, mixer.mask, span, k.shape[1])
+    seen = _seen_chunks(plan, mixer.sees, span, k.shape[1])
     queries, keys = plan.runs([span]), plan.runs(seen)
     seen = seen[0][0], sum(n for _, n in seen)
     k, v = cut(k, seen), cut(v, seen)
-    mask = mixer.mask
+    mask = mixer.sees
     if ids[0] is not None:
         mask = mask & masks.Segments(ids[0], cut(ids[1], seen))
     offset = P * (span[0] - seen[0]) + T * jax.lax.axis_index(TIME_AXIS)
@@ -155,7 +155,7 @@ def _attend_shared(plan, mixer, span, q, k, v, ids):
     if bias is not None:
         bias = bias[..., layouts.order(P * k.shape[1], P, keys) - layouts.first(keys)]
     way = functools.partial(
-        ATTENTION[kinds(mixer.sequence_parallel).attention],
+        ATTENTION[mixer.sequence_parallel],
         axis_name=TIME_AXIS,
         balance=(queries, keys),
     )
@@ -171,7 +171,7 @@ def _options(mixer):
 def _bias(mixer, T, S, offset):
     if mixer.position != "alibi":
         return None
-    return positions_lib.alibi_bias(mixer.n_heads, T, S, offset, causal=sees_only_past(mixer.mask))
+    return positions_lib.alibi_bias(mixer.n_heads, T, S, offset, causal=sees_only_past(mixer.sees))
 
 
 def _normed(config, kind, params, x):

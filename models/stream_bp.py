@@ -31,14 +31,13 @@ from jaxtyping import Array, Float, Int
 from tilescan.models.blocks import Block, make_mixer, make_norm
 from tilescan.models.config import LanguageModelConfig
 from tilescan.models.language_model import Backbone, LanguageModel
+from tilescan.models.mixers import attends
 from tilescan.models.positions import token_positions
 from tilescan.models.stream_attention import attention_backward, attention_forward
 from tilescan.models.stream_chunks import TIME, Plan, add, in_turn, like, zeros
 from tilescan.ops.mesh_axes import TIME_AXIS, sequence_devices
 from tilescan.ops.reverse_mode import written_vjp
-from tilescan.ops.sequence_parallel import kinds, layouts
-
-ATTENTION = ("attention", "local_attention")
+from tilescan.ops.sequence_parallel import layouts
 
 
 def stream_hidden(
@@ -115,11 +114,11 @@ def check_streamed(config: LanguageModelConfig, chunks: int, devices: int = 1) -
                 f"{kind!r} in pattern is bidirectional: its state at a token depends on "
                 "later chunks; set bidirectional=False, or train it with remat='full'"
             )
-    way = kinds(config.sequence_parallel).attention
-    if devices > 1 and way == "ring_self_attention" and set(ATTENTION) & set(config.pattern):
+    kind = config.attention_sequence_parallel
+    if devices > 1 and kind == "ring_self_attention" and any(map(attends, config.pattern)):
         raise ValueError(
-            f"sequence_parallel={way!r} holds rows of scores as long as the sequence, which can't "
-            "be streamed; use 'ring', 'all_gather', 'ulysses' or 'usp'"
+            f"attention_sequence_parallel={kind!r} holds rows of scores as long as the "
+            "sequence, which can't be streamed; use 'ring', 'all_gather', 'ulysses' or 'usp'"
         )
 
 
@@ -192,7 +191,7 @@ def _layers_fwd(plan, layers, x, tokens):
     def repeat(x, params):
         kept = []
         for stage in plan.stages:
-            forward = attention_forward if stage.mixer in ATTENTION else _recurrent_forward
+            forward = attention_forward if attends(stage.mixer) else _recurrent_forward
             before = x
             x, states = forward(plan, stage, params, x, tokens)
             kept.append((before, states))
@@ -209,7 +208,7 @@ def _layers_bwd(plan, residuals, g):
         params, kept = inputs
         gradients = {}
         for stage, (x, states) in reversed(list(zip(plan.stages, kept, strict=True))):
-            backward = attention_backward if stage.mixer in ATTENTION else _recurrent_backward
+            backward = attention_backward if attends(stage.mixer) else _recurrent_backward
             g, found = backward(plan, stage, params, x, states, tokens, g)
             gradients |= found
         return g, {name: gradients[name] for name in params}

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from tilescan.models.blocks import block_name
 from tilescan.models.config import LanguageModelConfig
+from tilescan.models.mixers import base_name
 from tilescan.ops.mesh_axes import TIME_AXIS
 from tilescan.ops.sequence_parallel.layouts import Runs
 
@@ -57,7 +58,7 @@ class Plan:
     def stages(self) -> tuple[Stage, ...]:
         stages: list[list] = []
         for i, kind in enumerate(self.config.pattern):
-            if kind != "mlp" or not stages:
+            if base_name(kind) != "mlp" or not stages:
                 stages.append([])
             stages[-1].append((block_name(i, kind), kind))
         return tuple(Stage(tuple(blocks)) for blocks in stages)

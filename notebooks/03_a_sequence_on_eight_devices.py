@@ -323,7 +323,7 @@ for kind in SCAN_KINDS:
 # %% [markdown]
 # ## A model on eight devices
 #
-# For a model it is one setting. A hybrid of Mamba-2 and attention reads the source code of Python's
+# For a model it is two settings. A hybrid of Mamba-2 and attention reads the source code of Python's
 # standard library; `mesh.sequence` says how many devices share each row. What a training step sends:
 
 # %%
@@ -332,7 +332,7 @@ STEPS = 3 if SMALL else 40
 model = LanguageModel(LanguageModelConfig(
     vocab_size=256, d_model=64, pattern=("mamba2", "mlp", "attention", "mlp"), repeats=1,
     n_heads=4, n_kv_heads=2, mixers={"mamba2": {"state_dim": 16, "head_dim": 16}},
-    sequence_parallel="ring+all_scan",
+    attention_sequence_parallel="ring", scan_sequence_parallel="all_scan",
 ))
 text = np.frombuffer("".join(d.text for d in sources.load("python_stdlib")[:20]).encode(), np.uint8)
 

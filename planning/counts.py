@@ -12,7 +12,8 @@ from flax import linen as nn
 from jaxtyping import PyTree
 
 from tilescan.models import LanguageModelConfig
-from tilescan.models.blocks import BLOCKS, make_mixer
+from tilescan.models.blocks import make_mixer
+from tilescan.models.mixers import attends, is_recurrent
 from tilescan.ops import masks
 
 # Of a recurrence, for each entry of its state and each token, at the least: the decay, the input's
@@ -76,19 +77,18 @@ def flops(config: LanguageModelConfig, params: PyTree, B: int, T: int) -> Flops:
         if names[-1] == "embedding" and "embed" in names and config.tie_embeddings:
             weights["head"] += math.prod(leaf.shape)
 
-    # Scores of attention and entries of states, of one repeat of the pattern.
-    pairs, entries = 0, 0
-    for kind in config.pattern:
-        if kind == "attention":
-            pairs += visible_pairs(config.attention_mask, T)
-        elif kind == "local_attention":
-            pairs += visible_pairs(config.local_mask, T)
-        elif kind not in BLOCKS:
-            entries += state_entries(config, kind)
+    # Products of queries and keys over H and D, and entries of states, of one repeat.
+    products, entries = 0, 0
+    for block in config.pattern:
+        if attends(block):
+            mixer = make_mixer(config, block)
+            products += visible_pairs(mixer.sees, T) * mixer.n_heads * mixer.head_dim
+        elif is_recurrent(block):
+            entries += state_entries(config, block)
     return Flops(
         matmuls=2.0 * weights["blocks"] * B * T,
         head=2.0 * weights["head"] * B * T,
-        attention=4.0 * B * config.repeats * pairs * config.n_heads * config.head_dim,
+        attention=4.0 * B * config.repeats * products,
         recurrences=float(RECURRENCE) * config.repeats * entries * B * T,
         remat=config.remat,
     )

@@ -21,7 +21,9 @@ import numpy as np
 from ml_collections import config_dict
 
 from tilescan.models import LanguageModelConfig, mixer_options
-from tilescan.models.mixers import MIXERS
+from tilescan.models.config import default_heads
+from tilescan.models.earlier_configs import current_fields
+from tilescan.models.mixers import MIXERS, MODEL_FIELDS, base_name
 from tilescan.ops import masks
 from tilescan.spelling import nearest
 from tilescan.training.settings import (
@@ -73,15 +75,18 @@ def _fields(value) -> dict[str, Any]:
     return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
 
 
-def _section(cls, leave_out=()) -> dict[str, Any]:
-    """Returns names and defaults of a dataclass; None, and no default, are typed placeholders."""
+def _section(cls, leave_out=(), unset=()) -> dict[str, Any]:
+    """Returns names and defaults of a dataclass; None, and no default, are typed placeholders.
+
+    So are the fields in `unset`, whose default comes from somewhere else.
+    """
     hints, section = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         hint, value = hints[field.name], field.default
-        kinds = set(typing.get_args(hint) or (hint,)) & {int, float, str}
+        kinds = set(typing.get_args(hint) or (hint,)) & {bool, int, float, str}
         if field.name in leave_out:
             continue
-        if value in (None, dataclasses.MISSING):
+        if value in (None, dataclasses.MISSING) or field.name in unset:
             section[field.name] = config_dict.placeholder(kinds.pop()) if kinds else None
         else:
             section[field.name] = _plain(value)
@@ -91,11 +96,18 @@ def _section(cls, leave_out=()) -> dict[str, Any]:
 def default_config() -> ml_collections.ConfigDict:
     """Returns every key with its default, locked; the dataclasses above say what they mean.
 
-    `model.mixers` has a section per recurrent block, of the options of its mixer.
+    `model.mixers` has a section per mixer, of its options; those that are None are the model's. A
+    variant of a mixer gets its section from `override`, or as in
+
+        with config.unlocked():
+            config.model.mixers["attention:global"] = {"position": "none"}
     """
     model = _section(LanguageModelConfig, leave_out=("dtype", "param_dtype", "mixers"))
     leave_out = mixer_options.SHARED + mixer_options.LINEN
-    mixers = {block: _section(mixer, leave_out) for block, mixer in MIXERS.items()}
+    mixers = {
+        name: _section(mixer, leave_out, unset=MODEL_FIELDS.get(name, ()))
+        for name, mixer in MIXERS.items()
+    }
     config = ml_collections.ConfigDict(
         {
             "seed": 0,
@@ -157,6 +169,11 @@ def nearest_key(key: str, known: list[str]) -> str:
     return nearest(key, same_name or alike or known, cutoff=0)
 
 
+def _default_name(name: str, prefix: str) -> str:
+    """Returns the key of the default config that holds what a key can be: of a variant, its mixer's."""
+    return base_name(name) if prefix == "model.mixers." else name
+
+
 def check_keys(config: Config) -> None:
     """Raises ConfigError, with the nearest key that exists, for the first key that does not.
 
@@ -168,6 +185,7 @@ def check_keys(config: Config) -> None:
     def check(section, default, prefix=""):
         for name, value in section.items():
             key = prefix + name
+            name = _default_name(name, prefix)
             if name not in default:
                 raise ConfigError(f"unknown key {key!r}; did you mean {nearest_key(key, known)!r}?")
             if isinstance(default[name], ml_collections.ConfigDict):
@@ -189,6 +207,7 @@ def override(config: ml_collections.ConfigDict, assignment: str) -> None:
     key, equals, text = assignment.removeprefix("--").removeprefix("config.").partition("=")
     if not equals:
         raise ConfigError(f"{assignment!r} is not of the form section.key=value")
+    _add_variant(config, key)
     known = known_keys(config)
     if key not in known:
         near, written = [nearest_key(key, known)], ""
@@ -219,6 +238,24 @@ def override(config: ml_collections.ConfigDict, assignment: str) -> None:
     except TypeError:
         like = "" if old is None else f" like {old!r}"
         raise ConfigError(f"{key} must be of type {kind.__name__}{like}, not {text!r}") from None
+
+
+def _add_variant(config: ml_collections.ConfigDict, key: str) -> None:
+    """Makes a section for a variant, "model.mixers.mamba2:wide.state_dim", if its mixer has one.
+
+    It holds the options that are set; each begins as the mixer's, of the same type.
+    """
+    block, _, option = key.removeprefix("model.mixers.").partition(".")
+    if not key.startswith("model.mixers.") or ":" not in block or "mixers" not in config.model:
+        return
+    mixers, base = config.model.mixers, base_name(block)
+    if base in mixers and option in mixers[base]:
+        with config.unlocked():
+            mixers[block] = mixers.get(block, {})
+            if option not in mixers[block]:
+                value, kind = mixers[base][option], mixers[base].get_type(option)
+                typed = config_dict.FieldReference(value, field_type=kind)
+                mixers[block][option] = value if kind is type(None) else typed
 
 
 def _literal(text: str):
@@ -277,9 +314,13 @@ def _group(group) -> ParamGroup:
 
 
 def settings(config: Config) -> Settings:
-    """Checks every key and value and returns plain dataclasses. Raises ConfigError."""
-    check_keys(config)
+    """Checks every key and value and returns plain dataclasses. Raises ConfigError.
+
+    Keys of the model that have moved since (`models.earlier_configs`) are read as what they mean.
+    """
     plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    plain = _current(plain)
+    check_keys(plain)
     sections = {name: _build(cls, plain.get(name, {})) for name, cls in SECTIONS.items()}
     return Settings(
         seed=plain.get("seed", 0),
@@ -287,6 +328,16 @@ def settings(config: Config) -> Settings:
         model=_tuples(plain.get("model", {})),
         **sections,
     )
+
+
+def _current(plain: dict) -> dict:
+    """A configuration whose model has today's keys, from one of any version."""
+    if not hasattr(plain.get("model"), "items"):
+        return plain
+    try:
+        return plain | {"model": current_fields(plain["model"])}
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
 
 
 def as_dict(config: Settings) -> dict[str, Any]:
@@ -309,7 +360,7 @@ def differing_keys(ours: dict, theirs: dict) -> dict[str, tuple]:
                 yield f"{prefix}{key}", _jsonable(value)
 
     default = dict(flat(as_dict(settings(default_config()))))
-    a, b = default | dict(flat(ours)), default | dict(flat(theirs))
+    a, b = (default | dict(flat(_current(x))) for x in (ours, theirs))
     for key, follow in _FOLLOWING.items():
         if (a[key] is None) != (b[key] is None):
             a[key], b[key] = (x[key] if x[key] is not None else follow(x) for x in (a, b))
@@ -324,8 +375,7 @@ def _warmup(flat: dict) -> int:
 
 def _heads(flat: dict) -> int:
     names = ("d_model", "pattern", "n_kv_heads", "head_dim", "position")
-    options = {name: flat[f"model.{name}"] for name in names}
-    return LanguageModelConfig(vocab_size=1, window=1, **options).n_heads
+    return default_heads(*(flat[f"model.{name}"] for name in names))
 
 
 # Keys that follow others where they are None: what they are then, by all keys.

@@ -212,7 +212,7 @@ class ClassifierConfig:
 class MeshConfig:
     data: int = -1  # copies of the model; -1: whatever devices the other axes leave
     fsdp: int = 1  # shards of each parameter and its moments; the batch is sharded as well
-    sequence: int = 1  # shards of the time axis; model.sequence_parallel says how they meet
+    sequence: int = 1  # shards of time; model.*_sequence_parallel say how they meet
     tensor: int = 1  # shards of heads, MLP and vocabulary
     parameters_over_sequence: bool = False  # shard parameters and moments over `sequence` as well
 

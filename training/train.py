@@ -45,7 +45,7 @@ FREE_ON_RESUME = (
     "train.keep", "train.resume_step", "train.progress", "train.tensorboard",
     "train.logit_chunk", "train.stream_chunks",
     "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.parameters_over_sequence",
-    "model.sequence_parallel", "model.sequence_balance",
+    "model.attention_sequence_parallel", "model.scan_sequence_parallel", "model.sequence_balance",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from tilescan.experiments.harness.tables import MEASURED, Column, Table, columns
 from tilescan.experiments.measurements.devices import devices
 from tilescan.experiments.measurements.words import recorded
 from tilescan.models import LanguageModel, LanguageModelConfig
+from tilescan.models.earlier_configs import current_fields
 from tilescan.training import sharding, steps
 from tilescan.training.settings import MeshConfig
 from tilescan.training.train import sharded_init
@@ -46,9 +47,10 @@ def training_settings(section: ConfigDict, *, masked: bool = False, **model: Any
 def train(settings: Mapping[str, Any], seed: int) -> dict:
     """Trains a small model with its sequences sharded over devices: {"losses": of every step}.
 
-    Settings: "model", fields of LanguageModelConfig; "parts", devices along time; "batch",
-    "length", "steps", Adam's learning "rate"; "masked", True for guessing hidden tokens and False
-    for the next ones; "dtype" of parameters and layers (gradients and Adam's moments are float32).
+    Settings: "model", fields of LanguageModelConfig of this or an earlier version; "parts",
+    devices along time; "batch", "length", "steps", Adam's learning "rate"; "masked", True for
+    guessing hidden tokens and False for the next ones; "dtype" of parameters and layers (gradients
+    and Adam's moments are float32).
     """
     s = settings
     mesh = sharding.make_mesh(MeshConfig(data=1, sequence=s["parts"]), devices(s["parts"]))
@@ -59,7 +61,7 @@ def train(settings: Mapping[str, Any], seed: int) -> dict:
 def _losses(s, seed, mesh) -> Iterator[float]:
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in s["model"].items()}
     fields |= {"dtype": s["dtype"], "param_dtype": s["dtype"]}
-    model = LanguageModel(LanguageModelConfig(**fields))
+    model = LanguageModel(LanguageModelConfig(**current_fields(fields)))
     batches = markov_chains(s["model"]["vocab_size"], s["batch"], s["length"], s["masked"], seed)
     tx = optax.adam(s["rate"])
     where, _, initialise = sharded_init(model, tx, next(batches), seed, mesh)

@@ -24,7 +24,7 @@ CONFIGS = {
         mlp_bias=True,
         tie_embeddings=False,
     ),
-    "window": dict(pattern=("local_attention", "mlp"), window=4, n_kv_heads=1),
+    "window": dict(pattern=("local_attention:4", "mlp"), n_kv_heads=1),
 }
 PROMPT = jax.random.randint(jax.random.key(3), (3, 9), 0, V)
 LENGTHS = np.asarray([9, 4, 1])
@@ -190,7 +190,11 @@ def test_wrong_settings_are_named(settings, message):
 
 def test_masks_that_count_from_the_start_refuse_ragged_prompts():
     config = LanguageModelConfig(
-        vocab_size=V, d_model=16, repeats=1, n_heads=2, mask=masks.Lambda(2, 4)
+        vocab_size=V,
+        d_model=16,
+        repeats=1,
+        n_heads=2,
+        mixers={"attention": {"mask": masks.Lambda(2, 4)}},
     )
     with pytest.raises(ValueError, match="depends on distances alone; with Lambda"):
         generate(LanguageModel(config), {}, PROMPT, max_new_tokens=2, lengths=LENGTHS)

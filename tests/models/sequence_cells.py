@@ -24,16 +24,16 @@ import numpy as np
 from flax import linen as nn
 
 from tilescan.models import LanguageModel, LanguageModelConfig
-from tilescan.models.mixers import MIXERS
+from tilescan.models.mixers import MIXERS, attends, is_recurrent
 from tilescan.ops.sequence_parallel import ATTENTION_KINDS, BALANCES, SCAN_KINDS
 from tilescan.training import sharding, steps
 from tilescan.training.settings import MeshConfig
 
 B, T, VOCAB = 2, 16, 16
 DOC = pathlib.Path(__file__).resolve().parents[2] / "docs" / "sequence_parallel.md"
-ATTENDING = ("attention", "local_attention")
 TOLERANCE = 1e-4
 OPTIONS = {
+    "local_attention": dict(window=5),
     "mamba2": dict(head_dim=4, state_dim=4),
     "mamba": dict(state_dim=4),
     "gla": dict(n_heads=2, gate_rank=2),
@@ -54,8 +54,8 @@ class Cell(NamedTuple):
 def cells() -> list[Cell]:
     """All of them, in the order of the table."""
     found = []
-    for mixer in (*ATTENDING, *sorted(MIXERS)):
-        kinds = ATTENTION_KINDS if mixer in ATTENDING else SCAN_KINDS
+    for mixer in (*filter(attends, MIXERS), *sorted(filter(is_recurrent, MIXERS))):
+        kinds = ATTENTION_KINDS if attends(mixer) else SCAN_KINDS
         found += [Cell(mixer, *rest) for rest in itertools.product(kinds, (False, True), BALANCES)]
     return found
 
@@ -82,7 +82,7 @@ def outcome(cell: Cell) -> str:
 def on_one_device(mixer: str, packed: bool):
     """(parameters, (loss, gradients)) of a mixer's model."""
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    cell = Cell(mixer, "ring", packed, "contiguous")
+    cell = Cell(mixer, "ring" if attends(mixer) else "all_scan", packed, "contiguous")
     tokens = jnp.asarray(batch(packed)["tokens"])
     params = nn.unbox(jax.jit(model(cell).init)(jax.random.key(0), tokens))["params"]
     return params, jax.device_get(value_and_gradient(cell, mesh)(params))
@@ -111,9 +111,8 @@ def model(cell: Cell) -> LanguageModel:
             n_heads=2,
             n_kv_heads=1,
             head_dim=4,
-            window=5,
             mixers={cell.mixer: OPTIONS[cell.mixer]} if cell.mixer in OPTIONS else {},
-            sequence_parallel=cell.kind,
+            **{f"{'attention' if attends(cell.mixer) else 'scan'}_sequence_parallel": cell.kind},
             sequence_balance=cell.balance,
         )
     )
@@ -141,11 +140,11 @@ def document(outcomes: dict[Cell, str]) -> str:
         f"to {TOLERANCE:g} of the largest entry, in float32; a number is the error that is raised",
         "instead, below, for that MIXER.",
         "",
-        "Set the way by `model.sequence_parallel` and the order of tokens by",
-        "`model.sequence_balance`; the devices are `mesh.sequence`. Both ways at once are written",
-        '`"ulysses+log_step"`.',
+        "Set the strategy by `model.attention_sequence_parallel` and",
+        "`model.scan_sequence_parallel`, and the order of tokens by `model.sequence_balance`; the",
+        "devices are `mesh.sequence`.",
         "",
-        f"| mixer | way | {' | '.join(head)} |",
+        f"| mixer | strategy | {' | '.join(head)} |",
         "|---" * (2 + len(head)) + "|",
     ]
     errors = []

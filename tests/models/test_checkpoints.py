@@ -228,7 +228,7 @@ def test_only_models_that_fit_a_layout_are_exported(tmp_path):
     faded = dataclasses.replace(MAMBA2, mixers=dict(mamba2=dict(head_dim=8, b_scale=0.75)))
     with pytest.raises(CheckpointError, match="mamba2 layout has no place for mixers="):
         save_pretrained(tmp_path, faded, {})
-    windowed = dataclasses.replace(LLAMA, window=4, pattern=("local_attention", "mlp"))
+    windowed = dataclasses.replace(LLAMA, pattern=("local_attention:4", "mlp"))
     with pytest.raises(CheckpointError, match="no place for pattern="):
         save_pretrained(tmp_path, windowed, {})
 

@@ -29,10 +29,14 @@ GPT2 = dict(
 CONFIGS = {
     "llama": dict(n_kv_heads=2, tie_embeddings=False),
     "gpt2": GPT2,
-    "window": dict(pattern=("local_attention", "mlp"), window=5, n_kv_heads=1),
-    "hybrid": dict(pattern=("local_attention", "mlp", "attention"), window=3, post_norm=True),
+    "window": dict(pattern=("local_attention:5", "mlp"), n_kv_heads=1),
+    "hybrid": dict(pattern=("local_attention:3", "mlp", "attention"), post_norm=True),
     "alibi": dict(position="alibi", qk_norm=True),
-    "sinks": dict(pattern=("local_attention", "mlp"), window=4, sinks=2, logit_cap=5.0),
+    "sinks": dict(
+        pattern=("local_attention", "mlp"),
+        mixers={"local_attention": {"window": 4, "sinks": 2}},
+        logit_cap=5.0,
+    ),
 }
 TOKENS = jax.random.randint(jax.random.key(1), (2, 19), 0, 31)
 
@@ -245,8 +249,9 @@ def test_rows_of_different_length_go_on_each_for_itself(T):
 
 
 def test_a_mask_of_ones_own():
-    model, params = make("llama", mask=masks.Causal() & masks.SlidingWindow(2, 0))
-    narrow, _ = make("llama", pattern=("local_attention", "mlp"), window=3)
+    mask = masks.Causal() & masks.SlidingWindow(2, 0)
+    model, params = make("llama", mixers={"attention": {"mask": mask}})
+    narrow, _ = make("llama", pattern=("local_attention:3", "mlp"))
     renamed = dict(params["backbone"]["layers"])
     renamed["local_attention_0"] = renamed.pop("attention_0")
     other = {**params, "backbone": {**params["backbone"], "layers": renamed}}

@@ -1,5 +1,6 @@
-"""Options of recurrent mixers, on a mixer that is made up."""
+"""Options of mixers, on a mixer that is made up."""
 
+import json
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from tilescan.models import LanguageModel, LanguageModelConfig, blocks
-from tilescan.models.mixers import MIXERS, OTHER_BLOCKS
+from tilescan.models.mixers import MIXERS
 from tilescan.training.config import (
     ConfigError,
     as_dict,
@@ -45,7 +46,7 @@ class Average(nn.Module):
 
 @pytest.fixture(autouse=True)
 def average(monkeypatch):
-    monkeypatch.setitem(blocks.MIXERS, "average", Average)
+    monkeypatch.setitem(MIXERS, "average", Average)
 
 
 def config(**mixers):
@@ -71,10 +72,40 @@ def test_configurations_that_say_the_same_are_equal():
     assert hash(config(average=dict(powers=[3]))) == hash(config(average=dict(powers=(3,))))
 
 
+def test_a_variant_has_the_options_of_its_mixer_and_its_own():
+    pattern = ("average", "average:b", "average:c")
+    mixers = {
+        "average:b": dict(decay=0.5, kind="other"),
+        "average": dict(decay=0.25),
+        "average:c": dict(decay=0.25),
+    }
+    c = LanguageModelConfig(vocab_size=7, d_model=8, pattern=pattern, mixers=mixers)
+    made = [blocks.make_mixer(c, block) for block in pattern]
+    assert [m.decay for m in made] == [0.25, 0.5, 0.25]
+    assert [m.kind for m in made] == ["plain", "other", "plain"]
+    assert c.mixers == {"average": {"decay": 0.25}, "average:b": {"decay": 0.5, "kind": "other"}}
+    only = LanguageModelConfig(vocab_size=7, d_model=8, pattern=("average:b",), mixers=mixers | {
+        "average:c": {}
+    })  # fmt: skip
+    assert blocks.make_mixer(only, "average:b").decay == 0.5
+
+
+def test_a_name_says_a_window_once():
+    options = {"local_attention:8": {"window": 9}}
+    with pytest.raises(ValueError, match="window=9, but the name 'local_attention:8' says it"):
+        LanguageModelConfig(vocab_size=7, pattern=("local_attention:8",), mixers=options)
+    wide = {"local_attention": {"window": 9}, "local_attention:b": {"sinks": 2}}
+    c = LanguageModelConfig(
+        vocab_size=7, pattern=("local_attention:8", "local_attention:b"), mixers=wide
+    )
+    made = [blocks.make_mixer(c, block) for block in c.pattern]
+    assert [(m.window, m.sinks) for m in made] == [(8, 0), (9, 2)]
+
+
 @pytest.mark.parametrize(
     ("mixers", "message"),
     [
-        (dict(avrage={}), "'avrage' is no recurrent block; did you mean 'average'"),
+        (dict(avrage={}), "'avrage' is not a mixer; did you mean 'average'"),
         (dict(average=dict(state=3)), "'average' has no 'state'; did you mean 'state_dim'"),
         (dict(average=dict(dtype="int8")), "'average' has no 'dtype'"),
         (dict(average=dict(state_dim=4.0)), "average.state_dim must be int, got 4.0"),
@@ -82,6 +113,15 @@ def test_configurations_that_say_the_same_are_equal():
         (dict(average=dict(limit="x")), r"average.limit must be float \| None, got 'x'"),
         (dict(average=dict(gated=1)), "average.gated must be bool, got 1"),
         (dict(average=3), "options of 'average' must be a mapping, got 3"),
+        (
+            dict(gla=dict(n_heads=2)),
+            r"'gla' has options \(n_heads\), but is not in pattern: known: a",
+        ),
+        (
+            {"average:b": dict(decay=0.1)},
+            "'average:b' has options .*; did you mean|.*known: average",
+        ),
+        ({"avrage:b": dict(decay=0.1)}, "'avrage:b' is not a mixer; did you mean 'average'"),
     ],
 )
 def test_bad_options_are_named(mixers, message):
@@ -89,7 +129,7 @@ def test_bad_options_are_named(mixers, message):
         config(**mixers)
 
 
-def test_a_configuration_has_a_section_per_recurrent_block():
+def test_a_configuration_has_a_section_per_mixer():
     c = default_config()
     c.model.pattern = ("average",)
     for assignment in (
@@ -126,5 +166,31 @@ def test_unknown_options_get_the_nearest():
             settings(ConfigDict({"model": {"mixers": bad}}))
 
 
-def test_every_block_has_a_factory_or_a_mixer():
-    assert tuple(blocks.BLOCKS) == OTHER_BLOCKS and not set(OTHER_BLOCKS) & set(MIXERS)
+def test_a_variant_gets_its_section_when_it_is_set():
+    c = default_config()
+    c.model.pattern = ("average", "average:b", "local_attention:8")
+    for assignment in (
+        "model.mixers.average.state_dim=5",
+        "--config.model.mixers.average:b.decay=0.125",
+        "model.mixers.local_attention:8.sinks=2",
+        "model.mixers.local_attention:8.qk_norm=True",
+    ):
+        override(c, assignment)
+    made = settings(c).model_config(7)
+    assert made.mixers == {
+        "average": {"state_dim": 5},
+        "average:b": {"decay": 0.125},
+        "local_attention:8": {"sinks": 2, "qk_norm": True},
+    }
+    assert settings(ConfigDict(json.loads(json.dumps(as_dict(settings(c)))))) == settings(c)
+    for assignment, message in (
+        ("model.mixers.average:b.decai=1", "did you mean 'model.mixers.average:b.decay'"),
+        ("model.mixers.avrage:b.decay=1", "unknown key 'model.mixers.avrage:b.decay'; did you"),
+        ("model.mixers.average:c.gated=3", "average:c.gated must be of type bool"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            override(c, assignment)
+    with c.unlocked():
+        c.model.mixers["average:b"] = {"decai": 1.0}
+    with pytest.raises(ConfigError, match="unknown key 'model.mixers.average:b.decai'; did you"):
+        settings(c)

@@ -13,18 +13,19 @@ from tilescan.training.settings import MeshConfig
 
 FIELDS = dict(
     vocab_size=32, d_model=16, repeats=1, n_heads=4, n_kv_heads=2, mlp_dim=32,
-    mixers=dict(mamba2=dict(head_dim=4, state_dim=4)),
 )  # fmt: skip
 CASES = {
     "attention": (MeshConfig(data=2, sequence=4), dict(), False),
     "packed and sinks": (
         MeshConfig(data=1, sequence=8),
-        dict(pattern=("local_attention",), window=5, sinks=2),
+        dict(pattern=("local_attention:5",), mixers=dict(local_attention=dict(sinks=2))),
         True,
     ),
     "hybrid": (
         MeshConfig(data=1, sequence=4, tensor=2),
-        dict(pattern=("attention", "mamba2")),
+        dict(
+            pattern=("attention", "mamba2"), mixers=dict(mamba2=dict(head_dim=4, state_dim=4))
+        ),
         False,
     ),
     "alibi": (MeshConfig(data=2, sequence=4), dict(position="alibi"), False),

@@ -12,7 +12,7 @@ from flax import linen as nn
 from tilescan.models import LanguageModel, LanguageModelConfig
 from tilescan.models.attention import Attention
 from tilescan.models.blocks import make_mixer
-from tilescan.models.mixers import MIXERS
+from tilescan.models.mixers import MIXERS, is_recurrent
 from tilescan.models.positions import token_positions
 from tilescan.ops import masks
 
@@ -25,6 +25,7 @@ MASKS = {
     "prefix": masks.Causal() | masks.Prefix(7),
     "sinks": masks.Lambda(2, 5),
 }
+RECURRENT, QUICK = tuple(filter(is_recurrent, MIXERS)), ("mamba2", "h3")
 IDS = {
     "none": None,
     "zero": np.zeros((B, 26), np.int32),
@@ -142,10 +143,10 @@ def test_positions_begin_anew_in_a_segment_of_any_id():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_state_keeps_its_dtypes_and_follows_the_calls_positions(dtype):
     """Whatever integers a call brings: a loop's carry may not change."""
-    pattern = ("attention", "local_attention", *MIXERS)
+    pattern = ("attention", "local_attention:4", *RECURRENT)
     config = LanguageModelConfig(
         vocab_size=20, d_model=16, n_heads=2, pattern=pattern, repeats=1, dtype=jnp.dtype(dtype),
-        window=4, mixers={"mamba2": {"head_dim": 16}},
+        mixers={"mamba2": {"head_dim": 16}},
     )  # fmt: skip
     model = LanguageModel(config)
     tokens = jnp.zeros((B, 3), jnp.int32)
@@ -177,12 +178,13 @@ def test_positions_of_a_call_are_counted_on_from():
 
 
 @pytest.mark.parametrize(
-    "kind", ["mamba2", "h3", *slowly(*((kind,) for kind in MIXERS if kind not in ("mamba2", "h3")))]
+    "kind", [*QUICK, *slowly(*((kind,) for kind in RECURRENT if kind not in QUICK))]
 )
 def test_a_new_segment_forgets_even_nan(kind):
     """What a recurrent state and its convolution's window hold of the segment before."""
     options = {"mamba2": {"head_dim": 16, "state_dim": 8, "state_window": 5}}
-    config = LanguageModelConfig(vocab_size=20, d_model=16, n_heads=2, repeats=1, mixers=options)
+    own = {kind: options[kind]} if kind in options else {}
+    config = LanguageModelConfig(vocab_size=20, d_model=16, pattern=(kind,), repeats=1, mixers=own)
     mixer = make_mixer(config, kind)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 16)), jnp.float32)
     params = mixer.init(jax.random.key(0), x)

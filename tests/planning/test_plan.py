@@ -291,7 +291,7 @@ def test_the_step_of_eight_tpus_runs_the_attention_kernels():
 @pytest.mark.slow
 def test_a_model_may_send_its_ring_by_kernels():
     """One setting puts the transfers of keys into the attention kernels."""
-    words = ("--config.data.seq_len=1024", "--config.model.sequence_parallel=ring_kernel")
+    words = ("--config.data.seq_len=1024", "--config.model.attention_sequence_parallel=ring_kernel")
     balanced = "--config.model.sequence_balance=zigzag"
     code, out, err = child(("--topology=v5e:2x4", *RING, *words, balanced))
     assert code == 0, err[-3000:]

@@ -61,9 +61,15 @@ WORK = {
     "model.n_kv_heads": (1, 2, 4, 8),
     "model.head_dim": (2, 100),
     "model.repeats": (1, 13),
-    "model.pattern": ("mlp", "attention", "mamba2,mlp", "(gla)", "s4d"),
-    "model.window": (64,),
-    "model.sinks": (4,),
+    "model.pattern": (
+        "mlp",
+        "attention",
+        "mamba2,mlp",
+        "(gla)",
+        "s4d",
+        "local_attention:64",
+        "mlp,attention:a",
+    ),
     "model.position": ("rope_interleaved", "alibi", "learned", "none"),
     "model.max_len": (64, 10**4),
     "model.rope_theta": (5e5,),
@@ -80,7 +86,9 @@ WORK = {
     "model.remat": ("full", "dots", "offload"),
     "model.scan_layers": (False,),
     "model.vocab_size": (1000,),
-    "model.mixers.mamba2.state_dim": (3,),
+    "model.mixers.attention.n_kv_heads": (1, 2),
+    "model.mixers.attention.qk_norm": (True,),
+    "model.mixers.mlp.dim": (100,),
 }
 # Those that cannot be, and what the message says of what was set.
 REFUSED = {
@@ -104,6 +112,12 @@ REFUSED = {
     "model.n_kv_heads=16": "n_kv_heads=16",
     "model.head_dim=33": "head_dim=33 is odd",
     "model.pattern=local_attention": "'local_attention' in pattern needs window",
+    "model.mixers.mamba2.state_dim=3": r"'mamba2' has options \(state_dim\), but is not",
+    "model.mixers.local_attention.window=64": r"'local_attention' has options \(window\), but",
+    "model.mixers.attention.n_kv_heads=3": "mixers: of 'attention', n_kv_heads=3 must divide",
+    "model.mixers.attention.position=learned": "mixers: of 'attention', position is 'learned'",
+    "model.attention_sequence_parallel=chain": "attention_sequence_parallel is 'chain', which",
+    "model.scan_sequence_parallel=ulysses": "scan_sequence_parallel is 'ulysses', which is unknown",
     "model.rope_scaling=linear": "rope_scaling='linear' must hold fields",
     "model.logit_cap=0.0": "logit_cap=0.0 must be positive",
     "model.attention_logit_cap=-1": "attention_logit_cap=-1.* must be positive",
@@ -123,9 +137,10 @@ def test_every_key_is_tried():
     tried = set(WORK) | {refused.partition("=")[0] for refused in REFUSED}
     plain = {
         "task", "data.tokenizer", "train.resume_step", "mesh.fsdp", "mesh.tensor", "model.causal",
-        "model.mask", "model.input_features", "model.attention_bias", "model.mlp_bias",
-        "model.norm_eps", "model.embed_scale", "model.logit_scale", "model.sequence_parallel",
-        "model.sequence_balance", "model.attention_implementation",
+        "model.input_features", "model.attention_bias", "model.mlp_bias",
+        "model.norm_eps", "model.embed_scale", "model.logit_scale", "model.sequence_balance",
+        "model.attention_sequence_parallel", "model.scan_sequence_parallel",
+        "model.attention_implementation",
     }  # fmt: skip
     keys = {k for k in known if k not in sections and not k.startswith("model.mixers.")}
     assert keys - tried - plain == set() and plain <= keys

@@ -163,7 +163,7 @@ SEQUENCES = [
         marks=pytest.mark.slow,
     ),
     pytest.param(
-        "usp", "striped", dict(window=5, pattern=("local_attention", "mlp"), n_heads=4),
+        "usp", "striped", dict(pattern=("local_attention:5", "mlp"), n_heads=4),
         MeshConfig(data=1, sequence=8), marks=pytest.mark.slow,
     ),
     pytest.param(
@@ -181,7 +181,8 @@ SEQUENCES = [
 def test_a_step_with_time_cut_equals_the_one_on_a_single_device(kind, balance, fields, mesh):
     """Two updates of packed documents: values, gradients and moments."""
     rows = functools.partial(PackedRows, 8, 16)
-    model = language_model(sequence_parallel=kind, sequence_balance=balance, **fields)
+    order = dict(attention_sequence_parallel=kind, sequence_balance=balance)
+    model = language_model(**order, **fields)
     want = two_steps(single_device(), model=model, rows=rows)
     mesh = sharding.make_mesh(mesh)
     got = two_steps(mesh, model=model, before=want[0], rows=rows, balance=balance)
@@ -221,7 +222,7 @@ def test_losses_by_parts_of_the_sequence_on_a_mesh(mesh, parts, fields, float64)
 def test_parameters_cut_over_the_sequence_too(parts, float64):
     """ZeRO-3 over rows and time: the same numbers, an eighth of the parameters on a device."""
     config = MeshConfig(data=1, fsdp=2, sequence=4, parameters_over_sequence=True)
-    model = language_model(n_heads=4, sequence_parallel="ulysses", **WIDE)
+    model = language_model(n_heads=4, attention_sequence_parallel="ulysses", **WIDE)
     rows = functools.partial(PackedRows, 8, 16)
     want = two_steps(single_device(), model=model, rows=rows)
     mesh, rules = sharding.make_mesh(config), sharding.rules(config)

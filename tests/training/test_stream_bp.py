@@ -19,8 +19,7 @@ from tilescan.training.settings import OptimizerConfig
 MODELS = {
     "packed": {"packed": True},
     "windows": {
-        "pattern": ("local_attention", "mlp", "mlp"),
-        "window": 4,
+        "pattern": ("local_attention:4", "mlp", "mlp"),
         "qk_norm": True,
         "post_norm": True,
         "attention_bias": True,
@@ -33,11 +32,19 @@ MODELS = {
         "embed_scale": 4.0,
         "logit_cap": 6.0,
     },
-    "sinks": {"pattern": ("local_attention", "mlp"), "window": 3, "sinks": 2},
-    "prefix": {"mask": masks.Causal() | masks.Prefix(5), "position": "alibi"},
+    "sinks": {
+        "pattern": ("local_attention:3", "mlp"),
+        "mixers": {"local_attention": {"sinks": 2}},
+    },
+    "prefix": {
+        "mixers": {"attention": {"mask": masks.Causal() | masks.Prefix(5)}},
+        "position": "alibi",
+    },
     "both ways": {"causal": False, "position": "rope_interleaved", "packed": True},
     "layout": {
-        "mask": masks.Causal() & masks.BlockSparse(np.eye(4, dtype=bool), 4),
+        "mixers": {
+            "attention": {"mask": masks.Causal() & masks.BlockSparse(np.eye(4, dtype=bool), 4)}
+        },
         "position": "alibi",
         "attention_logit_cap": 5.0,
         "norm": "layernorm",
@@ -152,7 +159,7 @@ def test_it_takes_the_place_of_the_loss_in_a_training_step():
 @pytest.mark.slow
 def test_memory_falls_with_the_number_of_chunks():
     """Activations of a wide MLP: nearly all of what checkpointing holds at this size."""
-    options = {"pattern": ("local_attention", "mlp"), "window": 16, "mlp_dim": 512, "remat": "full"}
+    options = {"pattern": ("local_attention:16", "mlp"), "mlp_dim": 512, "remat": "full"}
     model, length = LanguageModel(LanguageModelConfig(**SMALL | options)), 2048
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     weights = jax.ShapeDtypeStruct((1, length), jnp.float32)

@@ -36,8 +36,7 @@ CASES = {
         3,
         24,
         {
-            "pattern": ("local_attention", "mlp", "mlp"),
-            "window": 7,
+            "pattern": ("local_attention:7", "mlp", "mlp"),
             "qk_norm": True,
             "post_norm": True,
             "attention_bias": True,
@@ -45,18 +44,21 @@ CASES = {
             "packed": True,
         },
     ),
-    "ulysses": (4, 3, 24, {"sequence_parallel": "ulysses", "packed": True}),
+    "ulysses": (4, 3, 24, {"attention_sequence_parallel": "ulysses", "packed": True}),
     "usp, window": (
         4,
         3,
         24,
-        {"sequence_parallel": "usp", "pattern": ("local_attention", "mlp"), "window": 3},
+        {"attention_sequence_parallel": "usp", "pattern": ("local_attention:3", "mlp")},
     ),
     "gather, prefix": (
         3,
         2,
         24,
-        {"sequence_parallel": "all_gather", "mask": masks.Causal() | masks.Prefix(10)},
+        {
+            "attention_sequence_parallel": "all_gather",
+            "mixers": {"attention": {"mask": masks.Causal() | masks.Prefix(10)}},
+        },
     ),
     "alibi": (4, 2, 24, {"position": "alibi"}),
     "alibi, both ways": (3, 2, 24, {"position": "alibi", "causal": False}),
@@ -66,12 +68,21 @@ CASES = {
         24,
         {"position": "learned", "scan_layers": False, "pattern": ("mlp", "attention", "mlp")},
     ),
-    "sinks": (8, 3, 48, {"pattern": ("local_attention", "mlp"), "window": 3, "sinks": 2}),
+    "sinks": (
+        8,
+        3,
+        48,
+        {"pattern": ("local_attention:3", "mlp"), "mixers": {"local_attention": {"sinks": 2}}},
+    ),
     "layout": (
         3,
         2,
         24,
-        {"mask": masks.Causal() & masks.BlockSparse(np.eye(6, dtype=bool), 4)},
+        {
+            "mixers": {
+                "attention": {"mask": masks.Causal() & masks.BlockSparse(np.eye(6, dtype=bool), 4)}
+            }
+        },
     ),
     "mamba2": (4, 3, 24, {"pattern": ("mamba2", "mlp"), "packed": True, **MIXERS["mamba2"]}),
     "gla": (3, 2, 24, {"pattern": ("gla", "mlp"), "packed": True, **MIXERS["gla"]}),
@@ -213,7 +224,7 @@ def test_devices_hold_less_and_send_what_the_docstring_says():
 def test_what_cannot_be_shared_is_named():
     with pytest.raises(ConfigError, match="'ring_self_attention' holds rows .*; use 'ring', 'all"):
         settings(tiny_config("train.stream_chunks=2", "mesh.sequence=4",
-                             "model.sequence_parallel=ring_self_attention"))  # fmt: skip
+                             "model.attention_sequence_parallel=ring_self_attention"))  # fmt: skip
     with pytest.raises(ConfigError, match="'s4' in pattern is bidirectional"):
         config = tiny_config("train.stream_chunks=2")
         config.model.pattern, config.model.mixers.s4.bidirectional = ("s4",), True

@@ -45,7 +45,6 @@ def hybrid_model():
             n_heads=4,
             n_kv_heads=2,
             mixers=dict(mamba2=dict(head_dim=4, state_dim=4)),
-            sequence_parallel="ring+all_scan",
         )
     )
 
