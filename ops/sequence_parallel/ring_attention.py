@@ -167,7 +167,7 @@ def _transfers(transfers, q, k, v, bias, mask, options):
     if reason is not None:
         raise ValueError(
             f'transfers="kernel": {reason}; or use transfers="xla", which is '
-            'sequence_parallel="ring" of a model'
+            'attention_sequence_parallel="ring" of a model'
         )
     return transfers
 
@@ -182,8 +182,8 @@ def _by_kernels(direction, like, options, *arrays):
         if platform != "tpu":
             raise ValueError(
                 'transfers="kernel" has kernels for TPUs, and this program is lowered for '
-                f'{platform}; transfers="xla" or None, which is sequence_parallel="ring" of a '
-                "model, runs anywhere"
+                f'{platform}; transfers="xla" or None, which is '
+                'attention_sequence_parallel="ring" of a model, runs anywhere'
             )
         return call
 

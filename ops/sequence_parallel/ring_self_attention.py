@@ -54,15 +54,18 @@ def ring_self_attention(
     if isinstance(balance, tuple):
         raise ValueError(
             "ring_self_attention takes queries and keys in one order, not those of a chunk; "
-            "sequence_parallel='ring' takes both"
+            "attention_sequence_parallel='ring' takes both"
         )
     shard_attention.check(q, k, v, mask, bias, jax.lax.axis_size(axis_name), balance)
     if bias is not None or logit_cap is not None:
         raise ValueError(
-            "ring_self_attention takes no bias and no logit_cap; sequence_parallel='ring' does"
+            "ring_self_attention takes no bias and no logit_cap; "
+            "attention_sequence_parallel='ring' does"
         )
     if implementation == "pallas":
-        raise ValueError("ring_self_attention has no Pallas kernel; sequence_parallel='ring' has")
+        raise ValueError(
+            "ring_self_attention has no Pallas kernel; attention_sequence_parallel='ring' has"
+        )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
