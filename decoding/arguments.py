@@ -1,20 +1,30 @@
 """What generation is given, checked before anything is compiled.
 
-Letters: B batch, T prompt length, V vocabulary.
+Dimensions: B batch, T prompt length, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Num
 
 from tilescan.decoding.filters import check_integer, is_traced
 from tilescan.models import LanguageModelConfig
 from tilescan.models.blocks import make_mixer
 from tilescan.models.mixers import attends
 from tilescan.ops import masks
+
+# What callers may give: arrays of NumPy or JAX, or lists of numbers.
+Integer = int | np.integer | Int[Array | np.ndarray, ""]
+Prompt = Int[Array | np.ndarray, "B T"] | Sequence[Sequence[Integer]]
+Lengths = Int[Array | np.ndarray, " B"] | Sequence[Integer]
+Numbers = (
+    float | int | np.number | Num[Array | np.ndarray, " #B"] | Num[Array | np.ndarray, ""]
+    | Sequence[float]
+)  # fmt: skip
 
 _INT32 = np.iinfo(np.int32).max
 
@@ -27,13 +37,13 @@ def is_known(array: Any) -> bool:
 def check_prompt(
     config: LanguageModelConfig, prompt: Any, lengths: Any
 ) -> tuple[Array, Int[np.ndarray, " B"] | None]:
-    """Returns (prompt [B, T] of its integer dtype, lengths [B] or None if all are T).
+    """Returns prompt [B, T] of its integer dtype, and lengths [B] or None if all are T.
 
-    Values behind a row's length are never looked at. A traced prompt is taken as it is: an id
+    Values after a row's length are never looked at. A traced prompt is taken as it is: an id
     outside the vocabulary makes the model's scores NaN.
 
     Raises:
-      TypeError: a prompt or lengths that are no integers.
+      TypeError: a prompt or lengths that are not integers.
       ValueError: another shape, an id outside the vocabulary, lengths outside 1..T, a model
         that reads no tokens.
     """
@@ -46,7 +56,7 @@ def check_prompt(
         values = np.asarray(prompt) if is_known(prompt) else prompt
     except ValueError as error:
         raise ValueError(
-            "prompt must be [batch, time], and its rows differ in length: pad them behind, and "
+            "prompt must be [batch, time], and its rows differ in length: pad their ends, and "
             "give lengths"
         ) from error
     if values.ndim != 2 or 0 in values.shape:
@@ -88,7 +98,7 @@ def _check_lengths(lengths: Any, B: int, T: int) -> Int[np.ndarray, " B"]:
 def flush_right(
     config: LanguageModelConfig, prompt: Int[Array, "B T"], lengths: Int[np.ndarray, " B"] | None
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"] | None, Int[Array, "B T"] | None]:
-    """Returns (tokens, segment ids, positions); no ids and positions if lengths is None.
+    """Returns tokens, segment ids and positions; None for the latter two if lengths is None.
 
     Padding is token 0 in segment 0, before the prompt, which is segment 1.
 
@@ -171,10 +181,10 @@ def _end(token: Any, eos: Any) -> int:
 
 
 def check_key(key: Any, temperature: Any, greedy: bool) -> Array:
-    """Returns the random key; any one if nothing is drawn at random.
+    """Returns the random key; any one if nothing is random.
 
     Raises:
-      TypeError: no JAX random key. ValueError: several keys, or none where one is needed.
+      TypeError: not a JAX random key. ValueError: several keys, or none where one is needed.
     """
     if key is None and not greedy:
         raise ValueError(f"temperature={temperature} needs key, e.g. jax.random.key(0)")

@@ -1,6 +1,6 @@
-"""The distribution that sampling draws from: temperature, the k likeliest tokens, the nucleus.
+"""The distribution that tokens are sampled from: temperature, the k likeliest tokens, the nucleus.
 
-Letters: B batch, V vocabulary.
+Dimensions: B batch, V vocabulary.
 """
 
 import operator
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # Below float32's least normal number, which many devices round to 0, a temperature is its limit.
 _TINY = float(np.finfo(np.float32).tiny)
@@ -20,8 +20,8 @@ _LARGEST = 0.5 / _TINY
 class Nucleus(NamedTuple):
     """top_p as float32 compares it: p, and 1 - p (taken before rounding), of shape () or [B]."""
 
-    p: Float[Array, "..."]
-    rest: Float[Array, "..."]
+    p: Float[Array | np.ndarray, "..."]
+    rest: Float[Array | np.ndarray, "..."]
 
 
 def filter_logits(
@@ -30,7 +30,7 @@ def filter_logits(
     top_k: int | None = None,
     top_p: float | Float[Array, "..."] | None = None,
 ) -> Float[Array, "... V"]:
-    """Returns the log-probabilities that sampling draws from; -inf for what is left out.
+    """Returns the log-probabilities that tokens are sampled from; -inf for what is left out.
 
     Args:
       logits: scores, of any real dtype; computed in float32. -inf leaves a token out.
@@ -49,7 +49,7 @@ def filter_logits(
       throughout, or if its traced temperature or top_p is out of range.
 
     Raises:
-      TypeError: arguments that are not numbers, a top_k that is no integer.
+      TypeError: arguments that are not numbers, a top_k that is not an integer.
       ValueError: a temperature that is negative, NaN or inf, top_k outside 1..V, top_p outside
         (0, 1], neither one number nor one for each row.
     """
@@ -67,7 +67,7 @@ def filter_logits(
 
 def filtered(
     logits: Float[Array, "... V"],
-    temperature: Float[Array, "..."],
+    temperature: Float[Array | np.ndarray, "..."],
     top_k: int | None,
     nucleus: Nucleus | None,
 ) -> Float[Array, "... V"]:
@@ -77,7 +77,7 @@ def filtered(
     column = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), rows)[..., None]
     ids = jnp.broadcast_to(jnp.arange(V), logits.shape)
     t = column(temperature)
-    valid = drawable(logits)[..., None] & (t >= 0) & (t < jnp.inf)
+    valid = is_distribution(logits)[..., None] & (t >= 0) & (t < jnp.inf)
 
     # Differences to the highest score neither overflow nor lose it, however small t is.
     scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.clip(t, _TINY, _LARGEST)
@@ -98,8 +98,8 @@ def filtered(
     return jnp.where(valid, jax.nn.log_softmax(scores, axis=-1), jnp.nan)
 
 
-def drawable(logits: Float[Array, "... V"]) -> Array:
-    """Returns, bool [...], whether a row makes a distribution: no NaN, no +inf, not all -inf."""
+def is_distribution(logits: Float[Array, "... V"]) -> Bool[Array, "..."]:
+    """Returns whether a row makes a distribution: no NaN, no +inf, not all -inf."""
     return jnp.all(logits < jnp.inf, axis=-1) & jnp.any(logits > -jnp.inf, axis=-1)
 
 
@@ -121,7 +121,7 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def check_temperature(temperature: Any, rows: tuple[int, ...]) -> Float[Array, "..."]:
+def check_temperature(temperature: Any, rows: tuple[int, ...]) -> Float[Array | np.ndarray, "..."]:
     """Returns the temperature in float32, of shape () or `rows`; see `filter_logits`."""
     value = _numbers("temperature", temperature, rows)
     if is_traced(value):

@@ -5,18 +5,20 @@ Read beside the weights: tokenizer.json, tokenizer_config.json, generation_confi
 
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
-from tilescan.data.tokenizers import TEXT_ENDS, TURN_ENDS, Tokenizer, get_tokenizer, utf8
+from tilescan.data.tokenizers import TEXT_ENDS, TURN_ENDS, get_tokenizer, utf8
+from tilescan.decoding.pieces import Codec
 from tilescan.models.checkpoint_errors import CheckpointError, short
 from tilescan.models.json_files import read_json
 
 
 class FolderTokenizer:
-    """A folder's tokenizer.json behind the encode/decode of data.tokenizers.
+    """A folder's tokenizer.json with the encode and decode of data.tokenizers.
 
     Attributes:
       end_ids: tokens at which a text ends.
@@ -35,23 +37,33 @@ class FolderTokenizer:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more special
             raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
-        # Left over from training: they would cut a prompt, or fill it up.
+        # Left over from training: they would shorten a prompt, or pad it.
         self._inner.no_truncation()
         self._inner.no_padding()
         self.end_ids = read_ends(folder, self._inner.token_to_id, vocab_size)
         self.eos_id = self.end_ids[0] if self.end_ids else None
 
-    def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+    def encode(self, text: str, *, allow_special: bool = False) -> Int[np.ndarray, " N"]:
+        """Returns the int32 ids of a text's tokens.
+
+        Args:
+          text: to encode.
+          allow_special: whether tokens such as "<|endoftext|>" in it are read as such.
+
+        Raises:
+          ValueError: text that UTF-8 can't hold.
+        """
         utf8(text)
         self._inner.encode_special_tokens = not allow_special
         return np.asarray(self._inner.encode(text).ids, np.int32)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of tokens, special ones included."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
-def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> tuple[Tokenizer, tuple[int, ...]]:
-    """Returns (a folder's tokenizer, the tokens that end a text of its model).
+def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> tuple[Codec, tuple[int, ...]]:
+    """Returns a folder's tokenizer, and the tokens that end a text of its model.
 
     Args:
       folder: of a checkpoint; one without tokenizer.json is GPT-2's if its vocabulary is.

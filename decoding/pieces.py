@@ -1,12 +1,14 @@
 """Text that grows with every token: what each one adds, in whole characters.
 
 A token is no piece of text by itself. A character may take several tokens; and many decoders treat
-the first token in a way of their own: Llama 2's takes the space before a word away.
+the first token differently: Llama 2's drops the space before a word.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-from tilescan.data.tokenizers import Tokenizer
+import numpy as np
+from jaxtyping import Int
 
 # What a decoder gives for bytes that are no character, or none yet.
 _UNFINISHED = "\ufffd"
@@ -14,15 +16,34 @@ _UNFINISHED = "\ufffd"
 _WINDOW, _CONTEXT = 256, 64
 
 
+@runtime_checkable
+class Decoder(Protocol):
+    """What gives the text of tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens, special ones included."""
+
+
+@runtime_checkable
+class Codec(Decoder, Protocol):
+    """What generation needs of a tokenizer: those of `data.tokenizers` and of folders are such.
+
+    Its end_ids, eos_id and bos_id are used if it has them.
+    """
+
+    def encode(self, text: str, *, allow_special: bool = False) -> Int[np.ndarray, " N"]:
+        """Returns the ids of a text's tokens."""
+
+
 def text_pieces(
-    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]
+    tokenizer: Decoder, prompt: Sequence[int] | Int[np.ndarray, " N"], tokens: Iterable[Any]
 ) -> Iterator[str]:
     """Yields what each token adds to the text of the prompt and the tokens before it.
 
     Args:
-      tokenizer: whose `decode` is used.
+      tokenizer: what gives the text of tokens.
       prompt: the tokens that come first, whose text is not given again.
-      tokens: those that follow, one after another.
+      tokens: those that follow, one after another: integers of any kind.
 
     Yields:
       One piece per token, "" as long as a character is not whole; at the end, as one piece more,
@@ -35,7 +56,7 @@ def text_pieces(
         text, head = _following(tokenizer, before, new, head)
         if not text.startswith(written):
             # Bytes that are no character can change how a decoder reads those before them, whose
-            # text is out: go on behind it.
+            # text is out: go on after it.
             before, new = (before + new[:settled])[-_CONTEXT:], new[settled:]
             settled, written = 0, ""
             text, head = _following(tokenizer, before, new, None)
@@ -51,9 +72,9 @@ def text_pieces(
 
 
 def _following(
-    tokenizer: Tokenizer, before: list[int], new: list[int], head: tuple[str, int] | None
+    tokenizer: Decoder, before: list[int], new: list[int], head: tuple[str, int] | None
 ) -> tuple[str, tuple[str, int] | None]:
-    """(the text of `new` behind `before`, its head).
+    """(the text of `new` after `before`, its head).
 
     The head is what the place changes at the start of the text: characters to add (a space that
     the decoder takes from what it holds for the first token), and how many to drop (a mark of what

@@ -1,13 +1,13 @@
-"""Drawing text from a language model, one token after another, under one jit.
+"""Sampling from a language model, one token after another, under one jit.
 
-Letters: B batch, T prompt length, N new tokens, V vocabulary.
+Dimensions: B batch, T prompt length, N new tokens, V vocabulary.
 
-Prompts of different lengths stand flush right behind padding that is a segment of its own (id 0),
+Prompts of different lengths stand flush right, after padding that is a segment of its own (id 0),
 so that what holds for packed documents holds for them, whatever the model's mixers are.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +16,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tilescan.decoding import arguments
+from tilescan.decoding.arguments import Integer, Lengths, Numbers, Prompt
 from tilescan.decoding.filters import (
     Nucleus,
     check_temperature,
     check_top_k,
     check_top_p,
-    drawable,
     filter_logits,
     filtered,
+    is_distribution,
     is_traced,
 )
 from tilescan.models import LanguageModel
@@ -33,11 +34,11 @@ __all__ = ["Generation", "filter_logits", "generate", "stream"]
 
 
 class Generation(NamedTuple):
-    """What was drawn.
+    """What was sampled.
 
-    tokens: int32 [B, N]; behind a row's end of text, the token that ended it again. lengths: how
+    tokens: int32 [B, N]; after a row's end of text, the token that ended it again. lengths: how
     many of them are text, the end-of-text token included. logprobs: float32, of each token under
-    the distribution it was drawn from (0 if it is greedy: it holds one token), 0 behind the end.
+    the distribution it was sampled from (0 if it is greedy: it holds one token), 0 after the end.
     """
 
     tokens: Int[Array, "B N"]
@@ -48,62 +49,62 @@ class Generation(NamedTuple):
 def generate(
     model: LanguageModel,
     params: Any,
-    prompt: Int[Array, "B T"],
+    prompt: Prompt,
     *,
-    max_new_tokens: int,
-    lengths: Int[Array, " B"] | None = None,
-    temperature: float | Float[Array, " B"] = 0.0,
-    top_k: int | None = None,
-    top_p: float | Float[Array, " B"] | None = None,
+    max_new_tokens: Integer,
+    lengths: Lengths | None = None,
+    temperature: Numbers = 0.0,
+    top_k: Integer | None = None,
+    top_p: Numbers | None = None,
     key: Array | None = None,
-    eos: int | Sequence[int] | Int[Array, " K"] | None = None,
+    eos: Integer | Iterable[Integer] | None = None,
 ) -> Generation:
-    """Continues every row of `prompt`; stops early when all rows have drawn an end of text.
+    """Continues every row of `prompt`; stops early when all rows have sampled an end of text.
 
     Args:
       model, params: the function; `params` as `model.apply({"params": params}, ...)` takes them.
       prompt: token ids of any integer dtype; row b's prompt is its first lengths[b] ones, and
-        what stands behind them is never looked at.
+        what stands after them is never looked at.
       max_new_tokens: N.
       lengths: of the prompts, default T for all.
       temperature: one number, or one for each row; 0 takes the most probable token.
       top_k, top_p: see `filter_logits`; top_p is one number, or one for each row.
-      key: a JAX random key, needed if temperature > 0. Row b's draws depend on key and b only.
+      key: a JAX random key, needed if temperature > 0. Row b's samples depend on key and b only.
       eos: the token that ends a text, or several of which each one does.
 
     Returns:
-      What was drawn; see `Generation`. Under a jit of the caller's, a row whose scores hold NaN or
-      +inf ends with tokens of -1 and logprobs of NaN, which `lengths` does not count.
+      What was sampled; see `Generation`. Under a jit of the caller's, a row whose scores hold NaN
+      or +inf ends with tokens of -1 and logprobs of NaN, which `lengths` does not count.
 
     Raises:
-      TypeError: a prompt, lengths, max_new_tokens, top_k or eos that are no integers, a
-        temperature or top_p that are no numbers, a key that is none.
+      TypeError: a prompt, lengths, max_new_tokens, top_k or eos that are not integers, a
+        temperature or top_p that are not numbers, a key that is not one.
       ValueError: for settings that make no distribution, a missing key, ids of prompt or eos
         outside the vocabulary, lengths beyond T, more tokens than the model has positions, or
         different lengths with a mask that counts from the start of the row.
-      FloatingPointError: the model's scores hold NaN or +inf, so that there is nothing to draw.
+      FloatingPointError: the model's scores hold NaN or +inf, so that there is nothing to sample.
     """
     run = _Run.check(model, prompt, max_new_tokens, lengths, temperature, top_k, top_p, key, eos)
-    drawn = _generate(model, run.static, params, run.inputs)
-    if arguments.is_known(drawn.tokens):
-        _refuse_undrawn(np.asarray(drawn.tokens), np.asarray(drawn.lengths))
-    return drawn
+    sampled = _generate(model, run.static, params, run.inputs)
+    if arguments.is_known(sampled.tokens):
+        _refuse_unsampled(np.asarray(sampled.tokens), np.asarray(sampled.lengths))
+    return sampled
 
 
 def stream(
     model: LanguageModel,
     params: Any,
-    prompt: Int[Array, "B T"],
+    prompt: Prompt,
     *,
-    max_new_tokens: int,
-    lengths: Int[Array, " B"] | None = None,
-    temperature: float | Float[Array, " B"] = 0.0,
-    top_k: int | None = None,
-    top_p: float | Float[Array, " B"] | None = None,
+    max_new_tokens: Integer,
+    lengths: Lengths | None = None,
+    temperature: Numbers = 0.0,
+    top_k: Integer | None = None,
+    top_p: Numbers | None = None,
     key: Array | None = None,
-    eos: int | Sequence[int] | Int[Array, " K"] | None = None,
+    eos: Integer | Iterable[Integer] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Returns an iterator over the tokens of `generate`, [B] at a time, as soon as they are drawn.
+    """Returns an iterator over the tokens of `generate`, [B] at a time, once they are sampled.
 
     Arguments and errors are those of `generate`; wrong arguments raise at the call. Each step is a
     jit of its own. After its end a row gives the token that ended it again, until all have ended.
@@ -117,18 +118,18 @@ def _stream(model, run: "_Run", params) -> Iterator[np.ndarray]:
     carry = _start(model, run.static, params, run.inputs)
     for i in range(new):
         token = np.asarray(carry.token)
-        _refuse_undrawn(token[:, None], np.full(len(token), i))
+        _refuse_unsampled(token[:, None], np.full(len(token), i))
         yield token
         if i + 1 == new or np.all(carry.done):
             return
         carry = _next(model, run.static, params, run.inputs, carry)
 
 
-def _refuse_undrawn(tokens: np.ndarray, lengths: np.ndarray) -> None:
+def _refuse_unsampled(tokens: np.ndarray, lengths: np.ndarray) -> None:
     for row in np.flatnonzero((tokens < 0).any(axis=1))[:1]:
         raise FloatingPointError(
             f"the model's scores of new token {lengths[row]} of row {row} hold NaN or inf, so that "
-            "there is nothing to draw: look at the parameters (NaN, inf) and at the dtype of the "
+            "there is nothing to sample: look at the parameters (NaN, inf) and at the dtype of the "
             "computation (overflow)"
         )
 
@@ -175,12 +176,12 @@ class _Run(NamedTuple):
         )
 
 
-def _draw(
+def _sample(
     static: _Static, inputs: _Inputs, logits: Float[Array, "B V"], key: Array
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """(tokens, log-probabilities); (-1, NaN) for a row that makes no distribution."""
     if static.greedy:
-        valid = drawable(logits)
+        valid = is_distribution(logits)
         token = jnp.argmax(logits, axis=-1)
         logprob = jnp.zeros(token.shape, jnp.float32)
     else:
@@ -193,7 +194,7 @@ def _draw(
 
 
 class _Carry(NamedTuple):
-    """Between two steps: the model's state, the token just drawn, its position, who is done."""
+    """Between two steps: the model's state, the token just sampled, its position, who is done."""
 
     state: Any
     token: Int[Array, " B"]
@@ -202,8 +203,8 @@ class _Carry(NamedTuple):
     done: Array
     step: Int[Array, ""]
 
-    def behind(self) -> Float[Array, " B"]:
-        """The log-probability of what stands behind a row's end."""
+    def after_end(self) -> Float[Array, " B"]:
+        """The log-probability of what stands after a row's end."""
         return jnp.where(self.token < 0, jnp.nan, 0.0)
 
 
@@ -218,7 +219,7 @@ def _ends(static: _Static, token: Int[Array, " B"]) -> Array:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 @partitioned_by_compiler(replicated)
 def _start(model, static, params, inputs) -> _Carry:
-    """Reads the prompt and draws the first token."""
+    """Reads the prompt and samples the first token."""
     B, T = inputs.tokens.shape
     x, state = model.apply(
         {"params": params},
@@ -230,7 +231,7 @@ def _start(model, static, params, inputs) -> _Carry:
     )
     # Only the last position is worth a row of V scores.
     logits = model.apply({"params": params}, x[:, -1:], method="logits")[:, 0]
-    token, logprob = _draw(static, inputs, logits, jax.random.fold_in(inputs.key, 0))
+    token, logprob = _sample(static, inputs, logits, jax.random.fold_in(inputs.key, 0))
     positions = inputs.positions
     last = jnp.full((B,), T - 1, jnp.int32) if positions is None else positions[:, -1]
     return _Carry(state, token, logprob, last + 1, _ends(static, token), jnp.int32(1))
@@ -239,7 +240,7 @@ def _start(model, static, params, inputs) -> _Carry:
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
 @partitioned_by_compiler(replicated)
 def _next(model, static, params, inputs, carry) -> _Carry:
-    """Reads the token drawn last and draws the next one."""
+    """Reads the token sampled last and samples the next one."""
     ones = jnp.ones((len(carry.token), 1), jnp.int32)
     logits, state = model.apply(
         {"params": params},
@@ -249,9 +250,9 @@ def _next(model, static, params, inputs, carry) -> _Carry:
         segment_ids=None if inputs.segment_ids is None else ones,
     )
     key = jax.random.fold_in(inputs.key, carry.step)
-    token, logprob = _draw(static, inputs, logits[:, 0], key)
+    token, logprob = _sample(static, inputs, logits[:, 0], key)
     token = jnp.where(carry.done, carry.token, token)
-    logprob = jnp.where(carry.done, carry.behind(), logprob)
+    logprob = jnp.where(carry.done, carry.after_end(), logprob)
     done = carry.done | _ends(static, token)
     return _Carry(state, token, logprob, carry.position + 1, done, carry.step + 1)
 
@@ -279,5 +280,5 @@ def _generate(model, static, params, inputs) -> Generation:
     # The steps that no row needed any more.
     left = jnp.arange(N) >= carry.step
     out = jnp.where(left, carry.token[:, None], out)
-    logprobs = jnp.where(left, carry.behind()[:, None], logprobs)
+    logprobs = jnp.where(left, carry.after_end()[:, None], logprobs)
     return Generation(out, lengths, logprobs)

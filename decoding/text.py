@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from tilescan.data.sources import fetch
-from tilescan.data.tokenizers import GGUFTokenizer, Tokenizer, utf8
+from tilescan.data.tokenizers import GGUFTokenizer, utf8
 from tilescan.decoding.arguments import check_max_new_tokens
 from tilescan.decoding.filters import check_integer, check_temperature, check_top_k, check_top_p
 from tilescan.decoding.folder_tokenizers import load_tokenizer
-from tilescan.decoding.pieces import text_pieces
+from tilescan.decoding.pieces import Codec, text_pieces
 from tilescan.decoding.sampling import stream
 from tilescan.models import LanguageModel
 from tilescan.models.checkpoints import load_pretrained
@@ -31,7 +31,7 @@ class Writer(NamedTuple):
 
     model: LanguageModel
     params: Any
-    tokenizer: Tokenizer
+    tokenizer: Codec
     ends: tuple[int, ...] | None = None
 
 
@@ -81,7 +81,7 @@ def load_writer(path_or_source: str | pathlib.Path, *, dtype: str = "float32") -
 
 
 def stream_text(
-    writer: Writer, prompt: str, *, max_new_tokens: int = 64, seed: int = 0, **sampling
+    writer: Writer, prompt: str, *, max_new_tokens: int = 64, seed: int = 0, **sampling: Any
 ) -> Iterator[str]:
     """Yields pieces of the continuation, one per token, "" while a character is not whole yet.
 
@@ -93,7 +93,7 @@ def stream_text(
     """
     ids = _prompt_ids(writer.tokenizer, prompt)
     ends = _ends(writer)
-    drawn = stream(
+    sampled = stream(
         writer.model,
         writer.params,
         ids[None],
@@ -102,11 +102,11 @@ def stream_text(
         eos=ends,
         **sampling,
     )
-    text = itertools.takewhile(lambda token: token not in ends, (int(row[0]) for row in drawn))
+    text = itertools.takewhile(lambda token: token not in ends, (int(row[0]) for row in sampled))
     yield from text_pieces(writer.tokenizer, ids, text)
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+def _prompt_ids(tokenizer: Codec, prompt: str) -> np.ndarray:
     utf8(prompt, "prompt")
     ids = tokenizer.encode(prompt, allow_special=True)
     first = getattr(tokenizer, "bos_id", None)
@@ -118,7 +118,7 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
 
 
 def _ends(writer: Writer) -> tuple[int, ...]:
-    """The tokens that end a text; those that the model can't draw end none."""
+    """The tokens that end a text; those outside its vocabulary end none."""
     ends = writer.ends
     if ends is None:
         eos = writer.tokenizer.eos_id
@@ -144,7 +144,7 @@ def generate_text(
     seed: int = 0,
     write: Callable[[str], Any] | None = None,
 ) -> GeneratedText:
-    """Continues a text; the function behind `tilescan generate`.
+    """Continues a text, as `tilescan generate` does.
 
     Args:
       path_or_source: see `load_writer`, or what it returned.
@@ -152,7 +152,7 @@ def generate_text(
         the token that begins a text is added where the tokenizer's file says so.
       max_new_tokens: at most so many; fewer if the model ends the text.
       temperature, top_k, top_p: see `decoding.sampling`; temperature 0 is greedy.
-      seed: of the random draws.
+      seed: of the random samples.
       write: is called with each new piece of text, e.g. functools.partial(print, end="").
 
     Raises:

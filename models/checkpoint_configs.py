@@ -31,14 +31,16 @@ _GPT2_NAMES = dict(
 
 
 def layout(config: LanguageModelConfig) -> str:
-    """The only layout that a model may fit, one of LAYOUTS."""
+    """Returns the only layout that a model may fit, one of LAYOUTS."""
     if config.pattern in (("mamba",), ("mamba2",)):
         return config.pattern[0]
     return "gpt2" if config.position == "learned" else "llama"
 
 
-def from_hf_config(hf: dict[str, Any], file: pathlib.Path, dtypes) -> LanguageModelConfig:
-    """The configuration that config.json describes.
+def from_hf_config(
+    hf: dict[str, Any], file: pathlib.Path, dtypes: dict[str, Any]
+) -> LanguageModelConfig:
+    """Returns the configuration that config.json describes.
 
     Args:
       hf: what config.json holds.

@@ -12,7 +12,7 @@ class MissingFileError(CheckpointError, FileNotFoundError):
 
 
 class _Short(reprlib.Repr):
-    """repr() that ends early, whatever a file holds: long texts, deep lists, large integers."""
+    """repr() that ends early, whatever a file holds: long strings, deep lists, large integers."""
 
     def __init__(self):
         super().__init__(maxstring=100, maxother=100, maxlong=40)

@@ -14,7 +14,11 @@ from tilescan.models.config import LanguageModelConfig
 
 
 def to_hf_config(config: LanguageModelConfig) -> dict[str, Any]:
-    """config.json of the layout that fits; every field must survive the way back."""
+    """Returns config.json of the layout that fits.
+
+    Raises:
+      CheckpointError: a field of the configuration for which the layout has no place, by name.
+    """
     common = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tie_embeddings)
     kind = layout(config)
     if kind in ("mamba", "mamba2"):

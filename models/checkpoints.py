@@ -67,7 +67,7 @@ def load_pretrained(
       CheckpointError: for an unsupported architecture, a truncated file, keys that are unknown, of
         a wrong type or out of bounds, and missing, unknown, unreadable and mis-shaped tensors, by
         name.
-      ValueError: if a dtype is no floating type.
+      ValueError: if a dtype is not a floating type.
     """
     path = pathlib.Path(path)
     dtypes = dict(dtype=dtype, param_dtype=param_dtype)
@@ -83,7 +83,7 @@ def load_pretrained(
     raise CheckpointError(f"{path} is neither a folder with config.json nor a .gguf file")
 
 
-def save_pretrained(path: str | pathlib.Path, config: LanguageModelConfig, params) -> None:
+def save_pretrained(path: str | pathlib.Path, config: LanguageModelConfig, params: Any) -> None:
     """Writes config.json and model.safetensors in the layout of Hugging Face that fits.
 
     Raises:

@@ -6,7 +6,7 @@ no list of harmless keys holds is refused by name, since it may change what the 
 
 import pathlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from tilescan.models.checkpoint_errors import CheckpointError, short
 
@@ -32,6 +32,7 @@ class Keys:
         self._read: set[str] = set()
 
     def has(self, key: str) -> bool:
+        """Returns whether the file has a key, whatever its value."""
         return key in self.values
 
     def get(self, key: str, default: Any = REQUIRED) -> Any:
@@ -75,7 +76,7 @@ class Keys:
         return value
 
     def text(self, key: str, known: Collection[str], default: Any = REQUIRED) -> str:
-        """Returns one of the known texts."""
+        """Returns one of the known strings."""
         value = self.get(key, default)
         if not isinstance(value, str) or value not in known:
             raise CheckpointError(
@@ -118,7 +119,8 @@ class Keys:
                 "change what the model computes; take the key out if it does not"
             )
 
-    def refuse(self, key: str, why: str) -> None:
+    def refuse(self, key: str, why: str) -> NoReturn:
+        """Raises CheckpointError, which names the key, its value and what is wrong with it."""
         raise CheckpointError(
             f"{self.file} describes no model: {self._name(key)}={short(self.get(key, None))}: {why}"
         )
@@ -128,5 +130,5 @@ class Keys:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equality that keeps true and 1 apart, and lets 1 be 1.0."""
+    """Equality that distinguishes true from 1, and lets 1 be 1.0."""
     return isinstance(a, bool) == isinstance(b, bool) and a == b

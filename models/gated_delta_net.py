@@ -1,9 +1,10 @@
 """Gated DeltaNet as a token mixer (arXiv 2412.06464, section 3.4).
 
-Letters: B batch, T time, E embedding, H heads, D head dim of queries and keys, P of values,
+Dimensions: B batch, T time, E embedding, H heads, D head dim of queries and keys, P of values,
 W width of the convolutions.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -80,19 +81,10 @@ class GatedDeltaNet(Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], GatedDeltaNetState | None]:
-        """Mixes T tokens, behind those of `state` if one is given.
-
-        Args:
-          x: the tokens' vectors.
-          state: from `init_state` or an earlier call.
-          positions: not used; time is in the state.
-          segment_ids: a token whose id differs from the one before it starts from nothing.
-
-        Returns:
-          y and the new state (None if none was given).
+        """Mixes T tokens, as `models.mixers` says; positions are not used.
 
         Raises:
-          ValueError: for a wrong rank, ids that are not [B, T], or heads that don't divide.
+          ValueError: also for heads that don't divide.
         """
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         H, (D, P) = self.n_heads, self._head_dims()
@@ -102,6 +94,7 @@ class GatedDeltaNet(Module):
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
         common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
+        # q, k, v = silu(conv(W x)), q and k of unit length.
         tails, qkv = [], []
         for i, (name, features) in enumerate((("query", D), ("key", D), ("value", P))):
             y = linear(H * features, ("embed", "inner"), name=name, **common)(x)
@@ -118,6 +111,7 @@ class GatedDeltaNet(Module):
         q, k, v = qkv
         q, k = _unit(q, wide), _unit(k, wide)
 
+        # b = sigmoid(W_b x) and log a = -exp(A_log) softplus(W_a x + dt_bias), one of each head.
         b, a = (
             linear(H, ("embed", "heads"), name=name, **common)(x).astype(wide)
             for name in ("beta", "decay")
@@ -131,6 +125,8 @@ class GatedDeltaNet(Module):
         dt_bias = vector("dt_bias", step_size_bias(self.dt_min, self.dt_max))
         A_log = vector("A_log", _log_uniform(*self.A_range))
         log_decay = -jnp.exp(A_log) * jax.nn.softplus(a + dt_bias)
+
+        # The delta rule, and what it leaves in memory.
         o, memory = on_mesh(
             gated_delta_rule,
             self.sequence_parallel,
@@ -144,6 +140,7 @@ class GatedDeltaNet(Module):
             chunk=self.chunk,
             implementation=self.implementation,
         )
+        # W_out (RMSNorm(o) silu(W_g x))
         gate = linear((H, P), ("embed", "heads", "head_dim"), name="gate", **common)(x)
         o = HeadNorm(self.norm_eps, name="norm", **common)(o, gate)
         out = linear(
@@ -158,7 +155,7 @@ class GatedDeltaNet(Module):
 
     @nn.nowrap
     def init_state(self, batch: int, max_len: int) -> GatedDeltaNetState:
-        """Zeros; its size does not depend on max_len."""
+        """Returns zeros, whose size does not depend on max_len."""
         H, (D, P) = self.n_heads, self._head_dims()
         tails = (jnp.zeros((batch, self.conv_width - 1, H * n), self.dtype) for n in (D, D, P))
         return GatedDeltaNetState(
@@ -178,7 +175,7 @@ def _unit(x, wide):
     return (y * jax.lax.rsqrt(jnp.sum(y * y, -1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def _log_uniform(low: float, high: float):
+def _log_uniform(low: float, high: float) -> Callable:
     """log of U(low, high), for low = 0 too."""
 
     def init(key, shape, dtype):

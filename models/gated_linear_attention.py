@@ -1,6 +1,6 @@
 """Gated linear attention as a token mixer: GLA (arXiv 2312.06635, section 4.4).
 
-Letters: B batch, T time, E embedding, H heads, D head dim of queries and keys, P of values.
+Dimensions: B batch, T time, E embedding, H heads, D head dim of queries and keys, P of values.
 """
 
 from typing import Any, NamedTuple
@@ -64,19 +64,10 @@ class GatedLinearAttention(Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], GLAState | None]:
-        """Mixes T tokens, behind those of `state` if one is given.
-
-        Args:
-          x: the tokens' vectors.
-          state: from `init_state` or an earlier call.
-          positions: not used; time is in the state.
-          segment_ids: a token whose id differs from the one before it starts from nothing.
-
-        Returns:
-          y and the new state (None if none was given).
+        """Mixes T tokens, as `models.mixers` says; positions are not used.
 
         Raises:
-          ValueError: for a wrong rank, ids that are not [B, T], or heads that don't divide.
+          ValueError: also for heads that don't divide.
         """
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         H, (D, P) = self.n_heads, self._head_dims()
@@ -84,7 +75,8 @@ class GatedLinearAttention(Module):
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
         common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
-        def project(name, features):
+        # q, k, v, and log a = logsigmoid(W_2 W_1 x + b) / gate_normalizer of each key channel.
+        def project(name: str, features: int) -> Float[Array, "B T H features"]:
             axes = ("embed", "heads", "head_dim")
             return linear((H, features), axes, name=name, **common)(x)
 
@@ -94,6 +86,8 @@ class GatedLinearAttention(Module):
         decay = linear((H, D), axes, use_bias=True, name="decay_out", **common)(low)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         log_decay = jax.nn.log_sigmoid(decay.astype(wide)) / self.gate_normalizer
+
+        # The recurrence, then W_out (RMSNorm(o) silu(W_g x)).
         o, memory = on_mesh(
             gated_linear_attention,
             self.sequence_parallel,
@@ -120,7 +114,7 @@ class GatedLinearAttention(Module):
 
     @nn.nowrap
     def init_state(self, batch: int, max_len: int) -> GLAState:
-        """Zeros; its size does not depend on max_len."""
+        """Returns zeros, whose size does not depend on max_len."""
         return GLAState(
             jnp.zeros(
                 (batch, self.n_heads, *self._head_dims()),
@@ -145,6 +139,7 @@ class HeadNorm(Module):
     def __call__(
         self, x: Float[Array, "B T H P"], gate: Float[Array, "B T H P"]
     ) -> Float[Array, "B T H P"]:
+        """Returns the normed x times silu of the gate."""
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         wide = jnp.promote_types(self.dtype, jnp.float32)
@@ -162,7 +157,7 @@ class HeadNorm(Module):
 def head_dims(
     mixer: str, d_model: int, n_heads: int, expand_k: float, expand_v: float
 ) -> tuple[int, int]:
-    """D and P.
+    """Returns D and P of a mixer, whose name errors give.
 
     Raises:
       ValueError: widths that the heads don't divide.

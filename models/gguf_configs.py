@@ -24,9 +24,12 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 def from_gguf(
-    metadata: dict[str, Any], tensors: dict[str, StoredTensor], file: pathlib.Path, dtypes
+    metadata: dict[str, Any],
+    tensors: dict[str, StoredTensor],
+    file: pathlib.Path,
+    dtypes: dict[str, Any],
 ) -> LanguageModelConfig:
-    """The configuration that metadata describe.
+    """Returns the configuration that metadata describe.
 
     Args:
       metadata: by key.

@@ -25,7 +25,7 @@ _MOST_DIMS = 4
 
 @dataclasses.dataclass(frozen=True)
 class GGUFFile:
-    """A GGUF file without its values: metadata by key (arrays are lists, their texts bytes)."""
+    """A GGUF file without its values: metadata by key (arrays are lists, their strings bytes)."""
 
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]

@@ -1,8 +1,9 @@
 """H3 (arXiv 2212.14052): attention from two state spaces and two products.
 
-Letters: B batch, T time, E embedding, H heads, D head dim (E / H), m taps, S state dim.
+Dimensions: B batch, T time, E embedding, H heads, D head dim (E / H), m taps, S state dim.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -77,20 +78,10 @@ class H3(Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], H3State | None]:
-        """Mixes T tokens, behind those of `state` if one is given.
-
-        Args:
-          x: the tokens' vectors.
-          state: from `init_state` or an earlier call.
-          positions: not used; time is in the state.
-          segment_ids: a token whose id differs from the one before it starts from nothing.
-
-        Returns:
-          y and the new state (None if none was given).
+        """Mixes T tokens, as `models.mixers` says; positions are not used.
 
         Raises:
-          ValueError: for a wrong rank, ids that are not [B, T], sizes that don't fit, or time that
-            the mesh in use can't cut.
+          ValueError: also for sizes that don't fit, or time that the mesh in use can't shard.
         """
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         H, D = self._heads(), self.head_dim
@@ -99,11 +90,13 @@ class H3(Module):
         state = continued(state, segment_ids)
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
         common = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+        # q, k, v, and the shift of the keys.
         q, k, v = (
             linear(E, ("embed", "inner"), init=uniform_fan_in(), name=name, **common)(x)
             for name in ("query", "key", "value")
         )
         k, keys = self._shift(k, None if state is None else state.keys, ids)
+        # Products of shifted keys and values, elementwise or outer products of each head.
         q, v = q.astype(wide), v.astype(wide)
         if D == 1:
             kv = k * v
@@ -111,6 +104,7 @@ class H3(Module):
             by_head = lambda a: a.reshape(batch, T, H, D)
             kv = by_head(k)[..., :, None] * by_head(v)[..., None, :]
             kv = kv.reshape(batch, T, H, D * D)
+        # Their state space, contracted with the queries, and W_out.
         memory, ssm = self._diagonal(kv, None if state is None else state.ssm, ids)
         if D == 1:
             o = q * memory
@@ -123,7 +117,7 @@ class H3(Module):
 
     @nn.nowrap
     def init_state(self, batch: int, max_len: int) -> H3State:
-        """Zeros; its size does not depend on max_len."""
+        """Returns zeros, whose size does not depend on max_len."""
         channels = () if self.head_dim == 1 else (self.head_dim**2,)
         shape = (batch, self._heads(), *channels, self.state_dim)
         return H3State(
@@ -145,8 +139,8 @@ class H3(Module):
         D = self._skip("D_shift", E).astype(wide)
         if self.fft and state is None and ids is None:
             taps = taps[::-1].astype(wide)
-            return self._cut(long_convolution, k.astype(wide), taps, D=D)[0], None
-        y, state = self._cut(short_convolution, k, taps, initial_state=state, segment_ids=ids)
+            return self._on_mesh(long_convolution, k.astype(wide), taps, D=D)[0], None
+        y, state = self._on_mesh(short_convolution, k, taps, initial_state=state, segment_ids=ids)
         return y.astype(wide) + D.reshape(1, 1, E) * k.astype(wide), state
 
     def _diagonal(self, kv, state, ids):
@@ -164,9 +158,9 @@ class H3(Module):
             kernel = s4.s4d_kernel(*system, kv.shape[1], self.discretization)
             channels = kv.reshape(*kv.shape[:2], -1)
             kernel = jnp.repeat(kernel, channels.shape[2] // H, axis=1)
-            y = self._cut(long_convolution, channels, kernel)[0].reshape(kv.shape)
+            y = self._on_mesh(long_convolution, channels, kernel)[0].reshape(kv.shape)
         else:
-            y, state = self._cut(
+            y, state = self._on_mesh(
                 diagonal_state_space,
                 kv,
                 *system,
@@ -176,7 +170,7 @@ class H3(Module):
             )
         return y + D * kv, state
 
-    def _cut(self, op, *arrays, **options):
+    def _on_mesh(self, op: Callable, *arrays: Array, **options: Any) -> tuple[Array, Array]:
         return on_mesh(op, self.sequence_parallel, *arrays, **options)
 
     def _skip(self, name, features):

@@ -50,4 +50,5 @@ _GGUF = frozenset(
 
 
 def harmless_gguf(key: str) -> bool:
+    """Returns whether a key of GGUF metadata leaves the model's function as it is."""
     return key in _GGUF or key.startswith(("general.", "tokenizer."))

@@ -1,6 +1,6 @@
 """Language models and classifiers from a repeating pattern of blocks.
 
-Letters: B batch, T time, E embedding, V vocabulary, L repeats of the pattern.
+Dimensions: B batch, T time, E embedding, V vocabulary, L repeats of the pattern.
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ REMAT_POLICIES = {
 
 
 class ModelState(NamedTuple):
-    """What a model carries from one stretch of tokens to the next.
+    """What a model carries from one call to the next.
 
     layers: the mixers' states, stacked over the repeats; position: of the next token, 0 before the
     first; segment: of the last token, before the first any (nothing is carried over from there).
@@ -50,7 +50,8 @@ class Backbone(Module):
 
     config: LanguageModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
+        """Makes the embedding, the scan over repeats of the pattern, and the last norm."""
         config = self.config
         dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype)
         if config.input_features is None:
@@ -86,6 +87,7 @@ class Backbone(Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], ModelState | None]:
+        """Returns the vectors that the head takes, and the new state; see `LanguageModel`."""
         config = self.config
         _check(config, tokens, positions=positions, segment_ids=segment_ids)
         B, T = tokens.shape[:2]
@@ -97,6 +99,7 @@ class Backbone(Module):
             _check_order(config)
             carried = (None, None) if state is None else (state.position, state.segment)
             positions = token_positions(B, T, segment_ids, *carried)
+        # The embedding, with learned positions; the layers; the state for what comes next.
         x = self.embed(tokens)
         if config.embed_scale is not None:
             x = x * jnp.asarray(config.embed_scale, x.dtype)
@@ -108,7 +111,13 @@ class Backbone(Module):
             state = ModelState(layers, positions[:, -1] + 1, last)
         return self.final_norm(x), state
 
-    def _run_layers(self, x, state, positions, segment_ids):
+    def _run_layers(
+        self,
+        x: Float[Array, "B T E"],
+        state: ModelState | None,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> tuple[Any, Any]:
         states = None if state is None else state.layers
         if self.config.scan_layers:
             return self.layers(x, states, positions, segment_ids)
@@ -128,12 +137,17 @@ class LanguageModel(Module):
         logits, _ = model.apply({"params": params}, tokens)
 
     With `state=model.init_state(batch, max_len)` the same call reads on from where the last one
-    stopped, be it one token (decoding) or a stretch of text.
+    stopped, be it one token (decoding) or many.
     """
 
     config: LanguageModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
+        """Makes the backbone and, unless it is tied, the head.
+
+        Raises:
+          ValueError: tied embeddings of a model without embeddings.
+        """
         config = self.config
         if config.input_features is not None and config.tie_embeddings:
             raise ValueError(
@@ -178,12 +192,19 @@ class LanguageModel(Module):
         x, state = self.backbone(tokens, state=state, positions=positions, segment_ids=segment_ids)
         return self.logits(x), state
 
-    def hidden(self, tokens, *, state=None, positions=None, segment_ids=None):
-        """(the [B, T, E] vectors that `logits` takes, state): for losses that go by chunks."""
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"] | Float[Array, "B T F"],
+        *,
+        state: ModelState | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], ModelState | None]:
+        """Returns the vectors that `logits` takes, and the new state: for losses by chunks."""
         return self.backbone(tokens, state=state, positions=positions, segment_ids=segment_ids)
 
     def logits(self, x: Float[Array, "... T E"]) -> Float[Array, "... T V"]:
-        """The head: vectors to float32 scores."""
+        """Returns the head's float32 scores of vectors."""
         config = self.config
         if config.tie_embeddings:
             logits = self.backbone.embed.logits(x)
@@ -196,8 +217,8 @@ class LanguageModel(Module):
         return logits
 
     @nn.nowrap
-    def output_spec(self, variables, x, y) -> PartitionSpec:
-        """Logits stay cut along the vocabulary where the head is."""
+    def output_spec(self, variables: Any, x: Array, y: Array) -> PartitionSpec:
+        """Returns how y is sharded: logits along the vocabulary, where the head is."""
         entries = super().output_spec(variables, x, y)
         params = nn.unbox(variables["params"])
         vocab = spec(params["head"]["kernel"])[1] if "head" in params else None
@@ -209,14 +230,14 @@ class LanguageModel(Module):
 
     @nn.nowrap
     def init_state(self, batch: int, max_len: int) -> ModelState:
-        """The state before the first token, with room for `max_len` tokens."""
+        """Returns the state before the first token, with room for `max_len` tokens."""
         one, repeats = init_state(self.config, batch, max_len), self.config.repeats
         layers = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (repeats, *a.shape)), one)
         return ModelState(layers, jnp.zeros((batch,), jnp.int32), jnp.full((batch,), -1, jnp.int32))
 
 
 class SequenceClassifier(Module):
-    """Scores of a whole text's classes, from the same backbone.
+    """Scores of a whole sequence's classes, from the same backbone.
 
     Attributes:
       config: of the backbone; causal=False reads both ways.
@@ -236,9 +257,12 @@ class SequenceClassifier(Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B n_classes"]:
-        """Classifies one text per row; `segment_ids` is 0 where a row is padding, 1 elsewhere.
+        """Classifies one sequence per row; `segment_ids` is 0 at padding and 1 elsewhere.
 
-        With `input_features` a text is a sequence of vectors [B, T, F] of real numbers.
+        With `input_features` it is a sequence of vectors [B, T, F] of real numbers.
+
+        Raises:
+          ValueError: an unknown `pooling`, or shapes as `LanguageModel` refuses them.
         """
         if self.pooling not in ("mean", "last"):
             raise ValueError(f"pooling={self.pooling!r} is unknown; it can be 'mean' or 'last'")
@@ -246,6 +270,7 @@ class SequenceClassifier(Module):
         x, _ = Backbone(config, name="backbone")(
             tokens, positions=positions, segment_ids=segment_ids
         )
+        # Weights of tokens: equal for all real ones, or 1 for the last of them.
         real = jnp.ones(tokens.shape[:2], bool) if segment_ids is None else segment_ids > 0
         if self.pooling == "mean":
             weights = real.astype(jnp.float32)
@@ -253,6 +278,7 @@ class SequenceClassifier(Module):
             index = jnp.arange(tokens.shape[1])[None]
             last = jnp.max(jnp.where(real, index, -1), axis=1, keepdims=True)
             weights = (index == last).astype(jnp.float32)
+        # The weighted mean, and the map to classes.
         total = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
         pooled = jnp.einsum("bte,bt->be", x.astype(jnp.float32), weights / total)
         head = linear(
@@ -277,13 +303,13 @@ def abstract_params(config: LanguageModelConfig) -> Any:
     return jax.eval_shape(lambda: init_params(config, 0))
 
 
-def count_params(params) -> int:
-    """Number of scalars in a tree of parameters (or of their shapes)."""
+def count_params(params: Any) -> int:
+    """Returns the number of scalars in a tree of parameters (or of their shapes)."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nn.unbox(params)))
 
 
-def unroll_params(config: LanguageModelConfig, params):
-    """The parameters of `scan_layers=True` as those of `scan_layers=False`, e.g. to look inside."""
+def unroll_params(config: LanguageModelConfig, params: Any) -> dict[str, Any]:
+    """Returns the parameters of `scan_layers=True` as those of `scan_layers=False`."""
     backbone = dict(nn.unbox(params)["backbone"])
     stacked = backbone.pop("layers")
     for i in range(config.repeats):
@@ -323,5 +349,5 @@ def _check(config: LanguageModelConfig, tokens, **per_token) -> None:
     if config.position == "learned" and tokens.shape[1] > config.max_len:
         raise ValueError(
             f"{tokens.shape[1]} tokens, but there are learned positions for max_len="
-            f"{config.max_len}; raise max_len or cut the text"
+            f"{config.max_len}; raise max_len or shorten the rows"
         )

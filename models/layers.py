@@ -1,6 +1,6 @@
 """The layers that every model shares: norms, feed-forward, embedding.
 
-Letters: B batch, T time, E embedding (d_model), F feed-forward width, V vocabulary. Every
+Dimensions: B batch, T time, E embedding (d_model), F feed-forward width, V vocabulary. Every
 parameter names its axes with the words of `LOGICAL_AXES`; training/sharding.py maps them to a mesh.
 """
 
@@ -39,7 +39,7 @@ fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 def scaled_fan_in(scale: float) -> Callable:
-    """fan_in with its standard deviation times `scale` (1/sqrt(depth) for residual outputs)."""
+    """Returns fan_in with `scale` times its deviation (1/sqrt(depth) for residual outputs)."""
     return nn.initializers.variance_scaling(scale**2, "fan_in", "normal")
 
 
@@ -54,7 +54,7 @@ def linear(
     param_dtype: Dtype = jnp.float32,
     name: str | None = None,
 ) -> nn.DenseGeneral:
-    """A linear map from the last `inputs` axes to `features`, its kernel's axes named `axes`."""
+    """Returns a linear map from the last `inputs` axes to `features`; `axes` name its kernel's."""
     return nn.DenseGeneral(
         features,
         axis=tuple(range(-inputs, 0)),
@@ -76,6 +76,7 @@ class RMSNorm(Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+        """Returns x with mean square 1 over the last axis, times the scale."""
         scale = self.param(
             "scale",
             nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)),
@@ -91,7 +92,7 @@ class GatedRMSNorm(Module):
     """RMSNorm of x silu(z), the gate before the norm (Mamba-2, arXiv 2405.21060, section 7.1).
 
     Attributes:
-      groups: in how many parts the last axis is normalised, each by itself.
+      groups: in how many groups the last axis is normalized, each by itself.
     """
 
     groups: int = 1
@@ -100,19 +101,20 @@ class GatedRMSNorm(Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... E"], z: Float[Array, "... E"]) -> Array:
+    def __call__(self, x: Float[Array, "... E"], z: Float[Array, "... E"]) -> Float[Array, "... E"]:
+        """Returns the normalized x silu(z), times the scale."""
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("inner",))
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(wide) * jax.nn.silu(z.astype(wide))
-        parts = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
+        groups = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
         # In units of the largest: x is a product of many factors, and its square may overflow.
-        unit = jax.lax.stop_gradient(jnp.max(jnp.abs(parts), axis=-1, keepdims=True))
+        unit = jax.lax.stop_gradient(jnp.max(jnp.abs(groups), axis=-1, keepdims=True))
         unit = jnp.maximum(unit, 1.0)
-        parts = parts / unit
-        mean = jnp.mean(jnp.square(parts), axis=-1, keepdims=True)
-        parts = parts * jax.lax.rsqrt(mean + self.eps / unit / unit)
-        return (parts.reshape(x.shape) * _trailing(scale, x.ndim)).astype(self.dtype)
+        groups = groups / unit
+        mean = jnp.mean(jnp.square(groups), axis=-1, keepdims=True)
+        groups = groups * jax.lax.rsqrt(mean + self.eps / unit / unit)
+        return (groups.reshape(x.shape) * _trailing(scale, x.ndim)).astype(self.dtype)
 
 
 class LayerNorm(Module):
@@ -124,6 +126,7 @@ class LayerNorm(Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+        """Returns x with mean 0 and variance 1 over the last axis, times scale, plus bias."""
         shape, named = (x.shape[-1],), nn.with_logical_partitioning
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
         scale = self.param("scale", named(ones, ("norm",)), shape, self.param_dtype)
@@ -143,7 +146,7 @@ NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
 @jax.custom_jvp
-def _erfc(x):
+def _erfc(x: Array) -> Array:
     return jax.lax.erfc(x)
 
 
@@ -155,7 +158,10 @@ def _erfc_jvp(primals, tangents):
 
 
 def exact_gelu(x: Array) -> Array:
-    """x times the normal distribution's share below x: `jax.nn.gelu` with approximate=False."""
+    """Returns x times the normal distribution's share below x, without approximation.
+
+    `jax.nn.gelu` with approximate=False has a derivative that fails in `jax.shard_map`.
+    """
     return 0.5 * x * _erfc(x * -math.sqrt(0.5))
 
 
@@ -188,8 +194,14 @@ class MLP(Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T E"], *, state=None, positions=None, segment_ids=None
+        self,
+        x: Float[Array, "B T E"],
+        *,
+        state: None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], None]:
+        """Maps each of T tokens by itself; arguments as `models.mixers` says."""
         activation, gated = MLP_KINDS[self.kind]
         common = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         h = linear(self.dim, ("embed", "mlp"), name="up", **common)(x)
@@ -203,6 +215,7 @@ class MLP(Module):
 
     @nn.nowrap
     def init_state(self, batch: int, max_len: int) -> None:
+        """Returns None: nothing is carried over time."""
         return None
 
 
@@ -215,19 +228,20 @@ class Embedding(Module):
     param_dtype: Dtype = jnp.float32
     axes: tuple[str, str] = ("vocab", "embed")
 
-    def setup(self):
+    def setup(self) -> None:
+        """Makes the table, [V, E]."""
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
         shape = (self.vocab_size, self.d_model)
         self.embedding = self.param("embedding", init, shape, self.param_dtype)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        """Looks up rows of the table; NaN for ids outside [0, V), never a wrong vector."""
+        """Returns rows of the table; NaN for ids outside [0, V), never a wrong vector."""
         # "fill" counts negative ids from the table's end, and fills beyond it alone.
         tokens = bounded_ids(tokens, self.vocab_size, outside=self.vocab_size)
         rows = jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan)
         return rows.astype(self.dtype)
 
     def logits(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
-        """x times the transposed table, accumulated in float32."""
+        """Returns x times the transposed table, accumulated in float32."""
         table = self.embedding.astype(self.dtype)
         return jnp.einsum("bte,ve->btv", x, table, preferred_element_type=jnp.float32)

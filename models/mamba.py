@@ -1,6 +1,6 @@
 """Mamba's selective state space mixer (arXiv 2312.00752, section 3.4).
 
-Letters: B batch, T time, M d_model, E channels (expand * M), N state dim, R rank of the step
+Dimensions: B batch, T time, M d_model, E channels (expand * M), N state dim, R rank of the step
 sizes, W width of the convolution.
 """
 
@@ -76,20 +76,7 @@ class Mamba(Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T M"], MambaState | None]:
-        """Mixes T tokens, behind those of `state` if one is given.
-
-        Args:
-          x: the tokens' vectors.
-          state: from `init_state` or an earlier call.
-          positions: not used; time is in the state.
-          segment_ids: a token whose id differs from the one before it starts from nothing.
-
-        Returns:
-          y and the new state (None if none was given).
-
-        Raises:
-          ValueError: for a wrong rank or ids that are not [B, T].
-        """
+        """Mixes T tokens, as `models.mixers` says; positions are not used."""
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         E, N, R = self.expand * self.d_model, self.state_dim, self.rank
         named, exact = nn.with_logical_partitioning, exact_dtype(self.param_dtype)
@@ -97,6 +84,7 @@ class Mamba(Module):
         state = continued(state, segment_ids)
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
 
+        # x, z = W_in u;  x = silu(conv(x))
         xz = linear(
             2 * E,
             ("embed", "inner"),
@@ -115,6 +103,7 @@ class Mamba(Module):
         )
         u, tail = conv(u, state=None if state is None else state.conv, segment_ids=ids)
 
+        # dt, B, C = W_x x, and the step sizes' second map.
         axes = ("inner", "rank")
         selected = linear(R + 2 * N, axes, init=uniform_fan_in(), name="x_proj", **common)(u)
         dt, B, C = jnp.split(selected, (R, R + N), axis=-1)
@@ -123,6 +112,7 @@ class Mamba(Module):
         dt = linear(E, axes, init=uniform_fan_in(), name="dt_proj", **common)(dt)
         bias_init = step_size_bias(self.dt_min, self.dt_max)
         dt_bias = self.param("dt_bias", named(bias_init, ("inner",)), (E,), exact)
+        # The scan, gated by silu(z), and W_out.
         A_log = self.param("A_log", named(_log_steps, ("inner", "state")), (E, N), exact)
         D = self.param("D", named(nn.initializers.ones_init(), ("inner",)), (E,), exact)
         y, ssm = on_mesh(
@@ -158,7 +148,7 @@ class Mamba(Module):
 
     @nn.nowrap
     def init_state(self, batch: int, max_len: int) -> MambaState:
-        """Zeros; its size does not depend on max_len."""
+        """Returns zeros, whose size does not depend on max_len."""
         E = self.expand * self.d_model
         return MambaState(
             jnp.zeros((batch, self.conv_width - 1, E), self.dtype),

@@ -1,11 +1,12 @@
 """Mamba-2's mixer (arXiv 2405.21060, section 7.1), with the interventions of "Stuffed Mamba"
 (arXiv 2410.07145).
 
-Letters: B batch, T time, M d_model, E channels (expand * M), H heads, P head dim (E / H), G groups
-of heads that share B and C, N state dim, W width of the convolution, r window.
+Dimensions: B batch, T time, M d_model, E channels (expand * M), H heads, P head dim (E / H), G
+groups of heads that share B and C, N state dim, W width of the convolution, r window.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,8 +63,8 @@ class Mamba2(Module):
       dt_min, dt_max: initial step sizes are log-uniform between them.
       dt_limit: bounds of the step sizes, or None.
       decay_scale: factor of every decay exp(dt A), at most 1.
-      b_scale: factor of B behind the convolution.
-      dt_scale: factor of the step sizes, behind softplus and before dt_limit.
+      b_scale: factor of B after the convolution.
+      dt_scale: factor of the step sizes, after softplus and before dt_limit.
       state_window: r, how many tokens the state holds; None: all. The convolution still sees
         W - 1 tokens more.
       norm_eps: of the norm.
@@ -105,22 +106,14 @@ class Mamba2(Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T M"], Mamba2State | None]:
-        """Mixes T tokens, behind those of `state` if one is given.
-
-        Args:
-          x: the tokens' vectors.
-          state: from `init_state` or an earlier call.
-          positions: not used; time is in the state.
-          segment_ids: a token whose id differs from the one before it starts from nothing.
-
-        Returns:
-          y and the new state (None if none was given).
+        """Mixes T tokens, as `models.mixers` says; positions are not used.
 
         Raises:
-          ValueError: for a wrong rank, ids that are not [B, T], sizes that don't divide,
-            decay_scale out of (0, 1], or a state_window where the mesh in use cuts time.
+          ValueError: also for sizes that don't divide, decay_scale out of (0, 1], or a state_window
+            where the mesh in use shards time.
         """
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
+        # Where the tokens start: h, the convolution's last inputs, the segment before.
         E, H, G, N = self._sizes()
         batch, T, P = *x.shape[:2], self.head_dim
         state = continued(state, segment_ids)
@@ -130,6 +123,7 @@ class Mamba2(Module):
         named, exact = nn.with_logical_partitioning, exact_dtype(self.param_dtype)
         common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
+        # z, x, B, C, dt = W_in u, and the short convolution of x, B and C.
         zxbcdt = linear(
             2 * E + 2 * G * N + H,
             ("embed", "inner"),
@@ -153,7 +147,8 @@ class Mamba2(Module):
         if self.b_scale != 1:
             B = B * self.b_scale
 
-        def vector(name, init):
+        # A < 0 and the step sizes dt = softplus(dt + dt_bias), one of each head.
+        def vector(name: str, init: Callable) -> Float[Array, " H"]:
             return self.param(name, named(init, ("inner",)), (H,), exact)
 
         A = -jnp.exp(vector("A_log", _log_uniform(*self.A_range)).astype(carried.ssm.dtype))
@@ -165,7 +160,7 @@ class Mamba2(Module):
             dt = jnp.clip(dt, *self.dt_limit)
         D = vector("D", nn.initializers.ones_init())
 
-        # exp(dt A) * decay_scale = exp(slower A), and dt x = slower faded.
+        # The recurrence. exp(dt A) * decay_scale = exp(slower A), and dt x = slower faded.
         slower, faded = dt, u
         if self.decay_scale != 1:
             slower = dt + math.log(self.decay_scale) / A[None, None]
@@ -184,6 +179,7 @@ class Mamba2(Module):
             **options,
         )
         y = y.astype(A.dtype) + D.astype(A.dtype).reshape(1, 1, H, 1) * u.astype(A.dtype)
+        # Less what tokens beyond the state's window added.
         window = carried.window
         if window is not None:
             check_whole_time(x, f"mamba2: state_window={self.state_window}")
@@ -193,6 +189,7 @@ class Mamba2(Module):
             y = y - old
         self._trace(dt, slower * A[None, None], ssm)
 
+        # W_out RMSNorm(y silu(z))
         norm = GatedRMSNorm(G, self.norm_eps, name="norm", **common)
         out = linear(
             self.d_model,
@@ -206,7 +203,7 @@ class Mamba2(Module):
 
     @nn.nowrap
     def init_state(self, batch: int, max_len: int) -> Mamba2State:
-        """Zeros; its size does not depend on max_len."""
+        """Returns zeros, whose size does not depend on max_len."""
         E, H, G, N = self._sizes()
         window, wide = None, jnp.promote_types(self.dtype, jnp.float32)
         if self.state_window is not None:
@@ -222,7 +219,7 @@ class Mamba2(Module):
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int, int]:
-        """E, H, G and N."""
+        """E, H, G and N, if they fit."""
         E, P, G = self.expand * self.d_model, self.head_dim, self.n_groups
         if E % P:
             raise ValueError(
@@ -244,7 +241,7 @@ class Mamba2(Module):
             self.sow("intermediates", "state_norm", jnp.sqrt(jnp.sum(ssm**2, axis=(2, 3))))
 
 
-def _log_uniform(low: float, high: float):
+def _log_uniform(low: float, high: float) -> Callable:
     """log of U(low, high)."""
 
     def init(key, shape, dtype):

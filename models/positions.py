@@ -1,6 +1,6 @@
 """How a model knows where a token stands: rotary angles, ALiBi, positions of packed documents.
 
-Letters: B batch, T time, S key time, H heads, D head dim.
+Dimensions: B batch, T time, S key time, H heads, D head dim.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ POSITION_KINDS = ("rope", "rope_interleaved", "alibi", "learned", "none")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Stretches rotary frequencies so that a model reads further than it was trained.
+    """Scales rotary frequencies so that a model reads further than it was trained.
 
     `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv 2306.15595). `llama3`
     divides only wavelengths longer than `original_max_len / low_freq_factor`, keeps those
@@ -65,7 +65,11 @@ class RopeScaling:
 
     @classmethod
     def of(cls, value: "RopeScaling | Mapping[str, Any] | None") -> "RopeScaling | None":
-        """Accepts what a config file can hold: None, a mapping of fields, or the thing itself."""
+        """Returns the scaling of what a config file can hold: None, a mapping of fields, or itself.
+
+        Raises:
+          ValueError: anything else, and fields that make no sense.
+        """
         if not isinstance(value, Mapping | RopeScaling | None):
             raise ValueError(
                 f"rope_scaling={value!r} must hold fields, e.g. {{'kind': 'linear', 'factor': 2.0}}"
@@ -76,7 +80,7 @@ class RopeScaling:
 def rope_frequencies(
     head_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None
 ) -> Float[np.ndarray, "D/2"]:
-    """Angle per position of each pair of channels: `theta ** (-2 i / D)`, float64.
+    """Returns the angle per position of each pair of channels: `theta ** (-2 i / D)`, float64.
 
     Source: Su et al. 2021 (arXiv 2104.09864), equation 15.
 
@@ -177,7 +181,7 @@ def rope_angles(
 
 
 def alibi_slopes(n_heads: int) -> Float[np.ndarray, " H"]:
-    """One slope per head (Press et al. 2021, arXiv 2108.12409).
+    """Returns one slope per head (Press et al. 2021, arXiv 2108.12409).
 
     A geometric sequence that starts at 2 ** (-8/H) for a power of two; otherwise the slopes of
     the power of two below it, then every other slope of the next one, as in the authors' code.
@@ -194,7 +198,7 @@ def alibi_slopes(n_heads: int) -> Float[np.ndarray, " H"]:
 def alibi_bias(
     n_heads: int, T: int, S: int, q_offset: Int[Array, "*B"] | int, *, causal: bool
 ) -> Float[Array, "B_or_1 H T_or_1 S"]:
-    """The bias -slope * |i - j| of ALiBi, in the cheapest form that gives the same softmax.
+    """Returns the bias -slope * |i - j| of ALiBi, in the cheapest form that gives the same softmax.
 
     If a query sees only its past, |i - j| = i - j, and softmax ignores the part -slope * i that
     all keys of a query share: slope * j, [1, H, 1, S], says the same in O(S) memory. If it
@@ -222,7 +226,7 @@ def token_positions(
     start: Int[Array, " B"] | None = None,
     last_segment: Int[Array, " B"] | None = None,
 ) -> Int[Array, "B T"]:
-    """Positions that count up and start again at 0 wherever `segment_ids` changes.
+    """Returns positions that count up and start again at 0 wherever `segment_ids` changes.
 
     `start` is the position of the first token if it carries on what came before it; it does
     unless its segment differs from `last_segment`. Ids may be any integers.

@@ -1,9 +1,10 @@
 """What recurrent mixers share: initial values, the short convolution, segments across calls.
 
-Letters: B batch, T time, E embedding or channels, W kernel width.
+Dimensions: B batch, T time, E embedding or channels, W kernel width.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from tilescan.ops.sequence_parallel.on_mesh import on_mesh
 from tilescan.ops.short_convolution import short_convolution
 
 
-def check_mixer_inputs(x, *, positions=None, segment_ids=None) -> None:
+def check_mixer_inputs(x: Any, *, positions: Any = None, segment_ids: Any = None) -> None:
     """Raises ValueError unless x is [B, T, E] and what belongs to its tokens [B, T]."""
     if x.ndim != 3:
         raise ValueError(f"a mixer's x is [batch, time, d_model]; got shape {x.shape}")
@@ -28,12 +29,12 @@ def check_mixer_inputs(x, *, positions=None, segment_ids=None) -> None:
             )
 
 
-def check_whole_time(x, option: str) -> None:
-    """Raises ValueError, which names the option, if the mesh in use cuts x's time."""
+def check_whole_time(x: Float[Array, "B T E"], option: str) -> None:
+    """Raises ValueError, which names the option, if the mesh in use shards x's time."""
     P = sequence_parts(x.shape[1])
     if P > 1:
         raise ValueError(
-            f"{option} needs all of time on one device, but mesh.sequence = {P} cuts it; use "
+            f"{option} needs all of time on one device, but mesh.sequence = {P} shards it; use "
             "mesh.sequence = 1, or do without"
         )
 
@@ -56,7 +57,7 @@ def continued(state: Any, segment_ids: Int[Array, "B T"] | None) -> Any:
 def carried_segments(
     segment_ids: Int[Array, "B T"] | None, last: Int[Array, " B"] | None
 ) -> tuple[Int[Array, "B 1+T"] | Int[Array, "B T"] | None, Int[Array, " B"] | None]:
-    """(ids as ops take them, with those of the state first; the last token's id for the next).
+    """Returns ids as ops take them, that of the state's token first, and the last token's.
 
     Args:
       segment_ids: of this call's tokens, or None.
@@ -68,15 +69,18 @@ def carried_segments(
     return jnp.concatenate([last[:, None], ids], axis=1), ids[:, -1]
 
 
-def uniform_fan_in(scale: float = 1.0):
-    """U(-scale/sqrt(fan_in), scale/sqrt(fan_in)), torch's default for linear maps."""
+def uniform_fan_in(scale: float = 1.0) -> Callable:
+    """Returns the initializer U(-b, b) with b = scale / sqrt(fan_in), torch's for linear maps."""
     return nn.initializers.variance_scaling(scale**2 / 3, "fan_in", "uniform")
 
 
-def step_size_bias(low: float, high: float, floor: float = 1e-4):
-    """b with softplus(b) log-uniform in [low, high] (arXiv 2312.00752, section 3.6)."""
+def step_size_bias(low: float, high: float, floor: float = 1e-4) -> Callable:
+    """Returns an initializer of b with softplus(b) log-uniform in [low, high].
 
-    def init(key, shape, dtype):
+    Source: arXiv 2312.00752, section 3.6.
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Array:
         dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(low), math.log(high)))
         dt = jnp.maximum(dt, floor)
         return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
@@ -84,8 +88,8 @@ def step_size_bias(low: float, high: float, floor: float = 1e-4):
     return init
 
 
-def exact_dtype(param_dtype) -> Any:
-    """Of decays and step sizes: at least float32, in which a small update still moves them."""
+def exact_dtype(param_dtype: Any) -> Any:
+    """Returns the dtype of decays and step sizes, in which a small update still moves them."""
     return jnp.promote_types(param_dtype, jnp.float32)
 
 
@@ -113,6 +117,7 @@ class ShortConvolution(Module):
         state: Float[Array, "B W-1 E"] | None = None,
         segment_ids: Int[Array, "B T"] | Int[Array, "B 1+T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Float[Array, "B W-1 E"]]:
+        """Returns the convolution of x and the last W - 1 inputs, as `ops.short_convolution`."""
         named, E = nn.with_logical_partitioning, x.shape[-1]
         bound = self.width**-0.5  # torch's default: a channel sees W inputs
 

@@ -3,18 +3,19 @@
 In `OptimizerConfig.groups`, the parameters that S4 trains with a smaller rate and without decay
 are "(log_dt|log_A_real|A_imag|/[PB]_(real|imag))$"; C and D are trained like other weights.
 
-Letters: B batch, T time, E embedding (channels), G systems (n_ssm), N half of the state dim,
+Dimensions: B batch, T time, E embedding (channels), G systems (n_ssm), N half of the state dim,
 S state dim.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Complex, Float, Int
 
 from tilescan.models.layers import exact_gelu, linear
 from tilescan.models.module import Module
@@ -55,7 +56,7 @@ class _StateSpaceLayer(Module):
         other calls, chunks of matrix products do it, in which y_t is exactly independent of
         later inputs.
       output: "glu", W y * sigmoid(W' y); "linear", W y; or "none", y.
-      dropout: rate behind GELU, one mask for all of time; active where `apply` has a "dropout" key.
+      dropout: rate after GELU, one mask for all of time; active where `apply` has a "dropout" key.
       use_bias: of W and W'.
       sequence_parallel: a name of SCAN_KINDS in `ops.sequence_parallel.kinds`.
       out_scale: multiplies the initial weights W.
@@ -86,20 +87,11 @@ class _StateSpaceLayer(Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], S4State | None]:
-        """Mixes T tokens, behind those of `state` if one is given.
-
-        Args:
-          x: the tokens' vectors.
-          state: from `init_state` or an earlier call; None if bidirectional.
-          positions: not used; time is in the state.
-          segment_ids: a token whose id differs from the one before it starts from nothing.
-
-        Returns:
-          y and the new state (None if none was given).
+        """Mixes T tokens, as `models.mixers` says; positions are not used.
 
         Raises:
-          ValueError: for a wrong rank, ids that are not [B, T], a state of a bidirectional
-            layer, attributes that don't fit, or time that the mesh in use can't cut.
+          ValueError: also for a state of a bidirectional layer, attributes that don't fit, or time
+            that the mesh in use can't shard.
         """
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)
         self._check_attributes()
@@ -108,11 +100,13 @@ class _StateSpaceLayer(Module):
         E, wide = self.d_model, jnp.promote_types(self.dtype, jnp.float32)
         state = continued(state, segment_ids)
         ids, last = carried_segments(segment_ids, None if state is None else state.segment)
+        # Each channel's system, and what it makes of the sequence.
         log_dt = log_steps(self, E, self.dt_min, self.dt_max, wide) + math.log(self.rate)
         system = log_dt, *self._matrices(wide)
         u = x.astype(wide)
         initial = None if state is None else state.ssm
         y, ssm = self._ssm(u, (*system, self._output_matrix("C", wide)), initial, ids)
+        # The same systems with another C, over the reversed sequence.
         if self.bidirectional:
             backward, _ = self._ssm(
                 jnp.flip(u, 1),
@@ -121,6 +115,7 @@ class _StateSpaceLayer(Module):
                 None if ids is None else jnp.flip(ids, 1),
             )
             y = y + jnp.flip(backward, 1)
+        # GELU(SSM(x) + D x), dropout, and the output's map.
         D_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("inner",))
         D = self.param("D", D_init, (E,), self.param_dtype)
         y = exact_gelu(y + D.astype(wide).reshape(1, 1, E) * u)
@@ -131,7 +126,7 @@ class _StateSpaceLayer(Module):
 
     @nn.nowrap
     def init_state(self, batch: int, max_len: int) -> S4State:
-        """Zeros; its size does not depend on max_len.
+        """Returns zeros, whose size does not depend on max_len.
 
         Raises:
           ValueError: if the layer is bidirectional.
@@ -170,12 +165,12 @@ class _StateSpaceLayer(Module):
     def _systems(self) -> int:
         return self.d_model if self.n_ssm is None else self.n_ssm
 
-    def _per_system(self, x: Array) -> Float[Array, "E N"]:
+    def _per_system(self, x: Complex[Array, "G N"]) -> Complex[Array, "E N"]:
         """[G, N] with a row for each channel."""
         return jnp.repeat(x, self.d_model // x.shape[0], axis=0)
 
     def _shape(self):
-        """Shape [G, N] and logical axes of the systems' parameters."""
+        """The shape [G, N] and the logical axes of the systems' parameters."""
         G = self._systems()
         return (G, self.state_dim // 2), ("inner" if G == self.d_model else None, "state")
 
@@ -251,8 +246,14 @@ class S4(_StateSpaceLayer):
         return state_space.dplr_state_space, {}
 
 
-def poles(module: nn.Module, Lambda: np.ndarray | None, shape, axes, wide) -> Array:
-    """Parameters of a diagonal A [G, N], from its initial rows; Re A < 0.
+def poles(
+    module: nn.Module,
+    Lambda: Complex[np.ndarray, " N"] | None,
+    shape: tuple[int, int],
+    axes: tuple[str | None, ...],
+    wide: Any,
+) -> Complex[Array, "G N"]:
+    """Returns the parameters of a diagonal A [G, N], from its initial rows; Re A < 0.
 
     Args:
       module: whose parameters log_A_real and A_imag they become.
@@ -273,14 +274,37 @@ def poles(module: nn.Module, Lambda: np.ndarray | None, shape, axes, wide) -> Ar
     return jax.lax.complex(jnp.minimum(-jnp.exp(log_real), LARGEST_REAL), imag)
 
 
-def output_matrix(module: nn.Module, name: str, shape, axes, wide) -> Array:
-    """C of normal numbers with variance 1, as two real parameters."""
+def output_matrix(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, int],
+    axes: tuple[str | None, ...],
+    wide: Any,
+) -> Complex[Array, "E N"]:
+    """Returns a parameter C of normal numbers with variance 1, kept as two real ones."""
     inits = (nn.initializers.normal(math.sqrt(0.5)),) * 2
     return complex_param(module, name, inits, shape, axes, module.param_dtype, wide)
 
 
-def complex_param(module: nn.Module, name: str, inits, shape, axes, dtype, wide) -> Array:
-    """Parameters {name}_real and {name}_imag as one complex array."""
+def complex_param(
+    module: nn.Module,
+    name: str,
+    inits: tuple[Callable, Callable],
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: Any,
+    wide: Any,
+) -> Complex[Array, "..."]:
+    """Returns the parameters {name}_real and {name}_imag as one complex array.
+
+    Args:
+      module: whose parameters they are.
+      name: of both, without ending.
+      inits: initializers of the real and the imaginary part.
+      shape, axes: of each, and their logical names.
+      dtype: of the parameters.
+      wide: dtype of the real parts of the result.
+    """
     parts = []
     for part, init in zip(("real", "imag"), inits, strict=True):
         init = nn.with_logical_partitioning(init, axes)
@@ -288,8 +312,10 @@ def complex_param(module: nn.Module, name: str, inits, shape, axes, dtype, wide)
     return jax.lax.complex(*parts)
 
 
-def log_steps(module: nn.Module, features: int, low: float, high: float, wide) -> Array:
-    """The parameter log_dt [features], uniform in [log low, log high]."""
+def log_steps(
+    module: nn.Module, features: int, low: float, high: float, wide: Any
+) -> Float[Array, " features"]:
+    """Returns the parameter log_dt [features], uniform in [log low, log high]."""
 
     def init(key, shape, dtype):
         return jax.random.uniform(key, shape, dtype, math.log(low), math.log(high))
@@ -299,10 +325,10 @@ def log_steps(module: nn.Module, features: int, low: float, high: float, wide) -
     return module.param("log_dt", init, (features,), dtype).astype(wide)
 
 
-def constant(row: np.ndarray):
-    """An initializer of equal rows."""
+def constant(row: Float[np.ndarray, " N"]) -> Callable:
+    """Returns an initializer of equal rows."""
 
-    def init(key, shape, dtype):
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Array:
         return jnp.broadcast_to(jnp.asarray(row, dtype), shape)
 
     return init

@@ -5,10 +5,10 @@ section 4.2, "sliding window by state difference"):
 
     h_t - exp(a_{t-r+1} + ... + a_t) h_{t-r},    a_i = dt_i A
 
-A second scan, r steps behind, gives C_t h_{t-r}; the window's log-decays are summed, not their
-product formed.
+A second scan, which reads r steps behind the first, gives C_t h_{t-r}; the window's log-decays are
+summed, not their product formed.
 
-Letters: B batch, T time, H heads, G groups, P head dim, N state dim, r window.
+Dimensions: B batch, T time, H heads, G groups, P head dim, N state dim, r window.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from tilescan.ops.ssd import ssd
 
 
 class StateWindow(NamedTuple):
-    """What the scan that runs behind needs: the last r inputs, and its own state.
+    """What the scan of tokens beyond the window needs: the last r inputs, and its own state.
 
     segment holds the ids of the last 1 + r tokens.
     """
@@ -35,7 +35,7 @@ class StateWindow(NamedTuple):
     def create(
         cls, batch: int, r: int, heads: int, head_dim: int, groups: int, state_dim: int, dtype: Any
     ) -> "StateWindow":
-        """The one before the first token: zeros."""
+        """Returns the one before the first token: zeros."""
         wide = jnp.promote_types(dtype, jnp.float32)
         return cls(
             jnp.zeros((batch, r, heads, head_dim), dtype),
@@ -55,9 +55,9 @@ def beyond_window(
     state: StateWindow,
     *,
     segment_ids: Int[Array, "B T"] | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Float[Array, "B T H P"], StateWindow]:
-    """(what the steps before the last r add to y_t, [B, T, H, P]; the new state).
+    """Computes what the steps before the last r add to y_t, and the new state.
 
     Args:
       x, dt, A, B, C: of `ops.ssd`, dt as it is used (after its bias and softplus).
@@ -65,6 +65,7 @@ def beyond_window(
       segment_ids: as in the scan itself, [B, T].
       **options: of `ops.ssd`.
     """
+    # The second scan's inputs: those of r tokens ago.
     T, r = x.shape[1], state.x.shape[1]
     if segment_ids is None:
         segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
@@ -81,6 +82,7 @@ def beyond_window(
         segment_ids=segments[:, : 1 + T],
         **options,
     )
+    # What is left of its output after r more steps; nothing across a segment's border.
     starts = segments[:, 1:] != segments[:, :-1]
     log_decay = jnp.where(starts[..., None], -jnp.inf, dt * A.astype(dt.dtype)[None, None])
     y = y * jnp.exp(window_sums(log_decay[:, 1:], r))[..., None]
@@ -89,7 +91,11 @@ def beyond_window(
 
 
 def window_sums(a: Float[Array, "B L H"], r: int) -> Float[Array, "B L-r+1 H"]:
-    """a_i + ... + a_{i+r-1} for each i, by halves: O(L log r) and no differences of long sums."""
+    """Returns a_i + ... + a_{i+r-1} for each i, in O(L log r) without differences of long sums.
+
+    Sums of 1, 2, 4 ... neighbors are made of two of half as many; those of r's binary digits,
+    laid end to end, are the sums of r.
+    """
     length, done, total, size, part = a.shape[1], 0, None, 1, a
     while True:
         if r & size:

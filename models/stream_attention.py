@@ -1,4 +1,4 @@
-"""Attention stages of a streamed language model: a block of attention, and those behind it.
+"""Attention stages of a streamed language model: a block of attention, and those after it.
 
 The keys and values of all chunks are projected once; a chunk of queries then reads those that its
 mask lets it see. Where devices share the sequence a stage is one `jax.shard_map`. All in it is
@@ -6,19 +6,32 @@ local but for two things: keys, values and their gradients travel chunk by chunk
 `config.attention_sequence_parallel` says, and the gradients of parameters are summed over the
 devices, once, after the last chunk.
 
-Letters: B batch, T time of a device, E embedding, G key-value heads, D head dim.
+Dimensions: B batch, T time of a device, E embedding, G key-value heads, D head dim.
 """
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from tilescan.models import positions as positions_lib
 from tilescan.models.attention import sees_only_past
 from tilescan.models.blocks import Block, make_mixer, make_norm
 from tilescan.models.layers import RMSNorm, linear
-from tilescan.models.stream_chunks import TIME, WHOLE, add, cut, in_turn, like, put
+from tilescan.models.stream_chunks import (
+    TIME,
+    WHOLE,
+    Plan,
+    Stage,
+    Tokens,
+    add,
+    in_turn,
+    like,
+    put,
+    take,
+)
 from tilescan.ops import masks
 from tilescan.ops.attention import attention
 from tilescan.ops.mask_placed import Range, visible
@@ -27,15 +40,25 @@ from tilescan.ops.partitioned import partitioned
 from tilescan.ops.sequence_parallel import ATTENTION, layouts
 
 
-def attention_forward(plan, stage, params, x, tokens):
-    """(the stage's output [B, T, E], no states), from its input and (positions, segment ids)."""
+def attention_forward(
+    plan: Plan, stage: Stage, params: Any, x: Float[Array, "B T E"], tokens: Tokens
+) -> tuple[Float[Array, "B T E"], tuple[()]]:
+    """Computes a stage's output, and no states.
+
+    Args:
+      plan: how the sequence is divided.
+      stage: an attention block and those after it.
+      params: of all blocks of a repeat, by their names.
+      x: the stage's input.
+      tokens: positions and segment ids.
+    """
 
     def run(own, x, tokens):
         k, v = _keys_values(plan.config, stage.mixer, own[stage.blocks[0][0]], x, tokens[0])
 
         def step(span, x, _):
             # A chunk reads no other chunk of x, so the output may take its place.
-            y = _attend(plan, stage, span, tokens, own, cut(x, span), k, v)
+            y = _attend(plan, stage, span, tokens, own, take(x, span), k, v)
             return put(x, span, y), None
 
         return in_turn(step, plan.spans(x.shape[1]), x)[0]
@@ -44,8 +67,22 @@ def attention_forward(plan, stage, params, x, tokens):
     return plan.on_each_device(run, specs, TIME)(stage.of(params), x, tokens), ()
 
 
-def attention_backward(plan, stage, params, x, states, tokens, g):
-    """(the cotangent of x, the gradients of the stage's parameters) from the output's cotangent."""
+def attention_backward(
+    plan: Plan,
+    stage: Stage,
+    params: Any,
+    x: Float[Array, "B T E"],
+    states: tuple[()],
+    tokens: Tokens,
+    g: Float[Array, "B T E"],
+) -> tuple[Float[Array, "B T E"], dict[str, Any]]:
+    """Computes the cotangent of x and the gradients of the stage's parameters.
+
+    Args:
+      plan, stage, params, x, tokens: as of `attention_forward`.
+      states: none.
+      g: the output's cotangent.
+    """
     del states
     specs = WHOLE, TIME, TIME, TIME
     run = functools.partial(_backward, plan, stage)
@@ -61,8 +98,8 @@ def _backward(plan, stage, own, x, tokens, g):
     def step(span, carry, _):
         dx, total = carry
         chunk = functools.partial(_attend, plan, stage, span, tokens)
-        _, pull = jax.vjp(chunk, own, cut(x, span), k, v)
-        found, dx_i, dk, dv = pull(cut(dx, span))
+        _, pull = jax.vjp(chunk, own, take(x, span), k, v)
+        found, dx_i, dk, dv = pull(take(dx, span))
         return (put(dx, span, dx_i), add(total, (found, dk, dv))), None
 
     # Sums begin with the last chunk's. What it was given, g, makes room for dx.
@@ -73,10 +110,10 @@ def _backward(plan, stage, own, x, tokens, g):
 
     def through_projections(span, carry, _):
         dx, total = carry
-        chunk = lambda p, x: project(p, x, cut(tokens[0], span))
-        _, pull = jax.vjp(chunk, own[name], cut(x, span))
-        found, dx_i = pull((cut(dk, span), cut(dv, span)))
-        return (put(dx, span, cut(dx, span) + dx_i), add(total, found)), None
+        chunk = lambda p, x: project(p, x, take(tokens[0], span))
+        _, pull = jax.vjp(chunk, own[name], take(x, span))
+        found, dx_i = pull((take(dk, span), take(dv, span)))
+        return (put(dx, span, take(dx, span) + dx_i), add(total, found)), None
 
     # Only now are the gradients of all keys and values complete.
     carry = (dx, total[name])
@@ -100,7 +137,7 @@ def _attend(plan, stage, span, tokens, own, x, k, v):
     """A chunk of the stage's output, from that chunk of its input and all keys and values."""
     config = plan.config
     (name, kind), *rest = stage.blocks
-    positions, ids = (None if a is None else cut(a, span) for a in tokens)
+    positions, ids = (None if a is None else take(a, span) for a in tokens)
     mixer, params, h = _normed(config, kind, own[name], x)
     q = _project(mixer, "query", mixer.n_heads, params, h)
     q = _placed(mixer, "query_norm", params, q, positions)
@@ -127,10 +164,10 @@ def _attend_whole(plan, mixer, span, q, k, v, ids):
     """Attention of a chunk's queries where all keys are at hand."""
     del plan
     seen = _seen(mixer.sees, span, k.shape[1])
-    k, v = cut(k, seen), cut(v, seen)
+    k, v = take(k, seen), take(v, seen)
     mask, offset = mixer.sees, span[0] - seen[0]
     if ids[0] is not None:
-        mask = mask & masks.Segments(ids[0], cut(ids[1], seen))
+        mask = mask & masks.Segments(ids[0], take(ids[1], seen))
     return partitioned(
         attention, q, k, v, mask=mask, bias=_bias(mixer, q.shape[1], k.shape[1], offset),
         q_offset=offset, **_options(mixer),
@@ -138,29 +175,30 @@ def _attend_whole(plan, mixer, span, q, k, v, ids):
 
 
 def _attend_shared(plan, mixer, span, q, k, v, ids):
-    """The same of a device's part of a chunk, and of all keys, with the devices' help.
+    """The same of a device's shard of a chunk, and of all keys, with the devices' help.
 
     Devices exchange the keys of those chunks that any of the chunk's queries may see.
     """
+    # The chunks of keys that the chunk of queries needs, of this device and by their positions.
     P, T = plan.devices, q.shape[1]
     seen = _seen_chunks(plan, mixer.sees, span, k.shape[1])
     queries, keys = plan.runs([span]), plan.runs(seen)
     seen = seen[0][0], sum(n for _, n in seen)
-    k, v = cut(k, seen), cut(v, seen)
+    k, v = take(k, seen), take(v, seen)
     mask = mixer.sees
     if ids[0] is not None:
-        mask = mask & masks.Segments(ids[0], cut(ids[1], seen))
+        mask = mask & masks.Segments(ids[0], take(ids[1], seen))
     offset = P * (span[0] - seen[0]) + T * jax.lax.axis_index(TIME_AXIS)
     bias = _bias(mixer, T, P * k.shape[1], offset)
     if bias is not None:
         bias = bias[..., layouts.order(P * k.shape[1], P, keys) - layouts.first(keys)]
-    way = functools.partial(
+    strategy = functools.partial(
         ATTENTION[mixer.sequence_parallel],
         axis_name=TIME_AXIS,
         balance=(queries, keys),
     )
-    # Time is cut already: rows and heads are what is left to cut, and offsets are in the order.
-    op = lambda *arrays, q_offset, **options: way(*arrays, **options)
+    # Time is sharded already: rows and heads are left to shard, and offsets are in the order.
+    op = lambda *arrays, q_offset, **options: strategy(*arrays, **options)
     return partitioned(op, q, k, v, mask=mask, bias=bias, **_options(mixer))
 
 

@@ -1,4 +1,4 @@
-"""A language model's layers, differentiated exactly in the memory of a part of the sequence.
+"""A language model's layers, differentiated exactly in the memory of a chunk of the sequence.
 
 Only the inputs of layers are kept. The backward pass of a layer goes through its output by chunks
 of the sequence: it computes a chunk again, pulls the chunk's cotangent back, adds up, and forgets
@@ -7,9 +7,9 @@ mask lets it see; they are projected once, for the whole sequence. In a recurren
 from the state before it, which the forward pass kept.
 
 Devices that share a sequence (the mesh axis TIME_AXIS) do all of this together, chunk by chunk:
-each holds an equal part of every chunk (`stream_order`), which gives all of them nearly the same
-work under a causal mask. What they send, beside what the way `config.sequence_parallel` sends for a
-whole sequence:
+each holds an equal shard of every chunk (`stream_order`), which gives all of them nearly the same
+work under a causal mask. What they send, besides what `config.attention_sequence_parallel` and
+`config.scan_sequence_parallel` send for a whole sequence:
 
   - of attention with D chunks, causal: keys, values and their gradients (D + 1) / 2 times, as chunk
     i reads those of chunks 0..i; D times if all see all;
@@ -17,7 +17,7 @@ whole sequence:
   - the gradients of parameters once a layer; in blocks with a recurrent mixer, D times unless the
     compiler takes the sum out of the loop over chunks, as libtpu does.
 
-Letters: B batch, T time, E embedding, G key-value heads, D head dim, R repeats of the pattern.
+Dimensions: B batch, T time, E embedding, G key-value heads, D head dim, R repeats of the pattern.
 """
 
 import functools
@@ -50,7 +50,7 @@ def stream_hidden(
     segment_ids: Int[Array, "B T"] | None = None,
     in_order: bool = False,
 ) -> Float[Array, "B T E"]:
-    """`model.hidden`, whose backward pass needs the activations of T / chunks tokens at a time.
+    """Computes `model.hidden`; its backward pass holds activations of T / chunks tokens at a time.
 
     Values and gradients are those of the model but for rounding: sums over tokens are taken in
     another order, and gradients of parameters are added up in float32. `config.remat` does not
@@ -60,7 +60,7 @@ def stream_hidden(
       model: with any blocks of `models.blocks` that read forwards.
       params: the model's parameters, unboxed.
       tokens, positions, segment_ids: as the model takes them.
-      chunks: parts of the sequence; 1 is checkpointing of each layer. More parts need less memory
+      chunks: of the sequence; 1 is checkpointing of each layer. More of them need less memory
         until keys, values and the inputs of layers are all that is left, fill devices less, and
         take longer to compile: of attention each is a program of its own.
       in_order: where devices share the sequence, whether the tokens, and what belongs to them,
@@ -72,8 +72,8 @@ def stream_hidden(
       The vectors that `model.logits` takes.
 
     Raises:
-      ValueError: chunks below 1, a block that reads backwards, a sequence or a way of sharing it
-        that can't be streamed, or what the model itself refuses.
+      ValueError: chunks below 1, a block that reads backwards, a sequence or a strategy of
+        sharding it that can't be streamed, or what the model itself refuses.
     """
     check_streamed(model.config, chunks, sequence_devices())
     config, T = model.config, tokens.shape[1]
@@ -123,10 +123,10 @@ def check_streamed(config: LanguageModelConfig, chunks: int, devices: int = 1) -
 
 
 def stream_order(config: LanguageModelConfig, T: int, chunks: int) -> np.ndarray | None:
-    """int [T]: which token of `config.sequence_balance`'s order stands where in streaming's.
+    """Returns int [T]: which token of `config.sequence_balance`'s order is where in streaming's.
 
-    In that order each device holds an equal part of every chunk. None where the mesh in use does
-    not cut time.
+    In that order each device holds an equal shard of every chunk. None where the mesh in use does
+    not shard time.
 
     Raises:
       ValueError: T that the devices can't share equally.
@@ -140,10 +140,12 @@ def stream_order(config: LanguageModelConfig, T: int, chunks: int) -> np.ndarray
     return layouts.restore(T, P, config.sequence_balance)[positions]
 
 
-def in_stream_order(config: LanguageModelConfig, batch: dict, chunks: int) -> dict:
-    """A batch whose arrays [B, T, ...] stand in `stream_order`, with their positions.
+def in_stream_order(
+    config: LanguageModelConfig, batch: dict[str, Any], chunks: int
+) -> dict[str, Any]:
+    """Returns a batch whose arrays [B, T, ...] stand in `stream_order`, with their positions.
 
-    Every device gathers these arrays, of integers as a rule, and takes its own part.
+    Every device gathers these arrays, of integers as a rule, and takes its own shard.
     """
     B, T = batch["tokens"].shape[:2]
     order = stream_order(config, T, chunks)
@@ -161,15 +163,15 @@ def in_stream_order(config: LanguageModelConfig, batch: dict, chunks: int) -> di
 
 
 def _reordered(x, order):
-    """x[:, order] of an array [B, T, ...] that is cut over time, as is the result."""
+    """x[:, order] of an array [B, T, ...] that is sharded over time, as is the result."""
     rows = order.reshape(sequence_devices(), -1)
 
-    def part(x):
+    def shard(x):
         x = jax.lax.all_gather(x, TIME_AXIS, axis=1, tiled=True)
         return jnp.take(x, jnp.asarray(rows)[jax.lax.axis_index(TIME_AXIS)], axis=1)
 
     return jax.shard_map(
-        part, in_specs=TIME, out_specs=TIME, axis_names={TIME_AXIS}, check_vma=False
+        shard, in_specs=TIME, out_specs=TIME, axis_names={TIME_AXIS}, check_vma=False
     )(x)
 
 
@@ -224,7 +226,7 @@ _layers.defvjp(_layers_fwd, _layers_bwd)
 
 
 def _recurrent_chunk(plan, stage, span, tokens, own, x, state):
-    positions, ids = (None if a is None else plan.cut(a, span) for a in tokens)
+    positions, ids = (None if a is None else plan.take(a, span) for a in tokens)
     for i, (name, kind) in enumerate(stage.blocks):
         block = functools.partial(Block(plan.config, kind).apply, {"params": own[name]})
         x, after = block(x, state=None if i else state, positions=positions, segment_ids=ids)
@@ -239,7 +241,7 @@ def _recurrent_forward(plan, stage, params, x, tokens):
 
     def step(span, carry, _):
         x, state = carry
-        y, after = _recurrent_chunk(plan, stage, span, tokens, own, plan.cut(x, span), state)
+        y, after = _recurrent_chunk(plan, stage, span, tokens, own, plan.take(x, span), state)
         return (plan.put(x, span, y), after), state
 
     spans = plan.spans(x.shape[1] // plan.devices)
@@ -258,8 +260,8 @@ def _recurrent_backward(plan, stage, params, x, states, tokens, g):
             y, after = _recurrent_chunk(plan, stage, span, tokens, own, x, rebuild(real))
             return y, _floating(after)[0]
 
-        _, pull = jax.vjp(chunk, own, plan.cut(x, span), real)
-        found, dx_i, dstate = pull((plan.cut(dx, span), dstate))
+        _, pull = jax.vjp(chunk, own, plan.take(x, span), real)
+        found, dx_i, dstate = pull((plan.take(dx, span), dstate))
         return (plan.put(dx, span, dx_i), dstate, add(total, found)), None
 
     dstate = [jnp.zeros(a.shape[1:], a.dtype) for a in _floating(states)[0]]

@@ -42,10 +42,11 @@ class Entry:
 
     @property
     def per_layer(self) -> bool:
+        """Whether there is one such tensor in each layer."""
         return "{}" in self.name
 
     def file_shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """Shape in the file (of one layer), from its parameters' shapes (of one layer)."""
+        """Returns the shape in the file from its parameters' shapes, all of one layer."""
         if self.kind == "table":
             return shapes[0]
         if self.kind == "vector":
@@ -57,7 +58,7 @@ class Entry:
         return (rows, columns) if self.kind == "in_out" else (columns, rows)
 
     def read(self, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-        """The parameters (of one layer) in a tensor of the file."""
+        """Returns the parameters (of one layer) in a tensor of the file."""
         tensor = tensor.T if self.kind in ("out_in", "window") else tensor
         if len(shapes) == 1:
             return [tensor.reshape(shapes[0])]

@@ -142,7 +142,7 @@ def test_a_single_step_stays_whole():
 
 def test_what_cannot_be_cut_says_so():
     mixer = Mamba2(E, head_dim=8, state_window=5)
-    message = "mamba2: state_window=5 needs all of time on one device, .* mesh.sequence = 4 cuts it"
+    message = "mamba2: state_window=5 needs all of time on one device, .* mesh.sequence = 4 shards"
     with jax.set_mesh(mesh_of(sequence=4)), pytest.raises(ValueError, match=message):
         jax.eval_shape(mixer.apply, {"params": params_of(mixer)}, X)
 
