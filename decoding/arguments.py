@@ -56,7 +56,7 @@ def check_prompt(
         values = np.asarray(prompt) if is_known(prompt) else prompt
     except ValueError as error:
         raise ValueError(
-            "prompt must be [batch, time], and its rows differ in length: pad their ends, and "
+            "prompt must be [batch, time], and its rows differ in length: pad them, and "
             "give lengths"
         ) from error
     if values.ndim != 2 or 0 in values.shape:

@@ -52,7 +52,7 @@ CASES = {
     "mamba, log_step": (Mamba(E, state_dim=3, sequence_parallel="log_step"), CARRIED),
     "mamba2": (Mamba2(E, state_dim=4, head_dim=8, decay_scale=0.9), CARRIED),
     "gla, all_gather": (
-        GatedLinearAttention(E, n_heads=2, gate_rank=3, sequence_parallel="ulysses+all_gather"),
+        GatedLinearAttention(E, n_heads=2, gate_rank=3, sequence_parallel="all_gather"),
         CARRIED,
     ),
     "gated_deltanet, chain": (GatedDeltaNet(E, n_heads=2, sequence_parallel="chain"), CARRIED),
