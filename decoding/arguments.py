@@ -153,7 +153,7 @@ def check_eos(eos: Any, vocab_size: int) -> tuple[int, ...]:
     """Returns the tokens that end a text: of one integer, several of them, or None.
 
     Raises:
-      TypeError: for what is no integer and holds none.
+      TypeError: for what is not an integer and holds none.
       ValueError: for tokens outside the vocabulary.
     """
     if eos is None:

@@ -36,7 +36,7 @@ class FolderTokenizer:
         try:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
+            raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
         # Left over from training: they would shorten a prompt, or pad it.
         self._inner.no_truncation()
         self._inner.no_padding()
@@ -112,7 +112,7 @@ def read_ends(
     if named is not None:
         end = id_of(named)
         if end is None:
-            _warn(f"{folder / _CONFIG}: eos_token={short(named)} is no token of the vocabulary")
+            _warn(f"{folder / _CONFIG}: eos_token={short(named)} is not a token of the vocabulary")
         else:
             ends.append(end)
     ends += [id_of(token) for token in TURN_ENDS if token in template]
@@ -129,7 +129,7 @@ def _eos_ids(file: pathlib.Path, vocab_size: int) -> list[int]:
     """eos_token_id of a file: those in the vocabulary."""
     if not file.exists():
         return []
-    value = read_json(file, "is no configuration").get("eos_token_id")
+    value = read_json(file, "is not a configuration").get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int for i in ids):
         raise CheckpointError(
@@ -148,7 +148,7 @@ def _warn(message: str) -> None:
 def _tokenizer_config(folder: pathlib.Path) -> tuple[str | None, str]:
     """(eos_token or None, the chat templates' text or "")."""
     file = folder / _CONFIG
-    config: dict[str, Any] = read_json(file, "is no configuration") if file.exists() else {}
+    config: dict[str, Any] = read_json(file, "is not a configuration") if file.exists() else {}
     token = config.get("eos_token")
     if isinstance(token, dict):  # with flags of how it is split off
         token = token.get("content")

@@ -1,7 +1,7 @@
 """Text that grows with every token: what each one adds, in whole characters.
 
-A token is no piece of text by itself. A character may take several tokens; and many decoders treat
-the first token differently: Llama 2's drops the space before a word.
+A token is not a piece of text by itself. A character may take several tokens; and many decoders
+treat the first token differently: Llama 2's drops the space before a word.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-# What a decoder gives for bytes that are no character, or none yet.
+# What a decoder gives for bytes that are not a character, or not yet.
 _UNFINISHED = "\ufffd"
 # How many tokens are decoded again with each new one, at most, and how many before them.
 _WINDOW, _CONTEXT = 256, 64
@@ -55,7 +55,7 @@ def text_pieces(
         new.append(int(token))
         text, head = _following(tokenizer, before, new, head)
         if not text.startswith(written):
-            # Bytes that are no character can change how a decoder reads those before them, whose
+            # Bytes that are not a character can change how a decoder reads those before them, whose
             # text is out: go on after it.
             before, new = (before + new[:settled])[-_CONTEXT:], new[settled:]
             settled, written = 0, ""

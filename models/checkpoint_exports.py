@@ -97,7 +97,7 @@ def _to_mamba(config: LanguageModelConfig, kind: str) -> dict[str, Any]:
     return hf if mixer.dt_limit is None else hf | dict(time_step_limit=mixer.dt_limit)
 
 
-# How a model is run is no property of its checkpoint; fields of what its blocks don't have neither.
+# How a model is run is not a property of its checkpoint; nor are fields of blocks it doesn't have.
 _FREE = (
     "remat", "scan_layers", "attention_implementation", "attention_sequence_parallel",
     "scan_sequence_parallel", "sequence_balance",

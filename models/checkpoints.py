@@ -53,7 +53,7 @@ def load_pretrained(
 
     Args:
       path: a folder with config.json and model.safetensors (or its shards and their index), or
-        a .gguf file of the llama architecture (quantised tensors are dequantised).
+        a .gguf file of the llama architecture (quantized tensors are dequantized).
       dtype: of the computation.
       param_dtype: of the parameters.
 
@@ -71,7 +71,7 @@ def load_pretrained(
     """
     path = pathlib.Path(path)
     dtypes = dict(dtype=dtype, param_dtype=param_dtype)
-    LanguageModelConfig(vocab_size=1, **dtypes)  # a wrong dtype is no fault of the checkpoint
+    LanguageModelConfig(vocab_size=1, **dtypes)  # a wrong dtype is not a fault of the checkpoint
     if path.is_dir():
         return _load_folder(path, dtypes)
     if not path.exists():
@@ -87,7 +87,7 @@ def save_pretrained(path: str | pathlib.Path, config: LanguageModelConfig, param
     """Writes config.json and model.safetensors in the layout of Hugging Face that fits.
 
     Raises:
-      CheckpointError: if the model is no GPT-2, Llama, Mamba or Mamba-2, or if the folder holds
+      CheckpointError: if the model is not a GPT-2, Llama, Mamba or Mamba-2, or if the folder holds
         shards, whose index would contradict the file.
     """
     path = pathlib.Path(path)

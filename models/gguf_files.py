@@ -138,7 +138,9 @@ class _Reader:
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
             row = shape[-1] if shape else 1
             if row % block:
-                raise ValueError(f"rows of tensor {short(name)} are no whole blocks of {kind.name}")
+                raise ValueError(
+                    f"rows of tensor {short(name)} are not whole blocks of {kind.name}"
+                )
             n_bytes = math.prod(shape) // block * block_bytes
             if offset != expected or start + offset + n_bytes > len(self.data):
                 raise ValueError(

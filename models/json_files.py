@@ -16,11 +16,11 @@ def read_json(file: pathlib.Path, what: str) -> dict[str, Any]:
 
     Args:
       file: to read.
-      what: what is wrong with a file that is no such object, e.g. "describes no model".
+      what: what is wrong with a file that is not such an object, e.g. "describes no model".
 
     Raises:
       MissingFileError: if there is no such file.
-      CheckpointError: if it can't be read, is larger than MOST_BYTES, or is no JSON object.
+      CheckpointError: if it can't be read, is larger than MOST_BYTES, or is not a JSON object.
     """
     try:
         with file.open("rb") as opened:
@@ -42,7 +42,7 @@ def parse_json(content: bytes, wrong: str) -> dict[str, Any]:
       wrong: how errors begin: the file, and what is wrong with it.
 
     Raises:
-      CheckpointError: if it is no JSON object, is nested too deeply or holds a key twice.
+      CheckpointError: if it is not a JSON object, is nested too deeply or holds a key twice.
     """
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)

@@ -46,7 +46,7 @@ class ModelState(NamedTuple):
 
 
 class Backbone(Module):
-    """Tokens to normalised vectors: everything of a model but its head."""
+    """Tokens to normalized vectors: everything of a model but its head."""
 
     config: LanguageModelConfig
 

@@ -189,7 +189,7 @@ class _StateSpaceLayer(Module):
 class S4D(_StateSpaceLayer):
     """S4 with a diagonal state matrix; B is 1, as C can take its place.
 
-    Attributes, beside those of every state space layer:
+    Attributes, besides those of every state space layer:
       init_A: initial A: "lin", "inv" and "legs" as of `ops.s4.s4d_init`; "random", with normal
         frequencies of the same mean square as "lin" and random decays about 1/2.
       discretization: "zoh" or "bilinear".
@@ -213,7 +213,7 @@ class S4D(_StateSpaceLayer):
 class S4(_StateSpaceLayer):
     """A diagonal plus low-rank state matrix, Lambda - P P*, bilinear.
 
-    Attributes, beside those of every state space layer:
+    Attributes, besides those of every state space layer:
       n_ssm: 1 by default: all channels share Lambda, P and B, and differ in C and the step.
       init_A: "legs", HiPPO-LegS; "random", normal P and B, and poles as S4D's "random".
     """

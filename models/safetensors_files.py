@@ -27,15 +27,15 @@ def read_folder(
 
     Args:
       path: the folder.
-      is_buffer: whether a tensor is no parameter; the index need not list it.
+      is_buffer: whether a tensor is not a parameter; the index need not list it.
 
     Returns:
       The tensors by name, and the file that says which there are: the index if there is one.
 
     Raises:
       MissingFileError: for absent files.
-      CheckpointError: for an index that is no index, that names files elsewhere or that the shards
-        contradict; and for files that are no safetensors files.
+      CheckpointError: for an index that is not one, that names files elsewhere or that the shards
+        contradict; and for files that are not safetensors files.
     """
     index = path / INDEX
     if not index.exists():
@@ -94,7 +94,7 @@ def _existing(folder: pathlib.Path, names: list[str]) -> list[pathlib.Path]:
     for name in names:
         # A link may lead elsewhere: that is how download caches store files.
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is no file")
+            raise CheckpointError(f"{folder / name} is not a file")
     return [folder / name for name in names]
 
 

@@ -70,7 +70,7 @@ class Entry:
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def write(self, params: list[np.ndarray]) -> np.ndarray:
-        """The file's tensor from the parameters (of one layer); the inverse of `read`."""
+        """Returns the file's tensor from the parameters (of one layer); the inverse of `read`."""
         if self.kind == "table":
             return np.ascontiguousarray(params[0])
         if self.kind == "vector":
@@ -83,18 +83,18 @@ class Entry:
 
 
 def is_buffer(kind: str, name: str) -> bool:
-    """Whether a tensor of a layout is no parameter."""
+    """Returns whether a tensor of a layout is not a parameter."""
     return kind in BUFFERS and BUFFERS[kind].fullmatch(name) is not None
 
 
 def canonical(kind: str, name: str) -> str:
-    """The name that `transformers` writes; GPT-2's own files lack its prefix."""
+    """Returns the name that `transformers` writes; GPT-2's own files lack its prefix."""
     bare = kind == "gpt2" and name.startswith(("wte.", "wpe.", "h.", "ln_f."))
     return "transformer." + name if bare else name
 
 
 def embedding_name(entries: list[Entry]) -> str:
-    """The name of the embedding's tensor."""
+    """Returns the name of the embedding's tensor."""
     return next(e.name for e in entries if e.paths == ("backbone/embed/embedding",))
 
 
@@ -232,6 +232,6 @@ def gguf_llama_entries(config: LanguageModelConfig) -> list[Entry]:
 
 
 def file_names(entries: list[Entry], layers: int) -> Iterator[tuple[Entry, list[str]]]:
-    """Each entry with the names of its tensors in the file, one per layer."""
+    """Yields each entry with the names of its tensors in the file, one per layer."""
     for entry in entries:
         yield entry, [entry.name.format(i) for i in range(layers if entry.per_layer else 1)]

@@ -1,4 +1,4 @@
-"""What `generate` and `stream` are given: dtypes, bounds, ends; what rows hold behind their end."""
+"""What `generate` and `stream` are given: dtypes, bounds, ends; what rows hold after their end."""
 
 import jax
 import jax.numpy as jnp
@@ -49,10 +49,10 @@ def test_prompts_of_any_integers_are_the_same(free, dtype):
     np.testing.assert_array_equal(run(prompt).tokens, free)
 
 
-def test_ids_beyond_int8_and_behind_the_lengths(free):
+def test_ids_beyond_int8_and_after_the_lengths(free):
     high = np.full((1, 2), 199, np.uint8)
     np.testing.assert_array_equal(run(high).tokens, run(high.astype(int)).tokens)
-    # What stands behind a row's length is never looked at, be it an id or not.
+    # What stands after a row's length is never looked at, be it an id or not.
     padded = np.pad(PROMPT, ((0, 0), (0, 2)), constant_values=-100)
     padded[1, 6] = V + 7
     np.testing.assert_array_equal(run(padded, lengths=[5, 5, 5]).tokens, free)
@@ -66,7 +66,7 @@ def test_integers_of_numpy_and_jax_are_integers(free, kind):
 
 
 @pytest.mark.parametrize("kind", [list, tuple, set, frozenset, np.asarray, jnp.asarray])
-def test_several_ends_and_what_stands_behind_them(free, kind):
+def test_several_ends_and_what_stands_after_them(free, kind):
     """A row repeats the token that ended it; its log-probability there is 0."""
     ends = [int(free[0, 2]), int(free[1, 1]), 7]
     settings = dict(temperature=1e-3, key=jax.random.key(0))

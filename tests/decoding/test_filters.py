@@ -38,8 +38,8 @@ def test_small_temperatures_are_greedy(traced):
     logits = jnp.asarray([[1.0, 2.0, -3.0, 1.5], [3e38, -3e38, 1.0, -jnp.inf]])
     run = jax.jit(filter_logits, static_argnums=2) if traced else filter_logits
     for temperature in (0, 0.0, -0.0, 1e-39, 1e-45, 1e-300, 1e-37, 1e-12):
-        for cut in ((None, None), (3, 0.5)):
-            found = np.exp(run(logits, temperature, *cut))
+        for options in ((None, None), (3, 0.5)):
+            found = np.exp(run(logits, temperature, *options))
             np.testing.assert_array_equal(found, [[0, 1, 0, 0], [1, 0, 0, 0]])
 
 

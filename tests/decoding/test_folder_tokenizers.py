@@ -60,7 +60,7 @@ TOKEN, CHAT = "tokenizer_config", "{{ message }}<|im_end|>\n"
             (3, IM_END),
         ),
         (dict(config={"eos_token_id": 3}, chat_template="<|eot_id|>"), (3, EOT)),
-        (dict(config={"eos_token_id": 3}, chat_template="<|eom_id|> is no token here"), (3,)),
+        (dict(config={"eos_token_id": 3}, chat_template="<|eom_id|> is not a token here"), (3,)),
         # Where nothing is said: what is spelled like an end.
         ({}, (END, IM_END, EOT)),
         (dict(config={}), (END, IM_END, EOT)),
@@ -85,7 +85,7 @@ def test_other_faults_of_the_files_are_named(tmp_path):
         read_ends(tmp_path, id_of, V)
     for content in ("{", "[1]", "[" * 100_000, '{"a": 1, "a": 2}'):
         write(tmp_path, generation_config=content)
-        with pytest.raises(CheckpointError, match="generation_config.json is no configuration"):
+        with pytest.raises(CheckpointError, match="generation_config.json is not a configuration"):
             read_ends(tmp_path, id_of, V)
 
 
@@ -97,7 +97,7 @@ def test_ends_that_cannot_be_drawn_are_told(tmp_path):
     with pytest.warns(UserWarning, match="eos_token_id=50256 is outside the vocabulary 0..22"):
         assert read_ends(tmp_path, id_of, V) == (END, IM_END, EOT)
     write(tmp_path, config={}, tokenizer_config={"eos_token": "<eos>"})
-    with pytest.warns(UserWarning, match="eos_token='<eos>' is no token of the vocabulary"):
+    with pytest.warns(UserWarning, match="eos_token='<eos>' is not a token of the vocabulary"):
         assert read_ends(tmp_path, id_of, V) == (END, IM_END, EOT)
 
 

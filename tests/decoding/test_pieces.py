@@ -91,7 +91,7 @@ CASES = {
         [" ", "", "", "€", "", "é", " cat"],
     ),
     # The library decodes a run of bytes as a whole, or as none if its end is none.
-    "bytes behind bytes": (
+    "bytes after bytes": (
         llama2(),
         ["▁the"],
         ["<0xC3>", "<0xA9>", "<0xE2>", "▁cat", "▁a"],
@@ -121,7 +121,7 @@ def test_pieces_are_what_each_token_adds(name):
     prompt, drawn = tokenizer.ids(*prompt), tokenizer.ids(*drawn)
     assert None not in prompt + drawn
     assert list(text_pieces(tokenizer, np.asarray(prompt), drawn)) == expected
-    if "behind" not in name:
+    if "bytes after" not in name:
         whole = tokenizer.decode(prompt + drawn)
         assert tokenizer.decode(prompt) + "".join(expected) == whole
 
@@ -144,7 +144,7 @@ def test_long_texts_are_decoded_in_windows(make):
     tokenizer.decode = lambda ids: lengths.append(len(ids)) or decode(ids)
     pieces = list(text_pieces(tokenizer, prompt, drawn))
     assert max(lengths) < 700
-    if make is byte_level:  # random bytes are no characters
+    if make is byte_level:  # random bytes are not characters
         assert len(pieces) in (700, 701)
     else:
         assert decode(prompt) + "".join(pieces) == decode([*prompt, *drawn])

@@ -84,7 +84,7 @@ def test_stops_at_the_end_of_text_and_streams_the_same():
     np.testing.assert_array_equal(np.stack(streamed, 1), out.tokens[:, : len(streamed)])
 
 
-def test_a_row_does_not_depend_on_its_neighbours_and_the_key_decides():
+def test_a_row_does_not_depend_on_its_neighbors_and_the_key_decides():
     model, params = make("llama")
     draw = functools.partial(
         generate, model, params, max_new_tokens=6, temperature=1.5, lengths=LENGTHS

@@ -84,7 +84,7 @@ def test_a_misspelt_source_and_a_damaged_tokenizer_are_named(config, params, tmp
         load_writer("smolm2")
     save_pretrained(tmp_path, config, params)
     (tmp_path / "tokenizer.json").write_text('{"half')
-    with pytest.raises(ValueError, match="tokenizer.json is no readable tokenizer.json: "):
+    with pytest.raises(ValueError, match="tokenizer.json is not a readable tokenizer.json: "):
         load_writer(tmp_path)
 
 

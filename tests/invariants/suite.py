@@ -1,11 +1,11 @@
 """What must hold for every token mixer, whatever is inside it.
 
-A mixer maps x [B, T, E] to y [B, T, E] and carries a state from one stretch of a sequence to the
+A mixer maps x [B, T, E] to y [B, T, E] and carries a state from one piece of a sequence to the
 next. `Mixer` wraps one for the checks; for a Linen module it is one line, `linen(name, module)`.
 A check takes a mixer and raises AssertionError. `INVARIANTS` lists them all; `test_mixers.py`
 applies them to the mixers of the project, and `test_suite.py` shows that each of them can fail.
 
-Letters: B batch, T time, E width.
+Dimensions: B batch, T time, E width.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ import numpy as np
 
 BATCH = 2
 LENGTHS = (1, 2, 63, 100)
-SPLITS = ((1, 99), (50, 50), (99, 1))  # stretches of 100 tokens
-DOCUMENTS = (17, 1, 63, 2)  # packed into one row, with 17 tokens of padding behind
-F32_ERROR = 1e-5  # relative RMS of two ways to compute the same in float32
+SPLITS = ((1, 99), (50, 50), (99, 1))  # of 100 tokens
+DOCUMENTS = (17, 1, 63, 2)  # packed into one row, with 17 tokens of padding at its end
+F32_ERROR = 1e-5  # relative RMS of two methods to compute the same in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +147,18 @@ def assert_finite(tree, what: str):
 # --- the invariants ---------------------------------------------------------------------------
 
 
-def run_stretches(mixer, params, x, stretches, segment_ids=None, positions=None):
-    """y of consecutive stretches, each from the state that the one before left."""
+def run_in_pieces(mixer, params, x, pieces, segment_ids=None, positions=None):
+    """y of consecutive pieces, each from the state that the one before left."""
     state = mixer.init_state(x.shape[0], x.shape[1], x.dtype)
     ys, start = [], 0
-    for length in stretches:
-        cut = lambda a, s=np.s_[:, start : start + length]: None if a is None else a[s]
+    for length in pieces:
+        piece = lambda a, s=np.s_[:, start : start + length]: None if a is None else a[s]
         y, state = mixer.run(
-            params, cut(x), state=state, positions=cut(positions), segment_ids=cut(segment_ids)
+            params,
+            piece(x),
+            state=state,
+            positions=piece(positions),
+            segment_ids=piece(segment_ids),
         )
         ys.append(y)
         start += length
@@ -167,9 +171,9 @@ def split_equals_whole(mixer: Mixer):
     whole, _ = mixer.differentiate(mixer.params, x, x)
     _, no_state = jax.eval_shape(mixer.run, mixer.params, x)
     assert no_state is None, "without a state, a mixer must return None for it"
-    for stretches in SPLITS:
-        y = run_stretches(mixer, mixer.params, x, stretches)
-        assert_close(y, whole, f"split {stretches}: y")
+    for pieces in SPLITS:
+        y = run_in_pieces(mixer, mixer.params, x, pieces)
+        assert_close(y, whole, f"split {pieces}: y")
 
 
 def split_gradient_equals_whole(mixer: Mixer):
@@ -179,7 +183,7 @@ def split_gradient_equals_whole(mixer: Mixer):
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradients(params, x):
-        return jnp.sum(run_stretches(mixer, params, x, (50, 50)) * weights)
+        return jnp.sum(run_in_pieces(mixer, params, x, (50, 50)) * weights)
 
     actual = gradients(mixer.params, x)
     _, expected = mixer.differentiate(mixer.params, x, weights)
@@ -187,12 +191,12 @@ def split_gradient_equals_whole(mixer: Mixer):
 
 
 def step_equals_parallel(mixer: Mixer):
-    """Token by token, as in decoding, equals all at once; also behind a longer prompt."""
+    """Token by token, as in decoding, equals all at once; also after a longer prompt."""
     x = mixer.inputs(100)
     whole, _ = mixer.differentiate(mixer.params, x, x)
-    y = run_stretches(mixer, mixer.params, x, (1,) * 24)
+    y = run_in_pieces(mixer, mixer.params, x, (1,) * 24)
     assert_close(y, whole[:, :24], "24 steps: y")
-    y = run_stretches(mixer, mixer.params, x, (50,) + (1,) * 7)
+    y = run_in_pieces(mixer, mixer.params, x, (50,) + (1,) * 7)
     assert_close(y, whole[:, :57], "a prompt of 50 tokens and 7 steps: y")
 
 
@@ -224,14 +228,14 @@ def packed_equals_separate(mixer: Mixer):
 
 
 def packed_split_equals_whole(mixer: Mixer):
-    """A packed row may be cut anywhere, within a document or between two."""
+    """A packed row may be split anywhere, within a document or between two."""
     x = mixer.inputs(100)
     ids, positions = packed_row()
     whole, _ = mixer.run(mixer.params, x, segment_ids=ids, positions=positions)
     real = np.asarray(ids > 0)[..., None]
-    stretches = DOCUMENTS[0], 100 - DOCUMENTS[0]  # between two in one row, within one in the other
-    y = run_stretches(mixer, mixer.params, x, stretches, ids, positions)
-    assert_close(y * real, whole * real, f"packed row, split {stretches}: y")
+    pieces = DOCUMENTS[0], 100 - DOCUMENTS[0]  # between two in one row, within one in the other
+    y = run_in_pieces(mixer, mixer.params, x, pieces, ids, positions)
+    assert_close(y * real, whole * real, f"packed row, split {pieces}: y")
 
 
 def causal_by_gradient(mixer: Mixer):

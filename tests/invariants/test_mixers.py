@@ -49,7 +49,7 @@ BRIEF = (
 )
 
 
-# Whose cuts through packed rows take eight seconds; those of their ops are in tests/ops.
+# Whose splits of packed rows take eight seconds; those of their ops are in tests/ops.
 LONGEST = ("s4", "h3-heads", "gated-deltanet")
 
 

@@ -1,4 +1,4 @@
-"""What can be split over the sequence: every mixer, way, packing and order, tried.
+"""What can be sharded over the sequence: every mixer, strategy, packing and order, tried.
 
     python -m tests.models.sequence_cells     # tries them all, writes docs/sequence_parallel.md
 
@@ -129,7 +129,7 @@ def batch(packed: bool) -> dict[str, np.ndarray]:
 
 
 def document(outcomes: dict[Cell, str]) -> str:
-    """The page: a row for mixer and way, a column for packing and order."""
+    """The page: a row for mixer and strategy, a column for packing and order."""
     columns = list(itertools.product((False, True), BALANCES))
     head = [f"{'packed' if packed else 'whole'}, {balance}" for packed, balance in columns]
     lines = [

@@ -246,7 +246,7 @@ def test_gguf_files_are_read(tied, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
-def test_quantised_gguf_tensors_come_close(tmp_path):
+def test_quantized_gguf_tensors_come_close(tmp_path):
     params = random_params(GGUF)
     write_gguf(tmp_path / "m.gguf", GGUF, params, quantize=True)
     _, loaded = load_pretrained(tmp_path / "m.gguf")

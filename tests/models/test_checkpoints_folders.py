@@ -95,7 +95,7 @@ def test_values_beyond_the_range_of_param_dtype_are_refused(llama):
     load_pretrained(llama, param_dtype="bfloat16")
     with pytest.raises(CheckpointError, match="'model.norm.weight' has values beyond .* float16"):
         load_pretrained(llama, param_dtype="float16")
-    with pytest.raises(ValueError, match="param_dtype='int8' is no floating type") as error:
+    with pytest.raises(ValueError, match="param_dtype='int8' is not a floating type") as error:
         load_pretrained(llama, param_dtype="int8")
     assert not isinstance(error.value, CheckpointError)
 
@@ -189,10 +189,10 @@ def test_folders_in_place_of_files_are_named(llama):
     where = shard(llama)
     (llama / "folder").mkdir()
     write_index(llama, where | {"model.norm.weight": "folder"})
-    refuses(llama, "folder is no file")
+    refuses(llama, "folder is not a file")
     (llama / INDEX).unlink()
     (llama / "model.safetensors").mkdir()
-    refuses(llama, "model.safetensors is no file")
+    refuses(llama, "model.safetensors is not a file")
     (llama / "config.json").unlink()
     (llama / "config.json").mkdir()
     refuses(llama, "config.json can't be read")

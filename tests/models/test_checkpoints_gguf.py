@@ -155,7 +155,7 @@ def kind_of(number):
         (("a", 0, (4,), bytes(16), 2**62), "can't be at"),
         (("a", 0, (2**62, 2**62), bytes(16), None), "can't be at"),
         (("a", 0, (1,) * 1000, bytes(4), None), "tensor 'a' has 1000 dimensions"),
-        (("a", 2, (31,), bytes(18), None), "rows of tensor 'a' are no whole blocks of Q4_0"),
+        (("a", 2, (31,), bytes(18), None), "rows of tensor 'a' are not whole blocks of Q4_0"),
         (
             ("output_norm.weight", 0, (32,), bytes(128), None),
             "'output_norm.weight' stands there",

@@ -178,7 +178,7 @@ def test_wrong_tensors_everywhere(family):
 
 
 def test_damaged_headers(family):
-    """Bytes of the header flipped, and the file cut off."""
+    """Bytes of the header flipped, and the file truncated."""
     _, checkpoint = family
     file = checkpoint.path / "model.safetensors"
     good = file.read_bytes()

@@ -68,7 +68,7 @@ def run(model, params, tokens=TOKENS, **inputs):
     "name",
     ["llama", "hybrid", *(pytest.param(n, marks=pytest.mark.slow) for n in ("alibi", "sinks"))],
 )
-def test_in_stretches_equals_at_once(name):
+def test_in_pieces_equals_at_once(name):
     model, params = make(name)
     whole = run(model, params)
     assert whole.shape == (2, 19, 31) and whole.dtype == jnp.float32
@@ -91,8 +91,8 @@ def test_packed_equals_separate(name):
     np.testing.assert_allclose(packed[:, 7:17], second[:, :10], atol=2e-5)
 
 
-def test_packed_documents_in_stretches():
-    """A stretch may end in the middle of a document."""
+def test_packed_documents_in_pieces():
+    """A call may end in the middle of a document."""
     model, params = make("llama")
     ids = jnp.asarray([[1] * 7 + [2] * 10 + [3]] * 2)
     packed = run(model, params, TOKENS[:, :18], segment_ids=ids)

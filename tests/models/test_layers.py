@@ -29,8 +29,8 @@ def test_rmsnorm():
 
 def test_layernorm():
     p, y = apply(LayerNorm(eps=1e-3))
-    centred = X - X.mean(-1, keepdims=True)
-    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-3)
+    centered = X - X.mean(-1, keepdims=True)
+    expected = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-3)
     np.testing.assert_allclose(y, expected * p["scale"] + p["bias"], atol=1e-5)
 
 

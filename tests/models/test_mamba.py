@@ -117,7 +117,7 @@ def test_mamba2_is_its_definition(options):
 
 @pytest.mark.parametrize("r", [1, 2, 7, 12])
 def test_a_window_is_a_scan_of_its_last_steps_alone(r):
-    """With interventions too; the convolution is not cut."""
+    """With interventions too; the convolution is not windowed."""
     mixer = Mamba2(**MAMBA2, state_window=r, decay_scale=0.9)
     p, first = random_params(mixer), lambda t: max(0, t + 1 - r)
     want = np.stack([mamba2(p, x, mixer, first) for x in X.astype(np.float64)])

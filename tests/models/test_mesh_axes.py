@@ -41,7 +41,7 @@ CONFIG = LanguageModelConfig(
     mixers=dict(mamba2=dict(head_dim=4, state_dim=4)),
 )
 
-# Modules of [B, T, E]; the first column of "tensor" cuts heads and channels.
+# Modules of [B, T, E]; the first column of "tensor" shards heads and channels.
 MODULES = {
     "attention": Attention(4, 2, 4),
     "local attention": Attention(4, 2, 4, mask=masks.Causal() & masks.SlidingWindow(2)),
@@ -87,7 +87,7 @@ def params_of(boxes):
 
 
 def specs_of(boxes, split):
-    """Parameters cut over "tensor" by the names of their dimensions, each once."""
+    """Parameters sharded over "tensor" by the names of their dimensions, each once."""
 
     def one(leaf):
         names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
@@ -149,7 +149,7 @@ def check(name, kind, split, packed):
     if kind == "explicit":
         y = jax.typeof(got[0][1]).sharding.spec
         assert y[0] == "data" and set(y[1:-1]) <= {None}
-        # Logits stay cut where the head is.
+        # Logits stay sharded where the head is.
         assert y[-1] == ("tensor" if name == "language model" and split == "both" else None)
 
 
@@ -216,7 +216,7 @@ def test_generation(kind):
     want = generate(model, params, TOKENS, max_new_tokens=3)
     with jax.set_mesh(mesh):
         rows = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
-        cut = put(params, mesh, specs_of(boxes, "both"))
-        got = generate(model, cut, rows, max_new_tokens=3)
+        sharded = put(params, mesh, specs_of(boxes, "both"))
+        got = generate(model, sharded, rows, max_new_tokens=3)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     agree(got.logprobs, want.logprobs)

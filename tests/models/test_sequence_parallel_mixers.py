@@ -1,4 +1,4 @@
-"""Recurrent mixers give the same numbers where the mesh in use cuts time, batch and channels."""
+"""Recurrent mixers give the same numbers where the mesh in use shards time, batch and channels."""
 
 import dataclasses
 import functools
@@ -131,7 +131,7 @@ def test_no_device_holds_all_of_time(mixer, kind, collective):
 
 
 def test_a_single_step_stays_whole():
-    """Decoding with a mesh that cuts time."""
+    """Decoding with a mesh that shards time."""
     mixer = Mamba(E, state_dim=3)
     params, state = params_of(mixer), state_of(mixer)
     run = jax.jit(lambda x: mixer.apply({"params": params}, x, state=state))

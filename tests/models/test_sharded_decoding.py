@@ -1,4 +1,4 @@
-"""Decoding with a cache cut along time over devices gives the logits of one device."""
+"""Decoding with a cache sharded along time over devices gives the logits of one device."""
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,13 @@ def test_a_step_sends_as_little_for_a_long_cache_as_for_a_short_one():
 
     def sent(max_len):
         state = jax.eval_shape(lambda: model.init_state(1, max_len))
-        cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "sequence"))
+        over_time = jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec(None, None, "sequence")
+        )
         state = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=cut if a.ndim > 2 else None),
+            lambda a: jax.ShapeDtypeStruct(
+                a.shape, a.dtype, sharding=over_time if a.ndim > 2 else None
+            ),
             state,
         )
         with sharding.use(mesh):

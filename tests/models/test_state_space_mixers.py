@@ -147,7 +147,7 @@ def test_bidirectional_segments_are_separate():
     "mixer", [S4(E, state_dim=6), S4D(E, state_dim=6, init_A="inv")], ids=["s4", "s4d"]
 )
 def test_convolution_equals_recurrence(mixer):
-    """The whole by FFT, and one token after the other behind a prompt."""
+    """The whole by FFT, and one token after the other, after a prompt."""
     whole, _ = run(mixer)
     y, state = run(mixer, X[:, :20], state=mixer.init_state(2, T))
     ys = [y]
@@ -275,7 +275,7 @@ def test_h3_without_a_shift_is_linear_attention(head_dim):
 
 @pytest.mark.slow
 def test_a_hybrid_language_model():
-    """The whole equals stretches with a state, across H3 and attention."""
+    """The whole equals pieces with a state, across H3 and attention."""
     config = LanguageModelConfig(
         vocab_size=19, d_model=E, pattern=("h3", "mlp", "attention", "mlp"), repeats=1, n_heads=2,
         mlp_dim=16, mixers={"h3": dict(taps=3, state_dim=4)}, position="none",

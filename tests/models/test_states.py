@@ -44,9 +44,9 @@ def mixer_and_params(mask, position="rope"):
 
 def poisoned(state, start):
     """The state with NaN, and id 0, in all slots from `start` on."""
-    behind = jnp.arange(ROOM) >= start
-    hide = lambda x: jnp.where(behind[None, :, None, None], jnp.nan, x)
-    ids = jnp.where(behind[None], 0, state.segment_ids)
+    empty = jnp.arange(ROOM) >= start
+    hide = lambda x: jnp.where(empty[None, :, None, None], jnp.nan, x)
+    ids = jnp.where(empty[None], 0, state.segment_ids)
     return state._replace(k=hide(state.k), v=hide(state.v), segment_ids=ids)
 
 
@@ -103,7 +103,7 @@ def test_alibi_counts_from_the_state_on(mask):
     ],
 )
 def test_forgotten_tokens_are_not_seen(mask, ids):
-    """Rows are set back by different lengths, and read on in both ways."""
+    """Rows are set back by different lengths, and read on together and row by row."""
     mixer, params, x = mixer_and_params(mask)
     call, ids = jax.jit(mixer.apply), IDS[ids]
     pick = lambda start, n: None if ids is None else jnp.asarray(ids)[:, start : start + n]
