@@ -170,7 +170,7 @@ def nearest_key(key: str, known: list[str]) -> str:
 
 
 def _default_name(name: str, prefix: str) -> str:
-    """Returns the key of the default config that holds what a key can be: of a variant, its mixer's."""
+    """Returns the key of the default config like a key: of a variant, its mixer's."""
     return base_name(name) if prefix == "model.mixers." else name
 
 
