@@ -16,8 +16,7 @@ NAMES = {"s4": "S4", "s4d": "S4D", "attention": "Transformer"}
 ARENA = {"listops": "ListOps", "image": "Image", "pathfinder": "Pathfinder"}
 TASKS = {"digits": "sequential MNIST", **ARENA}
 # What they are called in `data.tasks`: of others, nothing is published here.
-SOURCES = {**dict.fromkeys(TASKS, ""), "digits": "sequential_mnist", "image": "lra_image"}
-SOURCES = {name: source or name for name, source in SOURCES.items()}
+SOURCES = {**{name: name for name in ARENA}, "digits": "sequential_mnist", "image": "lra_image"}
 INITS = {
     "hippo": "HiPPO-LegS (S4)",
     "lin": "S4D-Lin",
@@ -167,19 +166,18 @@ def init_table(records: Records) -> Table:
 
 def _accuracies() -> list[Column]:
     splits = {"accuracy": "test", "validation": "validation", "training": "train"}
-    return columns(
-        t.MEASURED, {title: lambda g, s=s: accuracy(g, s) for title, s in splits.items()}, "%"
-    )
+    found = {title: lambda g, s=s: accuracy(g, s) for title, s in splits.items()}
+    return columns(t.MEASURED, found, "%")
 
 
 def _about(record: Record) -> str:
     """Returns a sentence on the data and the training of a record."""
-    s, t = record.settings, record.settings["train"]
+    s, train = record.settings, record.settings["train"]
     options = ", ".join(f"{key} {value}" for key, value in s["options"].items())
     pooled = f", {s['pool']} x {s['pool']} pixels averaged" if s["pool"] > 1 else ""
     return (
-        f"{_task(s)}{f' ({options})' if options else ''}{pooled}: {t['train.steps']} steps of "
-        f"{t['data.batch_size']}, {t['model.repeats']} layers, tested on "
+        f"{_task(s)}{f' ({options})' if options else ''}{pooled}: {train['train.steps']} steps of "
+        f"{train['data.batch_size']}, {train['model.repeats']} layers, tested on "
         f"{record.result['test_examples']:,} examples."
     )
 
@@ -224,10 +222,9 @@ def figures(records: Records) -> dict[str, str]:
         panels[f"{states.key} states"] = {
             title: {g.key: kernel(g, s) for g in found} for s, title in STRATEGIES.items()
         }
+    labels = dict(x="context (tokens)", y="ms a token")
     axes = dict(x_label="length", y_label="ms", log_x=True, log_y=True)
     return {
-        "token-against-context": line_figure(
-            contexts, tokens, x="context (tokens)", y="ms a token", log=True
-        ),
+        "token-against-context": line_figure(contexts, tokens, log=True, **labels),
         "kernel-against-length": line_chart(panels, **axes),
     }
