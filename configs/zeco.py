@@ -11,7 +11,7 @@ Scales:
   accelerator  as cpu, with longer trainings
 
 Counts are exact and need no accelerator. Seconds on many devices cannot be measured on one machine:
-tables have the published ones beside a model of two numbers a schedule, which says so.
+tables have the published ones beside a model of two parameters a schedule, which says so.
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from tilescan.experiments import report
 from tilescan.experiments.harness import publish as publish_lib
@@ -24,7 +24,9 @@ _ONLY = flags.DEFINE_string("only", "", "Measure only the cells whose id contain
 _PUBLISH = flags.DEFINE_bool("publish", False, "Copy the records to results/, rebuild RESULTS.md.")
 
 
-def measure(config, workdir=None, only="", publish=False) -> int:
+def measure(
+    config: ConfigDict, workdir: str | None = None, only: str = "", publish: bool = False
+) -> int:
     """Runs the paper of `config`, prints its tables; the exit status is 1 if a cell failed."""
     workdir = pathlib.Path(workdir or f"runs/{config.paper}/{config.scale}")
     paper = papers.load(config.paper)
@@ -62,7 +64,7 @@ def _check_flags(file: str, words: list[str]) -> None:
     """Raises ValueError for a file that gives no paper's config, a wrong override or flag."""
     config = config_files.load_any(file)
     if "paper" not in config:
-        raise ValueError(f"--config={file} is no paper's configuration, as configs/s4.py's is")
+        raise ValueError(f"--config={file} is not a paper's configuration, as configs/s4.py's is")
     overrides = [word for word in words if word.startswith("--config.") and "=" in word]
     papers.apply_overrides(config, overrides)
     for word in words:
@@ -72,7 +74,8 @@ def _check_flags(file: str, words: list[str]) -> None:
             raise ValueError(f"unknown flag {word}; did you mean {' or '.join(meant)}?")
 
 
-def main(argv) -> int:
+def main(argv: list[str]) -> int:
+    """Runs the paper that the flags name; returns the exit status."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # checkpoints tell of every step at INFO
     if len(argv) > 1:

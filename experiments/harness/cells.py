@@ -33,7 +33,7 @@ class Cell:
 
     Attributes:
       id: unique in its paper, and a file's name: letters, digits and "._-=".
-      measure: `measure(settings, seed) -> numbers`; a measurement that keeps files or shares
+      measure: `measure(settings, seed) -> result`; a measurement that keeps files or shares
         trained models has a third parameter, `workspace`: see `workspace.Workspace`.
       settings: all that the result depends on, as plain values; they decide whether a finished
         record still holds.

@@ -50,7 +50,7 @@ class Effect:
 
     Attributes:
       published: its size in the paper.
-      measured: its size here, a number for each seed or round (one where there is one).
+      measured: its size here, a number for each seed, round or number of devices (at least one).
       kind: "ratio", where 1 is no effect, or "difference", where 0 is.
     """
 

@@ -1,14 +1,15 @@
 """Figures as SVG text: the same bytes for the same numbers, readable on light and dark pages."""
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure  # without pyplot, whose backend is a notebook's own business
 
-# Mid-tones with enough contrast on white and on near-black, told apart by colour-blind readers too.
-COLOURS = ("#1f83d6", "#e0722e", "#2a9d70", "#c05ab0", "#b08a00", "#7a7f87")
+# Mid-tones with enough contrast on white and on near-black, told apart by color-blind readers too.
+COLORS = ("#1f83d6", "#e0722e", "#2a9d70", "#c05ab0", "#b08a00", "#7a7f87")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK = "#808790"  # axes and text: about 4:1 on white and 5:1 on black
 
@@ -78,7 +79,7 @@ def line_chart(
                 axis.plot(
                     x,
                     y,
-                    color=COLOURS[index % len(COLOURS)],
+                    color=COLORS[index % len(COLORS)],
                     marker=MARKERS[index % len(MARKERS)] if markers else None,
                     linestyle="--" if name in dashed else "-",
                     label=name,
@@ -149,23 +150,35 @@ def panel_figure(
     return line_chart(shown, x_label=x, y_label=y, log_x=True, log_y=log, dashed=dashed)
 
 
-def effects_chart(effects: Mapping[str, Sequence[float]]) -> str:
+def effects_chart(effects: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Returns an SVG with a row an effect: dots where measured, on an axis from none to published.
 
+    Effects beyond the ends of the axis are drawn as triangles on its edge.
+
     Args:
-      effects: {name: measured effects as shares of the published one, a number for each seed}.
+      effects: {paper: {claim: measured effects as shares of the published one, a number for each
+        seed}}; a paper's name stands above its claims.
     """
+    low, high = -1.0, 3.0
+    rows = [row for paper, claims in effects.items() for row in [(paper, None), *claims.items()]]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 0.9 + 0.28 * len(effects)))
+        figure = Figure(figsize=(9, 0.7 + 0.26 * len(rows)))
         axis = figure.subplots()
-        for place, shares in enumerate(reversed(effects.values())):
-            shown = [min(max(share, -1.0), 3.0) for share in shares]  # an outlier stays on the edge
-            axis.plot(shown, [place] * len(shown), MARKERS[0], color=COLOURS[0], alpha=0.8)
-        axis.set_yticks(range(len(effects)), list(reversed(effects)))
-        axis.set_ylim(-0.7, len(effects) - 0.3)
+        for place, (_, shares) in enumerate(rows):
+            for share in shares or ():
+                marker = "<" if share < low else ">" if share > high else MARKERS[0]
+                shown = min(max(share, low), high)
+                axis.plot(shown, place, marker, color=COLORS[0], alpha=0.8, clip_on=False)
+        # The first paper is at the top; names of papers stand out from those of their claims.
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_yticks(range(len(rows)), [textwrap.shorten(name, 72) for name, _ in rows])
+        axis.tick_params(axis="y", length=0)
+        for label, (_, shares) in zip(axis.get_yticklabels(), rows, strict=True):
+            label.set_fontweight("bold" if shares is None else "normal")
+        axis.set_xlim(low, high)
+        axis.set_xticks([-1, 0, 1, 2, 3], ["-1", "0: none", "1: as published", "2", "3"])
         for value, style in ((0.0, "-"), (1.0, "--")):
             axis.axvline(value, color=_INK, linestyle=style, linewidth=1)
-        axis.set_xlabel("measured effect; 0: none, 1: as published")
         return _to_svg(figure)
 
 

@@ -67,7 +67,8 @@ svg.curve polyline { fill: none; stroke: var(--published); stroke-width: 1.5; }
 tr:target { background: var(--box); outline: 2px solid var(--published); }
 """.strip()
 
-_KINDS = """<span class="published">Published</span> columns stand in the paper,
+_KINDS = """<span class="published">Published</span> columns are the paper's numbers (a note says
+where they are recalled or come by way of another text),
 <span class="measured">measured</span> ones were measured by this code on the machine that is named,
 <span class="static">static</span> ones come from a compiler or a formula, without running."""
 
@@ -77,9 +78,8 @@ def overview(found: Sequence[Results], code: Mapping[str, str]) -> str:
     figure = ""
     if matrix.effects(found):
         figure = (
-            "<h2>Effects</h2>\n<p>Measured effects on an axis where 0 is no effect and 1 the "
-            'published one; a dot a seed.</p>\n<figure><img src="effects.svg" alt="effects" />'
-            "</figure>"
+            f"<h2>Effects</h2>\n<p>{matrix.EFFECTS}</p>\n"
+            '<figure><img src="effects.svg" alt="effects" /></figure>'
         )
     items = "\n".join(
         f'<li><a href="{_claim_link(r, c)}">{_text(r.paper.short_title)}: {_text(c.name)}</a> '

@@ -20,10 +20,11 @@ _PAPER_HEAD = """# {title}
 
 {summary}
 
-*Published* columns stand in the paper. *Measured* columns were measured by this code on the machine
-that is named. *Static* columns come from a compiler or a formula, without running. Every claim has
-a criterion that the numbers can fail; it was fixed before them, unless its row says which run it
-was chosen on. `tilescan run {name} --scale=cpu` measures all of it again.
+*Published* columns are the paper's numbers (a note says where they are recalled or come by way of
+another text). *Measured* columns were measured by this code on the machine that is named. *Static*
+columns come from a compiler or a formula, without running. Every claim has a criterion that the
+numbers can fail; it was fixed before them, unless its row says that it was chosen after a run.
+`tilescan run {name} --scale=cpu` measures all of it again.
 """
 
 
@@ -38,10 +39,7 @@ def overview(found: Sequence[Results], code: Mapping[str, str], root: str) -> st
     parts = [_HEAD.format(root=root), "## Papers", matrix_table(matrix.rows(found, code), root)]
     parts.append(matrix.LEGEND)
     if matrix.effects(found):
-        parts.append(
-            "## Effects\n\nMeasured effects on an axis where 0 is no effect and 1 the published "
-            f"one; a dot a seed.\n\n![effects]({root}/effects.svg)"
-        )
+        parts.append(f"## Effects\n\n{matrix.EFFECTS}\n\n![effects]({root}/effects.svg)")
     parts += ["## Where it did not come out", *_not_shown(found, root)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

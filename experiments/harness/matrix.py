@@ -16,6 +16,11 @@ LEGEND = (
     "in the order of the paper's page. Code: whether the code under the records changed since they "
     "were measured (unknown: measured before records kept that)."
 )
+EFFECTS = (
+    "Measured effects on an axis where 0 is no effect and 1 the published one, of ratios by their "
+    "logarithms; a dot for each seed, round or number of devices, a triangle where it lies beyond "
+    "the axis."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +99,15 @@ def not_shown(found: Sequence[Results]) -> list[tuple[Results, Claim]]:
     return [(r, c) for r in found for c in r.claims if c.status == NOT_SHOWN]
 
 
-def effects(found: Sequence[Results]) -> dict[str, list[float]]:
-    """Returns {"paper: claim": measured effects as shares of the published one}."""
-    return {
-        f"{r.paper.short_title}: {c.name}": c.effect.shares()
-        for r in found
-        for c in r.claims
-        if c.effect and c.effect.measured
-    }
+def _measured(claim: Claim) -> bool:
+    return claim.effect is not None and len(claim.effect.measured) > 0
+
+
+def effects(found: Sequence[Results]) -> dict[str, dict[str, list[float]]]:
+    """Returns {paper: {claim: measured effects as shares of the published one}}."""
+    made: dict[str, dict[str, list[float]]] = {}
+    for results in found:
+        shares = {c.name: c.effect.shares() for c in results.claims if _measured(c)}
+        if shares:
+            made.setdefault(results.paper.short_title, {}).update(shares)
+    return made

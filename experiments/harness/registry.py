@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ml_collections
@@ -16,8 +16,8 @@ from tilescan.training.config import override
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(papers.__path__)))
 
 
-def nearest(name: str, known) -> str:
-    """A hint for a mistyped name: the nearest known one, and all of them."""
+def nearest(name: str, known: Collection[str]) -> str:
+    """Returns a hint for a mistyped name: the nearest known one, and all of them."""
     return f"{did_you_mean(name, known)}(known: {', '.join(known)})"
 
 

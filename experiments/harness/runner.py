@@ -1,8 +1,8 @@
 """Runs a paper's cells one after another, keeps what finishes, and goes on where it stopped.
 
 Each finished cell is one JSON file under `workdir`/cells, written atomically: a run that is
-interrupted, by Ctrl-C or a power cut, goes on with the first cell that has no file. A cell whose
-settings changed is measured again.
+interrupted, by Ctrl-C or a loss of power, goes on with the first cell that has no file. A cell
+whose settings changed is measured again.
 """
 
 import dataclasses

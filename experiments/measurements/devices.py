@@ -42,7 +42,9 @@ def mesh_of(count: int, axis: str = AXIS) -> Mesh:
     return jax.make_mesh((count,), (axis,), (AxisType.Auto,), devices=devices(count))
 
 
-def struct(mesh: Mesh, shape: tuple[int, ...], *spec, dtype="float32") -> jax.ShapeDtypeStruct:
+def struct(
+    mesh: Mesh, shape: tuple[int, ...], *spec: str | None, dtype: str = "float32"
+) -> jax.ShapeDtypeStruct:
     """Returns an argument of a program that is compiled only; `spec` is its partitioning."""
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=NamedSharding(mesh, P(*spec)))
 

@@ -15,11 +15,11 @@ from tilescan.training import config as config_lib
 
 
 def decode(settings: Mapping[str, Any], seed: int) -> dict:
-    """Times decoding behind a context, all models in turn.
+    """Times decoding after a context, all models in turn.
 
     Settings: "models", {name: keys of the training config}; "context", random tokens read before;
     "tokens", how many are then generated, greedily, by one program, as `decoding.generate` does;
-    "batch", texts at once; "repeats".
+    "batch", sequences at once; "repeats".
 
     Returns:
       {name: what `timing.compare` has, of all the tokens, with "params" and "state_bytes" (of the

@@ -245,7 +245,7 @@ def mean_loss(
         total = one(x, targets)
     else:
         split = lambda a: jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0)
-        add = lambda total, part: (total + jax.checkpoint(one)(*part), None)
+        add = lambda total, piece: (total + jax.checkpoint(one)(*piece), None)
         total, _ = jax.lax.scan(add, jnp.float32(0), (split(x), split(targets)))
     return total / (s.batch * s.length)
 

@@ -91,10 +91,10 @@ def markov_chains(vocab: int, batch: int, length: int, masked: bool, seed: int) 
     while True:
         rows = np.empty((batch, length + 1), np.int32)
         rows[:, 0] = rng.integers(0, words, batch)
-        draws = rng.random((batch, length))
+        uniform = rng.random((batch, length))
         for t in range(length):
             now = rows[:, t]
-            choice = np.minimum((draws[:, t, None] > odds[now]).sum(1), 3)
+            choice = np.minimum((uniform[:, t, None] > odds[now]).sum(1), 3)
             rows[:, t + 1] = successors[now, choice]
         tokens, targets = rows[:, :-1], rows[:, 1:]
         weights = np.ones((batch, length), np.float32)
@@ -134,7 +134,7 @@ def same_losses(records: Records) -> Verdict:
         f"with a float64 model the losses of all steps are within {PARITY:g} of those of one "
         "device, on every number of devices",
         every(error <= PARITY for error in double.values()),
-        ", ".join(part for part in evidence if part),
+        ", ".join(text for text in evidence if text),
     )
 
 
@@ -167,8 +167,8 @@ def training_table(
         "first loss": lambda r: r.result["losses"][0],
         "last loss": lambda r: r.result["losses"][-1],
     }
-    apart = {name: lambda r, n=n: difference(r, n) for name, n in differences.items()}
-    shown = [*labels, *columns(MEASURED, losses, digits=5), *columns(MEASURED, apart)]
+    off = {name: lambda r, n=n: difference(r, n) for name, n in differences.items()}
+    shown = [*labels, *columns(MEASURED, losses, digits=5), *columns(MEASURED, off)]
     about = first(
         trained,
         "{model[repeats]} layers of width {model[d_model]}" + details + "; {batch} sequences of "

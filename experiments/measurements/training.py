@@ -53,7 +53,7 @@ def measure_text(settings: Mapping[str, Any], seed: int, workspace: Workspace) -
     in which alone two programs of the same keys differ.
 
     Returns:
-      {"train_loss": [every logged step], "steps": [their numbers], and the last test metrics
+      {"train_loss": [every logged step], "steps": [which they are], and the last test metrics
       "test_loss", "test_perplexity", "test_accuracy", "test_weight"}.
 
     Raises:

@@ -75,7 +75,7 @@ def test_the_absl_module_tells_the_same(tmp_path):
         ("configs/flash_attention.py:smoke", "--steps=5"): "mean .*curves.train.train.steps=5",
         ("configs/flash_attention.py:smoke", "--config.runtime.repeat=5"): "'runtime.repeats'",
         (f"{tmp_path}/none.py",): "line 1 returned None, of type NoneType",
-        (f"{tmp_path}/training.py",): "is no paper's configuration",
+        (f"{tmp_path}/training.py",): "is not a paper's configuration",
     }.items():
         with pytest.raises(SystemExit, match=message):
             run.parse_flags(["run", f"--config={words[0]}", *words[1:]])

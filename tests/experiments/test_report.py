@@ -132,7 +132,7 @@ def test_figure_is_deterministic_svg_with_every_line():
     assert first == figures.line_chart(panels, **options)
     assert xml.etree.ElementTree.fromstring(first).tag.endswith("svg")
     assert "stroke-dasharray" in first
-    assert all(colour in first for colour in figures.COLOURS[:2])
+    assert all(color in first for color in figures.COLORS[:2])
 
 
 def test_committed_results_are_exactly_what_the_committed_records_give():

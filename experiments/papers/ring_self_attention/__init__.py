@@ -10,12 +10,13 @@ from tilescan.experiments.papers.ring_self_attention import cells, claims, table
 PAPER = Paper(
     name="ring_self_attention",
     title="Sequence parallelism: long sequence training from system perspective (arXiv 2105.13120)",
-    summary="Devices split the text instead of the weights, and keys and values go round a ring. "
-    "Batches and texts then grow with the devices, where tensor parallelism keeps whole "
+    summary="Devices shard the sequence instead of the weights, and keys and values go round a "
+    "ring. Batches and sequences then grow with the devices, where tensor parallelism keeps whole "
     "activations on each.",
     cells=cells.cells,
     tables=tables.tables,
     claims=claims.claims,
     figures=tables.figures,
+    short="Ring Self-Attention",
     family="sequence parallelism",
 )

@@ -11,9 +11,9 @@ PAPER = Paper(
     name="ulysses",
     title="DeepSpeed Ulysses: system optimizations for extreme long sequence Transformers "
     "(arXiv 2309.14509)",
-    summary="Devices that share a text exchange time for heads by all-to-all and attend to all of "
-    "it with some heads each. What a device sends stays constant when texts grow with the devices, "
-    "and any attention fits between.",
+    summary="Devices that share a sequence exchange time for heads by all-to-all and attend to all "
+    "of it with some heads each. What a device sends stays constant when sequences grow with the "
+    "devices, and any attention fits between.",
     cells=cells.cells,
     tables=tables.tables,
     claims=claims.claims,

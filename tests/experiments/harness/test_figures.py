@@ -1,9 +1,19 @@
 """Figures are drawn without pyplot, whose state belongs to a notebook that imports us."""
 
+import re
 import subprocess
 import sys
 
-from tilescan.experiments.harness.figures import line_chart, line_figure, panel_figure
+import pytest
+
+from tilescan.experiments.harness import matrix
+from tilescan.experiments.harness.claims import Effect, effect_of, judge
+from tilescan.experiments.harness.figures import (
+    effects_chart,
+    line_chart,
+    line_figure,
+    panel_figure,
+)
 from tilescan.experiments.harness.groups import Group
 from tilescan.experiments.harness.records import Records
 
@@ -35,3 +45,41 @@ def test_panels_leave_out_lines_without_numbers_and_gaps():
     assert drawn == panel_figure({"one": (rows, gaps), "two": (rows, gaps)}, **labels)
     assert drawn != panel_figure({"one": (rows, gaps)}, **labels)
     assert line_figure(rows, gaps, **labels) == panel_figure({"": (rows, shown)}, **labels)
+
+
+EFFECTS = {
+    "A paper": {
+        "the shortest of claims": [0.5],
+        "a claim of a few more words than that": [1.0, 9.0],
+    },
+    "Another": {"a claim": [-4.0]},
+}
+
+
+def test_effects_are_drawn_whole_under_their_papers():
+    text = effects_chart(EFFECTS)
+    assert text == effects_chart(EFFECTS)
+    names = re.findall("<!-- (.*?) -->", text)
+    for paper, claims in EFFECTS.items():
+        assert names.count(paper) == 1
+        assert all(names.index(claim) > names.index(paper) for claim in claims)
+
+    # A name's right end is its anchor; long before the left edge of the page it has begun.
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])
+    starts = re.findall(r'<g style="fill: #808790" transform="translate\(([\d.-]+) ', text)
+    assert starts and all(0 <= float(x) < width for x in starts)
+
+
+def test_effects_of_claims_are_gathered_by_paper():
+    effect = effect_of(4.0, 2.0, None)
+    assert effect == Effect(4.0, [2.0]) and effect.shares() == [pytest.approx(0.5)]
+    assert effect_of(4.0, None) is None and effect_of(4.0) is None
+    assert effect_of(1.0, 2.0) is None, "of no published effect there is no share"
+    assert effect_of(8.0, 2.0, kind="difference").shares() == [0.25]
+    claims = [judge("a", "", "", True, "", effect=effect), judge("b", "", "", True, "")]
+
+    class Found:
+        paper = type("P", (), {"short_title": "Toy"})
+
+    Found.claims = claims
+    assert matrix.effects([Found]) == {"Toy": {"a": [pytest.approx(0.5)]}}
