@@ -46,7 +46,7 @@ def measure(
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, after the config's file and the flags were checked.
+    """Parses as absl does, after the config's file and the flags were checked.
 
     absl meets a wrong file or value with a traceback, and does not know that --steps=5 means
     --config.curves.steps=5.

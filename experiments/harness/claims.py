@@ -87,7 +87,7 @@ def judge(
     why: str = "",
     effect: Effect | None = None,
 ) -> Claim:
-    """Claim whose status is what the predicate `holds` came to.
+    """Returns the claim whose status is what the predicate `holds` came to.
 
     Args:
       name: short name.
@@ -111,7 +111,7 @@ def judge(
 
 
 def undecided(claim: Claim, needs: str) -> Claim:
-    """The claim, its numbers kept, where sizes are too small to decide it."""
+    """Returns the claim, its numbers kept, where sizes are too small to decide it."""
     if claim.status.startswith(NEEDS):
         return claim
     return dataclasses.replace(claim, status=f"{NEEDS}{needs}")

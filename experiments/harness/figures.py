@@ -188,7 +188,7 @@ def _points(line: Any) -> tuple[Sequence[float], Sequence[float | None]]:
 
 
 def _short(value: float) -> str:
-    """16384 as 16k: tick labels must not touch."""
+    """Returns 16384 as 16k: tick labels must not touch."""
     return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
 
 

@@ -205,7 +205,7 @@ def _claims(results: Results) -> str:
 
 
 def _table(table: Table, scale: str) -> str:
-    """A table; the label of a row leads to the first of the records that it was computed of."""
+    """Returns a table; the label of a row leads to the first record that it was computed of."""
     head = []
     for column in table.columns:
         unit = f" ({column.unit})" if column.unit else ""
@@ -227,7 +227,7 @@ def _table(table: Table, scale: str) -> str:
 
 
 def _records(results: Results) -> str:
-    """What each number hangs on: a row a cell, with its command and its training's curve."""
+    """Returns what numbers hang on: a row a cell, with its command and its training's curve."""
     titles = ("record", "seed", "seconds", "commit", "machine", "finished", "data", "loss")
     head = "".join(f'<th class="label">{title}</th>' for title in titles)
     rows = []
@@ -249,7 +249,7 @@ def _records(results: Results) -> str:
 
 
 def _curve(record: Record) -> str:
-    """The loss over the steps of a training, as a small drawing."""
+    """Returns the loss over the steps of a training, as a small drawing."""
     if not record.curve or len(record.curve["loss"]) < 2:
         return ""
     steps, loss = record.curve["steps"], record.curve["loss"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, timeout: float, every: float = 0.5) -> Iterator[None]:
-    """Inside, no other process, and no other thread, is inside with the same file.
+    """Locks a file: inside, no other process and no other thread is inside with it.
 
     The operating system holds the lock for as long as the process lives: one that is killed leaves
     the file, which then locks nothing. The file stays and says who had it last.

@@ -48,7 +48,7 @@ class Record:
     models: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
-        """The record as text; `from_json` of it gives the same record back."""
+        """Returns the record as text; `from_json` of it gives the same record back."""
         fields = dataclasses.asdict(self)
         for name in ("curve", "models"):
             if fields[name] is None:
@@ -80,7 +80,7 @@ class Records:
         return len(self._records)
 
     def select(self, **settings: Any) -> "Records":
-        """The records whose settings have all of the given values."""
+        """Returns the records whose settings have all of the given values."""
         return Records(
             [r for r in self if all(r.settings.get(k) == v for k, v in settings.items())]
         )
@@ -90,11 +90,11 @@ class Records:
         return self.select(kind=name)
 
     def values(self, setting: str) -> list:
-        """The different values of one setting, sorted."""
+        """Returns the different values of one setting, sorted."""
         return sorted({r.settings[setting] for r in self if setting in r.settings})
 
     def one(self, **settings: Any) -> Record | None:
-        """The only record with these settings, None when there is none.
+        """Returns the only record with these settings, None when there is none.
 
         Raises:
           ValueError: several records match.
@@ -106,7 +106,7 @@ class Records:
 
 
 def dumps(value: Any) -> str:
-    """JSON that is the same text for the same value, readable in a diff, and always valid.
+    """Returns JSON that is the same text for the same value, readable in a diff, and always valid.
 
     Raises:
       ValueError: a NaN or an infinity, which JSON cannot say; a measurement that meets one
@@ -116,7 +116,7 @@ def dumps(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON will give it back: tuples as lists, NumPy scalars as numbers.
+    """Returns `value` as JSON will give it back: tuples as lists, NumPy scalars as numbers.
 
     Raises:
       TypeError: a value that JSON cannot hold.
@@ -133,13 +133,13 @@ def plain(value: Any) -> Any:
 
 
 def digest(paper: str, cell: str, settings: Mapping[str, Any], seed: int) -> str:
-    """Short hash that names a measurement; equal inputs, equal hash, on every machine."""
+    """Returns a short hash that names a measurement; equal inputs, equal hash, on every machine."""
     text = json.dumps([SCHEMA, paper, cell, plain(settings), seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load(folder: pathlib.Path) -> Records:
-    """The records under `folder`/cells.
+    """Returns the records under `folder`/cells.
 
     Raises:
       ValueError: a file there is not a record; the message names it.
@@ -154,7 +154,7 @@ def load(folder: pathlib.Path) -> Records:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether every number in a nested result is finite."""
+    """Returns whether every number in a nested result is finite."""
     if isinstance(value, Mapping):
         return all(is_finite(item) for item in value.values())
     if isinstance(value, list | tuple):
@@ -164,7 +164,7 @@ def is_finite(value: Any) -> bool:
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """Versions, device and commit: what a reader needs to judge or repeat a number."""
+    """Returns versions, device and commit: what a reader needs to judge or repeat a number."""
     import jax
 
     device = jax.devices()[0]
@@ -184,7 +184,7 @@ def environment() -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """Returns the time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

@@ -22,7 +22,7 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 def load(name: str) -> Paper:
-    """The paper's definition.
+    """Returns the paper's definition.
 
     Raises:
       ValueError: no such paper; the message names the nearest.
@@ -33,7 +33,7 @@ def load(name: str) -> Paper:
 
 
 def load_config(name: str, scale: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """The paper's config at a scale, with overrides such as "--config.runtime.repeats=3".
+    """Returns the paper's config at a scale, with overrides such as "--config.runtime.repeats=3".
 
     The config is locked: it cannot grow keys.
 

@@ -168,7 +168,7 @@ def _keep_code(workdir: pathlib.Path, code: Mapping[str, str]) -> str:
 
 
 def _shortened(text: str, most: int = 1000) -> str:
-    """One line of bounded length; the end stays, where errors say what to do."""
+    """Returns one line of bounded length; the end stays, where errors say what to do."""
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most // 4]} ... {text[-3 * most // 4 :]}"
 

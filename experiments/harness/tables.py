@@ -73,14 +73,14 @@ class Table:
                 )
 
     def texts(self) -> list[list[str]]:
-        """Every cell as text."""
+        """Returns every cell as text."""
         return [
             [format_value(v, c.digits) for v, c in zip(row, self.columns, strict=True)]
             for row in self.rows
         ]
 
     def to_json(self) -> dict:
-        """The table as plain values, numbers in full precision."""
+        """Returns the table as plain values, numbers in full precision."""
         return {
             "name": self.name,
             "title": self.title,
@@ -90,7 +90,7 @@ class Table:
         }
 
     def to_markdown(self) -> str:
-        """A GitHub table under its title, with the note below."""
+        """Returns a GitHub table under its title, with the note below."""
         align = ["---" if column.kind == LABEL else "---:" for column in self.columns]
         lines = [[column.heading for column in self.columns], align, *self.texts()]
         body = "\n".join("| " + " | ".join(_escape(v) for v in line) + " |" for line in lines)
@@ -98,7 +98,7 @@ class Table:
         return f"### {self.title}\n\n{body}\n{note}"
 
     def to_rich(self) -> rich.table.Table:
-        """The table for a terminal: published columns dim, measured ones bold."""
+        """Returns the table for a terminal: published columns dim, measured ones bold."""
         style = {PUBLISHED: "cyan", MEASURED: "bold", STATIC: "magenta"}
         table = rich.table.Table(title=self.title, caption=self.note, title_justify="left")
         for column in self.columns:
@@ -145,7 +145,7 @@ def percent(value: Spread | float | None) -> str:
 
 
 def format_value(value: Any, digits: int = 3) -> str:
-    """A table cell as text: `digits` significant digits, thousands apart, "–" for None."""
+    """Returns a table cell as text: `digits` significant digits, thousands apart, "–" for None."""
     if value is None:
         return "–"
     if isinstance(value, Spread):

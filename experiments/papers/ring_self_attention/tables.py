@@ -1,5 +1,7 @@
 """RSA's tables and figures."""
 
+import functools
+
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.groups import Group, at, by, first, series
 from tilescan.experiments.harness.records import Record, Records
@@ -252,28 +254,17 @@ def traffic_table(records: Records) -> Table:
 
 def figures(records: Records) -> dict[str, str]:
     """Returns Table 4's memory over that of one device, and the largest batches and lengths."""
-    memory, sizes, made = {}, {}, {}
+    memory, sizes = {}, {}
     for vary, words in WORDS.items():
-        found = {NAMES[s]: weak(records, vary, s) for s in STEPS}
-        if any(found.values()):
+        if found := {NAMES[s]: x for s in STEPS if (x := weak(records, vary, s))}:
             found |= {f"{NAMES[s]}, published": x for s, x in MEMORY[vary].items()}
-            memory[f"{words} grow"] = {n: over_one_device(x) for n, x in found.items() if x}
-        found = {NAMES[s]: x for s in (TENSOR, RSA) if (x := largest(records, vary, s))}
-        if found:
+            memory[f"{words} grow"] = {name: over_one_device(x) for name, x in found.items()}
+        if found := {NAMES[s]: x for s in (TENSOR, RSA) if (x := largest(records, vary, s))}:
             sizes[GREATEST[vary]] = found
+    chart = functools.partial(line_chart, x_label="devices", log_x=True)
     dashed = [f"{NAMES[s]}, published" for s in (TENSOR, RSA)]
-    if memory:
-        label = "memory of a device, over one device's"
-        made["memory-when-work-grows"] = line_chart(
-            memory, x_label="devices", y_label=label, log_x=True, dashed=dashed
-        )
-    if sizes:
-        made["largest"] = line_chart(
-            sizes,
-            x_label="devices",
-            y_label="rows, or tokens",
-            log_x=True,
-            log_y=True,
-            share_y=False,
-        )
-    return made
+    label = "memory of a device, over one device's"
+    return {
+        "memory-when-work-grows": chart(memory, y_label=label, dashed=dashed),
+        "largest": chart(sizes, y_label="rows, or tokens", log_y=True, share_y=False),
+    }

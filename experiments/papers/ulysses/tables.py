@@ -1,5 +1,7 @@
 """Ulysses' tables and figures."""
 
+import functools
+
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.groups import Group, at, by, first, series
 from tilescan.experiments.harness.records import Record, Records
@@ -165,18 +167,16 @@ def longest_table(records: Records) -> Table:
 
 def figures(records: Records) -> dict[str, str]:
     """Returns bytes when sequences grow with the devices, and the longest sequences."""
-    made, found = {}, weak(records)
-    logs = {"log_x": True, "log_y": True}
-    if found:
-        sent = lambda s: {P: ratio(sent_bytes(r, s), MIB) for P, r in found.items()}
-        x, y = "devices, and tokens with them", "MiB that a device sends, forward"
-        lines = {name: sent(s) for s, name in NAMES.items()}
-        made["sent-when-sequences-grow"] = line_chart({"": lines}, x_label=x, y_label=y, **logs)
-    lines = {NAMES[s]: x for s in (ULYSSES, MEGATRON) if (x := longest(records, s))}
-    if lines:
-        name = "Ulysses, published"
-        lines[name] = LONGEST
-        made["longest-sequence"] = line_chart(
-            {"": lines}, x_label="devices", y_label="tokens", dashed=(name,), **logs
-        )
-    return made
+    found, published = weak(records), "Ulysses, published"
+    sent = lambda s: {P: ratio(sent_bytes(r, s), MIB) for P, r in found.items()}
+    bytes_ = {name: sent(s) for s, name in NAMES.items() if found}
+    if sizes := {NAMES[s]: x for s in (ULYSSES, MEGATRON) if (x := longest(records, s))}:
+        sizes[published] = LONGEST
+    chart = functools.partial(line_chart, log_x=True, log_y=True)
+    x, y = "devices, and tokens with them", "MiB that a device sends, forward"
+    return {
+        "sent-when-sequences-grow": chart({"": bytes_}, x_label=x, y_label=y),
+        "longest-sequence": chart(
+            {"": sizes}, x_label="devices", y_label="tokens", dashed=(published,)
+        ),
+    }

@@ -1,5 +1,6 @@
 """ZeCO's tables and figures."""
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -245,20 +246,19 @@ def throughput_table() -> Table:
 
 def figures(records: Records) -> dict[str, str]:
     """Returns bytes against devices, and the published times beside the modelled ones."""
-    made, found = {}, by_devices(records, "traffic")
-    logs = {"log_x": True, "log_y": True}
-    if found:
-        sent = lambda s: {P: sent_states(r, s) for P, r in found.items()}
-        lines = {name: sent(s) for s, name in (KINDS | SOFTMAX).items()}
-        y = "states that a device sends, forward"
-        made["sent-against-devices"] = line_chart({"": lines}, x_label="devices", y_label=y, **logs)
+    found = by_devices(records, "traffic")
+    sent = lambda s: {P: sent_states(r, s) for P, r in found.items()}
+    states = {name: sent(s) for s, name in (KINDS | SOFTMAX).items() if found}
     panels = {title: {} for title in TIMES}
     for title, published in TIMES.items():
         for kind, times in published.items():
             panels[title][f"{KINDS[kind]}, published"] = times
             panels[title][f"{KINDS[kind]}, modelled"] = modelled(times, steps(records, kind))
-    dashed = [f"{name}, modelled" for name in KINDS.values()]
-    made["published-times"] = line_chart(
-        panels, x_label="GPUs", y_label="ms", dashed=dashed, share_y=False, **logs
-    )
-    return made
+    chart = functools.partial(line_chart, log_x=True, log_y=True)
+    y, dashed = "states that a device sends, forward", [f"{n}, modelled" for n in KINDS.values()]
+    return {
+        "sent-against-devices": chart({"": states}, x_label="devices", y_label=y),
+        "published-times": chart(
+            panels, x_label="GPUs", y_label="ms", dashed=dashed, share_y=False
+        ),
+    }
