@@ -1,5 +1,6 @@
 """What is shown is made of the records alone, in the same bytes every time."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from tilescan.experiments import report
 from tilescan.experiments.harness import cells as cells_lib
-from tilescan.experiments.harness import claims, figures, publish, tables
+from tilescan.experiments.harness import claims, figures, markdown, publish, tables
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import runner as harness
 from tilescan.experiments.harness.results import collect
@@ -133,6 +134,18 @@ def test_figure_is_deterministic_svg_with_every_line():
     assert xml.etree.ElementTree.fromstring(first).tag.endswith("svg")
     assert "stroke-dasharray" in first
     assert all(color in first for color in figures.COLORS[:2])
+
+
+def test_results_of_forty_four_papers_fit_in_one_page():
+    found = publish.gather(ROOT / "results")
+    many = []
+    for i in range(44):
+        one = found[i % len(found)]
+        paper = dataclasses.replace(one.paper, name=f"paper_{i}", short=f"{one.paper.short} {i}")
+        many.append(dataclasses.replace(one, paper=paper))
+    text = markdown.overview(many, {}, "results")
+    assert all(f"results/paper_{i}/README.md" in text for i in range(44))
+    assert len(text.encode()) < 100_000
 
 
 def test_committed_results_are_exactly_what_the_committed_records_give():
