@@ -76,15 +76,16 @@ def code_since(found: Sequence[Results]) -> dict[str, str]:
     """Returns {folder: whether the code under its records changed since they were measured}."""
     since = {}
     for results in found:
+        then = {record.cell: record.environment.get("code") for record in results.records}
+        if not all(then.values()):
+            since[results.folder] = matrix.UNKNOWN
+            continue
         config = registry.load_config(results.paper.name, results.scale)
         today = {
             cell.id: provenance.digest(provenance.code_of(cell.measure))
             for cell in results.paper.cells(config)
         }
-        then = {record.cell: record.environment.get("code") for record in results.records}
-        if not all(then.values()):
-            since[results.folder] = matrix.UNKNOWN
-        elif all(today.get(cell) == digest for cell, digest in then.items()):
+        if all(today.get(cell) == digest for cell, digest in then.items()):
             since[results.folder] = matrix.UNCHANGED
         else:
             since[results.folder] = matrix.CHANGED
