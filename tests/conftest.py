@@ -1,6 +1,8 @@
-"""Settings that every test shares: eight virtual CPU devices, strict promotion of ranks."""
+"""Settings that every test shares: eight virtual CPU devices, strict ranks, checked shapes."""
 
 import os
+import pathlib
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _DEVICES = "--xla_force_host_platform_device_count=8"
@@ -11,6 +13,12 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Before any module of the packages is imported.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import shape_checks  # noqa: E402
+
+shape_checks.install()
 
 # Deadlines measure the machine, not the code: a first call compiles.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)

@@ -1,0 +1,40 @@
+"""Checks the shapes in annotations while tests run: jaxtyping's import hook with beartype.
+
+Every call of a function that states what it returns checks its arguments and its result against
+those annotations that hold a jaxtyping shape, with one meaning of a letter within the call. The
+check comes after the call: where a function validates its own arguments, its error is raised, and
+what it accepts has to be what its annotations say. Annotations without a shape are not checked, and
+neither are the fields of dataclasses, which JAX also builds of leaves that are not arrays.
+"""
+
+import inspect
+import typing
+
+import beartype
+import jaxtyping
+
+PACKAGES = ("data", "ops", "pallas_kernels")
+
+
+def install():
+    """Installs the hook; modules that are imported before it are not checked."""
+    jaxtyping.install_import_hook([f"tilescan.{name}" for name in PACKAGES], "shape_checks.check")
+
+
+def check(function):
+    """Returns `function`, checked against those of its annotations that hold a shape.
+
+    jaxtyping calls this for a copy of each function's signature whose result is Any, which it
+    checks before a call, and for one whose result is the real one, which it checks after.
+    """
+    annotations = function.__annotations__
+    if annotations.get("return") is typing.Any or function.__name__ == "__init__":
+        return function
+    function.__annotations__ = {n: a for n, a in annotations.items() if _holds_shape(a)}
+    return beartype.beartype(function)
+
+
+def _holds_shape(annotation) -> bool:
+    if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
+        return True
+    return any(map(_holds_shape, typing.get_args(annotation)))
