@@ -21,7 +21,7 @@ from tilescan.ops.ssd import ssd
 B, T, H, G, D, P, N, E = 4, 10, 4, 2, 4, 3, 3, 8
 CAUSAL = masks.Causal()
 # Which axis of a mesh shards which dimension.
-CUT = {"B": "data", "H": "tensor", "G": "tensor", "E": "tensor", "V": "tensor"}
+SHARDED = {"B": "data", "H": "tensor", "G": "tensor", "E": "tensor", "V": "tensor"}
 
 
 @dataclasses.dataclass
