@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Num
+from jaxtyping import Array, Integer, Num
 
 from tilescan.decoding.filters import check_integer, is_traced
 from tilescan.models import LanguageModelConfig
@@ -18,9 +18,9 @@ from tilescan.models.mixers import attends
 from tilescan.ops import masks
 
 # What callers may give: arrays of NumPy or JAX, or lists of numbers.
-Integer = int | np.integer | Int[Array | np.ndarray, ""]
-Prompt = Int[Array | np.ndarray, "B T"] | Sequence[Sequence[Integer]]
-Lengths = Int[Array | np.ndarray, " B"] | Sequence[Integer]
+AnyInteger = int | np.integer | Integer[Array | np.ndarray, ""]
+Prompt = Integer[Array | np.ndarray, "B T"] | Sequence[Sequence[AnyInteger]]
+Lengths = Integer[Array | np.ndarray, " B"] | Sequence[AnyInteger]
 Numbers = (
     float | int | np.number | Num[Array | np.ndarray, " #B"] | Num[Array | np.ndarray, ""]
     | Sequence[float]
@@ -36,7 +36,7 @@ def is_known(array: Any) -> bool:
 
 def check_prompt(
     config: LanguageModelConfig, prompt: Any, lengths: Any
-) -> tuple[Array, Int[np.ndarray, " B"] | None]:
+) -> tuple[Array, Integer[np.ndarray, " B"] | None]:
     """Returns prompt [B, T] of its integer dtype, and lengths [B] or None if all are T.
 
     Values after a row's length are never looked at. A traced prompt is taken as it is: an id
@@ -82,7 +82,7 @@ def check_prompt(
     return jnp.asarray(prompt), None if lengths is None or np.all(lengths == T) else lengths
 
 
-def _check_lengths(lengths: Any, B: int, T: int) -> Int[np.ndarray, " B"]:
+def _check_lengths(lengths: Any, B: int, T: int) -> Integer[np.ndarray, " B"]:
     if is_traced(lengths):
         raise TypeError("lengths are traced; they must be integers that are known beforehand")
     lengths = np.asarray(lengths)
@@ -96,8 +96,10 @@ def _check_lengths(lengths: Any, B: int, T: int) -> Int[np.ndarray, " B"]:
 
 
 def flush_right(
-    config: LanguageModelConfig, prompt: Int[Array, "B T"], lengths: Int[np.ndarray, " B"] | None
-) -> tuple[Int[Array, "B T"], Int[Array, "B T"] | None, Int[Array, "B T"] | None]:
+    config: LanguageModelConfig,
+    prompt: Integer[Array, "B T"],
+    lengths: Integer[np.ndarray, " B"] | None,
+) -> tuple[Integer[Array, "B T"], Integer[Array, "B T"] | None, Integer[Array, "B T"] | None]:
     """Returns tokens, segment ids and positions; None for the latter two if lengths is None.
 
     Padding is token 0 in segment 0, before the prompt, which is segment 1.

@@ -4,12 +4,13 @@ Dimensions: B batch, V vocabulary.
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 # Below float32's least normal number, which many devices round to 0, a temperature is its limit.
 _TINY = float(np.finfo(np.float32).tiny)
@@ -25,10 +26,10 @@ class Nucleus(NamedTuple):
 
 
 def filter_logits(
-    logits: Float[Array, "... V"],
-    temperature: float | Float[Array, "..."] = 1.0,
+    logits: Float[Array, "... V"] | Sequence[float],
+    temperature: float | Num[Array, "..."] = 1.0,
     top_k: int | None = None,
-    top_p: float | Float[Array, "..."] | None = None,
+    top_p: float | Num[Array, "..."] | None = None,
 ) -> Float[Array, "... V"]:
     """Returns the log-probabilities that tokens are sampled from; -inf for what is left out.
 

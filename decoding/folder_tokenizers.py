@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from tilescan.data.tokenizers import TEXT_ENDS, TURN_ENDS, get_tokenizer, utf8
 from tilescan.decoding.pieces import Codec
@@ -43,7 +43,7 @@ class FolderTokenizer:
         self.end_ids = read_ends(folder, self._inner.token_to_id, vocab_size)
         self.eos_id = self.end_ids[0] if self.end_ids else None
 
-    def encode(self, text: str, *, allow_special: bool = False) -> Int[np.ndarray, " N"]:
+    def encode(self, text: str, *, allow_special: bool = False) -> Integer[np.ndarray, " N"]:
         """Returns the int32 ids of a text's tokens.
 
         Args:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 # What a decoder gives for bytes that are not a character, or not yet.
 _UNFINISHED = "\ufffd"
@@ -31,12 +31,12 @@ class Codec(Decoder, Protocol):
     Its end_ids, eos_id and bos_id are used if it has them.
     """
 
-    def encode(self, text: str, *, allow_special: bool = False) -> Int[np.ndarray, " N"]:
+    def encode(self, text: str, *, allow_special: bool = False) -> Integer[np.ndarray, " N"]:
         """Returns the ids of a text's tokens."""
 
 
 def text_pieces(
-    tokenizer: Decoder, prompt: Sequence[int] | Int[np.ndarray, " N"], tokens: Iterable[Any]
+    tokenizer: Decoder, prompt: Sequence[int] | Integer[np.ndarray, " N"], tokens: Iterable[Any]
 ) -> Iterator[str]:
     """Yields what each token adds to the text of the prompt and the tokens before it.
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.decoding import arguments
-from tilescan.decoding.arguments import Integer, Lengths, Numbers, Prompt
+from tilescan.decoding.arguments import AnyInteger, Lengths, Numbers, Prompt
 from tilescan.decoding.filters import (
     Nucleus,
     check_temperature,
@@ -41,8 +41,8 @@ class Generation(NamedTuple):
     the distribution it was sampled from (0 if it is greedy: it holds one token), 0 after the end.
     """
 
-    tokens: Int[Array, "B N"]
-    lengths: Int[Array, " B"]
+    tokens: Integer[Array, "B N"]
+    lengths: Integer[Array, " B"]
     logprobs: Float[Array, "B N"]
 
 
@@ -51,13 +51,13 @@ def generate(
     params: Any,
     prompt: Prompt,
     *,
-    max_new_tokens: Integer,
+    max_new_tokens: AnyInteger,
     lengths: Lengths | None = None,
     temperature: Numbers = 0.0,
-    top_k: Integer | None = None,
+    top_k: AnyInteger | None = None,
     top_p: Numbers | None = None,
     key: Array | None = None,
-    eos: Integer | Iterable[Integer] | None = None,
+    eos: AnyInteger | Iterable[AnyInteger] | None = None,
 ) -> Generation:
     """Continues every row of `prompt`; stops early when all rows have sampled an end of text.
 
@@ -96,13 +96,13 @@ def stream(
     params: Any,
     prompt: Prompt,
     *,
-    max_new_tokens: Integer,
+    max_new_tokens: AnyInteger,
     lengths: Lengths | None = None,
     temperature: Numbers = 0.0,
-    top_k: Integer | None = None,
+    top_k: AnyInteger | None = None,
     top_p: Numbers | None = None,
     key: Array | None = None,
-    eos: Integer | Iterable[Integer] | None = None,
+    eos: AnyInteger | Iterable[AnyInteger] | None = None,
 ) -> Iterator[np.ndarray]:
     """Returns an iterator over the tokens of `generate`, [B] at a time, once they are sampled.
 
@@ -146,9 +146,9 @@ class _Static(NamedTuple):
 class _Inputs(NamedTuple):
     """What the program is given; None stands for what it does without."""
 
-    tokens: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"] | None
-    positions: Int[Array, "B T"] | None
+    tokens: Integer[Array, "B T"]
+    segment_ids: Integer[Array, "B T"] | None
+    positions: Integer[Array, "B T"] | None
     temperature: Float[Array, "..."]
     nucleus: Nucleus | None
     key: Array
@@ -178,7 +178,7 @@ class _Run(NamedTuple):
 
 def _sample(
     static: _Static, inputs: _Inputs, logits: Float[Array, "B V"], key: Array
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+) -> tuple[Integer[Array, " B"], Float[Array, " B"]]:
     """(tokens, log-probabilities); (-1, NaN) for a row that makes no distribution."""
     if static.greedy:
         valid = is_distribution(logits)
@@ -197,18 +197,18 @@ class _Carry(NamedTuple):
     """Between two steps: the model's state, the token just sampled, its position, who is done."""
 
     state: Any
-    token: Int[Array, " B"]
+    token: Integer[Array, " B"]
     logprob: Float[Array, " B"]
-    position: Int[Array, " B"]
+    position: Integer[Array, " B"]
     done: Array
-    step: Int[Array, ""]
+    step: Integer[Array, ""]
 
     def after_end(self) -> Float[Array, " B"]:
         """The log-probability of what stands after a row's end."""
         return jnp.where(self.token < 0, jnp.nan, 0.0)
 
 
-def _ends(static: _Static, token: Int[Array, " B"]) -> Array:
+def _ends(static: _Static, token: Integer[Array, " B"]) -> Array:
     """Whether a row ends here: with one of `eos`, or for want of a distribution."""
     ends = token < 0
     for end in static.eos:

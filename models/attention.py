@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models import positions as positions_lib
 from tilescan.models.layers import RMSNorm, linear, scaled_fan_in
@@ -33,8 +33,8 @@ class KVCache(NamedTuple):
 
     k: Float[Array, "B S G D"]
     v: Float[Array, "B S G D"]
-    segment_ids: Int[Array, "B S"]
-    length: Int[Array, " B"]
+    segment_ids: Integer[Array, "B S"]
+    length: Integer[Array, " B"]
 
     @classmethod
     def create(
@@ -45,7 +45,7 @@ class KVCache(NamedTuple):
         ids = jnp.zeros((batch, max_len), jnp.int32)
         return cls(kv, kv, ids, jnp.zeros((batch,), jnp.int32))
 
-    def filled_ids(self, ids: Int[Array, "B T"] | None) -> Int[Array, "B S"]:
+    def filled_ids(self, ids: Integer[Array, "B T"] | None) -> Integer[Array, "B S"]:
         """Returns the slots' ids (1 if ids is None), empty slots having one that ids don't hold."""
         filled = jnp.arange(self.k.shape[1])[None] < self.length[:, None]
         if ids is None:
@@ -55,7 +55,7 @@ class KVCache(NamedTuple):
         return jnp.where(filled, self.segment_ids, none[:, None])
 
     def append(
-        self, k: Float[Array, "B T G D"], v: Float[Array, "B T G D"], ids: Int[Array, "B T"]
+        self, k: Float[Array, "B T G D"], v: Float[Array, "B T G D"], ids: Integer[Array, "B T"]
     ) -> "KVCache":
         """Returns the cache with T more tokens, after the last of each row.
 
@@ -135,8 +135,8 @@ class Attention(Module):
         x: Float[Array, "B T E"],
         *,
         state: KVCache | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], KVCache | None]:
         """Mixes T tokens, as `models.mixers` says; a row that outgrows the state becomes NaN."""
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)

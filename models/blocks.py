@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models.config import LanguageModelConfig
 from tilescan.models.layers import NORMS
@@ -64,8 +64,8 @@ class Block(nn.Module):
         x: Float[Array, "B T E"],
         *,
         state: Any = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Any]:
         """Adds to T vectors what the mixer makes of them; arguments as `models.mixers` says."""
         config = self.config
@@ -88,8 +88,8 @@ class Repeat(nn.Module):
         self,
         x: Float[Array, "B T E"],
         state: tuple[Any, ...] | None,
-        positions: Int[Array, "B T"] | None,
-        segment_ids: Int[Array, "B T"] | None,
+        positions: Integer[Array, "B T"] | None,
+        segment_ids: Integer[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T E"], tuple[Any, ...] | None]:
         """Applies the pattern's blocks in order; `state` holds one entry per block."""
         x = checkpoint_name(x, REPEAT_INPUT)

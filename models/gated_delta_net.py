@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models.gated_linear_attention import HeadNorm, head_dims
 from tilescan.models.layers import linear, scaled_fan_in
@@ -32,7 +32,7 @@ class GatedDeltaNetState(NamedTuple):
 
     conv: tuple[Float[Array, "B W-1 HD"], Float[Array, "B W-1 HD"], Float[Array, "B W-1 HP"]]
     memory: Float[Array, "B H D P"]
-    segment: Int[Array, " B"]
+    segment: Integer[Array, " B"]
 
 
 class GatedDeltaNet(Module):
@@ -78,8 +78,8 @@ class GatedDeltaNet(Module):
         x: Float[Array, "B T E"],
         *,
         state: GatedDeltaNetState | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], GatedDeltaNetState | None]:
         """Mixes T tokens, as `models.mixers` says; positions are not used.
 

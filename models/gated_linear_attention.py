@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models.layers import linear, scaled_fan_in
 from tilescan.models.module import Module
@@ -21,7 +21,7 @@ class GLAState(NamedTuple):
     """What is carried over time: a matrix per head, and the last token's segment."""
 
     memory: Float[Array, "B H D P"]
-    segment: Int[Array, " B"]
+    segment: Integer[Array, " B"]
 
 
 class GatedLinearAttention(Module):
@@ -61,8 +61,8 @@ class GatedLinearAttention(Module):
         x: Float[Array, "B T E"],
         *,
         state: GLAState | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], GLAState | None]:
         """Mixes T tokens, as `models.mixers` says; positions are not used.
 

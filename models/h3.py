@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models.layers import linear
 from tilescan.models.module import Module
@@ -32,7 +32,7 @@ class H3State(NamedTuple):
 
     keys: Float[Array, "B m-1 E"]
     ssm: Float[Array, "B H DD S"]
-    segment: Int[Array, " B"]
+    segment: Integer[Array, " B"]
 
 
 class H3(Module):
@@ -75,8 +75,8 @@ class H3(Module):
         x: Float[Array, "B T E"],
         *,
         state: H3State | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], H3State | None]:
         """Mixes T tokens, as `models.mixers` says; positions are not used.
 

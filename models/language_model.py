@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models.blocks import REPEAT_INPUT, Repeat, init_state, make_norm
 from tilescan.models.config import LanguageModelConfig
@@ -41,8 +41,8 @@ class ModelState(NamedTuple):
     """
 
     layers: tuple[Any, ...]
-    position: Int[Array, " B"]
-    segment: Int[Array, " B"]
+    position: Integer[Array, " B"]
+    segment: Integer[Array, " B"]
 
 
 class Backbone(Module):
@@ -81,11 +81,11 @@ class Backbone(Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"] | Float[Array, "B T F"],
+        tokens: Integer[Array, "B T"] | Float[Array, "B T F"],
         *,
         state: ModelState | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], ModelState | None]:
         """Returns the vectors that the head takes, and the new state; see `LanguageModel`."""
         config = self.config
@@ -115,8 +115,8 @@ class Backbone(Module):
         self,
         x: Float[Array, "B T E"],
         state: ModelState | None,
-        positions: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None,
+        positions: Integer[Array, "B T"],
+        segment_ids: Integer[Array, "B T"] | None,
     ) -> tuple[Any, Any]:
         states = None if state is None else state.layers
         if self.config.scan_layers:
@@ -165,11 +165,11 @@ class LanguageModel(Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"] | Float[Array, "B T F"],
+        tokens: Integer[Array, "B T"] | Float[Array, "B T F"],
         *,
         state: ModelState | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], ModelState | None]:
         """Reads T tokens.
 
@@ -194,11 +194,11 @@ class LanguageModel(Module):
 
     def hidden(
         self,
-        tokens: Int[Array, "B T"] | Float[Array, "B T F"],
+        tokens: Integer[Array, "B T"] | Float[Array, "B T F"],
         *,
         state: ModelState | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], ModelState | None]:
         """Returns the vectors that `logits` takes, and the new state: for losses by chunks."""
         return self.backbone(tokens, state=state, positions=positions, segment_ids=segment_ids)
@@ -252,10 +252,10 @@ class SequenceClassifier(Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "B T"] | Float[Array, "B T F"],
+        tokens: Integer[Array, "B T"] | Float[Array, "B T F"],
         *,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> Float[Array, "B n_classes"]:
         """Classifies one sequence per row; `segment_ids` is 0 at padding and 1 elsewhere.
 

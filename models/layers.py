@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models.module import Module
 from tilescan.ops.token_ids import bounded_ids
@@ -198,8 +198,8 @@ class MLP(Module):
         x: Float[Array, "B T E"],
         *,
         state: None = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], None]:
         """Maps each of T tokens by itself; arguments as `models.mixers` says."""
         activation, gated = MLP_KINDS[self.kind]
@@ -234,7 +234,7 @@ class Embedding(Module):
         shape = (self.vocab_size, self.d_model)
         self.embedding = self.param("embedding", init, shape, self.param_dtype)
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    def __call__(self, tokens: Integer[Array, "B T"]) -> Float[Array, "B T E"]:
         """Returns rows of the table; NaN for ids outside [0, V), never a wrong vector."""
         # "fill" counts negative ids from the table's end, and fills beyond it alone.
         tokens = bounded_ids(tokens, self.vocab_size, outside=self.vocab_size)

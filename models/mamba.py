@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models.layers import linear
 from tilescan.models.module import Module
@@ -31,7 +31,7 @@ class MambaState(NamedTuple):
 
     conv: Float[Array, "B W-1 E"]
     ssm: Float[Array, "B E N"]
-    segment: Int[Array, " B"]
+    segment: Integer[Array, " B"]
 
 
 class Mamba(Module):
@@ -73,8 +73,8 @@ class Mamba(Module):
         x: Float[Array, "B T M"],
         *,
         state: MambaState | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T M"], MambaState | None]:
         """Mixes T tokens, as `models.mixers` says; positions are not used."""
         check_mixer_inputs(x, positions=positions, segment_ids=segment_ids)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models.layers import GatedRMSNorm, linear
 from tilescan.models.module import Module
@@ -36,7 +36,7 @@ class Mamba2State(NamedTuple):
 
     conv: Float[Array, "B W-1 E+2GN"]
     ssm: Float[Array, "B H P N"]
-    segment: Int[Array, " B"]
+    segment: Integer[Array, " B"]
     window: StateWindow | None = None
 
 
@@ -103,8 +103,8 @@ class Mamba2(Module):
         x: Float[Array, "B T M"],
         *,
         state: Mamba2State | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T M"], Mamba2State | None]:
         """Mixes T tokens, as `models.mixers` says; positions are not used.
 

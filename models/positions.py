@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 POSITION_KINDS = ("rope", "rope_interleaved", "alibi", "learned", "none")
 
@@ -79,7 +79,7 @@ class RopeScaling:
 
 def rope_frequencies(
     head_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None
-) -> Float[np.ndarray, "D/2"]:
+) -> Float[np.ndarray, "{head_dim}//2"]:
     """Returns the angle per position of each pair of channels: `theta ** (-2 i / D)`, float64.
 
     Source: Su et al. 2021 (arXiv 2104.09864), equation 15.
@@ -109,7 +109,7 @@ def rope_frequencies(
 
 def apply_rope(
     x: Float[Array, "B T H D"],
-    positions: Int[Array, "B T"],
+    positions: Integer[Array, "B T"],
     *,
     theta: float = 10000.0,
     interleaved: bool = False,
@@ -139,8 +139,8 @@ def apply_rope(
 
 
 def rope_angles(
-    positions: Int[Array, "B T"], frequencies: Float[np.ndarray, "D/2"], dtype: Any = jnp.float32
-) -> Float[Array, "B T D/2"]:
+    positions: Integer[Array, "B T"], frequencies: Float[np.ndarray, "R"], dtype: Any = jnp.float32
+) -> Float[Array, "B T R"]:
     """Returns positions times frequencies, less whole turns in float32: angles in [-pi, pi].
 
     A product in float32 is off by 2^-25 of itself, 0.3 at ten million. Here angles are integers,
@@ -196,7 +196,7 @@ def alibi_slopes(n_heads: int) -> Float[np.ndarray, " H"]:
 
 
 def alibi_bias(
-    n_heads: int, T: int, S: int, q_offset: Int[Array, "*B"] | int, *, causal: bool
+    n_heads: int, T: int, S: int, q_offset: Integer[Array, "*B"] | int, *, causal: bool
 ) -> Float[Array, "B_or_1 H T_or_1 S"]:
     """Returns the bias -slope * |i - j| of ALiBi, in the cheapest form that gives the same softmax.
 
@@ -222,10 +222,10 @@ def alibi_bias(
 def token_positions(
     B: int,
     T: int,
-    segment_ids: Int[Array, "B T"] | None = None,
-    start: Int[Array, " B"] | None = None,
-    last_segment: Int[Array, " B"] | None = None,
-) -> Int[Array, "B T"]:
+    segment_ids: Integer[Array, "B T"] | None = None,
+    start: Integer[Array, " B"] | None = None,
+    last_segment: Integer[Array, " B"] | None = None,
+) -> Integer[Array, "B T"]:
     """Returns positions that count up and start again at 0 wherever `segment_ids` changes.
 
     `start` is the position of the first token if it carries on what came before it; it does

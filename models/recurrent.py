@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models.module import Module
 from tilescan.ops.mesh_axes import sequence_parts
@@ -39,7 +39,7 @@ def check_whole_time(x: Float[Array, "B T E"], option: str) -> None:
         )
 
 
-def continued(state: Any, segment_ids: Int[Array, "B T"] | None) -> Any:
+def continued(state: Any, segment_ids: Integer[Array, "B T"] | None) -> Any:
     """Returns a mixer's state with zeros in the rows whose first token begins another segment.
 
     Ops start there from nothing as well, but by a factor of 0, which leaves NaN what it is.
@@ -55,8 +55,8 @@ def continued(state: Any, segment_ids: Int[Array, "B T"] | None) -> Any:
 
 
 def carried_segments(
-    segment_ids: Int[Array, "B T"] | None, last: Int[Array, " B"] | None
-) -> tuple[Int[Array, "B 1+T"] | Int[Array, "B T"] | None, Int[Array, " B"] | None]:
+    segment_ids: Integer[Array, "B T"] | None, last: Integer[Array, " B"] | None
+) -> tuple[Integer[Array, "B 1+T"] | Integer[Array, "B T"] | None, Integer[Array, " B"] | None]:
     """Returns ids as ops take them, that of the state's token first, and the last token's.
 
     Args:
@@ -114,9 +114,9 @@ class ShortConvolution(Module):
         self,
         x: Float[Array, "B T E"],
         *,
-        state: Float[Array, "B W-1 E"] | None = None,
-        segment_ids: Int[Array, "B T"] | Int[Array, "B 1+T"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], Float[Array, "B W-1 E"]]:
+        state: Float[Array, "B {self.width}-1 E"] | None = None,
+        segment_ids: Integer[Array, "B T"] | Integer[Array, "B 1+T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "B {self.width}-1 E"]]:
         """Returns the convolution of x and the last W - 1 inputs, as `ops.short_convolution`."""
         named, E = nn.with_logical_partitioning, x.shape[-1]
         bound = self.width**-0.5  # torch's default: a channel sees W inputs

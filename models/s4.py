@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, Complex, Float, Integer
 
 from tilescan.models.layers import exact_gelu, linear
 from tilescan.models.module import Module
@@ -39,7 +39,7 @@ class S4State(NamedTuple):
     """What is carried over time: the modes' real and imaginary parts, the last token's segment."""
 
     ssm: Float[Array, "B E S"]
-    segment: Int[Array, " B"]
+    segment: Integer[Array, " B"]
 
 
 class _StateSpaceLayer(Module):
@@ -84,8 +84,8 @@ class _StateSpaceLayer(Module):
         x: Float[Array, "B T E"],
         *,
         state: S4State | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Integer[Array, "B T"] | None = None,
+        segment_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], S4State | None]:
         """Mixes T tokens, as `models.mixers` says; positions are not used.
 

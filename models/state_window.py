@@ -14,7 +14,7 @@ Dimensions: B batch, T time, H heads, G groups, P head dim, N state dim, r windo
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.ops.ssd import ssd
 
@@ -28,7 +28,7 @@ class StateWindow(NamedTuple):
     x: Float[Array, "B r H P"]
     dt: Float[Array, "B r H"]
     B: Float[Array, "B r G N"]
-    segment: Int[Array, "B 1+r"]
+    segment: Integer[Array, "B 1+r"]
     ssm: Float[Array, "B H P N"]
 
     @classmethod
@@ -54,7 +54,7 @@ def beyond_window(
     C: Float[Array, "B T G N"],
     state: StateWindow,
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Integer[Array, "B T"] | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "B T H P"], StateWindow]:
     """Computes what the steps before the last r add to y_t, and the new state.
@@ -90,7 +90,7 @@ def beyond_window(
     return y, new
 
 
-def window_sums(a: Float[Array, "B L H"], r: int) -> Float[Array, "B L-r+1 H"]:
+def window_sums(a: Float[Array, "B L H"], r: int) -> Float[Array, "B L-{r}+1 H"]:
     """Returns a_i + ... + a_{i+r-1} for each i, in O(L log r) without differences of long sums.
 
     Sums of 1, 2, 4 ... neighbors are made of two of half as many; those of r's binary digits,

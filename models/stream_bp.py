@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models.blocks import Block, make_mixer, make_norm
 from tilescan.models.config import LanguageModelConfig
@@ -43,11 +43,11 @@ from tilescan.ops.sequence_parallel import layouts
 def stream_hidden(
     model: LanguageModel,
     params: Any,
-    tokens: Int[Array, "B T"] | Float[Array, "B T F"],
+    tokens: Integer[Array, "B T"] | Float[Array, "B T F"],
     *,
     chunks: int,
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Integer[Array, "B T"] | None = None,
+    segment_ids: Integer[Array, "B T"] | None = None,
     in_order: bool = False,
 ) -> Float[Array, "B T E"]:
     """Computes `model.hidden`; its backward pass holds activations of T / chunks tokens at a time.

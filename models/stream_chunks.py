@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.models.blocks import block_name
 from tilescan.models.config import LanguageModelConfig
@@ -25,7 +25,7 @@ from tilescan.ops.sequence_parallel.layouts import Runs
 
 Span = tuple[Any, int]  # where a chunk begins in a device's tokens, and how many it has there
 # Positions and segment ids of tokens.
-Tokens = tuple[Int[Array, "B T"], Int[Array, "B T"] | None]
+Tokens = tuple[Integer[Array, "B T"], Integer[Array, "B T"] | None]
 
 # The name of a choice among programs, of which a loop takes each once: for those who count.
 IN_TURN = "chunks_in_turn"
@@ -81,7 +81,7 @@ class Plan:
         bounds = [start for start, _ in spans] + [sum(spans[-1])]
         return Runs(tuple(self.devices * n for n in bounds))
 
-    def take(self, x: Float[Array, "B T ..."] | Int[Array, "B T"], span: Span) -> Array:
+    def take(self, x: Float[Array, "B T ..."] | Integer[Array, "B T"], span: Span) -> Array:
         """Returns a chunk of x [B, T, ...], of all devices."""
         if self.devices == 1:
             return take(x, span)
@@ -167,7 +167,7 @@ def like(tree: Any, other: Any) -> Any:
     return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, other)
 
 
-def take(x: Float[Array, "B T ..."] | Int[Array, "B T"], span: Span) -> Array:
+def take(x: Float[Array, "B T ..."] | Integer[Array, "B T"], span: Span) -> Array:
     """Returns x[:, start : start + length]."""
     start, length = span
     if isinstance(start, int):

@@ -8,12 +8,17 @@ neither are the fields of dataclasses, which JAX also builds of leaves that are 
 """
 
 import inspect
+import types
 import typing
 
 import beartype
+import jax
 import jaxtyping
+import numpy as np
 
-PACKAGES = ("data", "ops", "pallas_kernels")
+# An int is a float, as in static checks.
+_NUMBERS = beartype.BeartypeConf(is_pep484_tower=True)
+PACKAGES = ("data", "decoding", "models", "ops", "pallas_kernels", "training")
 
 
 def install():
@@ -30,11 +35,23 @@ def check(function):
     annotations = function.__annotations__
     if annotations.get("return") is typing.Any or function.__name__ == "__init__":
         return function
-    function.__annotations__ = {n: a for n, a in annotations.items() if _holds_shape(a)}
-    return beartype.beartype(function)
+    shapes = {name: _admit_numpy(a) for name, a in annotations.items() if _holds_shape(a)}
+    function.__annotations__ = shapes
+    return beartype.beartype(function, conf=_NUMBERS)
 
 
 def _holds_shape(annotation) -> bool:
     if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
         return True
     return any(map(_holds_shape, typing.get_args(annotation)))
+
+
+def _admit_numpy(annotation):
+    """Returns `annotation` with NumPy's arrays and scalars, which become JAX's, beside JAX's."""
+    if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
+        admitted = jax.Array | np.ndarray | np.generic
+        is_jax = annotation.array_type is jax.Array
+        return annotation.dtype[admitted, annotation.dim_str] if is_jax else annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return typing.Union[tuple(map(_admit_numpy, typing.get_args(annotation)))]  # noqa: UP007
+    return annotation

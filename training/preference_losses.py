@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tilescan.ops.cross_entropy import (
     chunked_log_probabilities,
@@ -32,7 +32,7 @@ from tilescan.training.steps import Sums
 def grpo(
     hidden: Float[Array, "B T E"],
     head: Float[Array, "E V"] | Float[Array, "V E"],
-    targets: Int[Array, "B T"],
+    targets: Integer[Array, "B T"],
     mask: Float[Array, "B T"],
     advantages: Float[Array, " B"],
     old_log_probs: Float[Array, "B T"],
@@ -135,7 +135,7 @@ def _grpo(logits, x, low, high, kl_weight):
 def dpo(
     hidden: Float[Array, "B T E"],
     head: Float[Array, "E V"] | Float[Array, "V E"],
-    targets: Int[Array, "B T"],
+    targets: Integer[Array, "B T"],
     mask: Float[Array, "B T"],
     reference_log_probs: Float[Array, "B T"],
     *,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Integer, PyTree
 
 from tilescan.ops.cross_entropy import log_probabilities_of
 from tilescan.ops.explicit_axes import partitioned_by_compiler, replicated, specs_of
@@ -130,7 +130,7 @@ def model_inputs(batch: dict) -> dict:
 @partitioned_by_compiler(replicated)
 def cross_entropy(
     logits: Float[Array, "*B V"],
-    targets: Int[Array, "*B"],
+    targets: Integer[Array, "*B"],
     weights: Float[Array, "*B"],
     z_loss: float = 0.0,
 ) -> Sums:
