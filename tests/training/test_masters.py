@@ -68,11 +68,9 @@ def test_a_small_learning_rate_moves_bfloat16_parameters_as_far_as_float32_ones(
 
 
 def narrow_model(*pattern):
-    return LanguageModel(
-        LanguageModelConfig(
-            VOCAB, 16, pattern, 1, mlp_dim=32, param_dtype="bfloat16", mixers={"s4d": SMALL}
-        )
-    )
+    mixers = {"s4d": SMALL} if "s4d" in pattern else {}
+    sizes = dict(mlp_dim=32, param_dtype="bfloat16", mixers=mixers)
+    return LanguageModel(LanguageModelConfig(VOCAB, 16, pattern, 1, **sizes))
 
 
 def test_wide_parameters_among_narrow_ones_have_no_masters():
