@@ -15,6 +15,7 @@ from tilescan.experiments.harness import publish as publish_lib
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import runner as harness
 from tilescan.experiments.harness.results import collect
+from tilescan.files import is_on_disk
 from tilescan.training import config_files
 from tilescan.training.config import assignments_meant, known_keys
 
@@ -28,7 +29,10 @@ def measure(
     config: ConfigDict, workdir: str | None = None, only: str = "", publish: bool = False
 ) -> int:
     """Runs the paper of `config`, prints its tables; the exit status is 1 if a cell failed."""
-    workdir = pathlib.Path(workdir or f"runs/{config.paper}/{config.scale}")
+    workdir = workdir or f"runs/{config.paper}/{config.scale}"
+    if not is_on_disk(workdir):
+        raise ValueError(f"workdir={workdir!r}: records are kept on a disk; give a local folder")
+    workdir = pathlib.Path(workdir)
     paper = papers.load(config.paper)
     try:
         outcome = harness.run(paper, config, workdir, only=only)

@@ -10,7 +10,6 @@ that damage is found when it is read and is named.
 import contextlib
 import errno
 import os
-import pathlib
 import shutil
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -18,8 +17,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import PyTree
 
+from tilescan.files import is_on_disk, writable_path
 from tilescan.training.optimizers import path_name
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -99,7 +100,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 2, config: dict | None = None):
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = writable_path(directory, "directory")
         self.directory.mkdir(parents=True, exist_ok=True)
         self.config = config
         self._saving: int | None = None
@@ -121,13 +122,13 @@ class Checkpoints:
         if jax.process_index() == 0:
             for path in self.directory.iterdir():
                 if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
-                    shutil.rmtree(path)
+                    path.rmtree()
 
     def steps(self) -> list[int]:
         """Returns the steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def path(self, step: int) -> pathlib.Path:
+    def path(self, step: int) -> epath.Path:
         """Returns the folder of a step's checkpoint, whether it exists or not."""
         return self.directory / str(step)
 
@@ -164,6 +165,8 @@ class Checkpoints:
             ) from error
 
     def _check_space(self, step: int, state: PyTree) -> None:
+        if not is_on_disk(self.directory):
+            return
         need = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
         free = shutil.disk_usage(self.directory).free
         if free < need:

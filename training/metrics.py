@@ -6,15 +6,15 @@ for byte, as an uninterrupted one's; how long things took is in timing.jsonl.
 
 import json
 import os
-import pathlib
 import sys
 import time
 
 import tensorboardX
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tilescan.files import write_atomically
+from tilescan.files import is_on_disk, write_atomically
 
 
 def read_rows(path: str | os.PathLike) -> list[dict]:
@@ -23,11 +23,11 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     Raises:
         ValueError: another line is not JSON; names it.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text().split("\n")
     for number, line in enumerate(lines, 1):
         try:
             if line:
@@ -40,28 +40,41 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
 
 
 class JsonLines:
-    """A JSON-lines file that goes on after `step`; later rows are dropped, all of them if None."""
+    """A JSON-lines file that goes on after `step`; later rows are dropped, all of them if None.
+
+    In a bucket, whose objects can't be appended to, `sync` and `close` write the whole of it.
+    """
 
     def __init__(self, path: str | os.PathLike, step: int | None):
         kept = [row for row in read_rows(path) if step is not None and row["step"] <= step]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.rows = kept
-        self._file = open(path, "a", encoding="utf-8")
+        self.rows, self._path = kept, path
+        self._write_whole()
+        self._file = open(path, "a", encoding="utf-8") if is_on_disk(path) else None
+
+    def _write_whole(self) -> None:
+        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, row: dict) -> None:
-        """Adds a row, which the next reader sees at once."""
+        """Adds a row, which the next reader of a disk sees at once."""
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
-        """Returns when the rows are on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Returns when the rows are on disk or in the bucket."""
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        else:
+            self._write_whole()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file:
+            self._file.close()
+        else:
+            self._write_whole()
 
 
 class Recorder:
@@ -82,11 +95,11 @@ class Recorder:
         tensorboard: bool,
         progress: bool,
     ):
-        workdir = pathlib.Path(workdir)
+        workdir = epath.Path(workdir)
         self.metrics = JsonLines(workdir / "metrics.jsonl", step)
         self.timing = JsonLines(workdir / "timing.jsonl", step)
         self._board = None
-        if tensorboard:
+        if tensorboard and is_on_disk(workdir):  # its files grow line by line, as objects can't
             purge = None if step is None else step + 1
             self._board = tensorboardX.SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=purge, write_to_disk=True

@@ -178,7 +178,7 @@ class TrainConfig:
     keep: int = 2  # how many checkpoints stay on disk
     resume_step: int | None = None  # go back to this checkpoint, drop later ones; None: newest
     progress: bool = True  # a bar on a terminal, a line per row of metrics elsewhere
-    tensorboard: bool = True  # event files beside metrics.jsonl
+    tensorboard: bool = True  # event files beside metrics.jsonl, not in buckets
 
     def __post_init__(self):
         _at_least("train", self, 1, "logit_chunk", "stream_chunks")

@@ -1,10 +1,11 @@
 """Reads the model that a finished training run left in its work folder."""
 
-import pathlib
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -15,9 +16,9 @@ from tilescan.training.optimizers import make_optimizer
 from tilescan.training.settings import Settings
 
 
-def finished_step(config: ConfigDict, workdir: str | pathlib.Path) -> int | None:
+def finished_step(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     """Returns the newest step that a run in `workdir` saved, None before the last of its steps."""
-    folder = pathlib.Path(workdir) / "checkpoints"
+    folder = epath.Path(workdir) / "checkpoints"
     if not folder.exists():
         return None
     saved = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
@@ -26,7 +27,7 @@ def finished_step(config: ConfigDict, workdir: str | pathlib.Path) -> int | None
 
 
 def load_trained(
-    config: ConfigDict, workdir: str | pathlib.Path, model: nn.Module | None = None
+    config: ConfigDict, workdir: str | os.PathLike, model: nn.Module | None = None
 ) -> tuple[nn.Module, Any]:
     """Returns (model, its parameters after the last step), on the first device.
 
@@ -57,7 +58,7 @@ def load_trained(
         boxed.replace(params=nn.meta.unbox(boxed.params)),
     )
 
-    saver = Checkpoints(pathlib.Path(workdir) / "checkpoints", c.train.keep)
+    saver = Checkpoints(epath.Path(workdir) / "checkpoints", c.train.keep)
     try:
         return model, saver.restore(c.train.steps, abstract).params
     finally:

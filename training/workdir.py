@@ -3,12 +3,12 @@
 import contextlib
 import json
 import os
-import pathlib
 from collections.abc import Iterator
 
 import jax
+from etils import epath
 
-from tilescan.files import write_atomically
+from tilescan.files import writable_path, write_atomically
 from tilescan.training import config as config_lib
 from tilescan.training.checkpoints import CheckpointError, Checkpoints, is_full_disk
 from tilescan.training.environment import environment
@@ -16,16 +16,22 @@ from tilescan.training.metrics import Recorder
 from tilescan.training.settings import Settings
 
 
-def prepare(workdir: str | os.PathLike) -> pathlib.Path:
-    """Makes the work folder and proves that it can be written, before anything that takes time."""
-    workdir = pathlib.Path(workdir).absolute()
+def prepare(workdir: str | os.PathLike) -> epath.Path:
+    """Makes the work folder and proves that it can be written, before anything that takes time.
+
+    Raises:
+        ValueError: an empty path, or one with a scheme that can't be written, as
+            `tilescan.files.writable_path` says.
+        OSError: it cannot be written; says why and what to do.
+    """
+    workdir = writable_path(workdir, "workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable_{jax.process_index()}"
         write_atomically(probe, " " * 4096)  # an empty file fits on a full disk
         probe.unlink()
     except OSError as error:
-        why, do = error.strerror, "choose another one or change its permissions"
+        why, do = error.strerror or str(error), "choose another one or change its permissions"
         if is_full_disk(error):
             why, do = "its disk is full", "make room, then run the same command"
         raise OSError(f"the workdir {workdir} cannot be written ({why}): {do}") from error
@@ -33,7 +39,7 @@ def prepare(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def full_disk_is_named(workdir: pathlib.Path, saver: Checkpoints) -> Iterator[None]:
+def full_disk_is_named(workdir: epath.Path, saver: Checkpoints) -> Iterator[None]:
     """Makes a write of metrics that fails for want of space say so, and what still stands."""
     try:
         yield
@@ -43,7 +49,7 @@ def full_disk_is_named(workdir: pathlib.Path, saver: Checkpoints) -> Iterator[No
         raise CheckpointError(f"the disk of {workdir} is full. {saver.standing()}") from error
 
 
-def start_records(workdir: pathlib.Path, c: Settings, restored: int | None) -> Recorder:
+def start_records(workdir: epath.Path, c: Settings, restored: int | None) -> Recorder:
     """Opens the records: process 0's in the work folder, the others' in folders below it."""
     first = jax.process_index() == 0
     place = workdir if first else workdir / f"process_{jax.process_index()}"
