@@ -1,62 +1,8 @@
-"""Files that are written whole or not at all, on disks and in buckets."""
+"""Files that are written whole or not at all."""
 
 import contextlib
-import importlib.util
 import os
 import pathlib
-
-from etils import epath
-
-# Buckets that Orbax can write arrays to, and the modules (and packages) that it and the other files
-# take for each.
-BUCKETS = {
-    "gs": {"gcsfs": "gcsfs", "google.cloud.storage": "google-cloud-storage"},
-    "s3": {"s3fs": "s3fs"},
-}
-
-
-def writable_path(path: str | os.PathLike, name: str) -> epath.Path:
-    """Returns `path`, absolute if it is on a disk, after refusing what can never be written.
-
-    Args:
-      path: a folder, file:///folder, or a folder of a bucket, gs://... or s3://...
-      name: of the argument, for messages.
-
-    Raises:
-      ValueError: an empty path, a scheme that can't be written, or one whose package is missing.
-    """
-    text = os.fspath(path)
-    if not text.strip():
-        raise ValueError(f"{name} is empty; give a folder, e.g. {name}=runs/first")
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        return epath.Path(pathlib.Path(text).absolute())
-    if scheme == "file":
-        return epath.Path(pathlib.Path(rest).absolute())
-    if scheme not in BUCKETS:
-        known = ", ".join(f"{bucket}://" for bucket in BUCKETS)
-        raise ValueError(
-            f"{name}={text!r}: {scheme}:// can't be written; use a folder, or a bucket by {known}"
-        )
-    missing = [package for module, package in BUCKETS[scheme].items() if not _is_there(module)]
-    if missing:
-        packages = " ".join(missing)
-        raise ValueError(
-            f"{name}={text!r} needs packages: pip install {packages}"
-        )
-    return epath.Path(text)
-
-
-def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # nor is the package that it is in
-        return False
-
-
-def is_on_disk(path: str | os.PathLike) -> bool:
-    """Returns whether `path` is on a disk, and not in a bucket."""
-    return "://" not in os.fspath(path)
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
@@ -67,9 +13,6 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
     Raises:
       OSError: the file cannot be written; what was there before stays as it was.
     """
-    if not is_on_disk(path):  # an object appears when all of it has been sent
-        epath.Path(path).write_text(text)
-        return
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -82,3 +25,8 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def is_on_disk(path: str | os.PathLike) -> bool:
+    """Returns whether `path` is on a disk, and not in a bucket."""
+    return "://" not in os.fspath(path)

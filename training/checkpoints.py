@@ -20,8 +20,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from tilescan.files import is_on_disk, writable_path
+from tilescan.files import is_on_disk
 from tilescan.training.optimizers import path_name
+from tilescan.training.paths import writable_path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_DISK_WORDS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
@@ -161,7 +162,7 @@ class Checkpoints:
             what = "the disk is full" if is_full_disk(error) else f"{type(error).__name__}: {error}"
             raise CheckpointError(
                 f"could not write the checkpoint of step {step} to {self.directory}: {what}. "
-                f"{self.standing()}"
+                f"{self.standing(failed=step)}"
             ) from error
 
     def _check_space(self, step: int, state: PyTree) -> None:
@@ -175,12 +176,12 @@ class Checkpoints:
                 f"{need / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free. {self.standing()}"
             )
 
-    def standing(self) -> str:
-        """Says what remains after a failed write, and what to do."""
+    def standing(self, failed: int | None = None) -> str:
+        """Says what remains after a failed write, of step `failed` if a save failed; what to do."""
         # A save that is under way counts as a step until it fails.
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
-        steps = self.steps()
+        steps = [step for step in self.steps() if step != failed]
         if not steps:
             return "There is no earlier checkpoint: free space or choose another workdir"
         return (

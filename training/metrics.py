@@ -14,7 +14,8 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tilescan.files import is_on_disk, write_atomically
+from tilescan.files import is_on_disk
+from tilescan.training.paths import write_whole
 
 
 def read_rows(path: str | os.PathLike) -> list[dict]:
@@ -52,7 +53,7 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8") if is_on_disk(path) else None
 
     def _write_whole(self) -> None:
-        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, row: dict) -> None:
         """Adds a row, which the next reader of a disk sees at once."""

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from tilescan.files import writable_path, write_atomically
 from tilescan.training import config as config_lib
 from tilescan.training.checkpoints import CheckpointError, Checkpoints, is_full_disk
 from tilescan.training.environment import environment
 from tilescan.training.metrics import Recorder
+from tilescan.training.paths import writable_path, write_whole
 from tilescan.training.settings import Settings
 
 
@@ -21,14 +21,14 @@ def prepare(workdir: str | os.PathLike) -> epath.Path:
 
     Raises:
         ValueError: an empty path, or one with a scheme that can't be written, as
-            `tilescan.files.writable_path` says.
+            `training.paths.writable_path` says.
         OSError: it cannot be written; says why and what to do.
     """
     workdir = writable_path(workdir, "workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable_{jax.process_index()}"
-        write_atomically(probe, " " * 4096)  # an empty file fits on a full disk
+        write_whole(probe, " " * 4096)  # an empty file fits on a full disk
         probe.unlink()
     except OSError as error:
         why, do = error.strerror or str(error), "choose another one or change its permissions"
@@ -55,8 +55,8 @@ def start_records(workdir: epath.Path, c: Settings, restored: int | None) -> Rec
     place = workdir if first else workdir / f"process_{jax.process_index()}"
     place.mkdir(exist_ok=True)
     if first:
-        write_atomically(place / "config.json", json.dumps(config_lib.as_dict(c), indent=2) + "\n")
-    write_atomically(place / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        write_whole(place / "config.json", json.dumps(config_lib.as_dict(c), indent=2) + "\n")
+    write_whole(place / "environment.json", json.dumps(environment(), indent=2) + "\n")
     return Recorder(
         place,
         restored,

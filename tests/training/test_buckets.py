@@ -12,11 +12,11 @@ from etils.epath import backend
 from tiny_training import TinyModel, tiny_config, tiny_datasets
 
 from tilescan.experiments import run
-from tilescan.files import BUCKETS, writable_path, write_atomically
 from tilescan.training import train
 from tilescan.training import workdir as work
 from tilescan.training.checkpoints import Checkpoints
 from tilescan.training.metrics import JsonLines, read_rows
+from tilescan.training.paths import BUCKETS, writable_path, write_whole
 
 MODULES = [module for modules in BUCKETS.values() for module in modules]
 
@@ -54,7 +54,7 @@ class _Memory:
 def test_rows_and_files_in_a_bucket(bucket):
     folder = work.prepare("s3://bucket/first")
     assert str(folder) == "s3://bucket/first" and not list(folder.iterdir())
-    write_atomically(folder / "config.json", "{}\n")
+    write_whole(folder / "config.json", "{}\n")
     assert (folder / "config.json").read_text() == "{}\n"
     lines = JsonLines(folder / "metrics.jsonl", None)
     lines.write({"step": 1})
