@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recurrence_checks
+from recurrence_checks import assert_close, in_pieces, piece, results
 
 from tilescan.ops import reference
 from tilescan.ops.gated_linear_attention import gated_linear_attention
 
 # Largest accepted errors, relative to the largest entry of the reference.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
-NAMES = ("o", "final_state", "dq", "dk", "dv", "dlog_decay", "dinitial_state")
+TOLERANCE, BFLOAT16_TOLERANCE = 2e-6, 2e-2
+TIME = ("q", "k", "v", "log_decay")
+# B, T, H, G, D, P of tests that need none of their own: several chunks, the last one incomplete.
+SHAPE = 2, 150, 4, 2, 8, 12
 
 
 def inputs(B, T, H, G, D, P, decay, dtype="float32", strength=0.0, seed=0):
@@ -27,64 +31,52 @@ def inputs(B, T, H, G, D, P, decay, dtype="float32", strength=0.0, seed=0):
     shape = {"none": None, "scalar": (B, T, H), "vector": (B, T, H, D)}[decay]
     if shape is not None:
         shape = jnp.asarray(-np.exp(rng.standard_normal(shape) + strength), jnp.float32)
-    return q, k, v, shape, jnp.asarray(rng.standard_normal((B, H, D, P)), jnp.float32)
+    state = jnp.asarray(rng.standard_normal((B, H, D, P)), jnp.float32)
+    return dict(q=q, k=k, v=v, log_decay=shape, initial_state=state)
 
 
-# Split sequences and bfloat16 try scalars in every run.
-DECAYS = [pytest.param("scalar", marks=pytest.mark.slow), "vector"]
+def op(q, k, v, log_decay, initial_state, **options):
+    return gated_linear_attention(q, k, v, log_decay, initial_state=initial_state, **options)
 
 
-@functools.cache
-def gradients(op, present):
-    """Compiled once for all tests that give the same shapes."""
-
-    def loss(*given):
-        full = [None] * 5
-        for i, a in zip(present, given, strict=True):
-            full[i] = a
-        o, S = op(*full)
-        rng = np.random.default_rng(7)
-        w_o, w_S = (jnp.asarray(rng.integers(-3, 4, x.shape), x.dtype) for x in (o, S))
-        return (o * w_o).sum().astype(S.dtype) + (S * w_S).sum(), (o, S)
-
-    return jax.jit(jax.grad(loss, range(len(present)), has_aux=True))
+in_small_chunks = functools.partial(op, chunk=32)
 
 
-def results(op, arrays):
-    """o, final_state and the gradients of a random function of both."""
-    present = tuple(i for i, a in enumerate(arrays) if a is not None)
-    grads, (o, S) = gradients(op, present)(*(arrays[i] for i in present))
-    full = [None] * 5
-    for i, g in zip(present, grads, strict=True):
-        full[i] = g
-    return o, S, *full
-
-
-def by_steps(q, k, v, log_decay, S, starts=None):
-    return reference.linear_attention(q, k, v, log_decay, state=S, starts=starts)
+def by_steps(q, k, v, log_decay, initial_state, starts):
+    return reference.linear_attention(q, k, v, log_decay, state=initial_state, starts=starts)
 
 
 def expected(arrays, starts=None):
-    with jax.enable_x64(True):
-        exact = [a if a is None else jnp.asarray(np.asarray(a, np.float64)) for a in arrays]
-        steps = by_steps if starts is None else functools.partial(by_steps, starts=starts)
-        return [None if x is None else np.asarray(x) for x in results(steps, exact)]
+    starts = np.zeros(arrays["q"].shape[:2], bool) if starts is None else starts
+    return recurrence_checks.expected(by_steps, arrays, starts=starts)
 
 
-def assert_close(got, want, dtype="float32", factor=1):
-    for name, x, y in zip(NAMES, got, want, strict=True):
-        assert (x is None) == (y is None), name
-        if y is not None:
-            error = np.max(np.abs(np.asarray(x, np.float64) - y))
-            bound = factor * TOLERANCE[dtype] * max(np.max(np.abs(y)), 1e-6)
-            assert error <= bound, f"{name}: error {error:.2e} above {bound:.2e}"
+def log_decays(arrays, change):
+    """The arrays with log-decays that `change` writes into."""
+    a = np.array(arrays["log_decay"])
+    change(a)
+    return arrays | dict(log_decay=jnp.asarray(a))
 
 
-def op(q, k, v, log_decay, S, **options):
-    return gated_linear_attention(q, k, v, log_decay, initial_state=S, **options)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+DECAYS = [slow("scalar"), "vector"]
 
 
-@hypothesis.settings(max_examples=5, phases=[hypothesis.Phase.generate])
+@pytest.mark.parametrize(
+    "op,shape,decay,strength",
+    [
+        (op, SHAPE, "scalar", -3.0),
+        (op, (2, 1, 4, 2, 8, 24), "vector", 0.0),
+        (in_small_chunks, (2, 63, 3, 1, 20, 12), "none", 0.0),
+    ],
+)
+def test_matches_the_steps(op, shape, decay, strength):
+    arrays = inputs(*shape, decay, strength=strength)
+    assert_close(results(op, arrays), expected(arrays), TOLERANCE)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=20, phases=[hypothesis.Phase.generate])
 @hypothesis.given(
     T=st.sampled_from([1, 2, 15, 63, 100]),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
@@ -92,130 +84,117 @@ def op(q, k, v, log_decay, S, **options):
     strength=st.sampled_from([-3.0, 0.0, 4.0]),
     sizes=st.sampled_from([(8, 24), (20, 12)]),
 )
-def test_matches_the_steps(T, heads, decay, strength, sizes):
+def test_any_problem_matches_the_steps(T, heads, decay, strength, sizes):
     arrays = inputs(2, T, *heads, *sizes, decay, strength=strength)
-    assert_close(results(functools.partial(op, chunk=32), arrays), expected(arrays))
+    assert_close(results(in_small_chunks, arrays), expected(arrays), TOLERANCE)
 
 
-@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("decay", [slow("none"), "scalar", "vector"])
 def test_bfloat16_keeps_its_state_in_float32(decay):
-    arrays = inputs(1, 100, 4, 2, 16, 16, decay, "bfloat16", -2.0)
+    arrays = inputs(*SHAPE, decay, "bfloat16", -2.0)
     got, want = results(op, arrays), expected(arrays)
-    assert [x.dtype for x in got[:2]] == [jnp.bfloat16, jnp.float32]
-    assert_close(got, want, "bfloat16")
+    assert [got[name].dtype for name in "yh"] == [jnp.bfloat16, jnp.float32]
+    assert_close(got, want, BFLOAT16_TOLERANCE)
     # Of the inputs in bfloat16, the state comes as exact as in float32.
-    want = want[1]
-    assert np.max(np.abs(got[1] - want)) <= 2e-6 * np.max(np.abs(want))
+    assert_close(got, dict(h=want["h"]), 2e-6)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_packed_segments_equal_separate_sequences(decay):
-    arrays = inputs(1, 90, 2, 2, 8, 8, decay, strength=-3.0)
-    ids = np.repeat([[3, 4, 3, 9]], [20, 1, 43, 26], axis=1)
+    arrays = inputs(*SHAPE, decay, strength=-3.0)
+    bounds = [0, 20, 21, 64, 150]
+    ids = np.repeat([[3, 4, 3, 9], [1, 2, 3, 4]], np.diff(bounds), axis=1)
     starts = np.pad(np.diff(ids) != 0, ((0, 0), (1, 0)))
-    got = results(functools.partial(op, segment_ids=jnp.asarray(ids)), arrays)
-    assert_close(got, expected(arrays, starts))
-    splits, state = [0, 20, 21, 64, 90], arrays[4]
-    for a, b in zip(splits[:-1], splits[1:], strict=True):
-        o, S = op(*(x[:, a:b] for x in arrays[:4]), state)
-        np.testing.assert_allclose(got[0][:, a:b], o, atol=2e-6 * np.abs(o).max())
+    got = results(op, arrays, segment_ids=ids)
+    assert_close(got, expected(arrays, starts), TOLERANCE)
+    state = arrays["initial_state"]
+    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+        alone = results(op, piece(arrays, a, b, TIME, state))
+        y = np.asarray(alone["y"])[:, : b - a]
+        np.testing.assert_allclose(got["y"][:, a:b], y, atol=2e-6 * np.abs(y).max())
         state = jnp.zeros_like(state)
-    np.testing.assert_allclose(got[1], S, atol=2e-6 * np.abs(S).max())
+    np.testing.assert_allclose(got["h"], alone["h"], atol=2e-6 * np.abs(alone["h"]).max())
 
 
-def test_segments_reset_what_does_not_decay():
-    q, k, v, _, S = inputs(1, 40, 2, 1, 8, 8, "none")
-    ids = jnp.asarray([[0] * 33 + [1] * 7])
-    o, final = op(q, k, v, None, S, segment_ids=ids)
-    want = op(q[:, 33:], k[:, 33:], v[:, 33:], None, None)
-    np.testing.assert_allclose(o[:, 33:], want[0], atol=1e-5)
-    np.testing.assert_allclose(final, want[1], atol=1e-5)
-
-
-@pytest.mark.parametrize("decay", ["none", "vector"])
+@pytest.mark.parametrize("decay", ["none", slow("vector")])
 def test_the_first_id_of_one_more_tells_whether_the_state_goes_on(decay):
-    arrays = inputs(2, 40, 2, 1, 8, 8, decay, strength=-3.0)
-    ids = jnp.asarray([[1] * 21 + [2] * 20, [7] + [1] * 40])
-    starts = np.diff(ids) != 0
-    got = results(functools.partial(op, segment_ids=ids), arrays)
-    assert_close(got, expected(arrays, starts))
-    assert np.any(got[6][0]) and not np.any(got[6][1])
+    """Also that segments reset what does not decay."""
+    arrays = inputs(*SHAPE, decay, strength=-3.0)
+    ids = np.repeat([[1, 1, 1, 2], [7, 1, 1, 1]], [1, 20, 20, 110], axis=1)
+    got = results(op, arrays, segment_ids=ids)
+    assert_close(got, expected(arrays, np.diff(ids) != 0), TOLERANCE)
+    assert np.any(got["dinitial_state"][0]) and not np.any(got["dinitial_state"][1])
 
 
 @pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
 def test_a_split_sequence_equals_the_whole(decay):
-    arrays = inputs(2, 100, 2, 2, 8, 8, decay, strength=-2.0)
-    whole = op(*arrays)
-    for split in (1, 64, 99):
-        part = lambda s: [a if a is None else a[:, s] for a in arrays[:4]]
-        first, state = op(*part(slice(0, split)), arrays[4])
-        second, state = op(*part(slice(split, None)), state)
-        got = jnp.concatenate([first, second], 1), state
-        for x, y in zip(got, whole, strict=True):
-            np.testing.assert_allclose(x, y, atol=3e-6 * np.abs(y).max())
+    arrays = inputs(*SHAPE, decay, strength=-2.0)
+    whole = results(op, arrays)
+    for split in (1, 64, 149):
+        parts = in_pieces(op, arrays, [0, split, 150], TIME)
+        assert_close(whole, parts, 3e-6)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("strength", [-20.0, 3.0, 30.0])
 def test_extreme_decays_stay_exact(decay, strength):
     """From almost none, over e^-20 a step, to decays that float32 has only as 0."""
-    arrays = inputs(1, 80, 2, 2, 8, 8, decay, strength=strength)
-    assert_close(results(op, arrays), expected(arrays))
+    arrays = inputs(*SHAPE, decay, strength=strength)
+    assert_close(results(op, arrays), expected(arrays), TOLERANCE)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_decays_of_all_sizes_together_stay_exact(decay):
     """Log-decays from -1e-6 to -1e4 next to each other, over several chunks."""
-    q, k, v, a, S = inputs(1, 150, 2, 1, 8, 8, decay)
-    a = jnp.asarray(-(10 ** np.random.default_rng(5).uniform(-6, 4, a.shape)), jnp.float32)
-    arrays = q, k, v, a, S
+    sizes = np.random.default_rng(5).uniform(-6, 4, (*SHAPE[:3], SHAPE[4]))
+    sizes = sizes if decay == "vector" else sizes[..., 0]
+    arrays = inputs(*SHAPE, decay) | dict(log_decay=jnp.asarray(-(10**sizes), jnp.float32))
     got = results(op, arrays)
-    assert all(np.isfinite(x).all() for x in got)
-    assert_close(got, expected(arrays))
+    assert all(np.isfinite(x).all() for x in got.values())
+    assert_close(got, expected(arrays), TOLERANCE)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_weak_decays_are_exact_among_strong_ones(decay):
     """Sums of logarithms that reach thousands must not cost the digits of small ones."""
-    q, k, v, a, S = inputs(1, 64, 1, 1, 8, 8, decay, strength=-2.0)
-    a = a.at[:, ::2].set(-75.0).at[:, 40:].multiply(1.0).at[:, 48::2].set(-0.01)
-    arrays = q, k, v, a, S
-    assert_close(results(op, arrays), expected(arrays))
+
+    def change(a):
+        a[:, ::2] = -75.0
+        a[:, 48::2] = -0.01
+
+    arrays = log_decays(inputs(*SHAPE, decay, strength=-2.0), change)
+    assert_close(results(op, arrays), expected(arrays), TOLERANCE)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_minus_infinity_forgets_with_finite_gradients(decay):
-    q, k, v, a, S = inputs(1, 50, 2, 2, 8, 8, decay, strength=-2.0)
-    a = a.at[:, 17].set(-jnp.inf)
-    got = results(op, (q, k, v, a, S))
-    assert all(np.isfinite(x).all() for x in got)
-    assert not np.any(got[5][:, 17])
-    late = op(*(x[:, 17:] for x in (q, k, v, a)), jnp.zeros_like(S))
-    np.testing.assert_allclose(got[1], late[1], atol=1e-5)
+    def change(a):
+        a[:, 17] = -np.inf
+
+    arrays = log_decays(inputs(*SHAPE, decay, strength=-2.0), change)
+    got = results(op, arrays)
+    assert all(np.isfinite(x).all() for x in got.values())
+    assert not np.any(got["dlog_decay"][:, 17])
+    late = piece(arrays, 17, 150, TIME, jnp.zeros_like(arrays["initial_state"]))
+    np.testing.assert_allclose(got["h"], results(op, late)["h"], atol=1e-5)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_no_step_sees_the_future(decay):
-    arrays = inputs(1, 40, 2, 1, 8, 8, decay)
-    t = 21
-
-    def loss(*arrays):
-        return (op(*arrays)[0][:, t] ** 2).sum()
-
-    dq, dk, dv, da, _ = jax.grad(loss, range(5))(*arrays)
-    for g in (dq, dk, dv, da):
-        assert not np.any(g[:, t + 1 :])
-    assert np.all(np.any(dk[:, : t + 1] != 0, axis=(0, 2, 3))[-5:])
+    arrays, t = inputs(*SHAPE, decay), 101
+    got = results(op, arrays, np.arange(150) == t)
+    for name in TIME:
+        assert not np.any(got[f"d{name}"][:, t + 1 :])
+    assert np.all(np.any(got["dk"][:, : t + 1] != 0, axis=(0, 2, 3))[-5:])
 
 
 @pytest.mark.slow
 def test_runs_are_bitwise_equal_and_chunks_agree():
     arrays = inputs(2, 100, 2, 2, 16, 16, "vector", strength=-1.0)
     runs = [results(functools.partial(op, chunk=c), arrays) for c in (64, 64, 16, 128)]
-    for x, y in zip(runs[0], runs[1], strict=True):
-        np.testing.assert_array_equal(x, y)
+    jax.tree.map(np.testing.assert_array_equal, runs[0], runs[1])
     for other in runs[2:]:
-        assert_close(other, [np.asarray(x, np.float64) for x in runs[0]], factor=2)
+        assert_close(other, runs[0], 2 * TOLERANCE)
 
 
 @pytest.mark.slow
@@ -223,8 +202,8 @@ def test_runs_are_bitwise_equal_and_chunks_agree():
 def test_memory_is_linear_in_time(decay):
     def temporary(T):
         arrays = inputs(1, T, 2, 2, 32, 32, decay)
-        f = jax.jit(jax.grad(lambda *a: op(*a)[0].sum(), range(5)))
-        return f.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+        f = jax.jit(jax.grad(lambda a: op(**a)[0].sum()))
+        return f.lower(arrays).compile().memory_analysis().temp_size_in_bytes
 
     small, large = temporary(2048), temporary(8192)
     assert large < 4.5 * small
@@ -234,22 +213,21 @@ def test_memory_is_linear_in_time(decay):
 @pytest.mark.slow
 def test_works_in_float64_and_under_vmap():
     with jax.enable_x64(True):
-        arrays = [
-            jnp.asarray(np.asarray(a, np.float64)) for a in inputs(2, 50, 2, 2, 8, 8, "vector")
-        ]
-        got, want = results(op, arrays), expected(arrays)
-        for x, y in zip(got, want, strict=True):
-            assert x.dtype == jnp.float64
-            np.testing.assert_allclose(x, y, atol=1e-12 * np.abs(y).max())
+        arrays = {
+            n: np.asarray(a, np.float64) for n, a in inputs(2, 50, 2, 2, 8, 8, "vector").items()
+        }
+        got = results(op, arrays)
+        assert all(x.dtype == jnp.float64 for x in got.values())
+    assert_close(got, expected(arrays), 1e-12)
     arrays = inputs(3, 50, 2, 2, 8, 8, "vector")
-    o, S = jax.vmap(lambda *a: op(*(x[None] for x in a)))(*arrays)
-    want = op(*arrays)
+    o, S = jax.vmap(lambda a: op(**{n: x[None] for n, x in a.items()}))(arrays)
+    want = op(**arrays)
     np.testing.assert_allclose(o[:, 0], want[0], atol=1e-5)
     np.testing.assert_allclose(S[:, 0], want[1], atol=1e-5)
 
 
 def test_errors_name_the_argument():
-    q, k, v, a, S = inputs(1, 8, 4, 2, 8, 8, "scalar")
+    q, k, v, a, S = map(np.asarray, inputs(1, 8, 4, 2, 8, 8, "scalar").values())
     cases = [
         (ValueError, "implementation", dict(implementation="pallas")),
         (ValueError, "log_decay", dict(log_decay=a[:, :4])),
