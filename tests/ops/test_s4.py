@@ -12,7 +12,6 @@ from tilescan.ops import reference, s4
 from tilescan.ops.long_convolution import long_convolution
 
 LOG_DT = np.log([0.001, 0.02, 0.1])
-LENGTHS = [1, 2, 3, 31, 64, 100]
 
 
 def system(N=8, H=3, seed=0):
@@ -60,6 +59,11 @@ def single(*arrays):
     return [jnp.asarray(x, jnp.complex64 if np.iscomplexobj(x) else jnp.float32) for x in arrays]
 
 
+vandermonde = jax.jit(s4.s4d_kernel, static_argnums=(4, 5))
+cauchy = jax.jit(s4.s4_dplr_kernel, static_argnums=5)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 def test_hippo_has_the_papers_numbers():
     A, B = s4.hippo_legs(3)
     want = [[-1, 0, 0], [-1.7320508, -2, 0], [-2.2360680, -3.8729833, -3]]
@@ -84,27 +88,36 @@ def test_initialisations():
     np.testing.assert_array_equal(s4.s4d_init(8, "legs"), s4.hippo_legs_nplr(8)[0])
 
 
-@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    "length,discretization",
+    [
+        (1, "zoh"),
+        (2, "bilinear"),
+        (31, "zoh"),
+        (100, "bilinear"),
+        *(slow(n, "bilinear") for n in (1, 3, 31, 64)),
+        *(slow(n, "zoh") for n in (2, 3, 64, 100)),
+    ],
+)
 def test_vandermonde_equals_powers(length, discretization):
     Lambda, P, B, C = system()
     want = powers(LOG_DT, Lambda, 0 * P, B, C, length, discretization)
-    got = s4.s4d_kernel(*single(LOG_DT, Lambda, B, C), length, discretization)
+    got = vandermonde(*single(LOG_DT, Lambda, B, C), length, discretization)
     assert got.dtype == jnp.float32 and got.shape == (length, 3)
     close(got, want, 3e-6)
     with jax.enable_x64(True):
-        got = s4.s4d_kernel(*map(jnp.asarray, (LOG_DT, Lambda, B, C)), length, discretization)
+        got = vandermonde(LOG_DT, Lambda, B, C, length, discretization)
         close(got, want, 1e-12)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [1, slow(2), slow(3), slow(31), slow(64), 100])
 def test_cauchy_equals_powers(length):
     Lambda, P, B, C = system()
     want = powers(LOG_DT, Lambda, P, B, C, length, "bilinear")
     with jax.enable_x64(True):
-        got = s4.s4_dplr_kernel(*map(jnp.asarray, (LOG_DT, Lambda, P, B, C)), length)
+        got = cauchy(LOG_DT, Lambda, P, B, C, length)
         close(got, want, 1e-11)
-    got = s4.s4_dplr_kernel(*single(LOG_DT, Lambda, P, B, C), length)
+    got = cauchy(*single(LOG_DT, Lambda, P, B, C), length)
     assert got.dtype == jnp.float32 and got.shape == (length, 3)
     close(got, want, 3e-4)
 
@@ -113,14 +126,16 @@ def test_cauchy_of_rank_zero_equals_vandermonde_also_in_pieces(monkeypatch):
     monkeypatch.setattr(s4, "_NODES", 7)
     Lambda, P, B, C = single(*system(16))
     log_dt = jnp.asarray(LOG_DT, jnp.float32)
-    got = s4.s4_dplr_kernel(log_dt, Lambda, 0 * P, B, C, 200)
-    want = s4.s4d_kernel(log_dt, Lambda, B, C, 200, "bilinear")
+    # A new function, so that it is traced with these nodes.
+    in_pieces = jax.jit(lambda *a: s4.s4_dplr_kernel(*a, 200))
+    got = in_pieces(log_dt, Lambda, 0 * P, B, C)
+    want = vandermonde(log_dt, Lambda, B, C, 200, "bilinear")
     close(got, want, 1e-4)
 
 
 def test_one_pair_by_hand():
-    one = jnp.ones((1, 1), jnp.complex64)
-    kernel = s4.s4d_kernel(jnp.log(jnp.asarray([0.1])), -0.5 * one, one, one, 20)[:, 0]
+    one = np.ones((1, 1), np.complex64)
+    kernel = vandermonde(np.log(np.float32([0.1])), -0.5 * one, one, one, 20)[:, 0]
     np.testing.assert_allclose(kernel[0], 0.195082, atol=1e-6)
     np.testing.assert_allclose(kernel[1:] / kernel[:-1], np.exp(-0.05), rtol=1e-5)
 
@@ -142,9 +157,12 @@ def test_cauchy_gradients_equal_those_of_the_naive_sum():
         wave = jnp.cos(jnp.arange(33.0 * 3)).reshape(33, 3)
         f = functools.partial(s4.s4_dplr_kernel, length=33, truncated=True)
         g = functools.partial(naive_cauchy, length=33)
-        got, want = (
-            jax.grad(lambda *a, f=f: (f(*a) * wave).sum(), range(5))(*arguments) for f in (f, g)
+        both = jax.jit(
+            lambda *a: [
+                jax.grad(lambda *a, f=f: (f(*a) * wave).sum(), range(5))(*a) for f in (f, g)
+            ]
         )
+        got, want = both(*arguments)
         for x, y in zip(got, want, strict=True):
             close(x, y, 1e-10)
 
@@ -165,41 +183,48 @@ def test_vandermonde_gradients_equal_those_of_the_powers(discretization):
             return 2 * ((C * Bbar)[None] * table).sum(-1).real
 
         fast = functools.partial(s4.s4d_kernel, length=33, discretization=discretization)
-        got, want = (
-            jax.grad(lambda *a, f=f: (f(*a) * wave).sum(), range(4))(log_dt, Lambda, B, C)
-            for f in (fast, naive)
+        both = jax.jit(
+            lambda *a: [
+                jax.grad(lambda *a, f=f: (f(*a) * wave).sum(), range(4))(*a) for f in (fast, naive)
+            ]
         )
+        got, want = both(log_dt, Lambda, B, C)
         for x, y in zip(got, want, strict=True):
             close(x, y, 1e-10)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def by_steps_whole_and_split(low_rank, u, log_dt, Lambda, P, B, C):
+    """y by steps, by one convolution, and by two with a state between them."""
+    if low_rank:
+        kernel = s4.s4_dplr_kernel(log_dt, Lambda, P, B, C, u.shape[1])
+        step = lambda x, u: s4.s4_dplr_step(x, u, log_dt, Lambda, P, B, C)
+    else:
+        kernel = s4.s4d_kernel(log_dt, Lambda, B, C, u.shape[1])
+        Abar, Bbar = s4.s4d_discretize(log_dt, Lambda, B)
+        step = lambda x, u: s4.s4d_step(x, u, Abar, Bbar, C)
+    state = jnp.zeros((2, 3, 8), jnp.complex64)
+    _, stepped = jax.lax.scan(step, state, jnp.moveaxis(u, 1, 0))
+    whole, _ = long_convolution(u, kernel)
+    first, state = long_convolution(u[:, :20], kernel)
+    second, _ = long_convolution(u[:, 20:], kernel, initial_state=state)
+    return jnp.moveaxis(stepped, 0, 1), whole, jnp.concatenate([first, second], 1)
 
 
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_convolution_equals_recurrence(low_rank):
     """The kernel as one convolution, in pieces with state, and the system step by step."""
-    log_dt, Lambda, P, B, C = single(LOG_DT, *system(16))
-    T = 50
-    u = jnp.asarray(np.random.default_rng(3).standard_normal((2, T, 3)), jnp.float32)
-    if low_rank:
-        kernel = s4.s4_dplr_kernel(log_dt, Lambda, P, B, C, T)
-        step = lambda x, u: s4.s4_dplr_step(x, u, log_dt, Lambda, P, B, C)
-    else:
-        kernel = s4.s4d_kernel(log_dt, Lambda, B, C, T)
-        Abar, Bbar = s4.s4d_discretize(log_dt, Lambda, B)
-        step = lambda x, u: s4.s4d_step(x, u, Abar, Bbar, C)
-    state = jnp.zeros((2, 3, 8), jnp.complex64)
-    _, stepped = jax.lax.scan(step, state, jnp.moveaxis(u, 1, 0))
-    stepped = jnp.moveaxis(stepped, 0, 1)
-    y, _ = long_convolution(u, kernel)
-    close(y, stepped, 1e-4 if low_rank else 1e-5)
-    first, state = long_convolution(u[:, :20], kernel)
-    second, _ = long_convolution(u[:, 20:], kernel, initial_state=state)
-    close(jnp.concatenate([first, second], 1), np.asarray(y), 1e-5)
+    u = jnp.asarray(np.random.default_rng(3).standard_normal((2, 50, 3)), jnp.float32)
+    arrays = single(LOG_DT, *system(16))
+    stepped, whole, split = by_steps_whole_and_split(low_rank, u, *arrays)
+    close(whole, stepped, 1e-4 if low_rank else 1e-5)
+    close(split, np.asarray(whole), 1e-5)
 
 
 def test_dense_system_equals_scipys():
     arguments = (LOG_DT, *system())
     with jax.enable_x64(True):
-        Abar, Bbar = s4.dplr_discretize(*map(jnp.asarray, arguments[:-1]))
+        Abar, Bbar = jax.jit(s4.dplr_discretize)(*arguments[:-1])
     C = arguments[-1]
     row = np.concatenate([C, C.conj()], -1)
     for h in range(3):
@@ -223,11 +248,11 @@ def test_long_kernels_stay_accurate_and_small():
         [2 * (weight[h] * np.exp(z[h] * np.arange(length)[:, None])).sum(-1).real for h in (0, 1)],
         axis=-1,
     )
-    f = jax.jit(functools.partial(s4.s4d_kernel, length=length))
     arguments = single(log_dt, A, B, C)
+    f = jax.jit(functools.partial(s4.s4d_kernel, length=length)).lower(*arguments).compile()
     close(f(*arguments), want, 2e-5)
     np.testing.assert_array_equal(f(*arguments), f(*arguments))
-    memory = f.lower(*arguments).compile().memory_analysis()
+    memory = f.memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 2 * 32 * length / 4
 
 
@@ -264,5 +289,5 @@ def test_the_references_are_scipys_impulse_response():
     got = reference.state_space_kernel(np.log(dt), A, B, C, length)
     np.testing.assert_allclose(got, want, rtol=1e-10)
     single = [jnp.asarray(x, jnp.float32) for x in (np.log(dt), A, B, C)]
-    got = reference.state_space_kernel_by_powers(*single, length)
+    got = jax.jit(reference.state_space_kernel_by_powers, static_argnums=4)(*single, length)
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())

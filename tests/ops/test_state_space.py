@@ -31,6 +31,11 @@ def op(kind):
     return functools.partial(diagonal_state_space, discretization=kind)
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "chunk"))
+def run(kind, u, x, system, segment_ids=None, chunk=None):
+    return op(kind)(u, *system, initial_state=x, segment_ids=segment_ids, chunk=chunk)
+
+
 def single(tree):
     narrow = lambda x: jnp.asarray(x, jnp.complex64 if np.iscomplexobj(x) else jnp.float32)
     return jax.tree.map(narrow, tree)
@@ -78,19 +83,58 @@ def close(actual, expected, tolerance=2e-5):
     np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kind", SYSTEMS)
-@pytest.mark.parametrize("T,chunk", [(1, None), (2, 2), (60, None), (60, 1), (64, 16), (100, 8)])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "kind,T,chunk",
+    [
+        ("zoh", 1, None),
+        ("dplr", 1, None),
+        ("bilinear", 2, 2),
+        ("dplr", 60, None),
+        ("zoh", 60, 1),
+        ("zoh", 64, 16),
+        ("dplr", 100, 8),
+        slow("bilinear", 1, None),
+        slow("zoh", 2, 2),
+        slow("dplr", 2, 2),
+        slow("zoh", 60, None),
+        slow("bilinear", 60, None),
+        slow("bilinear", 60, 1),
+        slow("dplr", 60, 1),
+        slow("bilinear", 64, 16),
+        slow("dplr", 64, 16),
+        slow("zoh", 100, 8),
+        slow("bilinear", 100, 8),
+    ],
+)
 def test_chunks_equal_the_recurrence(kind, T, chunk):
     u, x = inputs(T)
-    y, last = op(kind)(*single((u, *SYSTEMS[kind])), initial_state=single(split(x)), chunk=chunk)
+    y, last = run(kind, *single((u, split(x), SYSTEMS[kind])), chunk=chunk)
     expected, state = recurrence(kind, u, x, np.zeros(u.shape[:2], bool))
     close(y, expected)
     close(last, split(state))
 
 
-@pytest.mark.parametrize("kind", SYSTEMS)
+@pytest.mark.parametrize(
+    "kind,chunk,before",
+    [
+        ("zoh", None, None),
+        ("zoh", 4, 9),
+        ("dplr", None, 3),
+        ("dplr", None, 9),
+        slow("zoh", None, 3),
+        slow("zoh", None, 9),
+        slow("dplr", None, None),
+        slow("dplr", 4, 9),
+        slow("bilinear", None, None),
+        slow("bilinear", None, 3),
+        slow("bilinear", None, 9),
+        slow("bilinear", 4, 9),
+    ],
+)
 @pytest.mark.parametrize("segments", [SEGMENTS, LONG_SEGMENTS], ids=["short", "long"])
-@pytest.mark.parametrize(("chunk", "before"), [(None, None), (None, 3), (None, 9), (4, 9)])
 def test_segments_start_from_nothing(kind, segments, chunk, before):
     """Segments begin within chunks, at their borders, and several in one chunk."""
     ids = np.concatenate([segments, segments[:, ::-1]])
@@ -98,9 +142,9 @@ def test_segments_start_from_nothing(kind, segments, chunk, before):
     first = ids[:, :1] if before is None else np.full((2, 1), before)
     padded = np.concatenate([first, ids], 1)
     expected, state = recurrence(kind, u, x, padded[:, 1:] != padded[:, :-1])
-    y, last = op(kind)(
-        *single((u, *SYSTEMS[kind])),
-        initial_state=single(split(x)),
+    y, last = run(
+        kind,
+        *single((u, split(x), SYSTEMS[kind])),
         segment_ids=ids if before is None else padded,
         chunk=chunk,
     )
@@ -111,68 +155,92 @@ def test_segments_start_from_nothing(kind, segments, chunk, before):
 def test_a_step_at_a_segment_start_forgets_the_state():
     u, x = inputs(1)
     ids = np.array([[3, 4], [5, 5]])
-    y, last = dplr_state_space(
-        *single((u, *SYSTEMS["dplr"])), initial_state=single(split(x)), segment_ids=ids
-    )
+    y, last = run("dplr", *single((u, split(x), SYSTEMS["dplr"])), segment_ids=ids)
     expected, state = recurrence("dplr", u, x, np.array([[True], [False]]))
     close(y, expected)
     close(last, split(state))
 
 
-def test_channels_share_a_system():
-    """[B, T, H, R] is R calls, with and without segments."""
-    u = np.random.default_rng(1).standard_normal((2, 60, H, 2))
-    x = np.random.default_rng(2).standard_normal((2, H, 2, 2 * N))
-    ids = np.repeat(SEGMENTS, 2, axis=0)
-    for segment_ids in (None, ids):
-        run = lambda u, x, ids=segment_ids: diagonal_state_space(
-            *single((u, *SYSTEMS["zoh"])), initial_state=single(x), segment_ids=ids
-        )
-        y, last = run(u, x)
-        for r in range(2):
-            y_r, last_r = run(u[..., r], x[:, :, r])
-            close(y[..., r], y_r, 1e-6)
-            close(last[:, :, r], last_r, 1e-6)
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "segments"])
+def test_channels_share_a_system(segments):
+    """[B, T, H, R] is R recurrences."""
+    rng = np.random.default_rng(1)
+    u = rng.standard_normal((2, 60, H, 2))
+    x = rng.standard_normal((2, H, 2, N)) + 1j * rng.standard_normal((2, H, 2, N))
+    starts = np.zeros((2, 60), bool)
+    if segments is not None:
+        segments = np.repeat(segments, 2, axis=0)
+        starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    y, last = run("zoh", *single((u, split(x), SYSTEMS["zoh"])), segment_ids=segments)
+    for r in range(2):
+        expected, state = recurrence("zoh", u[..., r], x[:, :, r], starts)
+        close(y[..., r], expected)
+        close(last[:, :, r], split(state))
+
+
+def by_steps(kind, u, x, system, segment_ids):
+    """The recurrence in JAX, to be differentiated; segment_ids [B, 1 + T]."""
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    if kind == "dplr":
+        step = lambda x, u: s4.s4_dplr_step(x, u, *system)
+    else:
+        log_dt, A, B, C = system
+        Abar, Bbar = s4.s4d_discretize(log_dt, A, B, kind)
+        step = lambda x, u: s4.s4d_step(x, u, Abar, Bbar, C)
+    x = jax.lax.complex(x[..., :N], x[..., N:])
+    xs = jnp.moveaxis(u, 1, 0), jnp.moveaxis(starts, 1, 0)
+    last, y = jax.lax.scan(lambda x, t: step(jnp.where(t[1][:, None, None], 0, x), t[0]), x, xs)
+    return jnp.moveaxis(y, 0, 1), jnp.concatenate([last.real, last.imag], -1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gradients(f, kind, u, x, system, segment_ids):
+    (y, last), pull = jax.vjp(lambda *a: f(kind, *a, segment_ids), u, x, system)
+    wave = lambda a: jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape)
+    return pull((wave(y), wave(last)))
+
+
+def in_chunks_of_16(kind, u, x, system, segment_ids):
+    return op(kind)(u, *system, initial_state=x, segment_ids=segment_ids, chunk=16)
 
 
 @pytest.mark.parametrize(
     ("kind", "segments"),
     [
         pytest.param("zoh", None, id="zoh, whole"),
-        pytest.param("dplr", None, id="dplr, whole"),
-        pytest.param("zoh", LONG_SEGMENTS, id="zoh, long segments"),
+        slow("dplr", None, id="dplr, whole"),
+        slow("zoh", LONG_SEGMENTS, id="zoh, long segments"),
+        slow("zoh", SEGMENTS, id="zoh, short segments"),
         pytest.param("dplr", SEGMENTS, id="dplr, short segments"),
-        pytest.param("zoh", SEGMENTS, id="zoh, short segments", marks=pytest.mark.slow),
-        pytest.param("dplr", LONG_SEGMENTS, id="dplr, long segments", marks=pytest.mark.slow),
+        pytest.param("dplr", LONG_SEGMENTS, id="dplr, long segments"),
     ],
 )
 def test_gradients(kind, segments):
-    """By autodiff of the chunks and of the recurrence, steps of one chunk each, in float64."""
+    """By autodiff of the chunks and of the recurrence, in float64."""
     ids = None if segments is None else np.concatenate([segments, segments[:, ::-1]])
     u, x = inputs(SEGMENTS.shape[1])
     with jax.enable_x64(True):
-        arguments = jax.tree.map(jnp.asarray, (u, split(x), *SYSTEMS[kind]))
-        weights = jax.tree.map(jnp.asarray, (inputs(60)[0], split(inputs(7)[1])))
-
-        def loss(u, x, *system, chunk):
-            y, last = op(kind)(u, *system, initial_state=x, segment_ids=ids, chunk=chunk)
-            return jnp.sum(y * weights[0]) + jnp.sum(last * weights[1])
-
-        gradient = lambda chunk: jax.jit(
-            jax.grad(functools.partial(loss, chunk=chunk), range(len(arguments)))
-        )(*arguments)
-        for actual, expected in zip(gradient(16), gradient(1), strict=True):
-            close(actual, expected, 1e-10)
+        arguments = jax.tree.map(jnp.asarray, (u, split(x), SYSTEMS[kind]))
+        actual = gradients(in_chunks_of_16, kind, *arguments, ids)
+        ids = np.ones(u.shape[:2], int) if ids is None else ids
+        expected = gradients(by_steps, kind, *arguments, np.concatenate([ids[:, :1], ids], 1))
+        jax.tree.map(lambda x, y: close(x, y, 1e-10), actual, expected)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 31, 64, 100])
+dplr_kernels = jax.jit(
+    lambda system, length: (dplr_kernel(*system, length), s4.s4_dplr_kernel(*system, length)),
+    static_argnums=1,
+)
+dplr_kernel_alone = jax.jit(lambda system, length: dplr_kernel(*system, length), static_argnums=1)
+
+
+@pytest.mark.parametrize("length", [1, slow(2), slow(3), slow(31), slow(64), 100])
 def test_dplr_kernel_by_powers_equals_that_by_cauchy_products(length):
     system = SYSTEMS["dplr"]
     with jax.enable_x64(True):
-        system = jax.tree.map(jnp.asarray, system)
-        actual, expected = dplr_kernel(*system, length), s4.s4_dplr_kernel(*system, length)
+        actual, expected = dplr_kernels(jax.tree.map(jnp.asarray, system), length)
         close(actual, expected, 1e-9)
-    close(dplr_kernel(*single(system), length), expected)
+    close(dplr_kernel_alone(single(system), length), expected)
 
 
 @pytest.mark.parametrize(
@@ -191,4 +259,4 @@ def test_errors_name_the_argument(error, message, change):
     arguments = dict(zip(("log_dt", "A", "B", "C"), single(SYSTEMS["zoh"]), strict=True))
     arguments |= dict(u=jnp.zeros((2, 5, 3))) | change
     with pytest.raises(error, match=message):
-        diagonal_state_space(**arguments)
+        jax.eval_shape(lambda: diagonal_state_space(**arguments))
