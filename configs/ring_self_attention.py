@@ -15,7 +15,7 @@ CUDA's: growth compares, not megabytes. Tokens per second cannot be measured on 
 
 from ml_collections import ConfigDict
 
-from tilescan.configs.common import paper, section
+from tilescan.configs.common import paper, section, sharded_training, smoke_sharded_training
 
 
 def get_config(scale: str = "cpu") -> ConfigDict:
@@ -49,19 +49,8 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.linformer = section(devices=(1, 4, 32), batch_size=4, rows=256)
     # An MLP alone: B L by which sequence parallelism needs less.
     config.crossover = section(devices=(2, 4, 8), tokens=(4, 8, 16, 24, 40, 64, 128))  # B L / H
-    # The same model, data and seed on one device and with time sharded over several.
-    config.training = section(
-        devices=4,
-        dtypes=("float64", "float32"),
-        n_layers=2,
-        d_model=64,
-        n_heads=4,
-        vocab_size=65,
-        batch_size=8,
-        seq_len=64,
-        steps=300,
-        learning_rate=1e-3,
-    )
+    config.training = sharded_training(devices=4, batch_size=8, seq_len=64, steps=300)
+    config.training.learning_rate = 1e-3
     if scale == "smoke":
         config.exactness.update(devices=(2,), seq_len=16, n_heads=2, head_dim=4)
         config.traffic.update(devices=(4,), batch_size=1, seq_len=16)
@@ -76,8 +65,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         config.largest.update(devices=(2,), gib=0.0005, seq_len=16, batch_size=2, tolerance=0.5)
         config.linformer.update(devices=(1, 2), batch_size=1, rows=4)
         config.crossover.update(devices=(2,), tokens=(4, 64))
-        config.training.update(devices=2, dtypes=("float64",), n_layers=1, d_model=16, n_heads=2)
-        config.training.update(vocab_size=17, batch_size=1, seq_len=32, steps=3)
+        smoke_sharded_training(config.training, devices=2)
     elif scale == "accelerator":
         config.exactness.seq_len = 4096
         config.training.update(n_layers=12, d_model=768, n_heads=12, seq_len=512, steps=1000)

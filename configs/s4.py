@@ -43,7 +43,9 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.digits.update(models=("s4", "s4d", "attention"), attention_mlp_dim=44)
     # Table 4: tasks of the Long Range Arena, at reduced sizes.
     config.listops = _task("listops", bidirectional=True, seconds=45.0)
-    config.listops.options = _listops((20_000, 1000, 1000), depth=4, args=5, lengths=(8, 64))
+    config.listops.options = section(
+        examples=(20_000, 1000, 1000), max_depth=4, max_args=5, min_length=8, max_length=64
+    )
     config.image = _task("lra_image", bidirectional=True, batch_size=16, steps=250, seconds=90.0)
     config.pathfinder = _task("pathfinder", bidirectional=True, models=())
     config.pathfinder.options = section(examples=20_000, segments=14)
@@ -88,16 +90,6 @@ def _task(task: str, **changes: Any) -> ConfigDict:
     return section(**values | changes)
 
 
-def _listops(
-    examples: tuple[int, int, int], depth: int, args: int, lengths: tuple[int, int]
-) -> ConfigDict:
-    """Returns the options of the task ListOps."""
-    least, most = lengths
-    return section(
-        examples=examples, max_depth=depth, max_args=args, min_length=least, max_length=most
-    )
-
-
 def _shrink(config: ConfigDict) -> None:
     """Sets sizes that show nothing, and images that need no download."""
     config.exactness.update(seq_lens=(32,), channels=4, state_dim=8)
@@ -130,7 +122,8 @@ def _enlarge(config: ConfigDict) -> None:
         part.update(weight_decay=0.05, evaluations=20, seconds=20_000.0, **everything)
     config.digits.update(attention_mlp_dim=229, **_epochs(54_000, 50, 50))
     config.listops.update(state_dim=4, attention_mlp_dim=179, **_epochs(96_000, 32, 40))
-    config.listops.options = _listops((96_000, 2000, 2000), 10, 10, (500, 2000))
+    config.listops.options.update(examples=(96_000, 2000, 2000), max_depth=10, max_args=10)
+    config.listops.options.update(min_length=500, max_length=2000)
     config.image.update(
         d_model=512, attention_d_model=288, attention_mlp_dim=453, **_epochs(45_000, 50, 200)
     )

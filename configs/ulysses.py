@@ -15,7 +15,7 @@ measured on one machine.
 
 from ml_collections import ConfigDict
 
-from tilescan.configs.common import paper, section
+from tilescan.configs.common import paper, section, sharded_training, smoke_sharded_training
 
 
 def get_config(scale: str = "cpu") -> ConfigDict:
@@ -51,19 +51,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         gib=40.0,
         tolerance=0.02,
     )
-    # The same model, data and seed on one device and with time sharded over several.
-    config.training = section(
-        devices=(2, 4, 8),
-        dtypes=("float64", "float32"),
-        n_layers=2,
-        d_model=64,
-        n_heads=8,
-        vocab_size=65,
-        batch_size=4,
-        seq_len=128,
-        steps=150,
-        learning_rate=3e-3,
-    )
+    config.training = sharded_training(devices=(2, 4, 8), n_heads=8, seq_len=128)
     if scale == "smoke":
         config.exactness.update(
             devices=(2,), kinds=("causal", "ssd"), seq_len=32, n_heads=2, head_dim=8
@@ -72,8 +60,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         config.traffic.update(strategies=("ulysses", "megatron_sp"), d_model=32, n_heads=4)
         config.memory.update(devices=(1, 2), n_layers=2, d_model=32, n_heads=2, vocab_size=64)
         config.memory.update(unit=32, gib=0.0005, tolerance=0.5)
-        config.training.update(devices=(2,), dtypes=("float64",), n_layers=1, d_model=16, n_heads=2)
-        config.training.update(vocab_size=17, batch_size=1, seq_len=32, steps=3)
+        smoke_sharded_training(config.training, devices=(2,))
     elif scale == "accelerator":
         config.exactness.seq_len = 4096
         config.training.update(n_layers=6, d_model=512, seq_len=4096, steps=500)

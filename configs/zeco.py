@@ -16,7 +16,7 @@ tables have the published ones beside a model of two parameters a schedule, whic
 
 from ml_collections import ConfigDict
 
-from tilescan.configs.common import paper, section
+from tilescan.configs.common import paper, section, sharded_training, smoke_sharded_training
 
 
 def get_config(scale: str = "cpu") -> ConfigDict:
@@ -40,28 +40,15 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     )
     # All-Scan alone, by the number of blocks.
     config.blocks = section(devices=(2, 4, 8, 16, 32, 64, 128, 256), blocks=(8, 32, 128))
-    # The same model, data and seed on one device and with time sharded over several.
-    config.training = section(
-        devices=4,
-        kinds=("all_scan", "chain", "all_gather", "log_step"),
-        dtypes=("float64", "float32"),
-        n_layers=2,
-        d_model=64,
-        n_heads=4,
-        vocab_size=65,
-        batch_size=4,
-        seq_len=256,
-        steps=150,
-        learning_rate=3e-3,
+    config.training = sharded_training(
+        devices=4, kinds=("all_scan", "chain", "all_gather", "log_step"), seq_len=256
     )
     if scale == "smoke":
         config.exactness.update(devices=(2,), seq_len=16, n_heads=2, head_dim=4)
         config.exactness.update(decays=("vector",), dtypes=("float64",))
         config.traffic.update(devices=(4,), seq_len=32, n_heads=8, head_dim=8)
         config.blocks.update(devices=(4,), blocks=(4, 8))
-        config.training.update(devices=2, kinds=("all_scan",), dtypes=("float64",))
-        config.training.update(n_layers=1, d_model=16, n_heads=2, vocab_size=17)
-        config.training.update(batch_size=1, seq_len=32, steps=3)
+        smoke_sharded_training(config.training, devices=2, kinds=("all_scan",))
     elif scale == "accelerator":
         config.exactness.seq_len = 2048
         config.training.update(n_layers=6, d_model=512, seq_len=4096, steps=500)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -75,6 +76,18 @@ class Paper:
     figures: Callable[[Records], Mapping[str, str]] = lambda records: {}
     family: str = "kernels"
     short: str = ""
+
+    @classmethod
+    def of(cls, modules: Sequence[ModuleType], **about: str) -> "Paper":
+        """Returns the paper whose folder has these modules, by its folder's name.
+
+        Args:
+          modules: their functions cells, tables, claims and figures are the paper's.
+          **about: the texts, as of the class.
+        """
+        parts = ("cells", "tables", "claims", "figures")
+        found = {p: vars(m)[p] for m in modules for p in parts if callable(vars(m).get(p))}
+        return cls(name=modules[0].__name__.split(".")[-2], **found, **about)
 
     @property
     def short_title(self) -> str:

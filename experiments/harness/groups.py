@@ -71,6 +71,12 @@ def series(records: Records, setting: str, metric: str) -> dict[Any, Any]:
     return {group.key: group.first.result[metric] for group in by(records, setting)}
 
 
+def measured(groups: Sequence[Group], of: Callable[[Group], Any]) -> dict[Any, Any]:
+    """Returns {key: value} of those groups that have one."""
+    found = {group.key: of(group) for group in groups}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def at(found: Mapping[Any, Any]) -> Callable[[Group], Any]:
     """Returns the function of a group that gives what was found for its key, None without."""
     return lambda group: found.get(group.key)

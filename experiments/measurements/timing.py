@@ -108,6 +108,11 @@ def ratios_of_rounds(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> list[f
     return [a / b for a, b in zip(slow["samples_ms"], fast["samples_ms"], strict=True)]
 
 
+def measured(record: Record, name: str, field: str = "median_ms") -> float | None:
+    """Returns the time (or another field) of one of a record's functions; None without one."""
+    return record.result.get(name, {}).get(field)
+
+
 def gain(record: Record, slow: str, fast: str) -> Spread | None:
     """Returns the `speed_up` of two results of one record, by their names."""
     return speed_up(record.result.get(slow, {}), record.result.get(fast, {}))

@@ -2,15 +2,8 @@
 
 import statistics
 
-from tilescan.experiments.harness.claims import (
-    Claim,
-    Effect,
-    Verdict,
-    claim,
-    every,
-    higher_by,
-    not_run,
-)
+from tilescan.experiments.harness import claims as c
+from tilescan.experiments.harness.claims import Claim, Effect, Verdict, claim
 from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import log_slope, ratio
@@ -96,28 +89,28 @@ def claims(records: Records) -> list[Claim]:
             "Reading more of a document classifies it better (Table 5: +4.3 and +7.0 points).",
             longer_documents(by(records.select(kind="documents"), "length")),
         ),
-        not_run(
+        c.not_run(
             "BERT training time",
             "BERT-large trains to 72.0% masked accuracy in 17.4 ± 1.4 minutes, the MLPerf 1.1 "
             "record took 20.0 ± 1.5 (Table 1).",
             "time to 72.0% on 8 A100s",
             needs="8 A100s and MLPerf's Wikipedia",
         ),
-        not_run(
+        c.not_run(
             "GPT-2 training time",
             "GPT-2 small trains 3.5 times faster than with HuggingFace's attention at the same "
             "perplexity 18.2, GPT-2 medium 3.0 times at 14.2 (Table 2).",
             "time to 400k steps on OpenWebText, 8 GPUs",
             needs="8 GPUs and OpenWebText",
         ),
-        not_run(
+        c.not_run(
             "Long-Range Arena",
             "2.4 times faster than the Transformer at an average of 59.8 against 59.3, 2.8 times "
             "at 59.6 if block-sparse (Table 3).",
             "accuracy on the five tasks and training time on one GPU",
             needs="a GPU and the five tasks' data",
         ),
-        not_run(
+        c.not_run(
             "Path-X and Path-256",
             "First Transformer above chance: 61.4% on Path-X; block-sparse 56.0% there and 63.1% "
             "on Path-256 (Table 6).",
@@ -223,7 +216,7 @@ def equal_curves(curves: Records) -> Verdict:
     gaps = [curve_difference(pair) for pair in attention_pairs(curves)]
     return Verdict(
         f"the losses of every step differ by at most {CURVE_TOLERANCE} nats, each seed",
-        every(gap <= CURVE_TOLERANCE for gap in gaps),
+        c.every(gap <= CURVE_TOLERANCE for gap in gaps),
         f"largest difference {max(gaps):.2g} nats over {len(gaps)} seeds" if gaps else "",
     )
 
@@ -261,7 +254,7 @@ def longer_documents(groups: list[Group]) -> Verdict:
     points = [100 * (b - a) for a, b in contexts.by_seed(groups, "test_accuracy").values()]
     return Verdict(
         criterion,
-        higher_by(long, short, 0.0),
+        c.higher_by(long, short, 0.0),
         f"{long.mean - short.mean:+.1f} points from {groups[0].key} to {groups[-1].key} tokens, "
         f"deviation {max(short.std or 0, long.std or 0):.1f}",
         Effect(of_paper, points, "difference"),

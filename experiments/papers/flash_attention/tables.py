@@ -2,18 +2,11 @@
 
 from collections.abc import Callable, Mapping
 
+from tilescan.experiments.harness import tables as t
 from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import ratio
-from tilescan.experiments.harness.tables import (
-    MEASURED,
-    PUBLISHED,
-    STATIC,
-    Column,
-    Table,
-    columns,
-    table,
-)
+from tilescan.experiments.harness.tables import Column, Table, columns, table
 from tilescan.experiments.measurements import attention, static_kernels
 from tilescan.experiments.measurements.attention import DIRECTIONS, OVER_SPARSE, OVER_STANDARD
 from tilescan.experiments.measurements.attention_exactness import exactness_table
@@ -57,7 +50,7 @@ def beside(
     for v, name in NAMES.items():
         if v in of_paper:
             of = lambda g, v=v: published.at(g.key, of_paper[v])
-            shown.append(Column(name, PUBLISHED, paper_unit, of=of))
+            shown.append(Column(name, t.PUBLISHED, paper_unit, of=of))
         shown.append(Column(name, kind, unit, of=lambda g, v=v: value(g, v)))
     return shown
 
@@ -66,12 +59,12 @@ def runtime_table(records: Records, direction: str) -> Table:
     """Returns published and measured times against length, and their ratios."""
     runtime, (number, plain) = records.select(kind="runtime"), published.TABLES[direction]
     of_paper = published.MS[direction], published.PLAIN_MS[direction]
-    shown = beside(of_paper[0], "ms", MEASURED, "ms", attention.median_ms)
+    shown = beside(of_paper[0], "ms", t.MEASURED, "ms", attention.median_ms)
     for pair in (OVER_STANDARD, OVER_SPARSE):
         title = " / ".join(NAMES[v] for v in pair)
         paper = lambda i, pair=pair: lambda g: published.over(g.key, of_paper[i], *pair)
-        shown += columns(PUBLISHED, {title: paper(0), f"{title}, {plain}": paper(1)})
-        shown.append(Column(title, MEASURED, of=lambda g, pair=pair: gain(g.first, *pair)))
+        shown += columns(t.PUBLISHED, {title: paper(0), f"{title}, {plain}": paper(1)})
+        shown.append(Column(title, t.MEASURED, of=lambda g, pair=pair: gain(g.first, *pair)))
     return table(
         f"runtime-{direction}",
         f"{number}: time of one attention call against length, {DIRECTIONS[direction]}",
@@ -100,7 +93,7 @@ def memory_table(records: Records, direction: str) -> Table:
         f"memory-{direction}",
         f"Memory of one attention call against length, {DIRECTIONS[direction]}",
         rows,
-        beside(of_paper, "MB", STATIC, "MiB", value),
+        beside(of_paper, "MB", t.STATIC, "MiB", value),
         "Temporaries beside arguments and results, by XLA's own buffer assignment for "
         f"{backends}; compiled, not run. The last row is the slope of log memory over "
         "log length from length 1024 on: 2 is quadratic, 1 linear."
@@ -142,7 +135,7 @@ def figure_2(record: Record | None) -> Table:
             ("time on an A100 (ms)", published.A100_MS, (None, None)),
         ]
     shown = [Column("forward + backward", of=lambda row: row[0])]
-    for i, kind in enumerate((PUBLISHED, STATIC), 1):
+    for i, kind in enumerate((t.PUBLISHED, t.STATIC), 1):
         values = {name: lambda row, i=i, j=j: row[i][j] for j, name in enumerate(OVER_STANDARD)}
         shown += columns(kind, values | {"standard / tiled": lambda row, i=i: ratio(*row[i])})
     return table(
@@ -172,10 +165,10 @@ def on_chip_table(on_chip: Records) -> Table:
         [
             Column("on-chip elements", of=lambda g: f"{g.key:,}"),
             Column("tiles", of=lambda g: "{block_q} x {block_k}".format(**g.first.result)),
-            Column("visits a head", STATIC, of=number("visits")),
-            *columns(STATIC, moved, "GB"),
-            Column("standard / tiled", STATIC, of=over(*both)),
-            Column("forward / (N²d²/M)", STATIC, of=over_bound),
+            Column("visits a head", t.STATIC, of=number("visits")),
+            *columns(t.STATIC, moved, "GB"),
+            Column("standard / tiled", t.STATIC, of=over(*both)),
+            Column("forward / (N²d²/M)", t.STATIC, of=over_bound),
         ],
         "Counted by the same replay, "
         + first(on_chip, "N {length}, d {head_dim}")
@@ -193,11 +186,11 @@ def length_table(lengths: Records) -> Table:
         by(lengths, "length"),
         [
             Column("length", of=lambda g: str(g.key)),
-            Column("visits", STATIC, of=number("visits")),
-            Column("elements moved, tiled", STATIC, of=number("forward")),
-            Column("elements moved, standard", STATIC, of=number("standard_forward")),
-            Column("standard / tiled", STATIC, of=over("standard_forward", "forward")),
-            Column("tiled / (N²d²/M)", STATIC, of=over_bound),
+            Column("visits", t.STATIC, of=number("visits")),
+            Column("elements moved, tiled", t.STATIC, of=number("forward")),
+            Column("elements moved, standard", t.STATIC, of=number("standard_forward")),
+            Column("standard / tiled", t.STATIC, of=over("standard_forward", "forward")),
+            Column("tiled / (N²d²/M)", t.STATIC, of=over_bound),
         ],
         "One head, forward, "
         + first(lengths, "{on_chip:,} on-chip elements, d {head_dim}")
@@ -209,7 +202,7 @@ def length_table(lengths: Records) -> Table:
 def sparse_table(sparse: Records) -> Table:
     """Returns the forward pass's traffic against sparsity."""
     rows = by(sparse, "factors")
-    visits = number("visits")
+    visits, flops = number("visits"), number("matmul_flops")
     dense = max(map(over("visits", "live_fraction"), rows), default=0)
     return table(
         "io-sparse",
@@ -217,11 +210,11 @@ def sparse_table(sparse: Records) -> Table:
         rows,
         [
             Column("butterfly factors", of=lambda g: str(g.key)),
-            Column("live fraction s", STATIC, of=number("live_fraction")),
-            Column("tiles visited", STATIC, of=visits),
-            Column("of all tiles", STATIC, of=lambda g: visits(g) / dense),
-            Column("elements moved, forward", STATIC, of=number("forward")),
-            Column("FLOPs in matmuls", STATIC, "10⁶", of=lambda g: number("matmul_flops")(g) / 1e6),
+            Column("live fraction s", t.STATIC, of=number("live_fraction")),
+            Column("tiles visited", t.STATIC, of=visits),
+            Column("of all tiles", t.STATIC, of=lambda g: visits(g) / dense),
+            Column("elements moved, forward", t.STATIC, of=number("forward")),
+            Column("FLOPs in matmuls", t.STATIC, "10⁶", of=lambda g: flops(g) / 1e6),
         ],
         "Counted for one head by the same replay. Traffic is Θ(Nd + N²d²s/M): proportional to s "
         "beside a constant.",
@@ -238,12 +231,12 @@ def curve_table(curves: Records) -> Table:
         attention_pairs(curves),
         [
             Column("seed", of=lambda pair: str(pair[0].seed)),
-            Column("steps", MEASURED, of=lambda pair: len(pair[0].result["train_loss"])),
-            Column("last loss, standard", MEASURED, "nats", 5, loss(0)),
-            Column("last loss, tiled", MEASURED, "nats", 5, loss(1)),
-            Column("largest difference of a step", MEASURED, "nats", 2, curve_difference),
-            Column("test perplexity, standard", MEASURED, digits=5, of=perplexity(0)),
-            Column("test perplexity, tiled", MEASURED, digits=5, of=perplexity(1)),
+            Column("steps", t.MEASURED, of=lambda pair: len(pair[0].result["train_loss"])),
+            Column("last loss, standard", t.MEASURED, "nats", 5, loss(0)),
+            Column("last loss, tiled", t.MEASURED, "nats", 5, loss(1)),
+            Column("largest difference of a step", t.MEASURED, "nats", 2, curve_difference),
+            Column("test perplexity, standard", t.MEASURED, digits=5, of=perplexity(0)),
+            Column("test perplexity, tiled", t.MEASURED, digits=5, of=perplexity(1)),
         ],
         f"{_about(curves)}. Same seed, same batches, same program but for the attention. The "
         "paper reports the same perplexity 18.2 for GPT-2 small with both (Table 2).",
@@ -290,10 +283,10 @@ def context_table(measured: Records, compared: Records) -> Table:
         rows,
         [
             Column("context", of=lambda g: str(g.key) if len(g) else f"{g.key} (GPT-2 small)"),
-            Column("perplexity", PUBLISHED, of=of_paper(0)),
-            Column("training on 8 A100s", PUBLISHED, "days", of=of_paper(1)),
-            *columns(MEASURED, shown),
-            Column("seeds", MEASURED, of=lambda g: len(g.select(kind="context")) or None),
+            Column("perplexity", t.PUBLISHED, of=of_paper(0)),
+            Column("training on 8 A100s", t.PUBLISHED, "days", of=of_paper(1)),
+            *columns(t.MEASURED, shown),
+            Column("seeds", t.MEASURED, of=lambda g: len(g.select(kind="context")) or None),
         ],
         note,
     )
@@ -329,9 +322,9 @@ def document_table(documents: Records) -> Table:
         rows,
         [
             Column("tokens read", of=lambda g: str(g.key)),
-            *columns(PUBLISHED, of_paper, "%"),
-            Column("sections of BBC news, micro-F1", MEASURED, "%", of=score),
-            Column("seeds", MEASURED, of=lambda g: len(g) or None),
+            *columns(t.PUBLISHED, of_paper, "%"),
+            Column("sections of BBC news, micro-F1", t.MEASURED, "%", of=score),
+            Column("seeds", t.MEASURED, of=lambda g: len(g) or None),
         ],
         f"{_about(documents)}. With one label a document micro-F1 is accuracy. The paper "
         "fine-tunes RoBERTa on medical notes and court cases, which may not be redistributed; here "

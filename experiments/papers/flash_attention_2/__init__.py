@@ -7,14 +7,10 @@ arXiv 2307.08691.
 from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.papers.flash_attention_2 import cells, claims, tables
 
-PAPER = Paper(
-    name="flash_attention_2",
+PAPER = Paper.of(
+    (cells, claims, tables),
     title="FlashAttention-2: faster attention with better parallelism and work partitioning "
     "(arXiv 2307.08691)",
     summary="The same exact attention with queries in the outer loop: the output stays on chip, is "
     "divided once, and tiles above the diagonal are skipped.",
-    cells=cells.cells,
-    tables=tables.tables,
-    claims=claims.claims,
-    figures=tables.figures,
 )

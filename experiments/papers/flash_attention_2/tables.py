@@ -1,18 +1,11 @@
 """FlashAttention-2's tables and figures."""
 
+from tilescan.experiments.harness import tables as t
 from tilescan.experiments.harness.figures import panel_figure
 from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.statistics import ratio
-from tilescan.experiments.harness.tables import (
-    MEASURED,
-    PUBLISHED,
-    STATIC,
-    Column,
-    Table,
-    columns,
-    table,
-)
+from tilescan.experiments.harness.tables import Column, Table, columns, table
 from tilescan.experiments.measurements import attention, static_kernels, training_steps
 from tilescan.experiments.measurements.attention import DIRECTIONS, FORWARD, FORWARD_BACKWARD, rate
 from tilescan.experiments.measurements.timing import gain
@@ -61,9 +54,9 @@ def counts_table(counts: Records) -> Table:
         [
             Column("mask", of=lambda g: attention.MASKS[g.key[0]]),
             Column("length", of=lambda g: str(g.key[1])),
-            Column("tile visits", STATIC, of=lambda g: g.first.result["fa2"]["visits"]),
-            *columns(STATIC, shown),
-            Column("all three, FA-1 / FA-2", STATIC, of=lambda g: ratio(*total(g))),
+            Column("tile visits", t.STATIC, of=lambda g: g.first.result["fa2"]["visits"]),
+            *columns(t.STATIC, shown),
+            Column("all three, FA-1 / FA-2", t.STATIC, of=lambda g: ratio(*total(g))),
         ],
         "Counted while both loops compute the same attention, "
         + first(counts, "tiles of {block_q} x {block_k}, d {head_dim}")
@@ -82,11 +75,11 @@ def tiles_table(tiles: Records) -> Table:
         [*rows, Group("long sequences", Records([]))] if rows else [],
         [
             Column("tiles a side", of=lambda g: str(g.key)),
-            Column("live tiles", STATIC, of=found(lambda r: r["live"])),
-            Column("of these on the diagonal", STATIC, of=found(lambda r: r["partial"])),
-            Column("skipped, of all", STATIC, of=found(lambda r: 1 - r["live"] / r["all"])),
-            Column("all / live", STATIC, of=found(lambda r: r["all"] / r["live"])),
-            Column("speed-up", PUBLISHED, of=lambda g: None if len(g) else FASTER),
+            Column("live tiles", t.STATIC, of=found(lambda r: r["live"])),
+            Column("of these on the diagonal", t.STATIC, of=found(lambda r: r["partial"])),
+            Column("skipped, of all", t.STATIC, of=found(lambda r: 1 - r["live"] / r["all"])),
+            Column("all / live", t.STATIC, of=found(lambda r: r["all"] / r["live"])),
+            Column("speed-up", t.PUBLISHED, of=lambda g: None if len(g) else FASTER),
         ],
         "Counted by the op's own mask algebra. Tiles below the diagonal need no mask of their "
         "elements. All / live is the speed-up if a tile's cost is all there is.",
@@ -114,10 +107,10 @@ def causal_table(speed: Records) -> Table:
         [
             Column("head dim", of=lambda g: str(g.key[0])),
             Column("length", of=lambda g: str(g.key[1])),
-            Column("all / live tiles of 512", STATIC, of=lambda g: predicted(g, 512)),
-            Column("all / live tiles of 128", STATIC, of=lambda g: predicted(g, 128)),
-            Column("FA-2", PUBLISHED, of=lambda g: FASTER),
-            *columns(MEASURED, measured),
+            Column("all / live tiles of 512", t.STATIC, of=lambda g: predicted(g, 512)),
+            Column("all / live tiles of 128", t.STATIC, of=lambda g: predicted(g, 128)),
+            Column("FA-2", t.PUBLISHED, of=lambda g: FASTER),
+            *columns(t.MEASURED, measured),
         ],
         "With n tiles a side, n(n+1)/2 of n² are live: 2n/(n+1) is what skipping can give. "
         "Published for long sequences (section 3.1.1). Measured: ratio of medians ± its standard "
@@ -128,7 +121,7 @@ def causal_table(speed: Records) -> Table:
 
 def rate_table(speed: Records) -> Table:
     """Returns the speeds of one head dim; a row has a mask and the record of a length."""
-    over = ("tiled over standard, forward + backward", PUBLISHED, MEASURED)
+    over = ("tiled over standard, forward + backward", t.PUBLISHED, t.MEASURED)
     speeds = {
         f"{figure}, {TITLES[d]}: {v}": lambda row, v=v, d=d: rate(row[1].first, v, row[0], d)
         for d, figure in FIGURES.items()
@@ -148,9 +141,9 @@ def rate_table(speed: Records) -> Table:
         [
             Column("mask", of=lambda row: row[0]),
             Column("length", of=lambda row: str(row[1].key)),
-            *columns(MEASURED, speeds, "GFLOP/s"),
-            Column(over[0], PUBLISHED, of=lambda row: OVER),
-            Column(over[0], MEASURED, of=lambda row: gain(row[1].first, *compared(row[0]))),
+            *columns(t.MEASURED, speeds, "GFLOP/s"),
+            Column(over[0], t.PUBLISHED, of=lambda row: OVER),
+            Column(over[0], t.MEASURED, of=lambda row: gain(row[1].first, *compared(row[0]))),
         ],
         f"Measured with {shape} (the paper: 16k tokens, hidden size 2048, 16 bit, A100). "
         "FLOPs by the paper's formula, 4N²d a head forward, 2.5 times that backward, half "
@@ -189,10 +182,10 @@ def training_table(training: Records) -> Table:
         rows,
         [
             Column("model, context", of=lambda g: (of_ours(size)(g) or "") + str(g.key)),
-            *columns(PUBLISHED, speeds, "TFLOP/s"),
-            Column("FlashAttention-2 / without", PUBLISHED, of=of_paper(training_gain)),
-            *columns(MEASURED, measured, "GFLOP/s"),
-            Column("tiled / standard", MEASURED, of=of_ours(lambda r: gain(r, *VARIANTS))),
+            *columns(t.PUBLISHED, speeds, "TFLOP/s"),
+            Column("FlashAttention-2 / without", t.PUBLISHED, of=of_paper(training_gain)),
+            *columns(t.MEASURED, measured, "GFLOP/s"),
+            Column("tiled / standard", t.MEASURED, of=of_ours(lambda r: gain(r, *VARIANTS))),
         ],
         "Published: each of 8 A100s. Measured: one device, "
         + first(training, "{model.repeats} layers of width {model.d_model}")

@@ -7,15 +7,11 @@ Models. ICLR 2023, arXiv 2212.14052.
 from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.papers.h3 import cells, claims, tables
 
-PAPER = Paper(
-    name="h3",
+PAPER = Paper.of(
+    (cells, claims, tables),
     title="Hungry Hungry Hippos: towards language modeling with state space models "
     "(arXiv 2212.14052)",
     summary="Two state spaces and two gates let a layer recall and compare tokens; with one layer "
     "of attention kept, it models text as well as a Transformer.",
-    cells=cells.cells,
-    tables=tables.tables,
-    claims=claims.claims,
-    figures=tables.figures,
     family="state space models",
 )

@@ -7,16 +7,12 @@ EMNLP 2025, arXiv 2410.03810.
 from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.papers.mamba_free_lunch import cells, claims, tables
 
-PAPER = Paper(
-    name="mamba_free_lunch",
+PAPER = Paper.of(
+    (cells, claims, tables),
     title='Can Mamba always enjoy the "free lunch"? Limitations in copying and chains of thought '
     "(arXiv 2410.03810)",
     short="Mamba's free lunch",
     summary="A state of fixed size copies a string only if it has room for it, and learns to with "
     "more examples than attention; problems whose steps are local need no more than it has.",
-    cells=cells.cells,
-    tables=tables.tables,
-    claims=claims.claims,
-    figures=tables.figures,
     family="state space models",
 )

@@ -1,16 +1,7 @@
 """What RSA's paper says, as predicates on the records."""
 
-from tilescan.experiments.harness.claims import (
-    Claim,
-    at_most,
-    claim,
-    effect_of,
-    every,
-    judge,
-    listed,
-    near,
-    not_run,
-)
+from tilescan.experiments.harness import claims as c
+from tilescan.experiments.harness.claims import Claim, claim, judge
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.statistics import over
 from tilescan.experiments.measurements.exactness import worst
@@ -45,7 +36,7 @@ def claims(records: Records) -> list[Claim]:
     pairs = [(speed[t.RSA], speed[t.TENSOR]) for speed in SPEED.values()]
     shares = [ours[n] / theirs[n] for ours, theirs in pairs for n in theirs if n > 1]
     return [
-        claim("RSA is exact", says, at_most(criterion, worst(exact), EXACT)),
+        claim("RSA is exact", says, c.at_most(criterion, worst(exact), EXACT)),
         *_volumes(records.select(kind="traffic")),
         *_memory(records),
         _crossover(
@@ -68,7 +59,7 @@ def claims(records: Records) -> list[Claim]:
             "Sequence parallelism converges as tensor parallelism does.",
             same_losses(records),
         ),
-        not_run(
+        c.not_run(
             "as fast as tensor parallelism",
             "Tokens per second are those of tensor parallelism on as many devices (Table 4).",
             "RSA's tokens per second are at least 0.9 of tensor parallelism's",
@@ -95,13 +86,13 @@ def _volumes(traffic: Records) -> list[Claim]:
         claim(
             "RSA sends what tensor parallelism sends",
             "Both send 8 (N - 1) B Z (L / N) A elements for a layer, forward and backward.",
-            at_most(criterion, off if len(off) == 2 else {}, FORMULA, "{} at most {:.2%} off"),
+            c.at_most(criterion, off if len(off) == 2 else {}, FORMULA, "{} at most {:.2%} off"),
         ),
         judge(
             "a reduce-scatter saves a quarter",
             "Not in the paper: gradients of keys and values need no all-reduce.",
             f"bytes with reduce-scatters / with all-reduces are 6 / 8 within {FORMULA:.0%}",
-            near(shares, 0.75, FORMULA),
+            c.near(shares, 0.75, FORMULA),
             f"{min(shares):.4g} to {max(shares):.4g}" if shares else "",
         ),
     ]
@@ -120,26 +111,26 @@ def _memory(records: Records) -> list[Claim]:
             "RSA's memory stays flat when batches grow",
             "Memory of a device stays constant when batches grow with the devices (Table 4).",
             f"over one device's it stays within {FLAT:.0%}",
-            near(flat.values(), 1, FLAT) if len(flat) > 1 else None,
-            listed(flat, ON),
+            c.near(flat.values(), 1, FLAT) if len(flat) > 1 else None,
+            c.listed(flat, ON),
         ),
         judge(
             "tensor parallelism's memory grows with batches",
             f"From one to four devices it grows {GROWTH} times (Table 4).",
             "from one to four devices it grows by at least half of that",
             tensor[4] >= 1 + (GROWTH - 1) / 2 if 4 in tensor else None,
-            listed(tensor, ON),
+            c.listed(tensor, ON),
             needs="cpu",
-            effect=effect_of(GROWTH, tensor.get(4)),
+            effect=c.effect_of(GROWTH, tensor.get(4)),
         ),
         judge(
             "RSA's memory grows less when sequences grow",
             f"From one to four devices {published[t.RSA]:.2f} times, and "
             f"{published[t.TENSOR]:.2f} times with tensor parallelism (Table 4).",
             "at every number of devices RSA's memory has grown less",
-            every(ours[n] < theirs[n] for n in both),
-            f"RSA {listed(ours, ON)}; tensor parallelism {listed(theirs, ON)}" if both else "",
-            effect=effect_of(published[t.TENSOR] / published[t.RSA], over(theirs, ours).get(4)),
+            c.every(ours[n] < theirs[n] for n in both),
+            f"RSA {c.listed(ours, ON)}; tensor parallelism {c.listed(theirs, ON)}" if both else "",
+            effect=c.effect_of(published[t.TENSOR] / published[t.RSA], over(theirs, ours).get(4)),
         ),
     ]
 
@@ -151,12 +142,12 @@ def _crossover(records: Records, what: str, name: str, words: str) -> Claim:
         f"an MLP's crossover at B L = 32 H: {name}",
         "Sequence parallelism needs less memory than tensor parallelism in an MLP if B L > 32 H.",
         f"by {words}, the crossing is within {NEAR:.0%} of 32 on every number of devices",
-        near(known, CROSSING, NEAR),
+        c.near(known, CROSSING, NEAR),
         ", ".join(f"{'none' if x is None else f'{x:.3g}'} on {n}" for n, x in found.items()),
         why="the plan also holds what lives in passing, which the paper's formulas leave out, and "
         "it is more under tensor parallelism: 8 against 6.5 B L H elements on two devices, 4 "
         "against 3.25 on four, 3 against 1.625 on eight",
-        effect=effect_of(CROSSING, *known, kind="difference"),
+        effect=c.effect_of(CROSSING, *known, kind="difference"),
     )
 
 
@@ -168,7 +159,7 @@ def _larger(records: Records, vary: str) -> Claim:
     if most and last and tensor[most]:
         share = ours[last] / tensor[most]
         evidence = f"{share:.3g} times on {last} against {most}; on as many devices: "
-        evidence += listed(over(ours, tensor), "{1:.3g} on {0}")
+        evidence += c.listed(over(ours, tensor), "{1:.3g} on {0}")
     decided = share is not None and last >= 64
     return judge(
         f"{greater} than tensor parallelism",
@@ -178,7 +169,7 @@ def _larger(records: Records, vary: str) -> Claim:
         share >= SHARE * LARGEST[vary] if decided else None,
         evidence,
         needs="cpu",
-        effect=effect_of(LARGEST[vary], share) if decided else None,
+        effect=c.effect_of(LARGEST[vary], share) if decided else None,
     )
 
 
@@ -192,7 +183,7 @@ def _sparse_grows(records: Records) -> Claim:
         f"the longest sequence that fits on 32 devices is at least {SHARE:g} of that many times "
         "longer",
         None if growth is None else growth >= SHARE * SPARSE,
-        listed(found, "{1:,} on {0}"),
+        c.listed(found, "{1:,} on {0}"),
         needs="cpu",
-        effect=effect_of(SPARSE, growth),
+        effect=c.effect_of(SPARSE, growth),
     )

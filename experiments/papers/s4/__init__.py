@@ -7,14 +7,10 @@ Gu, Goel, Re: Efficiently Modeling Long Sequences with Structured State Spaces. 
 from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.papers.s4 import cells, claims, tables
 
-PAPER = Paper(
-    name="s4",
+PAPER = Paper.of(
+    (cells, claims, tables),
     title="Efficiently modeling long sequences with structured state spaces (arXiv 2111.00396)",
     summary="A linear state space that starts from HiPPO is a long convolution in training and a "
     "recurrence in generation. It learns from long sequences what Transformers of its size do not.",
-    cells=cells.cells,
-    tables=tables.tables,
-    claims=claims.claims,
-    figures=tables.figures,
     family="state space models",
 )

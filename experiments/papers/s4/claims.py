@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from tilescan.experiments.harness import claims as c
 from tilescan.experiments.harness.claims import Claim, Verdict, claim
-from tilescan.experiments.harness.groups import Group, by
+from tilescan.experiments.harness.groups import Group, by, measured
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.statistics import Spread
 from tilescan.experiments.papers.s4 import tables as t
@@ -107,12 +107,6 @@ def claims(records: Records) -> list[Claim]:
             for f, state in ((False, "trained"), (True, "frozen"))
         ),
     ]
-
-
-def measured(groups: list[Group], of: Callable[[Group], float | None]) -> dict[int, float]:
-    """Returns {key: value} of those groups that have one."""
-    found = {g.key: of(g) for g in groups}
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def below(

@@ -9,6 +9,7 @@ from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread, ratio, spread
 from tilescan.experiments.harness.tables import Column, Table, columns, table
+from tilescan.experiments.measurements.timing import measured
 from tilescan.experiments.papers.s4.kernels import CAUCHY, DENSE, POWERS, VANDERMONDE
 from tilescan.experiments.papers.s4.published import ACCURACY, COST, SPEED
 
@@ -46,20 +47,14 @@ def accuracy(group: Group | Records, split: str = "test", **settings: Any) -> Sp
     return spread(100 * (x[-1] if isinstance(x, list) else x) for x in found)
 
 
-def kernel(group: Group, strategy: str, field: str = "median_ms") -> float | None:
-    """Returns the time (or another field) of a kernel; None if it was not measured."""
-    return group.first.result.get(strategy, {}).get(field)
-
-
 def dense_over_dplr(group: Group, field: str) -> float | None:
     """Returns how many times the DPLR kernel's time or memory the dense one takes."""
-    return ratio(kernel(group, DENSE, field), kernel(group, CAUCHY, field))
+    return ratio(*(measured(group.first, strategy, field) for strategy in (DENSE, CAUCHY)))
 
 
 def token_ms(group: Group, model: str) -> float | None:
     """Returns the milliseconds of a generated token of each sequence of the batch."""
-    whole = group.first.result[model].get("median_ms")
-    return ratio(whole, group.first.settings["tokens"])
+    return ratio(measured(group.first, model), group.first.settings["tokens"])
 
 
 def speed_up(group: Group) -> float | None:
@@ -90,9 +85,9 @@ def exactness_table(records: Records) -> Table:
 def cost_table(records: Records) -> Table:
     """Returns time and memory of kernels by state dim and length."""
     known = [s for s in STRATEGIES if any(s in r.result for r in records)]
-    times = {STRATEGIES[s]: lambda g, s=s: kernel(g, s) for s in known}
-    megabytes = lambda value: None if value is None else value / 1e6
-    memory = {STRATEGIES[s]: lambda g, s=s: megabytes(kernel(g, s, "temp_bytes")) for s in known}
+    times = {STRATEGIES[s]: lambda g, s=s: measured(g.first, s) for s in known}
+    megabytes = lambda s: lambda g: ratio(measured(g.first, s, "temp_bytes"), 1e6)
+    memory = {STRATEGIES[s]: megabytes(s) for s in known}
     published = lambda i: lambda g: COST.get(g.key[0], (None, None))[i]
     over = lambda field: lambda g: dense_over_dplr(g, field)
     return table(
@@ -220,7 +215,7 @@ def figures(records: Records) -> dict[str, str]:
     for states in by(records.kind("cost"), "state_dim"):
         found = by(states.records, "length")
         panels[f"{states.key} states"] = {
-            title: {g.key: kernel(g, s) for g in found} for s, title in STRATEGIES.items()
+            title: {g.key: measured(g.first, s) for g in found} for s, title in STRATEGIES.items()
         }
     labels = dict(x="context (tokens)", y="ms a token")
     axes = dict(x_label="length", y_label="ms", log_x=True, log_y=True)

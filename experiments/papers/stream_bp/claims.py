@@ -2,9 +2,9 @@
 
 from tilescan.experiments.harness import claims as c
 from tilescan.experiments.harness.claims import Claim, Effect, Verdict, claim
-from tilescan.experiments.harness.groups import by
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.tables import format_value
+from tilescan.experiments.measurements import timing
 from tilescan.experiments.papers.stream_bp import losses, published, tables
 from tilescan.experiments.papers.stream_bp.losses import CHECKPOINT, LOSSES, STREAM
 from tilescan.experiments.papers.stream_bp.tables import LOSS_NAMES, NAMES, PARTS, error, gain
@@ -109,8 +109,7 @@ def longer(records: Records, loss: str, over: str, low: float, high: float | Non
 
 def beyond_logits(records: Records) -> Verdict:
     """Returns whether chunks of layers give longer sequences than chunks of logits alone."""
-    values = {LOSS_NAMES[loss]: gain(records, loss, losses.MST) for loss in LOSSES}
-    values = {name: value for name, value in values.items() if value is not None}
+    values = {LOSS_NAMES[x]: v for x in LOSSES if (v := gain(records, x, losses.MST))}
     return Verdict(
         "longest sequence, StreamBP / checkpointing with chunks of logits: above 1.2 for each loss",
         c.every(value > 1.2 for value in values.values()),
@@ -120,19 +119,15 @@ def beyond_logits(records: Records) -> Verdict:
 
 def as_fast(times: Records) -> Verdict:
     """Returns whether a gradient takes no longer than with checkpointing, at the longest."""
-    points = {g.key: (g.first, tables.time_ratio(g.first, STREAM)) for g in by(times, "length")}
-    points = {n: found for n, found in points.items() if found[1] is not None}
-    longest, effect = next(reversed(points.values()), None), None
-    if longest:
-        samples = (longest[0].result[method]["samples_ms"] for method in (STREAM, CHECKPOINT))
-        rounds = [a / b for a, b in zip(*samples, strict=True)]
-        effect = Effect(published.TIME_RATIO, rounds)
+    pair = (STREAM, CHECKPOINT)
+    found = [(g.first, timing.gain(g.first, *pair)) for g in timing.both_timed(times, *pair)]
+    evidence = (f"{format_value(value)} at {r.settings['length']:,}" for r, value in found)
     return Verdict(
         f"time of a gradient, StreamBP / checkpointing, at the longest sequence: at most "
         f"{MOST_TIME}",
-        longest[1].mean <= MOST_TIME if longest else None,
-        ", ".join(f"{format_value(value)} at {n:,}" for n, (_, value) in points.items()),
-        effect,
+        found[-1][1].mean <= MOST_TIME if found else None,
+        ", ".join(evidence),
+        timing.effect(published.TIME_RATIO, found[-1][0], *pair) if found else None,
     )
 
 
@@ -151,8 +146,7 @@ def chunks_save(records: Records) -> Verdict:
 
 def exact(records: Records) -> Verdict:
     """Returns whether gradients in float32 are the plain ones."""
-    found = {part: error(records, STREAM32, part) for part in PARTS}
-    found = {part: value for part, value in found.items() if value is not None}
+    found = {part: value for part in PARTS if (value := error(records, STREAM32, part))}
     return Verdict(
         f"float32: norm of the difference of gradients at most {FLOAT32_ERROR:g} of their norm, "
         "for the head and for the layers",

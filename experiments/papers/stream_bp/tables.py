@@ -10,7 +10,7 @@ from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread, ratio, scaled, spread
 from tilescan.experiments.harness.tables import Column, Table, columns, table
-from tilescan.experiments.measurements.timing import speed_up
+from tilescan.experiments.measurements import timing
 from tilescan.experiments.papers.stream_bp import published
 from tilescan.experiments.papers.stream_bp.losses import CHECKPOINT, LOSSES, METHODS, STREAM
 from tilescan.experiments.papers.stream_bp.training import BASE16, STREAM16, STREAM32
@@ -42,14 +42,6 @@ def length(records: Records, loss: str, method: str) -> int | None:
 def gain(records: Records, loss: str, over: str, method: str = STREAM) -> float | None:
     """Returns the longest sequence of a method / of another."""
     return ratio(length(records, loss, method), length(records, loss, over))
-
-
-def time_ratio(record: Record, method: str) -> Spread | None:
-    """Returns the time of a method / of checkpointing."""
-    found = record.result
-    return (
-        speed_up(found[method], found[CHECKPOINT]) if {method, CHECKPOINT} <= set(found) else None
-    )
 
 
 def error(records: Records, variant: str, part: str, kind: str = "relative") -> Spread | None:
@@ -122,7 +114,7 @@ def _times(records: Records) -> Table:
         return lambda row: of(row[2]) if row[2] else None
 
     seconds = {NAMES[m]: of_paper(lambda s, m=m: s[m]) for m in METHODS}
-    medians = {NAMES[m]: measured(lambda r, m=m: _median(r, m)) for m in METHODS}
+    medians = {NAMES[m]: measured(lambda r, m=m: timing.measured(r, m)) for m in METHODS}
     faster = of_paper(lambda s: ratio(s[STREAM], s[CHECKPOINT]))
     return table(
         "times",
@@ -133,7 +125,7 @@ def _times(records: Records) -> Table:
             *columns(t.PUBLISHED, seconds, "s"),
             Column(SPEED, t.PUBLISHED, of=faster),
             *columns(t.MEASURED, medians, "ms"),
-            Column(SPEED, t.MEASURED, of=measured(lambda r: time_ratio(r, STREAM))),
+            Column(SPEED, t.MEASURED, of=measured(lambda r: timing.gain(r, STREAM, CHECKPOINT))),
         ],
         first(
             times,
@@ -147,15 +139,12 @@ def _times(records: Records) -> Table:
     )
 
 
-def _median(record: Record, method: str) -> float | None:
-    return record.result.get(method, {}).get("median_ms")
-
-
 def _chunks(records: Records) -> Table:
     counts = records.kind("counts")
     rows = [(str(n), r) for r in counts for n in (CHECKPOINT, *r.settings["counts"])]
-    needs = lambda row, name=None: row[1].result[name or row[0]].get("temp_bytes")
+    needs = lambda row, name=None: timing.measured(row[1], name or row[0], "temp_bytes")
     over = lambda row: ratio(needs(row), needs(row, CHECKPOINT))
+    slower = lambda row: timing.gain(row[1], row[0], CHECKPOINT)
     return table(
         "chunks",
         "Figure 5: memory and time by the number of chunks",
@@ -164,8 +153,8 @@ def _chunks(records: Records) -> Table:
             Column("method", of=lambda row: NAMES.get(row[0], f"{row[0]} chunks")),
             Column("temporary memory", t.STATIC, "MB", of=lambda row: ratio(needs(row), 1e6)),
             Column(OVER_CHECKPOINT, t.STATIC, of=over),
-            Column("time", t.MEASURED, "ms", of=lambda row: _median(row[1], row[0])),
-            Column(OVER_CHECKPOINT, t.MEASURED, of=lambda row: time_ratio(row[1], row[0])),
+            Column("time", t.MEASURED, "ms", of=lambda row: timing.measured(row[1], row[0])),
+            Column(OVER_CHECKPOINT, t.MEASURED, of=slower),
         ],
         first(
             counts,
@@ -247,7 +236,7 @@ def figures(records: Records) -> dict[str, str]:
             lines[f"{name} gradients"] = (range(1, 1 + len(values)), values)
 
     times = by(records.kind("times"), "length")
-    medians = {NAMES[m]: lambda g, m=m: _median(g.first, m) for m in METHODS}
+    medians = {NAMES[m]: lambda g, m=m: timing.measured(g.first, m) for m in METHODS}
     axes = dict(x_label="tokens", y_label="GB of temporaries", log_x=True, log_y=True)
     of_steps = dict(x_label="step", y_label="loss", markers=False, share_y=False)
     return {

@@ -7,16 +7,12 @@ Sequence Transformer Models. 2023, arXiv 2309.14509.
 from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.papers.ulysses import cells, claims, tables
 
-PAPER = Paper(
-    name="ulysses",
+PAPER = Paper.of(
+    (cells, claims, tables),
     title="DeepSpeed Ulysses: system optimizations for extreme long sequence Transformers "
     "(arXiv 2309.14509)",
     summary="Devices that share a sequence exchange time for heads by all-to-all and attend to all "
     "of it with some heads each. What a device sends stays constant when sequences grow with the "
     "devices, and any attention fits between.",
-    cells=cells.cells,
-    tables=tables.tables,
-    claims=claims.claims,
-    figures=tables.figures,
     family="sequence parallelism",
 )

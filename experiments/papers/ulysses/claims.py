@@ -2,17 +2,8 @@
 
 import itertools
 
-from tilescan.experiments.harness.claims import (
-    Claim,
-    at_most,
-    claim,
-    effect_of,
-    every,
-    judge,
-    listed,
-    near,
-    not_run,
-)
+from tilescan.experiments.harness import claims as c
+from tilescan.experiments.harness.claims import Claim, claim, judge
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.statistics import over, ratio
 from tilescan.experiments.measurements.exactness import worst
@@ -37,7 +28,7 @@ def claims(records: Records) -> list[Claim]:
     )
     says = "Attention of any kind, dense or sparse, fits between the all-to-alls."
     return [
-        claim("any attention is exact", says, at_most(criterion, found, EXACT)),
+        claim("any attention is exact", says, c.at_most(criterion, found, EXACT)),
         _volume(
             records,
             t.ULYSSES,
@@ -52,7 +43,7 @@ def claims(records: Records) -> list[Claim]:
             "Loss curves with and without Ulysses coincide (Figure 7).",
             same_losses(records),
         ),
-        not_run(
+        c.not_run(
             "2.5 times the throughput",
             "Ulysses trains up to 2.5 times faster than Megatron-SP, at up to 175 TFLOPs a GPU.",
             "tokens per second, Ulysses / Megatron-SP, of at least 2 at some length",
@@ -70,7 +61,7 @@ def _volume(records: Records, strategy: str, says: str) -> Claim:
         f"With {t.NAMES[strategy]} {says}.",
         f"bytes that compiled layers send forward are within {FORMULA:.0%} of the formula for "
         "every length and number of devices",
-        near(shares, 1, FORMULA),
+        c.near(shares, 1, FORMULA),
         f"at most {off:.2%} off in {len(shares)} programs" if shares else "",
     )
 
@@ -85,7 +76,7 @@ def _backward(records: Records) -> Claim:
         "the backward pass sends as much",
         "The transpose of an all-to-all is an all-to-all.",
         f"both passes of Ulysses send twice the forward pass's bytes within {FORMULA:.0%}",
-        near(found[t.ULYSSES], 2, FORMULA),
+        c.near(found[t.ULYSSES], 2, FORMULA),
         ", ".join(ranges),
     )
 
@@ -109,9 +100,9 @@ def _times_as_much(records: Records) -> list[Claim]:
             "Megatron-SP sends P times as much",
             "Ulysses' volume is that of Megatron-SP divided by the number of devices.",
             f"bytes sent forward, Megatron-SP / Ulysses, are P within {FORMULA:.0%}",
-            near((share / P for P, share in pairs), 1, FORMULA),
-            listed(shares, "{1:.4g} on {0}"),
-            effect=effect_of(max(shares), shares[max(shares)]) if shares else None,
+            c.near((share / P for P, share in pairs), 1, FORMULA),
+            c.listed(shares, "{1:.4g} on {0}"),
+            effect=c.effect_of(max(shares), shares[max(shares)]) if shares else None,
         ),
         judge(
             "constant volume when sequences grow with the devices",
@@ -131,7 +122,7 @@ def _times_as_much(records: Records) -> list[Claim]:
             most > 10 if many else None,
             f"at most {most:.4g}" if most else "",
             needs="cpu",
-            effect=effect_of(10, most) if many else None,
+            effect=c.effect_of(10, most) if many else None,
         ),
     ]
 
@@ -149,9 +140,9 @@ def _longest(records: Records) -> list[Claim]:
             "with each step to more devices, tokens of a device in the longest sequence that fits "
             f"fall by at most {PROPORTIONAL:.0%} (they may grow: weights take less of each device; "
             "chosen after the run, which fails the 25% either way asked before)",
-            every(more >= (1 - PROPORTIONAL) * fewer for fewer, more in steps),
-            listed(ours, "{1:,} on {0}"),
-            effect=effect_of(LONGEST[64] / LONGEST[1], ratio(ours.get(64), ours.get(1))),
+            c.every(more >= (1 - PROPORTIONAL) * fewer for fewer, more in steps),
+            c.listed(ours, "{1:,} on {0}"),
+            effect=c.effect_of(LONGEST[64] / LONGEST[1], ratio(ours.get(64), ours.get(1))),
         ),
         judge(
             "four times longer sequences than Megatron-SP",
@@ -160,7 +151,7 @@ def _longest(records: Records) -> list[Claim]:
             "the longest sequence that fits, Ulysses / Megatron-SP, is at least 4 on the most "
             "devices and more than on the fewest",
             gain[-1] >= 4 and gain[-1] > gain[0] if len(gain) > 1 else None,
-            listed(times, "{1:.3g} on {0}"),
-            effect=effect_of(4, *gain[-1:]),
+            c.listed(times, "{1:.3g} on {0}"),
+            effect=c.effect_of(4, *gain[-1:]),
         ),
     ]

@@ -1,16 +1,7 @@
 """What ZeCO's paper says, as predicates on the records."""
 
-from tilescan.experiments.harness.claims import (
-    Claim,
-    at_most,
-    claim,
-    effect_of,
-    every,
-    judge,
-    listed,
-    near,
-    not_run,
-)
+from tilescan.experiments.harness import claims as c
+from tilescan.experiments.harness.claims import Claim, claim, judge
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import over
 from tilescan.experiments.measurements.exactness import worst
@@ -39,7 +30,7 @@ def claims(records: Records) -> list[Claim]:
         _converges(records, t.EARLY),
         _converges(records, None),
         _times_follow_counts(records),
-        not_run(
+        c.not_run(
             "60% faster than LASP-2 on 256 GPUs",
             "ZeCO trains a 1B GLA 60% faster than LASP-2 on 256 GPUs with 8M tokens.",
             "tokens per second, ZeCO / LASP-2, of at least 1.6 on 256 GPUs",
@@ -59,7 +50,7 @@ def _exact(records: Records) -> Claim:
         "outputs and gradients of every schedule, decay and number of devices differ by at most "
         f"{bounds} of the largest value",
         all(found[d] <= bound for d, bound in EXACT.items()) if len(found) == 2 else None,
-        listed(found, "at most {1:.1e} in {0}"),
+        c.listed(found, "at most {1:.1e} in {0}"),
     )
 
 
@@ -77,7 +68,7 @@ def _one_state(scans: list[t.Scan]) -> Claim:
         "A device sends one state, whatever the number of devices: the least that is possible.",
         "All-Scan's schedule asks one state of a device for every P and K, and the compiled "
         "program moves (P + K - 2) / K states, dummies in idle ticks included, exactly",
-        every(states == 1 for states in needed) and every(states == 0 for states in off),
+        c.every(states == 1 for states in needed) and c.every(states == 0 for states in off),
         evidence,
     )
 
@@ -88,8 +79,8 @@ def _below_two_states(scans: list[t.Scan]) -> Claim:
         "idle ticks cost less than a state",
         "Communication does not grow with the devices.",
         "with as many blocks as devices or more, a compiled program moves less than two states",
-        every(moved < 2 for moved in found.values()),
-        listed(found, "{1:.3g} (P {0[0]}, K {0[1]})"),
+        c.every(moved < 2 for moved in found.values()),
+        c.listed(found, "{1:.3g} (P {0[0]}, K {0[1]})"),
     )
 
 
@@ -105,9 +96,9 @@ def _gather_grows(records: Records, traffic: dict[int, Record]) -> Claim:
         "All-gather sends P times what All-Scan sends.",
         "states that a device sends to have all gathered are proportional to P - 1 within 1%, "
         "so P - 1 times what All-Scan needs",
-        near(each, each[0], 0.01) if len(each) > 1 else None,
+        c.near(each, each[0], 0.01) if len(each) > 1 else None,
         "gathered / moved by All-Scan at its most blocks: " + ", ".join(parts) if parts else "",
-        effect=effect_of(most, over(gathered, moved).get(most)),
+        effect=c.effect_of(most, over(gathered, moved).get(most)),
     )
 
 
@@ -118,9 +109,9 @@ def _critical_path(records: Records, scans: list[t.Scan]) -> Claim:
         "critical path of 1 + (P - 1) / K states",
         "All-Scan's time is that of a state and of P - 1 blocks.",
         "ticks of the compiled programs / K differ from 1 + (P - 1) / K by at most one block",
-        every(blocks <= 1 for blocks in off),
+        c.every(blocks <= 1 for blocks in off),
         f"off by at most {max(off):.2g} blocks in {len(off)} programs" if off else "",
-        effect=next((effect_of(s.path, s.ticks / s.K) for s in longest), None),
+        effect=next((c.effect_of(s.path, s.ticks / s.K) for s in longest), None),
     )
 
 
@@ -134,9 +125,9 @@ def _chain_steps(traffic: dict[int, Record]) -> Claim:
         "In a chain the last device waits for all before it; a log-step scan would need "
         "1 + ceil(log2(P - 1)) messages.",
         "messages of the compiled programs are so many exactly",
-        every(counts == [P - 1, 1 + (P - 2).bit_length()] for P, counts in found.items()),
-        listed(found, "{1[0]} and {1[1]} on {0}"),
-        effect=effect_of(most - 1, *found.get(most, [])[:1]),
+        c.every(counts == [P - 1, 1 + (P - 2).bit_length()] for P, counts in found.items()),
+        c.listed(found, "{1[0]} and {1[1]} on {0}"),
+        effect=c.effect_of(most - 1, *found.get(most, [])[:1]),
     )
 
 
@@ -147,7 +138,7 @@ def _backward_is_a_scan(traffic: dict[int, Record]) -> Claim:
         "Gradients of states take one All-Scan in the other direction.",
         "with the gradient, programs of every schedule send twice what they send forward, "
         "within 1% (decays are not gathered twice)",
-        near(ratios, 2, 0.01),
+        c.near(ratios, 2, 0.01),
         f"{min(ratios):.3f} to {max(ratios):.3f} times" if ratios else "",
     )
 
@@ -165,8 +156,8 @@ def _less_than_softmax(traffic: dict[int, Record]) -> Claim:
         "Linear attention needs less communication than softmax attention over devices.",
         "ring attention and Ulysses send more than All-Scan moves at every number of devices; "
         "lengths of 1,024 tokens a device or more",
-        every(share > 1 for share in found.values()) if long else None,
-        "times as much: " + listed(found, "{1:.3g} ({0})") if found else "",
+        c.every(share > 1 for share in found.values()) if long else None,
+        "times as much: " + c.listed(found, "{1:.3g} ({0})") if found else "",
         needs="cpu",
     )
 
@@ -182,7 +173,7 @@ def _converges(records: Records, steps: int | None) -> Claim:
     return claim(
         f"training is the same: {name}",
         "Models train over devices as on one.",
-        at_most(criterion, {t.KINDS[kind]: error for kind, error in found.items()}, PARITY),
+        c.at_most(criterion, {t.KINDS[kind]: error for kind, error in found.items()}, PARITY),
         why="all four schedules give the same losses to the last digit, which differ from one "
         "device's by float32 rounding at first (4.8e-07 in 20 steps), and this training multiplies "
         "any such difference about tenfold every 12 steps",
