@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tilescan.experiments.harness.groups import Group
@@ -31,7 +32,11 @@ def errors(got: tuple, want: tuple) -> dict[str, float]:
 
 
 def errors_over_devices(
-    ops: Mapping[str, Callable], alone: Callable, arrays: Sequence[jax.Array], count: int
+    ops: Mapping[str, Callable],
+    alone: Callable,
+    arrays: Sequence[np.ndarray],
+    count: int,
+    dtype: str,
 ) -> dict[str, dict[str, float]]:
     """Returns {name: `errors` of an op whose time is sharded over devices}.
 
@@ -40,12 +45,16 @@ def errors_over_devices(
       alone: what one device computes of the whole arrays.
       arrays: the output's cotangent, and the arguments, all [B, T, ...].
       count: devices.
+      dtype: in which all is computed, "float32" or "float64".
     """
-    want, mesh = values_and_gradients(alone)(*arrays), mesh_of(count)
-    return {
-        name: errors(values_and_gradients(over_time(op, mesh))(*arrays), want)
-        for name, op in ops.items()
-    }
+    mesh = mesh_of(count)  # before the first array is made
+    with jax.enable_x64(dtype == "float64"):
+        arrays = [jnp.asarray(x, dtype) for x in arrays]
+        want = values_and_gradients(alone)(*arrays)
+        return {
+            name: errors(values_and_gradients(over_time(op, mesh))(*arrays), want)
+            for name, op in ops.items()
+        }
 
 
 def difference(got: Any, want: Any) -> float:

@@ -4,14 +4,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.measurements import sharded_transformer as transformer
-from tilescan.experiments.measurements.devices import devices
 from tilescan.experiments.measurements.exactness import errors_over_devices
 from tilescan.experiments.measurements.sharded_layers import Shape
 from tilescan.experiments.measurements.sharded_training import train, training_settings
@@ -102,13 +99,9 @@ def exactness(settings: Mapping[str, Any], seed: int) -> dict:
 
     Settings: "devices", "length" of the whole sequence, "heads", "dim".
     """
-    s = settings
-    devices(s["devices"])  # before the first array is made
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(seed)
-        shape = (2, s["length"], s["heads"], s["dim"])
-        arrays = [jnp.asarray(rng.standard_normal(shape)) for _ in range(4)]
-        return errors_over_devices(ATTENTION, reference.attention, arrays, s["devices"])
+    s, rng = settings, np.random.default_rng(seed)
+    arrays = [rng.standard_normal((2, s["length"], s["heads"], s["dim"])) for _ in range(4)]
+    return errors_over_devices(ATTENTION, reference.attention, arrays, s["devices"], "float64")
 
 
 def traffic(settings: Mapping[str, Any], seed: int) -> dict:

@@ -18,6 +18,11 @@ CROSSING = 32
 NEAR = 0.1  # of the published crossing
 SHARE = 0.5  # of the published ratios of largest batches and lengths, how much must be reached
 ON = "{1:.4g} on {0}"
+# Of an MLP, {key of records: (name, in words)}.
+BUFFERS = {
+    "kept": ("what is kept", "what lies between the passes, counted in the traced program"),
+    "total": ("all buffers", "all that the compiler plans, gradients of inputs included"),
+}
 
 
 def claims(records: Records) -> list[Claim]:
@@ -39,18 +44,7 @@ def claims(records: Records) -> list[Claim]:
         claim("RSA is exact", says, c.at_most(criterion, worst(exact), EXACT)),
         *_volumes(records.select(kind="traffic")),
         *_memory(records),
-        _crossover(
-            records,
-            "kept",
-            "what is kept",
-            "what lies between the passes, counted in the traced program",
-        ),
-        _crossover(
-            records,
-            "total",
-            "all buffers",
-            "all that the compiler plans, gradients of inputs included",
-        ),
+        *(_crossover(records, what, *words) for what, words in BUFFERS.items()),
         _larger(records, "batch"),
         _larger(records, "length"),
         _sparse_grows(records),

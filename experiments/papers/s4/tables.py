@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tilescan.experiments.harness import tables as t
-from tilescan.experiments.harness.figures import line_chart, line_figure
+from tilescan.experiments.harness.figures import line_figure, panel_figure
 from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread, ratio, spread
@@ -211,15 +211,13 @@ def figures(records: Records) -> dict[str, str]:
     """Returns time of a token against the context, and of a kernel against the length."""
     contexts = by(records.kind("generation"), "context")
     tokens = {NAMES[m]: lambda g, m=m: token_ms(g, m) for m in ("attention", "s4")}
-    panels = {}
-    for states in by(records.kind("cost"), "state_dim"):
-        found = by(states.records, "length")
-        panels[f"{states.key} states"] = {
-            title: {g.key: measured(g.first, s) for g in found} for s, title in STRATEGIES.items()
-        }
+    kernels = {title: lambda g, s=s: measured(g.first, s) for s, title in STRATEGIES.items()}
+    panels = {
+        f"{states.key} states": (by(states.records, "length"), kernels)
+        for states in by(records.kind("cost"), "state_dim")
+    }
     labels = dict(x="context (tokens)", y="ms a token")
-    axes = dict(x_label="length", y_label="ms", log_x=True, log_y=True)
     return {
         "token-against-context": line_figure(contexts, tokens, log=True, **labels),
-        "kernel-against-length": line_chart(panels, **axes),
+        "kernel-against-length": panel_figure(panels, x="length", y="ms", log=True),
     }

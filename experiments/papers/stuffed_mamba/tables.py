@@ -6,13 +6,13 @@ first one is negative).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.groups import Group, by
-from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.statistics import Spread, scaled, spread
 from tilescan.experiments.harness.tables import MEASURED, PUBLISHED, STATIC, Column, Table, table
 from tilescan.experiments.measurements.state_collapse import COLLAPSE
@@ -29,6 +29,7 @@ NAMES = {
     q.CARRIED: "training: state carried over rows",
     q.LONGER: "training: rows four times as long",
 }
+ELEMENTS = Column("state elements N_S", STATIC, of=lambda g: g.key)
 LAWS = {"T_forget": published.t_forget, "T_recall": published.t_recall}
 
 
@@ -46,7 +47,7 @@ def tables(records: Records) -> list[Table]:
 
 
 def _collapse(readings: Records, name: str, title: str) -> Table:
-    columns = [Column("model", of=q.name_of), Column("state elements N_S", STATIC, of=_key)]
+    columns = [Column("model", of=q.name_of), ELEMENTS]
     for n in readings.values("train_length"):
         within, ratio = (q.mean_of(of, train_length=n) for of in (q.within_of, q.ratio_of))
         columns.append(Column(f"trained at {n}: loss within", MEASURED, "nats", of=within))
@@ -61,10 +62,6 @@ def _collapse(readings: Records, name: str, title: str) -> Table:
         f"From {COLLAPSE:g} on the model collapses, by the paper's criterion. All training lengths "
         "see as many tokens.",
     )
-
-
-def _key(group: Group) -> int:
-    return group.key
 
 
 def _laws(records: Records) -> Table:
@@ -88,7 +85,7 @@ def _laws(records: Records) -> Table:
         by(stream, "state_elements"),
         [
             Column("model", of=q.name_of),
-            Column("state elements N_S", STATIC, of=_key),
+            ELEMENTS,
             Column("smallest safe training length, each seed", MEASURED, of=listed),
             by_law("T_forget"),
             Column(f"T_recall, trained at {longest}", MEASURED, "tokens", of=recalled),
@@ -187,18 +184,16 @@ def _published() -> Table:
 def figures(records: Records) -> dict[str, str]:
     """Returns loss against position, the first token's share, states under a repeated token."""
     sizes = [(k, size) for k in (STREAM, TEXT) for size in by(q.read(records, k), "state_elements")]
-    losses = {}
-    for kind, size in sizes:
-        lines = losses[f"{kind}, {q.name_of(size).split(', ')[-1]}"] = {}
-        for group in by(size.records, "train_length"):
-            mean = np.array([r.result["loss"] for r in group.records]).mean(axis=0)
-            places = (np.arange(len(mean)) + 1) * group.first.result["width"] / group.key
-            lines[f"trained at {group.key}"] = (list(places), list(mean))
+    named = {f"{kind}, {q.name_of(size).split(', ')[-1]}": size for kind, size in sizes}
+    loss = lambda g: np.mean([r.result["loss"] for r in g.records], axis=0)
+    losses = _by_length(named, loss, lambda g: g.first.result["width"] / g.key)
 
     # The first seed of the largest state: its slowest head, and its largest one.
-    largest = dict(sizes)
-    share = _over_tokens(largest, lambda r: r.result["first_token"])
-    variance = _over_tokens(largest, lambda r: r.result["state_variance"])
+    head = lambda name: lambda g: np.max(g.first.result[name], axis=1)
+    share, variance = (
+        _by_length(dict(sizes), head(name), lambda g: g.key)
+        for name in ("first_token", "state_variance")
+    )
     labels = dict(x_label="tokens", log_x=True, share_y=False)
     places = dict(x_label="position / training length", markers=False)
     of_share, of_variance = (
@@ -212,15 +207,17 @@ def figures(records: Records) -> dict[str, str]:
     }
 
 
-def _over_tokens(
-    sizes: dict[str, Group], number: Callable[[Record], Sequence[Sequence[float]]]
+def _by_length(
+    sizes: dict[str, Group], values: Callable[[Group], np.ndarray], step: Callable[[Group], float]
 ) -> dict[str, dict]:
-    """Returns {kind: {training length: the greatest number of all heads after each multiple}}."""
-    panels = {}
-    for kind, size in sizes.items():
-        lines = panels[kind] = {}
-        for group in by(size.records, "train_length"):
-            top = np.max(np.asarray(number(group.first)), axis=1)
-            places = (np.arange(len(top)) + 1) * group.key
-            lines[f"trained at {group.key}"] = (list(places), list(top))
-    return panels
+    """Returns {title: {training length: {place: value}}}, a value after each step."""
+
+    def line(group: Group) -> dict[float, float]:
+        found = values(group)
+        return dict(zip(step(group) * np.arange(1, 1 + len(found)), found, strict=True))
+
+    trained = lambda size: by(size.records, "train_length")
+    return {
+        title: {f"trained at {group.key}": line(group) for group in trained(size)}
+        for title, size in sizes.items()
+    }

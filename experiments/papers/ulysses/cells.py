@@ -68,8 +68,8 @@ def exactness(settings: Mapping[str, Any], seed: int) -> dict:
         raise ValueError(f"attention={s['attention']!r} is unknown; known: {', '.join(KINDS)}, ssd")
     make = _ssd if s["attention"] == "ssd" else _attention
     alone, sharded, arrays = make(s, np.random.default_rng(seed))
-    arrays = [jnp.asarray(x, jnp.float32) for x in arrays]
-    return errors_over_devices({"ulysses": sharded}, alone, arrays, s["devices"])["ulysses"]
+    found = errors_over_devices({"ulysses": sharded}, alone, arrays, s["devices"], "float32")
+    return found["ulysses"]
 
 
 def _sparse(s: Mapping[str, Any]) -> masks.Mask:

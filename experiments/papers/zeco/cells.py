@@ -1,7 +1,6 @@
 """ZeCO's measurements: schedules of a scan over devices, compared with one device and counted."""
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.measurements.compiled import compiled
-from tilescan.experiments.measurements.devices import AXIS, devices, mesh_of, over_time, struct
+from tilescan.experiments.measurements.devices import AXIS, mesh_of, over_time, struct
 from tilescan.experiments.measurements.exactness import errors_over_devices
 from tilescan.experiments.measurements.sharded_training import train, training_settings
 from tilescan.experiments.measurements.sharded_transformer import divides_heads
@@ -24,8 +23,6 @@ from tilescan.ops.sequence_parallel import ATTENTION, SCAN_KINDS, scans
 from tilescan.ops.sequence_parallel.affine_scan import affine_scan
 
 ALONE = "one device"  # a schedule's name in records
-
-
 # {kind: gated linear attention of one device's shards by that schedule}
 SCHEDULES = {
     kind: lambda *x, kind=kind: scans.gated_linear_attention(*x, kind=kind)[0]
@@ -74,25 +71,23 @@ def exactness(settings: Mapping[str, Any], seed: int) -> dict:
     Settings: "devices", "length" of one of them, "heads", "dim", "decays" ("scalar", "vector"),
     "dtypes".
     """
-    s, found = settings, {}
-    devices(s["devices"])  # before the first array is made
-    alone = lambda *x: gated_linear_attention(*x)[0]
-    for dtype, decay in itertools.product(s["dtypes"], s["decays"]):
-        with jax.enable_x64(dtype == "float64"):
-            arrays = _inputs(s, decay, dtype, seed)
-            errors = errors_over_devices(SCHEDULES, alone, arrays, s["devices"])
-        found[f"{dtype} {decay}"] = errors
-    return found
+    count, alone = settings["devices"], lambda *x: gated_linear_attention(*x)[0]
+    inputs = {decay: _inputs(settings, decay, seed) for decay in settings["decays"]}
+    return {
+        f"{dtype} {decay}": errors_over_devices(SCHEDULES, alone, arrays, count, dtype)
+        for dtype in settings["dtypes"]
+        for decay, arrays in inputs.items()
+    }
 
 
-def _inputs(s: Mapping[str, Any], decay: str, dtype: str, seed: int) -> list[jax.Array]:
+def _inputs(s: Mapping[str, Any], decay: str, seed: int) -> tuple[np.ndarray, ...]:
     """Returns the output's cotangent, q, k, v, log_decay; decays reach over several devices."""
     rng = np.random.default_rng(seed)
     shape = (2, s["length"] * s["devices"], s["heads"], s["dim"])
     q, k, v, do = (rng.standard_normal(shape) for _ in range(4))
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     log_decay = -rng.exponential(0.5 / s["length"], shape if decay == "vector" else shape[:3])
-    return [jnp.asarray(x, dtype) for x in (do, q, k, v, log_decay)]
+    return do, q, k, v, log_decay
 
 
 def traffic(settings: Mapping[str, Any], seed: int) -> dict:
