@@ -26,15 +26,10 @@ def get_config(model: str = "transformer") -> ml_collections.ConfigDict:
     if model not in MODELS:
         raise ValueError(f"model={model!r} is unknown; it can be one of {', '.join(MODELS)}")
     config = default_config()
-    config.model.d_model = 2048
-    config.model.n_heads = 16
-    config.model.n_kv_heads = 8
-    config.model.mlp_dim = 6144
-    config.model.vocab_size = 50304
+    config.model.update(d_model=2048, n_heads=16, n_kv_heads=8, mlp_dim=6144, vocab_size=50304)
     config.model.remat = "full"
     config.precision.compute_dtype = "bfloat16"
-    config.data.seq_len = 2**17
-    config.data.batch_size = 1
+    config.data.update(seq_len=2**17, batch_size=1)
     config.model.repeats = {"transformer": 24, "mamba2": 48, "hybrid": 6}[model]
     if model == "mamba2":
         config.model.pattern = ("mamba2",)

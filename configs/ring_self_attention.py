@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 
 from tilescan.configs.common import paper, section, sharded_training, smoke_sharded_training
 
+BOTH = ("tensor", "ring_self_attention")  # tensor parallelism and RSA
+
 
 def get_config(scale: str = "cpu") -> ConfigDict:
     """Returns the paper's config; --config.section.key=value overrides any of its values."""
@@ -31,7 +33,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     # Table 4: memory when batch or length grow with the devices.
     config.weak = section(
         devices=(1, 2, 4, 8),
-        strategies=("tensor", "ring_self_attention", "ring", "ulysses"),
+        strategies=(*BOTH, "ring", "ulysses"),
         batch_size=64,  # of a device, at `seq_len`; of the whole at `short` tokens a device
         seq_len=512,
         short=256,
@@ -39,7 +41,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     # The largest batch, at `seq_len`, and the longest sequence, at `batch_size`.
     config.largest = section(
         devices=(1, 4, 12, 16, 64),
-        strategies=("tensor", "ring_self_attention"),
+        strategies=BOTH,
         gib=32.0,
         seq_len=512,
         batch_size=64,
@@ -55,13 +57,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         config.exactness.update(devices=(2,), seq_len=16, n_heads=2, head_dim=4)
         config.traffic.update(devices=(4,), batch_size=1, seq_len=16)
         config.model.update(n_layers=2, d_model=16, n_heads=4, vocab_size=32)
-        config.weak.update(
-            devices=(1, 2),
-            strategies=("tensor", "ring_self_attention"),
-            batch_size=2,
-            seq_len=32,
-            short=16,
-        )
+        config.weak.update(devices=(1, 2), strategies=BOTH, batch_size=2, seq_len=32, short=16)
         config.largest.update(devices=(2,), gib=0.0005, seq_len=16, batch_size=2, tolerance=0.5)
         config.linformer.update(devices=(1, 2), batch_size=1, rows=4)
         config.crossover.update(devices=(2,), tokens=(4, 64))

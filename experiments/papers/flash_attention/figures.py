@@ -65,17 +65,12 @@ def _curves(curves: Records) -> str:
     steps = pairs[0][0].result["steps"]
     one, two = (r.result["train_loss"] for r in pairs[0])
     gap = [abs(a - b) for a, b in zip(one, two, strict=True)]
-    return line_chart(
-        {
-            "training loss": {"standard": (steps, one), "tiled": (steps, two)},
-            "|standard - tiled|": {"difference": (steps, gap)},
-        },
-        x_label="step",
-        y_label="nats a token",
-        dashed=("tiled",),
-        markers=False,
-        share_y=False,
-    )
+    panels = {
+        "training loss": {"standard": (steps, one), "tiled": (steps, two)},
+        "|standard - tiled|": {"difference": (steps, gap)},
+    }
+    labels = {"x_label": "step", "y_label": "nats a token"}
+    return line_chart(panels, dashed=("tiled",), markers=False, share_y=False, **labels)
 
 
 def _trained(found: Records, setting: str, metric: str, label: str, unit: float = 1) -> str:

@@ -4,7 +4,7 @@ import statistics
 
 from tilescan.experiments.harness import claims as c
 from tilescan.experiments.harness.claims import Claim, Effect, Verdict, claim
-from tilescan.experiments.harness.groups import Group, by
+from tilescan.experiments.harness.groups import Group, by, measured
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.tables import percent
 from tilescan.experiments.papers.h3.published import PERPLEXITY, RECALL
@@ -62,7 +62,15 @@ def claims(records: Records) -> list[Claim]:
             claim(
                 f"{NAMES[better]} models text better than {NAMES[worse]}",
                 statement,
-                models_better(records.kind("text"), worse, better),
+                c.lower_every_seed(
+                    records.kind("text"),
+                    "test_perplexity",
+                    "test perplexity",
+                    NAMES,
+                    worse={"model": worse},
+                    better={"model": better},
+                    published=PERPLEXITY[worse] / PERPLEXITY[better],
+                ),
                 why=why,
             )
             for (worse, better), (statement, why) in ORDERS.items()
@@ -70,7 +78,11 @@ def claims(records: Records) -> list[Claim]:
         claim(
             "long convolutions outrun attention",
             "FlashConv's advantage over attention grows with the length (section 6.3).",
-            scales(records.kind("speed")),
+            c.rises(
+                "attention / long convolution grows from the shortest to the longest length and "
+                "ends above 1",
+                measured(by(records.kind("speed"), "length"), over_ours("attention")),
+            ),
         ),
         c.not_run(
             "2.7B parameters",
@@ -137,28 +149,6 @@ def gap(mqar: Records) -> Verdict:
         found,
         points=10.0,
         head=f"{most} pairs: " if all(found.values()) else "",
-    )
-
-
-def models_better(text: Records, worse: str, better: str) -> Verdict:
-    """Returns whether one model's perplexity is lower than another's with every seed."""
-    return c.lower_every_seed(
-        text,
-        "test_perplexity",
-        "test perplexity",
-        NAMES,
-        worse={"model": worse},
-        better={"model": better},
-        published=PERPLEXITY[worse] / PERPLEXITY[better],
-    )
-
-
-def scales(speed: Records) -> Verdict:
-    """Returns whether the advantage over attention grows with the length."""
-    return c.rises(
-        "attention / long convolution grows from the shortest to the longest length and ends "
-        "above 1",
-        {g.key: over_ours("attention")(g) for g in by(speed, "length")},
     )
 
 

@@ -22,6 +22,7 @@ BY_TWO_STDS = "by more than twice the larger standard deviation over seeds"
 def claims(records: Records) -> list[Claim]:
     """Returns the claims, each with its verdict."""
     copies, dp = records.kind("copy"), records.kind("dp")
+    far = dp.select(local=False, steps_written=True)
     return [
         claim(
             "attention copies with fewer examples",
@@ -48,7 +49,11 @@ def claims(records: Records) -> list[Claim]:
         claim(
             "steps that look far back",
             "Written steps that need the whole input favor the Transformer.",
-            longer_steps(dp.select(local=False, steps_written=True)),
+            leads(
+                "whole answers right with written steps: the Transformer's are above Mamba's "
+                + BY_TWO_STDS,
+                {family: exact(_family(far, family)) for family in ("Transformer", "Mamba")},
+            ),
         ),
         *map(law, records.kind("score")),
         not_run(
@@ -138,15 +143,6 @@ def local_parity(dp: Records) -> Verdict:
         f"Mamba's whole answers right are at most {100 * PARITY:g} points below the Transformer's",
         theirs.mean >= ours.mean - 100 * PARITY if theirs and ours else None,
         f"Mamba {percent(theirs)}, Transformer {percent(ours)}" if theirs and ours else "",
-    )
-
-
-def longer_steps(dp: Records) -> Verdict:
-    """Returns whether the Transformer is better where written steps need the whole input."""
-    return leads(
-        "whole answers right with written steps: the Transformer's are above Mamba's "
-        + BY_TWO_STDS,
-        {family: exact(_family(dp, family)) for family in ("Transformer", "Mamba")},
     )
 
 

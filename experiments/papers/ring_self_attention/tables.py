@@ -94,17 +94,14 @@ def formula(record: Record, name: str) -> float:
     """Returns bytes of both passes: the paper's 8 (N - 1) B Z (L / N) A elements, and others'."""
     s = record.settings
     N = s["devices"]
-    shard = BYTES * s["batch"] * s["length"] // N * s["width"]
-    return (
-        shard
-        * {
-            "tensor": 8 * (N - 1),
-            "rsa_all_reduce": 8 * (N - 1),
-            "rsa_reduce_scatter": 6 * (N - 1),
-            "ring": 4 * (N - 1) + 2 * N,
-            "ulysses": 8 * (N - 1) / N,
-        }[name]
-    )
+    shards = {
+        "tensor": 8 * (N - 1),
+        "rsa_all_reduce": 8 * (N - 1),
+        "rsa_reduce_scatter": 6 * (N - 1),
+        "ring": 4 * (N - 1) + 2 * N,
+        "ulysses": 8 * (N - 1) / N,
+    }
+    return shards[name] * (BYTES * s["batch"] * s["length"] // N * s["width"])
 
 
 def weak_table(records: Records, grows: str) -> Table:

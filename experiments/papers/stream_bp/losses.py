@@ -52,6 +52,11 @@ def make(
     return _STREAMED[loss](made, chunks=chunks, logit_chunk=logit_chunk, **OPTIONS[loss])
 
 
+def sizes(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the sizes that `make` takes, of a cell's settings."""
+    return {"chunks": settings["chunks"], "logit_chunk": settings["logit_chunk"]}
+
+
 def abstract_batch(loss: str, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of the smallest batch: a sequence, an answer, or a pair of answers."""
     rows = 2 if loss == DPO else 1

@@ -24,8 +24,7 @@ def longest(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
       {"length", "tried": [[length, temporary bytes]...], "parameters" (their number)}.
     """
     s = settings
-    sizes = dict(chunks=s["chunks"], logit_chunk=s["logit_chunk"])
-    loss = make(s["loss"], s["method"], s["model"], **sizes)
+    loss = make(s["loss"], s["method"], s["model"], **losses.sizes(s))
     params = abstract_params(LanguageModelConfig(**s["model"]))
 
     def need(length: int) -> int:
@@ -44,8 +43,8 @@ def times(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     Returns:
       {"parameters", method: what `timing.compare` gives}.
     """
-    sizes = dict(chunks=settings["chunks"], logit_chunk=settings["logit_chunk"])
-    made = {m: make(SFT, m, settings["model"], **sizes) for m in settings["methods"]}
+    model, sizes = settings["model"], losses.sizes(settings)
+    made = {method: make(SFT, method, model, **sizes) for method in settings["methods"]}
     return _compared(settings, seed, made)
 
 

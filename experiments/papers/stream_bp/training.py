@@ -46,7 +46,7 @@ def precision(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     batch = losses.random_batch(length, model["vocab_size"], seed)
 
     def gradients(method: str, dtype: str) -> dict[str, np.ndarray]:
-        loss = losses.make(SFT, method, model | {"dtype": dtype}, **_sizes(settings))
+        loss = losses.make(SFT, method, model | {"dtype": dtype}, **losses.sizes(settings))
         mean = lambda p, b: loss(p, b)[0] / length
         grads = jax.device_get(jax.jit(jax.grad(mean))(params, batch))
         layers = np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads["backbone"]["layers"])])
@@ -82,8 +82,9 @@ def parity(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict
     else:
         params = sft_model(settings, seed, workspace).params
     batches = _batches(loss, settings, settings["steps"], seed)
+    sizes = losses.sizes(settings)
     plain, streamed = (
-        _losses(losses.make(loss, method, model, **_sizes(settings)), params, batches, settings)
+        _losses(losses.make(loss, method, model, **sizes), params, batches, settings)
         for method in (CHECKPOINT, STREAM)
     )
     differences = np.abs(np.subtract(plain, streamed))
@@ -118,10 +119,6 @@ def sft_model(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> T
         train(config, folder, datasets={"train": dataset}, params=params)
 
     return workspace.trained({"data": "chain", "train": keys}, seed, make)
-
-
-def _sizes(settings: Mapping[str, Any]) -> dict[str, int]:
-    return {"chunks": settings["chunks"], "logit_chunk": settings["logit_chunk"]}
 
 
 def _batches(loss: str, settings: Mapping[str, Any], count: int, seed: int) -> list[Batch]:

@@ -93,6 +93,7 @@ def _times_as_much(records: Records) -> list[Claim]:
     found = {P: r for P, r in t.weak(records).items() if t.over_ulysses(r) is not None}
     sent = {P: [sent_bytes(r, s) for s in (t.ULYSSES, t.MEGATRON)] for P, r in found.items()}
     scaled = [(ours * P / (P - 1), theirs / (P - 1)) for P, (ours, theirs) in sent.items()]
+    both = zip(*scaled, strict=True)
     mib = [f"{a / t.MIB:.4g} and {b / t.MIB:.4g} MiB on {P}" for P, (a, b) in sent.items()]
     enough = len(found) > 1
     return [
@@ -110,9 +111,7 @@ def _times_as_much(records: Records) -> list[Claim]:
             "N.",
             "with the same tokens of a device, Ulysses' bytes over (P - 1) / P and Megatron-SP's "
             f"over P - 1 are constant within {FORMULA:.0%}",
-            all(max(x) / min(x) - 1 <= FORMULA for x in zip(*scaled, strict=True))
-            if enough
-            else None,
+            c.every(max(x) / min(x) - 1 <= FORMULA for x in both) if enough else None,
             ", ".join(mib) if enough else "",
         ),
         judge(

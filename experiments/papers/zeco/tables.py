@@ -22,8 +22,8 @@ KINDS = {
 }
 SOFTMAX = {"ring": "ring attention", "ulysses": "Ulysses"}
 TIMES = {"primitive": PRIMITIVE, "operator": OPERATOR}
-# Steps before rounding has grown much.
-EARLY = 20
+SCHEDULE = Column("schedule", of=lambda r: KINDS.get(r.settings["schedule"], "one device"))
+EARLY = 20  # steps before rounding has grown much
 
 
 def tables(records: Records) -> list[Table]:
@@ -70,11 +70,7 @@ def tables(records: Records) -> list[Table]:
             "The first difference is rounding, also under float64 layers, whose norms, logits and "
             "gradients are float32; training multiplies it about tenfold every 12 steps, alike for "
             "all schedules.",
-            labels=(
-                Column("schedule", of=lambda r: KINDS.get(r.settings["schedule"], "one device")),
-                DTYPE,
-                DEVICES,
-            ),
+            labels=(SCHEDULE, DTYPE, DEVICES),
             differences={
                 f"from one device, {EARLY} steps": EARLY,
                 "from one device, all steps": None,
@@ -89,14 +85,10 @@ def by_devices(records: Records, kind: str) -> dict[int, Record]:
     return {g.key: g.first for g in by(records.select(kind=kind), "devices")}
 
 
-def state_bytes(record: Record) -> int:
-    """Returns the bytes of one layer's float32 states."""
-    return 4 * record.settings["heads"] * record.settings["dim"] ** 2
-
-
 def sent_states(record: Record, strategy: str, passes: str = "forward") -> float | None:
-    """Returns what a device sends, in states."""
-    return ratio(sent_bytes(record, strategy, passes), state_bytes(record))
+    """Returns what a device sends, in float32 states of a layer."""
+    state = 4 * record.settings["heads"] * record.settings["dim"] ** 2
+    return ratio(sent_bytes(record, strategy, passes), state)
 
 
 class Scan(NamedTuple):
