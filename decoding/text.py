@@ -3,6 +3,7 @@
 import itertools
 import pathlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from tilescan.decoding.pieces import Codec, text_pieces
 from tilescan.decoding.sampling import stream
 from tilescan.models import LanguageModel
 from tilescan.models.checkpoints import load_pretrained
+from tilescan.models.mixers import attends
 
 # Checkpoints that data.sources can fetch by name.
 PRETRAINED = ("smollm2",)
@@ -117,6 +119,21 @@ def _prompt_ids(tokenizer: Codec, prompt: str) -> np.ndarray:
     return ids
 
 
+def _warn_beyond_training(writer: Writer, prompt: str, max_new_tokens: int) -> None:
+    """Warns of more tokens than a model with rotary positions was made for."""
+    config = writer.model.config
+    if config.position != "rope" or not any(map(attends, config.pattern)):
+        return
+    total = len(_prompt_ids(writer.tokenizer, prompt)) + max_new_tokens
+    if total > config.max_len:
+        warnings.warn(
+            f"prompt and max_new_tokens are {total} tokens, more than the max_len="
+            f"{config.max_len} that the model was made for: what it writes after these may be "
+            "nonsense",
+            stacklevel=3,
+        )
+
+
 def _ends(writer: Writer) -> tuple[int, ...]:
     """The tokens that end a text; those outside its vocabulary end none."""
     ends = writer.ends
@@ -168,6 +185,7 @@ def generate_text(
     check_top_p(top_p, (1,))
     _key(seed)
     writer = path_or_source if isinstance(path_or_source, Writer) else load_writer(path_or_source)
+    _warn_beyond_training(writer, prompt, max_new_tokens)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     pieces, times = [], [time.perf_counter()]
     for piece in stream_text(writer, prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling):

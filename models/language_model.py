@@ -45,7 +45,28 @@ class ModelState(NamedTuple):
     segment: Integer[Array, " B"]
 
 
-class Backbone(Module):
+class Configured(Module):
+    """A module of a `LanguageModelConfig`; anything else is refused where the module is made."""
+
+    config: LanguageModelConfig
+
+    def __post_init__(self) -> None:
+        """Checks the configuration's type.
+
+        Raises:
+          TypeError: another type, such as a dict.
+        """
+        if not isinstance(self.config, LanguageModelConfig):
+            fields = hasattr(self.config, "keys")
+            raise TypeError(
+                f"{type(self).__name__} takes a LanguageModelConfig, not a "
+                f"{type(self.config).__name__}"
+                + ("; write LanguageModelConfig(**config)" if fields else "")
+            )
+        super().__post_init__()
+
+
+class Backbone(Configured):
     """Tokens to normalized vectors: everything of a model but its head."""
 
     config: LanguageModelConfig
@@ -128,7 +149,7 @@ class Backbone(Module):
         return x, None if state is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
 
 
-class LanguageModel(Module):
+class LanguageModel(Configured):
     """Scores of the next token at every position.
 
         config = LanguageModelConfig(vocab_size=256, d_model=128, repeats=4, n_heads=4)
@@ -236,7 +257,7 @@ class LanguageModel(Module):
         return ModelState(layers, jnp.zeros((batch,), jnp.int32), jnp.full((batch,), -1, jnp.int32))
 
 
-class SequenceClassifier(Module):
+class SequenceClassifier(Configured):
     """Scores of a whole sequence's classes, from the same backbone.
 
     Attributes:

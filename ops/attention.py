@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Integer
 
 from tilescan.ops import attention_xla, masks, reference
-from tilescan.ops.arrays import AnyArray
+from tilescan.ops.arrays import AnyArray, check_number
 from tilescan.ops.attention_operands import Bias, Offset
 from tilescan.ops.decode_attention import decode_attention, merge_partials
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
@@ -113,11 +113,15 @@ def attention(
       hidden by the mask or by the bias, gets o = 0, lse = -inf and no gradient.
 
     Raises:
-      ValueError: shapes, mask, bias, dropout or implementation that do not fit, or, when the
-        program is lowered, "pallas" on a platform without a kernel for it.
-      TypeError: dtypes that are not floating or differ, a q_offset that is not an integer.
+      ValueError: shapes, mask, bias, dropout or implementation that do not fit, a scale or
+        logit_cap that is not finite, or, when the program is lowered, "pallas" on a platform
+        without a kernel for it.
+      TypeError: lists instead of arrays, dtypes that are not floating or differ, a q_offset that is
+        not an integer, a scale or logit_cap that is not a number.
     """
     # Arguments, and their static parts.
+    check_number("scale", scale)
+    check_number("logit_cap", logit_cap)
     _validate(q, k, v, bias, logit_cap, implementation)
     B, T, H, D = q.shape
     S = k.shape[1]
@@ -389,7 +393,8 @@ def _validate_mask(mask, q, k, q_offset):
 
 
 def _swapped(q, k, expected):
-    if q.shape[1] % k.shape[1] == 0:
+    # Heads of keys and values divide those of queries, and are fewer than keys.
+    if q.shape[1] % k.shape[1] == 0 and k.shape[1] < k.shape[2]:
         return (
             f"{expected}. q {q.shape} and k {k.shape} look like [B, H, T, D]: heads and time "
             "are swapped; use jnp.swapaxes(x, 1, 2)"

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from tilescan.ops import masks
-from tilescan.ops.arrays import AnyArray
+from tilescan.ops.arrays import AnyArray, check_number
 from tilescan.ops.attention_operands import Bias
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
@@ -33,7 +33,16 @@ def merge_partials(
 
     Returns:
       o [..., P] in o1's dtype, and lse [...].
+
+    Raises:
+      ValueError: shapes that do not fit each other.
     """
+    shapes = [jnp.shape(x) for x in (o1, lse1, o2, lse2)]
+    if shapes[:2] != shapes[2:] or shapes[0][:-1] != shapes[1] or not shapes[0]:
+        raise ValueError(
+            "o1 {}, lse1 {}, o2 {} and lse2 {} do not fit; merge_partials takes o [..., P] and lse "
+            "[...] of one shape each".format(*shapes)
+        )
     lse = jnp.logaddexp(lse1, lse2)
     # Two empty sets: -inf - -inf would be NaN, and a NaN there would poison the gradient too.
     finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
@@ -86,9 +95,12 @@ def decode_attention(
       o [B, T, H, P] in q's dtype; with return_lse also lse [B, T, H].
 
     Raises:
-      ValueError: shapes or mask that do not fit.
+      ValueError: shapes or mask that do not fit, a scale or logit_cap that is not finite.
+      TypeError: lists instead of arrays, a scale or logit_cap that is not a number.
     """
     # Arguments.
+    check_number("scale", scale)
+    check_number("logit_cap", logit_cap)
     (B, T, H, D), (S, G) = q.shape, v_cache.shape[1:3]
     if k_cache.shape != (B, S, G, D) or v_cache.shape[0] != B:
         raise ValueError(

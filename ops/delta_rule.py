@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tilescan.ops.arrays import AnyArray
+from tilescan.ops.arrays import AnyArray, check_number
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.chunked_scan import (
     Chunks,
@@ -141,6 +141,7 @@ def _checked(q, k, v, beta, log_decay, scale, initial_state, segment_ids, chunk)
         check_shape(name, x, "B, T, H", (B, T, H))
     check_floating(beta=beta, log_decay=log_decay)
     check_chunk(chunk)
+    check_number("scale", scale)
     initial_state = check_state(initial_state, (B, H, D, P), "B, H, D, P", dtype)
     if log_decay is None:
         log_decay = jnp.zeros((B, T, 1), dtype)

@@ -107,13 +107,16 @@ def partitioned_by_dimensions(
     """
 
     def decorate(op):
-        names = list(inspect.signature(op).parameters)
+        parameters = inspect.signature(op).parameters
+        names = list(parameters)
+        required = [n for n in dimensions if _is_required(parameters.get(n))]
         partitioning = Partitioning(dimensions, results, prepare)
 
         @functools.wraps(op)
         def call(*args, **kwargs):
             given = dict(zip(names, args, strict=False)) | kwargs
             arrays = {n: given[n] for n in dimensions if given.get(n) is not None}
+            _check_arrays(op, {n: arrays[n] for n in required if n in arrays})
             mesh = explicit_mesh(arrays)
             if mesh is None or len(args) > len(names):
                 return op(*args, **kwargs)
@@ -221,6 +224,22 @@ def as_first(ndim: int) -> Callable[..., Any]:
     For `partitioned_by_compiler`.
     """
     return lambda args, kwargs, out: jax.tree.map(lambda x: spec(args[0], min(ndim, x.ndim)), out)
+
+
+def _is_required(parameter: inspect.Parameter | None) -> bool:
+    """Returns whether an argument is positional and has no default."""
+    kind, none = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    return parameter is not None and parameter.kind == kind and parameter.default is none
+
+
+def _check_arrays(op, arrays: dict[str, Any]) -> None:
+    """Raises TypeError for an argument that holds something else than arrays."""
+    for name, tree in arrays.items():
+        if not all(hasattr(x, "dtype") and hasattr(x, "shape") for x in jax.tree.leaves(tree)):
+            raise TypeError(
+                f"{op.__name__} takes arrays, and {name} is of type {type(tree).__name__}: "
+                f"give jnp.asarray({name})"
+            )
 
 
 def _partitioned_call(op, partitioning, mesh, arrays, rest):

@@ -7,7 +7,7 @@ P value dim.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tilescan.ops.arrays import AnyArray
+from tilescan.ops.arrays import AnyArray, check_number
 from tilescan.ops.chunked_scan import chunked_scan
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
 from tilescan.ops.recurrence_arguments import (
@@ -78,6 +78,7 @@ def gated_linear_attention(
     B, T, H, D, P = check_heads(q, k, v)
     dtype = state_dtype(q)
     check_chunk(chunk)
+    check_number("scale", scale)
     if log_decay is None:
         log_decay = jnp.zeros((B, T, 1, 1), dtype)
     else:

@@ -27,6 +27,17 @@ class Mask:
 
     __array_ufunc__ = None  # NumPy arrays must not apply `array & mask` to each element
 
+    def __bool__(self) -> bool:
+        """Refuses `a and b` and `not a`, which would drop a mask without a word.
+
+        Raises:
+          TypeError: always.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no truth value; masks compose with & and |, not with "
+            "`and`, `or` and `not`"
+        )
+
     def __call__(self, q_index: Index, k_index: Index, *, q_offset: Index = 0) -> Visible:
         """Returns whether query i sees key j, elementwise with broadcasting.
 

@@ -1,5 +1,8 @@
 """From text to text, on a tiny random model that writes bytes."""
 
+import dataclasses
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +80,20 @@ def test_an_empty_prompt_is_refused(config, params):
     writer = Writer(LanguageModel(config), params, get_tokenizer("byte"))
     with pytest.raises(ValueError, match="prompt is empty"):
         generate_text(writer, "")
+
+
+def test_more_tokens_than_the_model_was_made_for_are_told(config, params, monkeypatch):
+    monkeypatch.setattr("tilescan.decoding.text.stream_text", lambda *args, **options: iter("ab"))
+    short = dataclasses.replace(config, max_len=8)
+    writer = Writer(LanguageModel(short), params, get_tokenizer("byte"))
+    with pytest.warns(UserWarning, match="are 9 tokens, more than the max_len=8 that the model"):
+        assert generate_text(writer, "To be", max_new_tokens=4).text == "ab"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate_text(writer, "To be", max_new_tokens=3)
+        recurrent = dataclasses.replace(short, pattern=("mamba2",))
+        writer = writer._replace(model=LanguageModel(recurrent))
+        generate_text(writer, "To be", max_new_tokens=100)
 
 
 def test_a_misspelt_source_and_a_damaged_tokenizer_are_named(config, params, tmp_path):

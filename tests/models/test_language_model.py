@@ -366,3 +366,10 @@ def test_bad_real_inputs_are_named():
 def test_heads_must_fit_only_where_there_is_attention():
     config = LanguageModelConfig(vocab_size=7, d_model=10, n_heads=8, pattern=("mlp",))
     assert config.head_dim == 1
+
+
+def test_a_configuration_of_another_type_is_refused():
+    with pytest.raises(TypeError, match=r"takes a .*not a .*; write LanguageModelConfig\(\*\*conf"):
+        LanguageModel({"vocab_size": 8})
+    with pytest.raises(TypeError, match="SequenceClassifier takes a Lang.*, not a str"):
+        SequenceClassifier("small", 2)

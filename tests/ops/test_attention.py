@@ -195,6 +195,22 @@ def test_the_empty_set_is_the_identity_of_merging():
     assert not merged.any() and np.isneginf(merged_lse).all()
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((2, 3, 4), (2, 3), (2, 3, 4), (2, 4)),
+        ((2, 3, 4), (2, 3), (2, 3, 5), (2, 3)),
+        ((2, 3, 4), (2, 4), (2, 3, 4), (2, 4)),
+        ((2, 3, 4), (3,), (2, 3, 4), (3,)),
+        ((1, 3, 4), (1, 3), (2, 3, 4), (2, 3)),
+        ((), (), (), ()),
+    ],
+)
+def test_partial_results_that_do_not_fit_are_not_merged(shapes):
+    with pytest.raises(ValueError, match=r"merge_partials takes o \[..., P\] and lse"):
+        merge_partials(*map(jnp.zeros, shapes))
+
+
 def test_constant_values_have_no_gradient_in_queries_and_keys():
     q, k, _, _ = inputs(1, 50, 50, 2, 1, 16, 16)
     v = jnp.ones((1, 50, 1, 16), jnp.float32)
@@ -366,6 +382,16 @@ KV = jnp.zeros((2, 8, 2, 16), jnp.float32)
         ((Q, KV, KV), {"mask": masks.BlockSparse(np.eye(3) > 0, 4)}, ValueError, r"\[2, 2\]"),
         ((Q, Q, Q), {"mask": masks.Segments(np.zeros((2, 4), int))}, ValueError, "time swapped"),
         ((Q, KV, KV), {"q_offset": jnp.float32(2.0)}, TypeError, "q_offset must be an integer"),
+        ((Q, KV, KV), {"logit_cap": np.inf}, ValueError, "logit_cap must be finite"),
+        ((Q, KV, KV), {"scale": np.nan}, ValueError, "scale must be finite, got nan"),
+        ((Q, KV, KV), {"scale": jnp.float32(np.inf)}, ValueError, "scale must be finite, got inf"),
+        ((Q, KV, KV), {"scale": "x"}, TypeError, "scale must be a number or None, got 'x'"),
+        ((Q, KV, KV), {"scale": True}, TypeError, "scale must be a number or None, got True"),
+        ((Q, KV, KV), {"scale": jnp.ones(3)}, ValueError, r"scale must be one number, got .*\(3,"),
+        (([1.0], KV, KV), {}, TypeError, r"q is of type list: give jnp.asarray\(q\)"),
+        ((Q, KV, [[2]]), {}, TypeError, "attention takes arrays, and v is of type list"),
+        ((jnp.zeros((2, 128, 7, 16)), *[jnp.zeros((2, 128, 2, 16))] * 2), {}, ValueError, "P]$"),
+        ((jnp.zeros((2, 4, 99, 16)), *[jnp.zeros((2, 2, 60, 16))] * 2), {}, ValueError, "swapaxes"),
         ((Q, KV, KV), {"q_offset": jnp.zeros(2, int)}, ValueError, "q_offset must be a scalar"),
     ],
 )  # fmt: skip

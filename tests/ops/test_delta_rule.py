@@ -198,6 +198,9 @@ def test_errors_name_the_argument():
         (ValueError, "initial_state", dict(initial_state=S[:, :2])),
         (ValueError, "chunk", dict(chunk=10)),
         (ValueError, "heads", dict(q=q[:, :, :3])),
+        (ValueError, "scale must be finite", dict(scale=np.nan)),
+        (TypeError, "scale must be a number", dict(scale="x")),
+        (TypeError, "beta is of type list", dict(beta=[1.0])),
     ]
     for error, word, change in cases:
         given = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": a, **change}

@@ -240,6 +240,8 @@ def test_errors_name_the_argument():
         (ValueError, "agree", dict(k=k[:, :4])),
         (TypeError, "dtype", dict(k=k.astype(jnp.bfloat16))),
         (TypeError, "log_decay", dict(log_decay=jnp.zeros((1, 8, 4), int))),
+        (ValueError, "scale must be finite", dict(scale=float("inf"))),
+        (TypeError, "k is of type list", dict(k=[[1.0]])),
     ]
     for error, word, change in cases:
         with pytest.raises(error, match=word):

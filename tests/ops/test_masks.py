@@ -225,6 +225,15 @@ def test_padding_of_the_last_key_tile_is_partial():
     )
 
 
+@pytest.mark.parametrize("mask", [Full(), Causal() & SlidingWindow(5), Segments(np.zeros((1, 2)))])
+def test_a_mask_has_no_truth_value(mask):
+    """`Causal() and SlidingWindow(5)` would be the window alone."""
+    with pytest.raises(TypeError, match="masks compose with & and |, not with `and`"):
+        mask and SlidingWindow(5)
+    with pytest.raises(TypeError, match="has no truth value"):
+        not mask  # noqa: B018
+
+
 def test_composition_keeps_batch_of_segments():
     segments = Segments(np.array([[1, 1, 2, 2], [1, 1, 1, 1]]))
     kinds = tile_kinds(Full() & segments | Prefix(0), 4, 4, 2, 2)
