@@ -2,6 +2,8 @@
 
 import argparse
 
+from tilescan.cli import arguments
+
 ABOUT = "list, fetch and show the sources of text"
 DESCRIPTION = """\
 The text there is: what it holds, its license, how large it is; fetch it to the cache.
@@ -22,8 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     actions = ("list", "fetch", "show", "add")
     parser.add_argument("action", nargs="?", default="list", choices=actions)
-    parser.add_argument("source", nargs="?", help="its name, see `tilescan data`; show: or a path")
-    parser.add_argument("file", nargs="?", help="add: a file of yours, copied to the cache")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        type=arguments.given,
+        help="its name, see `tilescan data`; show: or a path",
+    )
+    parser.add_argument(
+        "file", nargs="?", type=arguments.given, help="add: a file of yours, copied to the cache"
+    )
     parser.add_argument("--offline", action="store_true", help="never download")
 
 

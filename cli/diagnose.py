@@ -11,6 +11,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from tilescan.cli import arguments
+
 if typing.TYPE_CHECKING:
     import numpy
 
@@ -44,10 +46,10 @@ in this package: tokenize elsewhere and give the ids, numpy.save("book.npy", ids
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     add = parser.add_argument
-    add("checkpoint", help="folder with config.json and model.safetensors")
+    add("checkpoint", type=arguments.given, help="folder with config.json and model.safetensors")
     add("--train-length", type=int, required=True, help="tokens of a training row, e.g. 8192")
     add("--lengths", help="where to look, e.g. 1024,8192,32768 [1/2, 1, 2, 4, 8 training lengths]")
-    add("--tokens", type=pathlib.Path, help="ids of long texts: a .npy file, [T] or [B, T]")
+    add("--tokens", type=arguments.path, help="ids of long texts: a .npy file, [T] or [B, T]")
     add("--tokenizer", help="instead of --tokens: byte, gpt2, cl100k or smollm2")
     add(
         "--source",
@@ -61,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dt-scale", type=float, default=1.0, help="factor of the step sizes")
     add("--state-window", type=int, help="tokens that the state holds")
     add(
-        "--figure", type=pathlib.Path, default=pathlib.Path("diagnosis.svg"), help="[diagnosis.svg]"
+        "--figure",
+        type=arguments.path,
+        default=pathlib.Path("diagnosis.svg"),
+        help="[diagnosis.svg]",
     )
 
 

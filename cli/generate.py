@@ -4,6 +4,8 @@ import argparse
 import math
 import sys
 
+from tilescan.cli import arguments
+
 ABOUT = "continue a text with a language model"
 DESCRIPTION = """\
 Continue a text with a language model: SmolLM2, a folder with safetensors, or a GGUF file.
@@ -16,7 +18,10 @@ Continue a text with a language model: SmolLM2, a folder with safetensors, or a 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument(
-        "--checkpoint", default="smollm2", help="folder with safetensors, GGUF file [smollm2]"
+        "--checkpoint",
+        type=arguments.given,
+        default="smollm2",
+        help="folder with safetensors, GGUF file [smollm2]",
     )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -30,6 +35,12 @@ def run(options: argparse.Namespace) -> int:
     """Continues a prompt, token by token, and says how fast; returns the exit status."""
     from tilescan.decoding.text import generate_text
 
+    if options.temperature == 0 and (options.top_k, options.top_p) != (None, None):
+        print(
+            "note: --top-k and --top-p change nothing at temperature 0, which takes the likeliest "
+            "token; --temperature=1 samples",
+            file=sys.stderr,
+        )
     pieces = []
 
     def write(piece: str) -> None:

@@ -9,7 +9,18 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from tilescan.cli import data, diagnose, generate, list_papers, plan, report, rerun, run, train
+from tilescan.cli import (
+    arguments,
+    data,
+    diagnose,
+    generate,
+    list_papers,
+    plan,
+    report,
+    rerun,
+    run,
+    train,
+)
 from tilescan.spelling import nearest
 
 _DESCRIPTION = """\
@@ -61,6 +72,10 @@ class _Parser(argparse.ArgumentParser):
                 return match
         return None
 
+    def options(self) -> list[str]:
+        """Returns the options, "--seed" for example."""
+        return list(self._option_string_actions)
+
     def _choices(self) -> list[str]:
         """Returns the subcommands, and the words that arguments may be."""
         return [name for action in self._actions for name in action.choices or ()]
@@ -70,7 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2 for a wrong command line)."""
     _leave_absent_tpus_alone()
     parser = _build_parser()
+    argv = sys.argv[1:] if argv is None else argv
     options, rest = parser.parse_known_args(argv)
+    twice = arguments.repeated(argv, options.parser.options())
+    if twice:
+        options.parser.refuse(f"{twice} is given twice", [])
     overridable = options.config_keys is not None
     wrong = [word for word in _joined(rest) if not (overridable and _is_override(word))]
     if wrong:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from tilescan.cli import training_config
+from tilescan.cli import arguments, training_config
 
 ABOUT = "compile a training step without running it"
 DESCRIPTION = """\
@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     training_config.add_arguments(parser)
     parser.add_argument("--topology", help="e.g. v5e:2x4, v5p:4x4x4, h100:64 [this machine]")
-    parser.add_argument("--memory", type=float, help="GiB of a device [the vendor's figure]")
+    parser.add_argument(
+        "--memory", type=arguments.positive, help="GiB of a device [the vendor's figure]"
+    )
     parser.add_argument(
         "--longest", action="store_true", help="find the longest data.seq_len that fits"
     )

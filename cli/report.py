@@ -3,6 +3,8 @@
 import argparse
 import pathlib
 
+from tilescan.cli import arguments
+
 ABOUT = "rebuild RESULTS.md and results/index.html"
 DESCRIPTION = """\
 Rebuild RESULTS.md, results/index.html and every table and figure from the kept records.
@@ -14,9 +16,9 @@ Rebuild RESULTS.md, results/index.html and every table and figure from the kept 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"))
+    parser.add_argument("--results", type=arguments.path, default=pathlib.Path("results"))
     parser.add_argument(
-        "--from", dest="source", type=pathlib.Path, help="publish this workdir first"
+        "--from", dest="source", type=arguments.path, help="publish this workdir first"
     )
 
 

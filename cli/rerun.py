@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from tilescan.cli import arguments
 from tilescan.cli.folders import results_folder
 
 ABOUT = "measure one committed record again"
@@ -21,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paper", help="its name, see `tilescan list`")
     parser.add_argument("cell", help="id of the record, see results/PAPER/README.md")
     parser.add_argument("--scale", default="cpu", help="of the record [cpu]")
-    parser.add_argument("--workdir", type=pathlib.Path, help="of the record [results/PAPER/SCALE]")
+    parser.add_argument(
+        "--workdir", type=arguments.path, help="of the record [results/PAPER/SCALE]"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

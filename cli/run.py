@@ -2,6 +2,8 @@
 
 import argparse
 
+from tilescan.cli import arguments
+
 ABOUT = "measure a paper and print its tables"
 DESCRIPTION = """\
 Measure a paper's cells and print its tables, published and measured columns side by side.
@@ -21,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("paper", help="its name, see `tilescan list`")
     parser.add_argument("--scale", default="cpu", help="smoke, cpu or accelerator [cpu]")
-    parser.add_argument("--workdir", help="folder of the records [runs/PAPER/SCALE]")
+    parser.add_argument(
+        "--workdir", type=arguments.given, help="folder of the records [runs/PAPER/SCALE]"
+    )
     parser.add_argument("--only", default="", help="measure the cells whose id contains this")
     parser.add_argument("--publish", action="store_true", help="copy the records to results/")
     parser.set_defaults(config_keys=_config_keys)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from tilescan.cli import training_config
+from tilescan.cli import arguments, training_config
 
 ABOUT = "train a language model"
 DESCRIPTION = """\
@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     training_config.add_arguments(parser)
     # Checked in `run`: argparse would name its absence before anything that is mistyped.
-    parser.add_argument("--workdir", help="folder of checkpoints and metrics (required)")
+    about = "folder of checkpoints and metrics (required)"
+    parser.add_argument("--workdir", type=arguments.given, help=about)
     parser.add_argument(
         "--distributed",
         nargs="?",
@@ -47,16 +48,46 @@ def join_processes(where: str) -> None:
     """Joins the other processes of a run: "auto", or "HOST:PORT,COUNT,INDEX".
 
     Raises:
-      ValueError: another form.
+      ValueError: another form, a port, count or index that cannot be; "auto" where no cluster says
+        who the processes are.
     """
     import jax
 
     if where == "auto":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"--distributed without a value needs SLURM, GKE, Open MPI or Cloud TPU, which "
+                f"tell who the processes are ({error}); elsewhere write "
+                "--distributed=HOST:PORT,COUNT,INDEX, e.g. 10.0.0.1:1234,2,0"
+            ) from error
         return
+    jax.distributed.initialize(*parse_processes(where))
+
+
+def parse_processes(where: str) -> tuple[str, int, int]:
+    """Parses "HOST:PORT,COUNT,INDEX" to ("HOST:PORT", COUNT, INDEX).
+
+    Raises:
+      ValueError: another form; a port outside 1..65535, a count below 1, an index outside
+        0..COUNT - 1, with which the processes would wait for each other in vain.
+    """
     coordinator, *numbers = where.split(",")
-    if ":" not in coordinator or len(numbers) != 2 or not all(n.isdigit() for n in numbers):
+    host, colon, port = coordinator.rpartition(":")
+    numbers = [port, *numbers]
+    if not host or len(numbers) != 3 or not all(n.isascii() and n.isdigit() for n in numbers):
         raise ValueError(
             f"--distributed={where!r} must be HOST:PORT,COUNT,INDEX, e.g. 10.0.0.1:1234,2,0"
         )
-    jax.distributed.initialize(coordinator, int(numbers[0]), int(numbers[1]))
+    port, count, index = map(int, numbers)
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--distributed={where!r}: port {port} must be between 1 and 65535")
+    if not 0 <= index < count:
+        raise ValueError(
+            f"--distributed={where!r}: of COUNT={count} processes INDEX={index} must be one of "
+            f"0 to {count - 1}"
+            if count
+            else f"--distributed={where!r}: COUNT must be at least 1"
+        )
+    return coordinator, count, index

@@ -3,6 +3,8 @@
 import argparse
 import typing
 
+from tilescan.cli import arguments
+
 if typing.TYPE_CHECKING:
     import ml_collections
 
@@ -10,7 +12,7 @@ if typing.TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --config=FILE, and lets the command take --config.KEY=VALUE."""
     about = "Python file whose get_config() returns an edited training.config.default_config()"
-    parser.add_argument("--config", metavar="FILE", help=about)
+    parser.add_argument("--config", metavar="FILE", type=arguments.given, help=about)
     parser.set_defaults(config_keys=_config_keys)
 
 

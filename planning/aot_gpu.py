@@ -38,7 +38,7 @@ INSTALL = (
 NEEDS = (
     "compiling for CUDA needs an interpreter with XLA's CUDA plugin, and without nvidia-nvjitlink "
     f"(with it ptxas ignores setmaxnreg and kernels spill). In a fresh environment: {INSTALL}\n"
-    "then name its python by --python or TILESCAN_CUDA_PYTHON"
+    "then name its python by the environment variable TILESCAN_CUDA_PYTHON"
 )
 
 

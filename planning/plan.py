@@ -8,6 +8,8 @@ The step is the one that `training.train` runs, with its shardings, the batch's 
 runs and no parameter is allocated.
 """
 
+import math
+
 from tilescan.planning import child, topologies
 from tilescan.planning.report import Plan, report
 from tilescan.training.config import Config
@@ -25,9 +27,11 @@ def plan(config: Config, topology: str | None = None, *, memory: float | None = 
 
     Raises:
       ValueError, ImportError: an unknown topology, libtpu missing; a batch, a length or a mesh that
-        does not fit the devices.
+        does not fit the devices; a memory that is not a number above 0.
       RuntimeError: no interpreter with XLA's CUDA plugin, or its process died.
     """
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"memory={memory} must be a number of bytes above 0")
     if topologies.platform(topology) == "cuda":
         return Plan(**child.ask(config, topology, memory))
     return report(config, topology, memory)

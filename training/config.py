@@ -25,7 +25,7 @@ from tilescan.models.config import default_heads
 from tilescan.models.earlier_configs import current_fields
 from tilescan.models.mixers import MIXERS, MODEL_FIELDS, base_name
 from tilescan.ops import masks
-from tilescan.spelling import nearest
+from tilescan.spelling import nearest, synonym
 from tilescan.training.settings import (
     SECTIONS,
     TASKS,
@@ -164,8 +164,10 @@ def assignments_meant(word: str, known: list[str], near: bool = False) -> list[s
 def nearest_key(key: str, known: list[str]) -> str:
     """Returns the known key that `key` most likely means: same last name, else closest spelling."""
     last = key.rsplit(".", 1)[-1]
-    same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
-    alike = [k for k in known if k.rsplit(".", 1)[-1].endswith(f"_{last}")]  # dtype, compute_dtype
+    named = {k: k.rsplit(".", 1)[-1] for k in known}
+    last = synonym(last, named.values()) or last
+    same_name = [k for k in known if named[k] == last]
+    alike = [k for k in known if named[k].endswith(f"_{last}")]  # dtype, compute_dtype
     return nearest(key, same_name or alike or known, cutoff=0)
 
 
@@ -212,7 +214,8 @@ def override(config: ml_collections.ConfigDict, assignment: str) -> None:
     if key not in known:
         near, written = [nearest_key(key, known)], ""
         if "." not in key:  # a name without its section
-            near += [other for other in keys_named(key, known) if other not in near][:3]
+            name = synonym(key, (other.rsplit(".", 1)[-1] for other in known)) or key
+            near += [other for other in keys_named(name, known) if other not in near][:3]
             written = f" Write --config.{near[0]}={text}"
         words = " or ".join(map(repr, near))
         raise ConfigError(f"unknown key {key!r}; did you mean {words}?{written}")

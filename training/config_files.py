@@ -39,7 +39,10 @@ def load_any(file: str) -> ml_collections.ConfigDict:
     path, colon, argument = file.partition(":")
     if not pathlib.Path(path).is_file():
         assigned = f"; to set a key write --config.{file}" if "=" in file else ""
-        raise ValueError(f"--config={file}: there is no file {path!r}{assigned}")
+        there_is = f"{path!r} is a folder, and not a file with get_config()"
+        if not pathlib.Path(path).is_dir():
+            there_is = f"there is no file {path!r}"
+        raise ValueError(f"--config={file}: {there_is}{assigned}")
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as error:

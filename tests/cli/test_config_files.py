@@ -45,7 +45,7 @@ def test_files_that_are_none(tmp_path, capsys):
     (tmp_path / "nul.py").write_bytes(b"x = 1\0\n")
     for name, message in {
         "gone.py": "there is no file",
-        "": "there is no file",
+        "": "is a folder, and not a file with get_config",
         "latin.py": "latin.py",
         "nul.py": "SyntaxError: source code",
     }.items():

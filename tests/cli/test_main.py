@@ -303,6 +303,70 @@ def test_report_names_the_folder_that_is_wrong(capsys, tmp_path):
     assert status == 1 and f"--results={tmp_path}/file cannot be written" in err
 
 
+def test_report_makes_no_folder_of_results(capsys, tmp_path):
+    status, err = fails(capsys, "report", f"--results={tmp_path}/gone")
+    assert status == 1 and f"--results={tmp_path}/gone: there is no such folder" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--workdir="], "argument --workdir: must not be empty"),
+        (["train", "--workdir=a", "--config="], "argument --config: must not be empty"),
+        (["run", "h3", "--workdir="], "argument --workdir: must not be empty"),
+        (["rerun", "h3", "speed", "--workdir="], "argument --workdir: must not be empty"),
+        (["report", "--results="], "argument --results: must not be empty"),
+        (["diagnose", "", "--train-length=8"], "argument checkpoint: must not be empty"),
+        (["generate", "--checkpoint= ", "--prompt=a"], "--checkpoint: must not be empty"),
+        (["data", "show", ""], "argument source: must not be empty"),
+        (["plan", "--memory=-4"], "argument --memory: must be a number above 0, not '-4'"),
+        (["plan", "--memory=nan"], "argument --memory: must be a number above 0, not 'nan'"),
+        (["plan", "--memory=much"], "argument --memory: must be a number above 0, not 'much'"),
+        (["generate", "--prompt=a", "--prompt", "b"], "--prompt is given twice"),
+        (["train", "--workdir=a", "--workdir=b"], "--workdir is given twice"),
+    ],
+)
+def test_empty_repeated_and_impossible_values_are_refused(capsys, argv, message):
+    status, err = fails(capsys, *argv)
+    assert status == 2 and message in err and "did you mean" not in err
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("host:99999,2,1", "port 99999 must be between 1 and 65535"),
+        ("host:0,2,1", "port 0 must be between 1 and 65535"),
+        ("host:1234,2,2", "of COUNT=2 processes INDEX=2 must be one of 0 to 1"),
+        ("host:1234,0,0", "COUNT must be at least 1"),
+        ("host:1234,2", "must be HOST:PORT,COUNT,INDEX"),
+        (":1234,2,1", "must be HOST:PORT,COUNT,INDEX"),
+        ("host,2,1", "must be HOST:PORT,COUNT,INDEX"),
+        ("host:a,2,1", "must be HOST:PORT,COUNT,INDEX"),
+    ],
+)
+def test_processes_that_would_wait_in_vain_are_refused(capsys, where, message):
+    status, err = fails(capsys, "train", "--workdir=somewhere", f"--distributed={where}")
+    assert status == 1 and message in err
+
+
+def test_processes_are_found_or_the_form_is_told(capsys, monkeypatch):
+    assert cli.train.parse_processes("[::1]:1234,4,3") == ("[::1]:1234", 4, 3)
+    unknown = ValueError("coordinator_address should be defined.")
+    monkeypatch.setattr("jax.distributed.initialize", lambda: (_ for _ in ()).throw(unknown))
+    status, err = fails(capsys, "train", "--workdir=somewhere", "--distributed")
+    assert status == 1 and "needs SLURM" in err and "--distributed=HOST:PORT,COUNT,INDEX" in err
+
+
+def test_generate_says_which_options_change_nothing(capsys):
+    for option in ("--top-k=5", "--top-p=0.9"):
+        _, err = fails(capsys, "generate", "--checkpoint=gone", "--prompt=a", option)
+        assert "change nothing at temperature 0" in err
+        sampling = [option, "--temperature=1"]
+        _, err = fails(capsys, "generate", "--checkpoint=gone", "--prompt=a", *sampling)
+        assert "change nothing" not in err
+
+
 def test_hints_are_for_what_was_meant(capsys):
     _, err = fails(capsys, "generate", "--prompt=a", "--temp=3")
     assert "did you mean '--temperature'?" in err
@@ -323,7 +387,8 @@ def test_hints_are_for_what_was_meant(capsys):
     ],
 )
 def test_generate_refuses_settings_before_it_looks_for_a_model(capsys, option, message):
-    status, err = fails(capsys, "generate", "--checkpoint=gone", "--prompt=a", option)
+    prompt = [] if option.startswith("--prompt") else ["--prompt=a"]
+    status, err = fails(capsys, "generate", "--checkpoint=gone", *prompt, option)
     assert status == 1 and message in err
 
 

@@ -249,10 +249,18 @@ def test_errors_say_what_would_be_right(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("memory", [-4, 0, float("nan"), float("inf")])
+def test_a_memory_that_no_device_has_is_refused(memory):
+    with pytest.raises(ValueError, match=f"memory={memory} must be a number of bytes above 0"):
+        plan(small(), memory=memory)
+
+
 def test_gpus_need_an_interpreter_with_the_plugin(monkeypatch, capsys):
     monkeypatch.setenv("TILESCAN_CUDA_PYTHON", "/nowhere/python")
     assert cli.main(["plan", *SMALL, "--topology=h100:8"]) == 1
-    assert "needs an interpreter with XLA's CUDA plugin" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "needs an interpreter with XLA's CUDA plugin" in err
+    assert "TILESCAN_CUDA_PYTHON" in err and "--python" not in err  # which `plan` does not take
 
 
 def test_another_interpreter_answers_a_request():

@@ -37,6 +37,12 @@ def test_every_field_has_a_comment():
         ("model.learning_rate=1", "optimizer.learning_rate"),
         ("optimizer.warmup=1", "optimizer.warmup_steps"),
         ("sede=1", "seed"),
+        ("model.mixers.mamba2.d_state=1", "model.mixers.mamba2.state_dim"),
+        ("mamba.d_state=1", "model.mixers.mamba.state_dim"),
+        ("model.n_layers=1", "model.repeats"),
+        ("n_layers=1", "model.repeats"),
+        ("optimizer.lr=1", "optimizer.learning_rate"),
+        ("model.hidden_size=1", "model.d_model"),
     ],
 )
 def test_override_names_the_nearest_key(wrong, right):

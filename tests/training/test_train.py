@@ -144,6 +144,8 @@ def test_an_unwritable_workdir_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="workdir .*file/run cannot be written .*choose another"):
         run(tmp_path / "file" / "run", datasets={"train": None})
+    with pytest.raises(ValueError, match="workdir is empty"):
+        run("", datasets={"train": None})
 
 
 def test_a_full_disk_is_named_before_any_work_and_left_clean(tmp_path, monkeypatch):
