@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tilescan.ops.cross_entropy import chunked_cross_entropy, chunked_log_probabilities
 
 B, T, E, V = 2, 11, 6, 13
+SLOW = pytest.mark.slow
 KEYS = ("loss", "nll", "correct", "weight", "exact", "rows")
 
 
@@ -20,10 +21,8 @@ def inputs(dtype=np.float64, tied=False, seed=0):
     hidden, head = rng.normal(size=(B, T, E)), rng.normal(size=(V, E) if tied else (E, V))
     targets = rng.integers(0, V, (B, T))
     weights = np.where(rng.random((B, T)) < 0.3, 0.0, rng.random((B, T)))
-    return [jnp.asarray(x, dtype) for x in (hidden, head)] + [
-        jnp.asarray(targets, jnp.int32),
-        jnp.asarray(weights, dtype),
-    ]
+    real = [jnp.asarray(x.astype(dtype)) for x in (hidden, head, weights)]
+    return *real[:2], jnp.asarray(targets.astype(np.int32)), real[2]
 
 
 def plain(hidden, head, targets, weights, z_loss=0.0, tied=False, scale=None, cap=None):
@@ -45,45 +44,71 @@ def plain(hidden, head, targets, weights, z_loss=0.0, tied=False, scale=None, ca
     }
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 4, 11, 64])
+OPTIONS = {
+    "plain": {},
+    "tied": {"tied": True, "z_loss": 0.1},
+    "capped": {"z_loss": 1e-2, "scale": 0.7, "cap": 3.0},
+}
+# Chunks that divide nothing, that are all positions, and that are longer.
+QUICK = [("plain", 4), ("tied", 4), ("capped", 4), ("tied", 11), ("plain", 64)]
+
+
+def sums_and_gradients(loss, *arrays, **options):
+    """(gradients, sums, sums without a gradient, which is another program)."""
+
+    def scaled(hidden, head):
+        sums = loss(hidden, head, *arrays[2:], **options)
+        return 3.0 * sums["loss"], sums
+
+    gradients, sums = jax.grad(scaled, (0, 1), has_aux=True)(*arrays[:2])
+    return gradients, sums, scaled(*arrays[:2])[1]
+
+
+@functools.cache
+def of_whole_logits(case):
+    """(arrays, what comes of them) in float64."""
+    arrays = inputs(tied=OPTIONS[case].get("tied", False))
+    run = functools.partial(sums_and_gradients, plain, **OPTIONS[case])
+    return arrays, jax.tree.map(np.asarray, jax.jit(run)(*arrays))
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"tied": True, "z_loss": 0.1}, {"z_loss": 1e-2, "scale": 0.7, "cap": 3.0}],
-    ids=["plain", "tied", "capped"],
+    ("case", "chunk"),
+    [
+        (case, chunk) if (case, chunk) in QUICK else pytest.param(case, chunk, marks=SLOW)
+        for case in OPTIONS
+        for chunk in (1, 4, 11, 64)
+    ],
 )
-def test_sums_and_gradients_are_those_of_whole_logits(chunk, options):
+def test_sums_and_gradients_are_those_of_whole_logits(case, chunk):
+    names = {"scale": "logit_scale", "cap": "logit_cap"}
+    ours = {names.get(k, k): v for k, v in OPTIONS[case].items()}
     with jax.enable_x64(True):
-        names = {"scale": "logit_scale", "cap": "logit_cap"}
-        ours = {names.get(k, k): v for k, v in options.items()}
-        hidden, head, targets, weights = inputs(tied=options.get("tied", False))
-
-        def chunked(hidden, head):
-            sums = chunked_cross_entropy(hidden, head, targets, weights, chunk=chunk, **ours)
-            return 3.0 * sums["loss"], sums
-
-        def whole(hidden, head):
-            sums = plain(hidden, head, targets, weights, **options)
-            return 3.0 * sums["loss"], sums
-
-        got, sums = jax.jit(jax.grad(chunked, (0, 1), has_aux=True))(hidden, head)
-        want, expected = jax.grad(whole, (0, 1), has_aux=True)(hidden, head)
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
-        assert set(sums) == set(KEYS)
-        for name in KEYS:
-            np.testing.assert_allclose(sums[name], expected[name], rtol=1e-12, err_msg=name)
-        evaluated = chunked(hidden, head)[1]  # without a gradient it is another program
-        for name in KEYS:
-            np.testing.assert_allclose(evaluated[name], expected[name], rtol=1e-12, err_msg=name)
+        arrays, (want, expected, _) = of_whole_logits(case)
+        run = functools.partial(sums_and_gradients, chunked_cross_entropy, chunk=chunk, **ours)
+        got, sums, evaluated = jax.jit(run)(*arrays)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+    assert set(sums) == set(evaluated) == set(KEYS)
+    for name in KEYS:
+        for found in (sums, evaluated):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, err_msg=name)
 
 
 def test_it_counts_what_the_training_step_counts():
     from tilescan.training.steps import cross_entropy
 
     hidden, head, targets, weights = inputs(np.float32, seed=3)
-    targets = targets.at[1].set(jnp.argmax(hidden[1] @ head, -1))  # a row that is right
-    want = cross_entropy(hidden @ head, targets, weights, z_loss=0.01)
-    got = chunked_cross_entropy(hidden, head, targets, weights, chunk=3, z_loss=0.01)
+    targets = np.array(targets)
+    targets[1] = np.argmax(np.asarray(hidden[1]) @ np.asarray(head), -1)  # a row that is right
+
+    @jax.jit
+    def both(hidden, head, targets, weights):
+        want = cross_entropy(hidden @ head, targets, weights, z_loss=0.01)
+        options = dict(chunk=3, z_loss=0.01)
+        return want, chunked_cross_entropy(hidden, head, targets, weights, **options)
+
+    want, got = both(hidden, head, targets, weights)
     assert float(want["exact"]) == 1 and set(got) == set(want)
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
@@ -91,11 +116,14 @@ def test_it_counts_what_the_training_step_counts():
 
 
 def test_targets_without_weight_are_not_looked_at_and_others_must_be_tokens():
-    hidden, head, targets, weights = inputs(np.float32)
-    call = functools.partial(chunked_cross_entropy, hidden, head, chunk=4)
-    ignored = jnp.where(weights > 0, targets, -100)
-    assert float(call(ignored, weights)["loss"]) == float(call(targets, weights)["loss"])
-    assert np.isnan(call(targets.at[0, 0].set(V), jnp.ones((B, T)))["loss"])
+    hidden, head, *rest = inputs(np.float32)
+    targets, weights = (np.array(x) for x in rest)
+    call = jax.jit(functools.partial(chunked_cross_entropy, chunk=4))
+    loss = lambda targets, weights: float(call(hidden, head, targets, weights)["loss"])
+    ignored = np.where(weights > 0, targets, np.int32(-100))
+    assert loss(ignored, weights) == loss(targets, weights)
+    targets[0, 0] = V
+    assert np.isnan(loss(targets, np.ones_like(weights)))
 
 
 def test_bfloat16_is_accumulated_in_float32():
@@ -134,11 +162,14 @@ def test_log_probabilities_take_any_cotangent(tied):
             logits = jnp.einsum("bte,ve->btv" if tied else "bte,ev->btv", hidden, head) / 0.7
             return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
 
-        # Products over tokens: no sum of losses.
-        cubed = lambda f: lambda *a: jnp.sum(jnp.sum(weights * f(*a), 1) ** 3)
-        np.testing.assert_allclose(ours(hidden, head), whole(hidden, head), rtol=1e-12)
-        got = jax.grad(cubed(ours), (0, 1))(hidden, head)
-        want = jax.grad(cubed(whole), (0, 1))(hidden, head)
+        @functools.partial(jax.jit, static_argnums=0)
+        def run(f, hidden, head):
+            # Products over tokens: no sum of losses.
+            cubed = lambda *a: jnp.sum(jnp.sum(weights * f(*a), 1) ** 3)
+            return f(hidden, head), jax.grad(cubed, (0, 1))(hidden, head)
+
+        (values, got), (expected, want) = (run(f, hidden, head) for f in (ours, whole))
+        np.testing.assert_allclose(values, expected, rtol=1e-12)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10)
 
