@@ -14,14 +14,25 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("op", scans_cases.BY_STEPS)
-def test_all_peers_agree_with_steps_in_float64(op):
-    case = SMALL[op]
+# Gradients of one op with heads and of one without; values of all.
+DIFFERENTIATED = ("gated_linear_attention", "linear_recurrence")
+
+
+@pytest.mark.parametrize(
+    ("op", "direction"),
+    [
+        *((op, "fwd+bwd" if op in DIFFERENTIATED else "fwd") for op in scans_cases.BY_STEPS),
+        *(pytest.param(op, "fwd+bwd", marks=pytest.mark.slow)
+          for op in scans_cases.BY_STEPS if op not in DIFFERENTIATED),
+    ],
+)  # fmt: skip
+def test_all_peers_agree_with_steps_in_float64(op, direction):
+    case = dataclasses.replace(SMALL[op], direction=direction)
     arrays = scans_cases.inputs(case)
     judge = scans.Judge(case, arrays)
     for peer in scans_cases.peers_of(case):
         results = scans_cases.jitted(peer, case)(*arrays.values())
-        assert len(results) == len(arrays)
+        assert len(results) == (1 if direction == "fwd" else len(arrays))
         assert judge.error(results) <= 2e-5, peer
         wrong = [results[0].at[0, 100].multiply(1.01), *results[1:]]
         assert judge.error(wrong) > 1e-4

@@ -19,7 +19,9 @@ def poisoned(x, rows, rng):
     return x
 
 
-def assert_hidden(run, mask, shape, where, *, q_offset=None, tolerance=2e-6, dtype="float32"):
+def assert_hidden(
+    run, mask, shape, where, *, q_offset=None, tolerance=2e-6, dtype="float32", compiled=False
+):
     """Asserts that what is not finite reaches exactly the rows and keys that see it.
 
     Args:
@@ -27,6 +29,7 @@ def assert_hidden(run, mask, shape, where, *, q_offset=None, tolerance=2e-6, dty
       shape: B, T, S, H, G, D.
       where: "keys", the first that are visible late in the sequence, or "queries", of which there
         are early ones; in both cases also what sees nothing and what nobody sees.
+      compiled: whether run is compiled already, as where tests share a program.
     """
     B, T, S, H, G, D = shape
     rng = np.random.default_rng(0)
@@ -60,9 +63,9 @@ def assert_hidden(run, mask, shape, where, *, q_offset=None, tolerance=2e-6, dty
 
     def results(arrays):
         arrays = (jnp.asarray(x, t) for x, t in zip(arrays, types, strict=True))
-        return [np.asarray(x, np.float32) for x in compiled(*arrays)]
+        return [np.asarray(x, np.float32) for x in run(*arrays)]
 
-    compiled = jax.jit(run)
+    run = run if compiled else jax.jit(run)
     want, got = results(clean), results(poison)
     bad = row_bad, row_bad, undefined, key_bad, key_bad
     for name, x, y, rows in zip(("o", "lse", "dq", "dk", "dv"), got, want, bad, strict=False):
@@ -79,12 +82,15 @@ def assert_hidden(run, mask, shape, where, *, q_offset=None, tolerance=2e-6, dty
 HIDING = (-np.inf, np.finfo(np.float32).min, np.finfo(np.float32).min / 2, -2e30)
 
 
-def assert_bias_hides(run, shape, *, tolerance=2e-6, dtype="float32", bias_dtype="float32"):
+def assert_bias_hides(
+    run, shape, *, tolerance=2e-6, dtype="float32", bias_dtype="float32", compiled=False
+):
     """Asserts that a bias below -1e30 hides keys, and whole rows, as a mask does.
 
     Args:
       run: (q, k, v, bias [B, H, T, S], do, dlse) -> (o, lse, dq, dk, dv, dbias or None).
       shape: B, T, S, H, G, D.
+      compiled: whether run is compiled already.
     """
     B, T, S, H, G, D = shape
     rng = np.random.default_rng(0)
@@ -96,7 +102,7 @@ def assert_bias_hides(run, shape, *, tolerance=2e-6, dtype="float32", bias_dtype
     bias = np.where(hidden, rng.choice(HIDING, hidden.shape), bias)
     types = (dtype,) * 3 + (bias_dtype, dtype, "float32")
     arrays = [jnp.asarray(x, t) for x, t in zip((q, k, v, bias, do, dlse), types, strict=True)]
-    got = jax.jit(run)(*arrays)
+    got = (run if compiled else jax.jit(run))(*arrays)
     q, k, v, bias, do, dlse = (np.asarray(x, np.float64) for x in arrays)
     dlse = np.where(hidden.all(3).swapaxes(1, 2), 0, dlse)
     want = reference.attention_and_gradients(

@@ -1,5 +1,6 @@
 """The Mosaic GPU attention kernels in interpret mode, against a float64 dense oracle."""
 
+import functools
 import re
 
 import jax
@@ -9,42 +10,23 @@ import pytest
 from hidden_values import assert_bias_hides, assert_hidden
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from tilescan.ops import attention, attention_gpu, masks
+from tilescan.ops import attention, attention_gpu, masks, reference
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 A100 = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
 
 
-def oracle(q, k, v, do, dlse, visible, scale, logit_cap, bias=None):
-    """(o, lse, dq, dk, dv, dbias) in float64 numpy; visible is bool [B, T, S]."""
-    q, k, v, do, dlse = (np.asarray(x, np.float64) for x in (q, k, v, do, dlse))
-    group = q.shape[2] // k.shape[2]
-    kr, vr = np.repeat(k, group, 2), np.repeat(v, group, 2)
-    logits = scale * np.einsum("bthd,bshd->bhts", q, kr)
-    slope = np.ones_like(logits)
-    if logit_cap is not None:
-        tanh = np.tanh(logits / logit_cap)
-        logits, slope = logit_cap * tanh, 1 - tanh**2
-    bias = np.zeros((1, 1, 1, 1)) if bias is None else np.asarray(bias, np.float64)
-    logits = np.where(visible[:, None], logits + bias, -np.inf)
-    peak = np.maximum(logits.max(-1, keepdims=True), -1e300)
-    weights = np.exp(logits - peak)
-    total = weights.sum(-1, keepdims=True)
-    p = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-    with np.errstate(divide="ignore"):
-        lse = (peak + np.log(total))[..., 0]
-    lse = np.where(total[..., 0] > 0, lse, -np.inf)
-    o = np.einsum("bhts,bshd->bthd", p, vr)
-    dp = np.einsum("bthd,bshd->bhts", do, vr)
-    delta = np.einsum("bthd,bthd->bht", do, o)[..., None] - dlse.swapaxes(1, 2)[..., None]
-    ds = p * (dp - delta)
-    broadcast = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
-    dbias = ds.sum(broadcast, keepdims=True)
-    ds = ds * slope * scale
-    B, S, G, _ = k.shape
-    dk = np.einsum("bhts,bthd->bshd", ds, q).reshape(B, S, G, group, -1).sum(3)
-    dv = np.einsum("bhts,bthd->bshd", p, do).reshape(B, S, G, group, -1).sum(3)
-    return o, lse.swapaxes(1, 2), np.einsum("bhts,bshd->bthd", ds, kr), dk, dv, dbias
+def ours(q, k, v, bias, mask, do, dlse, *, offset=0, scale=0.125, logit_cap=None):
+    """o, lse, dq, dk, dv, and dbias or None; one program for all values of the same shapes."""
+    return compiled(q, k, v, bias, mask, do, dlse, offset, scale, logit_cap)
+
+
+@functools.partial(jax.jit, static_argnames=("offset", "scale", "logit_cap"))
+def compiled(q, k, v, bias, mask, do, dlse, offset, scale, logit_cap):
+    arrays, options = (q, k, v, bias, mask, offset), {"scale": scale, "logit_cap": logit_cap}
+    o, lse = attention_gpu.forward(*arrays, **options, interpret=True)
+    gradients = attention_gpu.backward(*arrays, o, lse, do, dlse, **options, interpret=True)
+    return o, lse, *gradients
 
 
 def close(name, got, want, bound=0.02):
@@ -56,25 +38,29 @@ def close(name, got, want, bound=0.02):
 
 
 PREFIX = masks.Prefix(30)
-PACKED = masks.Segments(jnp.asarray([[1] * 60 + [2] * 70 + [0] * 10], jnp.int32))
+PACKED = masks.Segments(jnp.asarray([[1] * 50 + [2] * 43 + [0] * 7], jnp.int32))
 CASES = {
     # mask, T, S, H, G, D, P, dtype, logit_cap, bias
     "full": (masks.Full(), 70, 130, 2, 2, 64, 64, jnp.bfloat16, None, None),
-    "causal_grouped": (masks.Causal(), 140, 140, 2, 1, 64, 64, jnp.float16, None, None),
+    "causal_grouped": (masks.Causal(), 100, 100, 2, 1, 64, 64, jnp.float16, None, None),
     "unseen_rows": (masks.Causal(), 90, 40, 1, 1, 64, 64, jnp.bfloat16, None, None),
     "window_capped": (masks.SlidingWindow(20, 5), 150, 150, 1, 1, 48, 48, jnp.bfloat16, 2.0, None),
+    # The first 35 rows see nothing.
+    "window_capped_unseen_rows": (
+        masks.SlidingWindow(20, 5), 100, 60, 1, 1, 48, 48, jnp.bfloat16, 2.0, None
+    ),
     "prefix_lists": (masks.Causal() | PREFIX, 140, 140, 1, 1, 64, 64, jnp.bfloat16, None, None),
-    "packed": (masks.Causal() & PACKED, 140, 140, 1, 1, 64, 64, jnp.bfloat16, None, None),
+    "packed": (masks.Causal() & PACKED, 100, 100, 1, 1, 64, 64, jnp.bfloat16, None, None),
     # Above 128 dK and dV come from two kernels, of tiles of 32 queries or keys at 256.
     "wide": (masks.Causal(), 40, 70, 1, 1, 256, 256, jnp.bfloat16, None, None),
     "wide_keys": (masks.Causal(), 40, 40, 2, 1, 192, 80, jnp.bfloat16, 3.0, None),
     "bias": (masks.Full(), 60, 70, 2, 1, 64, 64, jnp.bfloat16, None, ((1, 2), jnp.float32)),
     "wide_bias": (masks.Causal(), 40, 40, 1, 1, 256, 64, jnp.float16, 3.0, ((1, 1), jnp.float16)),
-}
+}  # fmt: skip
 
 
-# Half a dozen seconds each; and what "bias" has as well.
-SLOW = ("wide", "wide_keys", "wide_bias", "full")
+# Half a dozen seconds each; and what others have as well.
+SLOW = ("wide", "wide_keys", "wide_bias", "full", "unseen_rows", "window_capped")
 
 
 @pytest.mark.parametrize(
@@ -82,38 +68,27 @@ SLOW = ("wide", "wide_keys", "wide_bias", "full")
 )
 def test_forward_and_backward_match_dense(case):
     mask, T, S, H, G, D, P, dtype, cap, bias = CASES[case]
-    keys = jax.random.split(jax.random.key(len(case)), 6)
+    rng = np.random.default_rng(len(case))
+    normal = lambda shape, dtype: jnp.asarray(rng.standard_normal(shape), dtype)
     shapes = ((1, T, H, D), (1, S, G, D), (1, S, G, P), (1, T, H, P))
-    q, k, v, do = (
-        jax.random.normal(key, s).astype(dtype) for key, s in zip(keys, shapes, strict=False)
-    )
-    dlse = jax.random.normal(keys[4], (1, T, H))
+    q, k, v, do = (normal(shape, dtype) for shape in shapes)
+    dlse = normal((1, T, H), jnp.float32)
     if bias is not None:
-        bias = 2 * jax.random.normal(keys[5], (*bias[0], T, S)).astype(bias[1])
-    offset, scale = S - T, 0.7 * D**-0.5
-    assert attention_gpu.unsupported(q, k, v, bias, mask, offset) is None
-    options = {"scale": scale, "logit_cap": cap, "interpret": True}
-
-    @jax.jit
-    def run(q, k, v, bias, do, dlse):
-        o, lse = attention_gpu.forward(q, k, v, bias, mask, offset, **options)
-        grads = attention_gpu.backward(q, k, v, bias, mask, offset, o, lse, do, dlse, **options)
-        return o, lse, grads
-
-    o, lse, grads = run(q, k, v, bias, do, dlse)
-    visible = np.asarray(masks.as_array(mask, T, S, offset))
-    visible = np.broadcast_to(visible, (1, T, S))
-    want = oracle(q, k, v, do, dlse, visible, scale, cap, bias)
+        bias = normal((*bias[0], T, S), bias[1])
+    options = {"offset": S - T, "logit_cap": cap, "scale": D**-0.5 if cap is None else 0.1}
+    o, lse, *gradients = ours(q, k, v, bias, mask, do, dlse, **options)
+    options["q_offset"] = options.pop("offset")
+    want = reference.attention_and_gradients(q, k, v, do, dlse, mask=mask, bias=bias, **options)
     close("o", o, want[0])
     close("lse", lse, want[1], 1e-3)
-    assert (grads[3] is None) == (bias is None)
-    for name, got, exact in zip(("dq", "dk", "dv", "dbias"), grads, want[2:], strict=True):
+    assert (gradients[3] is None) == (bias is None)
+    for name, got, exact in zip(("dq", "dk", "dv", "dbias"), gradients, want[2:], strict=True):
         if got is not None:
             assert got.dtype == (dtype if name != "dbias" else bias.dtype)
             close(name, got, exact)
 
 
-@pytest.mark.parametrize("dim", [80, 128, 256])
+@pytest.mark.parametrize("dim", [80, pytest.param(128, marks=pytest.mark.slow), 256])
 def test_lowers_for_cuda(dim):
     q = jax.ShapeDtypeStruct((1, 300, 4, dim), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((1, 300, 2, dim), jnp.bfloat16)
@@ -177,18 +152,30 @@ def test_what_has_no_kernel_takes_xla_or_says_why(dtype, mask, message):
 
 def test_unsupported_says_what_would_work():
     def reason(dtype=jnp.bfloat16, D=64, bias=None, mask=None):
-        q = jax.ShapeDtypeStruct((1, 128, 2, D), dtype)
-        return attention_gpu.unsupported(q, q, q, bias, mask or masks.Full(), 0)
+        found = []
+        ask = lambda q, bias: found.append(
+            attention_gpu.unsupported(q, q, q, bias, mask or masks.Full(), 0)
+        )
+        bias = None if bias is None else jax.ShapeDtypeStruct(bias, jnp.float32)
+        jax.eval_shape(ask, jax.ShapeDtypeStruct((1, 128, 2, D), dtype), bias)
+        return found[0]
 
     assert reason() is None
     assert "bfloat16 and float16" in reason(jnp.float32)
     assert "up to 256" in reason(D=272)
     assert reason(D=256) is None
-    assert "queries or keys" in reason(bias=jnp.zeros((1, 2, 1, 128)))
-    assert reason(bias=jnp.zeros((1, 2, 128, 128))) is None
+    assert "queries or keys" in reason(bias=(1, 2, 1, 128))
+    assert reason(bias=(1, 2, 128, 128)) is None
     layout = np.eye(4, dtype=bool)
     assert "multiple of 128" in reason(mask=masks.BlockSparse(layout, 32))
     assert reason(mask=masks.BlockSparse(layout, 128)) is None
+
+
+# In the shapes, and so by the programs, of two cases above.
+HIDING = {
+    "causal": (masks.Causal(), "float16", 2),
+    "packed": (masks.Causal() & PACKED, "bfloat16", 1),
+}
 
 
 @pytest.mark.parametrize(
@@ -202,22 +189,12 @@ def test_unsupported_says_what_would_work():
 )
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_mask_hides_what_is_not_finite(name, where):
-    mask = {"causal": masks.Causal(), "packed": masks.Causal() & PACKED}[name]
-    options = {"scale": 0.25, "logit_cap": None, "interpret": True}
-
-    def run(q, k, v, do, dlse):
-        arrays = q, k, v, None, mask, 0
-        o, lse = attention_gpu.forward(*arrays, **options)
-        return o, lse, *attention_gpu.backward(*arrays, o, lse, do, dlse, **options)[:3]
-
-    assert_hidden(run, mask, (1, 140, 140, 2, 1, 64), where, tolerance=1e-6, dtype="bfloat16")
+    mask, dtype, H = HIDING[name]
+    run = lambda q, k, v, do, dlse: ours(q, k, v, None, mask, do, dlse)[:5]
+    shape = 1, 100, 100, H, 1, 64
+    assert_hidden(run, mask, shape, where, tolerance=1e-6, dtype=dtype, compiled=True)
 
 
 def test_a_bias_hides_keys_and_whole_rows():
-    def run(q, k, v, bias, do, dlse):
-        arrays = q, k, v, bias, masks.Full(), 0
-        options = {"scale": q.shape[3] ** -0.5, "logit_cap": None, "interpret": True}
-        o, lse = attention_gpu.forward(*arrays, **options)
-        return o, lse, *attention_gpu.backward(*arrays, o, lse, do, dlse, **options)
-
-    assert_bias_hides(run, (1, 40, 40, 1, 1, 64), tolerance=0.02, dtype="bfloat16")
+    run = lambda q, k, v, bias, do, dlse: ours(q, k, v, bias, masks.Full(), do, dlse, offset=10)
+    assert_bias_hides(run, (1, 60, 70, 2, 1, 64), tolerance=0.02, dtype="bfloat16", compiled=True)

@@ -38,7 +38,7 @@ def by_steps(inputs, cotangents):
     def steps(q, k, v, a, S):
         H = S.shape[1]
         q, k, v, a = (jnp.repeat(x, H // x.shape[2], 2) for x in (q, k, v, a))
-        return reference.linear_attention(q, k, v, a, scale=1.0, state=S)
+        return reference.linear_attention(q, k, v, a[..., 0], scale=1.0, state=S)
 
     out, pullback = jax.vjp(steps, *inputs)
     return *out, *pullback(cotangents)
@@ -75,7 +75,7 @@ def check(inputs, cotangents):
         (130, (1, 1, 2, 2), (24, 80), -2.0, "bfloat16"),  # Mamba-2's heads; two tiles of values
         pytest.param(100, (2, 2, 1, 1), (128, 64), -4.0, "float16", marks=pytest.mark.slow),
         (70, (2, 1, 1, None), (16, 16), 0.0, "bfloat16"),
-        (80, (1, 1, 1, 1), (16, 16), 4.0, "bfloat16"),  # decays of e^-55 a step, and down to 0
+        (130, (1, 1, 2, 2), (24, 80), 4.0, "bfloat16"),  # decays of e^-55 a step, and down to 0
     ],
 )
 def test_forward_and_backward_match_the_steps(T, heads, sizes, strength, dtype):

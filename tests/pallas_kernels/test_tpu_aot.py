@@ -28,20 +28,18 @@ CASES = {
 }  # fmt: skip
 
 
-AT_ONCE = ("v5e",)  # the compiler of a generation is a process of its own
+# All cases on one generation only, for time; "everything" and "lists" are all kernels and walks.
+AT_ONCE = {"v5e": ("everything", "lists")}
+SLOW = {"v5e": tuple(CASES), "v5p": ("causal", "lists"), "v6e": ("causal", "packed")}
+SLOW |= {name: ("causal",) for name in aot_tpu.TOPOLOGIES if name not in SLOW}
 
 
 @pytest.mark.parametrize(
-    "generation",
-    [
-        pytest.param(name, marks=() if name in AT_ONCE else pytest.mark.slow)
-        for name in aot_tpu.TOPOLOGIES
-    ],
+    ("generation", "names"),
+    [*AT_ONCE.items(), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW.items())],
 )
-def test_public_op_compiles_to_the_kernels(generation):
-    """Forward and gradient of `ops.attention`; all cases on one generation only, for time."""
-    names = {"v5e": tuple(CASES), "v5p": ("causal", "lists"), "v6e": ("causal", "packed")}
-    names = names.get(generation, ("causal",))
+def test_public_op_compiles_to_the_kernels(generation, names):
+    """Forward and gradient of `ops.attention`; the compiler is a process of its own."""
     jobs = [Job("tilescan.benchmarks.tpu_static:public", CASES[name]) for name in names]
     results = aot_tpu.compile_jobs(jobs, generation, profile=False)
     for name, result in zip(names, results, strict=True):

@@ -65,6 +65,13 @@ def interpreted(a, b, state, dh, dlast, reverse):
     return h, last, *linear_recurrence_tpu.gradient(a, h, state, dh, dlast, **options)
 
 
+@functools.partial(jax.jit, static_argnums=5)
+def linear_scan_by_steps(a, b, state, dh, dlast, reverse):
+    run = lambda a, b, h: reference.linear_recurrence(a, b, initial_state=h, reverse=reverse)
+    values, pullback = jax.vjp(run, a, b, state)
+    return *values, *pullback((dh, dlast))
+
+
 def assert_close(names, got, want, tolerance):
     for name, x, y in zip(names, got, want, strict=True):
         assert x.shape == y.shape, name
@@ -83,14 +90,8 @@ def assert_linear_scan_is_right(B, T, D, a_shape, dtype, reverse=False, a=None):
     assert [x.dtype.name for x in got] == [dtype, wide, dtype, dtype, wide]
     with jax.enable_x64(True):
         double = np.complex128 if dtype == "complex64" else np.float64
-        a, b, state, dh, dlast = (
-            jnp.asarray(np.asarray(x).astype(double)) for x in (a, b, state, dh, dlast)
-        )
-        run = lambda a, b, state: reference.linear_recurrence(
-            a, b, initial_state=state, reverse=reverse
-        )
-        values, pullback = jax.vjp(run, a, b, state)
-        want = [np.asarray(x) for x in (*values, *pullback((dh, dlast)))]
+        exact = (jnp.asarray(np.asarray(x).astype(double)) for x in (a, b, state, dh, dlast))
+        want = [np.asarray(x) for x in linear_scan_by_steps(*exact, reverse)]
     assert_close(("h", "last", "da", "db", "dstate"), got, want, TOLERANCE[dtype])
 
 
@@ -137,16 +138,14 @@ def test_linear_scan_with_several_groups_of_strips():
         b, dh = (random((1, 70, 8), "float32", seed) for seed in (1, 2))
         state, dlast = (random((1, 8), "float32", seed) for seed in (3, 4))
         got = strips_interpreted(a, b, state, dh, dlast, reverse, strips)
-        run = lambda a, b, s: reference.linear_recurrence(a, b, initial_state=s, reverse=reverse)  # noqa: B023
-        values, pullback = jax.vjp(run, a, b, state)
-        want = (*values, *pullback((dh, dlast)))
+        want = linear_scan_by_steps(a, b, state, dh, dlast, reverse)
         assert_close(("h", "last", "da", "db", "dstate"), got, want, 1e-5)
 
 
 @pytest.mark.parametrize("decay", [1e-30, -1.0, *slowly(0.0, 1.0)])
 def test_linear_scan_of_extreme_decays(decay):
-    a = jnp.full((1, 40, 64), decay)
-    assert_linear_scan_is_right(1, 40, (64,), a.shape, "float32", a=a)
+    a = jnp.full((2, 100, 130), decay)
+    assert_linear_scan_is_right(2, 100, (130,), a.shape, "float32", a=a)
 
 
 def test_linear_scan_keeps_its_state_in_float32():
@@ -181,6 +180,18 @@ def interpreted_selective_scan(x, dt, A, B, C, h, first, dy, dh):
     return y, last, *gradients
 
 
+@jax.jit
+def selective_scan_by_steps(x, dt, A, B, C, h, dy, dh, ids):
+    def run(x, dt, A, B, C, h):
+        y, last = reference.selective_scan(
+            x, dt, A.T, B, C, initial_state=h.swapaxes(1, 2), segment_ids=ids
+        )
+        return y, last.swapaxes(1, 2)
+
+    values, pullback = jax.vjp(run, x, dt, A, B, C, h)
+    return *values, *pullback((dy, dh))
+
+
 def assert_selective_scan_is_right(batch, T, E, N, dtype, segments, dt=None):
     rng = np.random.default_rng(0)
     x, B, C = (random((batch, T, n), dtype, seed) for seed, n in enumerate((E, N, N)))
@@ -196,16 +207,8 @@ def assert_selective_scan_is_right(batch, T, E, N, dtype, segments, dt=None):
     assert [v.dtype.name for v in got[2:]] == [v.dtype.name for v in arrays]
     ids = np.pad(np.cumsum(first, axis=1), ((0, 0), (1, 0))) if segments else None
     with jax.enable_x64(True):
-
-        def run(x, dt, A, B, C, h):
-            y, last = reference.selective_scan(
-                x, dt, A.T, B, C, initial_state=h.swapaxes(1, 2), segment_ids=ids
-            )
-            return y, last.swapaxes(1, 2)
-
         exact = [jnp.asarray(np.asarray(v, np.float64)) for v in (*arrays, dy, dh)]
-        values, pullback = jax.vjp(run, *exact[:6])
-        want = [np.asarray(v) for v in (*values, *pullback(tuple(exact[6:])))]
+        want = [np.asarray(v) for v in selective_scan_by_steps(*exact, ids)]
     names = ("y", "last", "dx", "ddt", "dA", "dB", "dC", "dh")
     assert_close(names, got, want, 2e-5 if dtype == "float32" else TOLERANCE[dtype])
 
@@ -244,7 +247,7 @@ def test_selective_scan_in_several_blocks_of_channels():
 @pytest.mark.parametrize("dt", [1e-30, 1e15, *slowly(0.0, 1e4)])
 def test_selective_scan_of_extreme_steps(dt):
     """Decays of exactly 1 and exactly 0."""
-    assert_selective_scan_is_right(1, 70, 2, 2, "float32", segments=False, dt=dt)
+    assert_selective_scan_is_right(2, 100, 5, 3, "float32", segments=True, dt=dt)
 
 
 # Choosing the kernel.
@@ -353,22 +356,6 @@ CASES = {
 }
 
 
-@needs_libtpu
-@pytest.mark.parametrize("generation", ["v5e", *slowly("v5p", "v6e")])
-def test_linear_recurrence_compiles(generation):
-    """Forward and gradient; all cases on one generation only, for time."""
-    names = list(CASES) if generation == "v5e" else ["by time", "complex"]
-    jobs = [
-        Job("tilescan.benchmarks.scans_tpu_static:linear_gradient", CASES[name]) for name in names
-    ]
-    results = aot_tpu.compile_jobs(jobs, generation, profile=False)
-    for name, result in zip(names, results, strict=True):
-        assert "custom_calls" in result, (name, result)
-        calls = {call.split(".")[0] for call in result["custom_calls"]}
-        assert calls >= {"linear_scan", "linear_scan_gradient"}, name
-        assert 0 < result["vmem"] <= 16 * 2**20, name
-
-
 SELECTIVE_CASES = {
     "mamba": dict(B=1, T=300, E=1536, N=16, dtype="bfloat16"),
     "packed": dict(B=2, T=100, E=200, N=4, dtype="float32", segments=True),
@@ -377,21 +364,33 @@ SELECTIVE_CASES = {
 }
 
 
+# Cases of the two ops; all of them on one generation only, for time.
+AT_ONCE = ("constant", "complex"), ("mamba", "packed")
+SOME = ("by time", "complex"), ("mamba",)
+EVERY = tuple(CASES), tuple(SELECTIVE_CASES)
+
+
 @needs_libtpu
-@pytest.mark.parametrize("generation", ["v5e", *slowly("v5p", "v6e")])
-def test_selective_scan_compiles(generation):
-    """Forward and gradient; all cases on one generation only, for time."""
-    names = list(SELECTIVE_CASES) if generation == "v5e" else ["mamba"]
-    jobs = [
-        Job("tilescan.benchmarks.scans_tpu_static:selective_gradient", SELECTIVE_CASES[name])
-        for name in names
-    ]
+@pytest.mark.parametrize(
+    ("generation", "names"),
+    [
+        ("v5e", AT_ONCE),
+        *(pytest.param(*case, marks=pytest.mark.slow)
+          for case in (("v5e", EVERY), ("v5p", SOME), ("v6e", SOME))),
+    ],
+)  # fmt: skip
+def test_both_ops_compile(generation, names):
+    """Forward and gradient."""
+    module = "tilescan.benchmarks.scans_tpu_static"
+    jobs = [Job(f"{module}:linear_gradient", CASES[name]) for name in names[0]]
+    jobs += [Job(f"{module}:selective_gradient", SELECTIVE_CASES[name]) for name in names[1]]
+    wanted = [{"linear_scan", "linear_scan_gradient"}] * len(names[0])
+    wanted += [{"selective_scan", "selective_scan_backward"}] * len(names[1])
     results = aot_tpu.compile_jobs(jobs, generation, profile=False)
-    for name, result in zip(names, results, strict=True):
-        assert "custom_calls" in result, (name, result)
-        calls = {call.split(".")[0] for call in result["custom_calls"]}
-        assert calls >= {"selective_scan", "selective_scan_backward"}, name
-        assert 0 < result["vmem"] <= 16 * 2**20, name
+    for job, kernels, result in zip(jobs, wanted, results, strict=True):
+        assert "custom_calls" in result, (job, result)
+        assert {call.split(".")[0] for call in result["custom_calls"]} >= kernels, job
+        assert 0 < result["vmem"] <= 16 * 2**20, job
 
 
 def test_committed_table_beats_xla():

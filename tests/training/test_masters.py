@@ -43,7 +43,7 @@ def moved(dtype, count=200):
     )
     tx, rate = make_optimizer(config, count)
     batch = {"tokens": jnp.zeros((1, 1), jnp.int32)}
-    state = steps.init_state(Weights(dtype), tx, batch, 0)
+    state = jax.jit(lambda: steps.init_state(Weights(dtype), tx, batch, 0))()
     step = jax.jit(steps.make_train_step(sum_of_weights, tx, rate))
     first, metrics = state.params["w"], None
     for _ in range(count):
@@ -78,7 +78,7 @@ def test_wide_parameters_among_narrow_ones_have_no_masters():
     model = narrow_model("s4d", "mlp")
     tx, rate = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
     batch = {k: jnp.asarray(v) for k, v in next(Rows()).items()}
-    state = steps.init_state(model, tx, batch, 0)
+    state = jax.jit(lambda: steps.init_state(model, tx, batch, 0))()
     state = state.replace(params=nn.unbox(state.params))
     narrow = [x for x in jax.tree.leaves(state.params) if x.dtype == jnp.bfloat16]
     wide = [x for x in jax.tree.leaves(state.params) if x.dtype == jnp.float32]
@@ -119,13 +119,11 @@ def test_masters_lie_where_their_parameters_lie():
 def test_a_continued_run_is_the_same_to_the_byte(tmp_path):
     run = ("train.steps=8", "train.checkpoint_every=4", "train.keep=9", "train.eval_every=8")
     run += ("optimizer.learning_rate=1e-5", "precision.param_dtype=bfloat16")
-    model = narrow_model("mlp")
-    go = lambda *more: train(
-        tiny_config(*run, *more), tmp_path, model=model, datasets=tiny_datasets()
-    )
+    model, data = narrow_model("mlp"), {"train": tiny_datasets()["train"]}
+    go = lambda *more: train(tiny_config(*run, *more), tmp_path, model=model, datasets=data)
     final = go()
     whole = (tmp_path / "metrics.jsonl").read_bytes()
-    assert len(read_rows(tmp_path / "metrics.jsonl")) > 8
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 8
     assert go("train.resume_step=4") == final
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
@@ -145,7 +143,8 @@ def test_a_checkpoint_without_masters_is_refused_by_name(tmp_path):
 def test_a_float32_model_is_trained_as_before():
     """No masters: the state has the leaves it always had."""
     tx, _ = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
-    state = steps.init_state(TinyModel(), tx, {"tokens": jnp.zeros((1, 4), jnp.int32)}, 0)
+    batch = {"tokens": jnp.zeros((1, 4), jnp.int32)}
+    state = jax.eval_shape(lambda: steps.init_state(TinyModel(), tx, batch, 0))
     assert state.masters is None
     names = {str(path[0]) for path, _ in jax.tree.leaves_with_path(state)}
     assert names == {".step", ".params", ".opt_state", ".key"}

@@ -35,8 +35,20 @@ def log_probs(hidden, head, targets, temperature=1.0):
     return jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize("normalizer", ["sequences", "tokens", 6])
-@pytest.mark.parametrize("options", [{}, {"kl_weight": 0.3, "temperature": 0.7}])
+SOFT = {"kl_weight": 0.3, "temperature": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "options"),
+    [
+        ("sequences", {}),
+        ("tokens", SOFT),
+        (6, {}),
+        pytest.param("sequences", SOFT, marks=pytest.mark.slow),
+        pytest.param("tokens", {}, marks=pytest.mark.slow),
+        pytest.param(6, SOFT, marks=pytest.mark.slow),
+    ],
+)
 def test_grpo_is_its_formula(normalizer, options):
     with jax.enable_x64(True):
         hidden, head, targets, mask, old, reference = inputs()
@@ -64,7 +76,7 @@ def test_grpo_is_its_formula(normalizer, options):
             )  # fmt: skip
             return sums["loss"] / sums["weight"], sums
 
-        value, want = jax.value_and_grad(plain, (0, 1))(hidden, head)
+        value, want = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, head)
         (loss, sums), got = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(hidden, head)
         np.testing.assert_allclose(loss, value, rtol=1e-12)
         for a, b in zip(got, want, strict=True):
@@ -77,15 +89,14 @@ def test_an_unclipped_first_step_is_the_policy_gradient():
     """At the old policy the ratio is 1: the gradient is that of A log p."""
     with jax.enable_x64(True):
         hidden, head, targets, mask, *_ = inputs()
-        old = log_probs(hidden, head, targets)
-        advantages = jnp.asarray([1.0, -2.0, 0.5, 3.0])
+        old = jax.jit(log_probs)(hidden, head, targets)
+        advantages = np.array([1.0, -2.0, 0.5, 3.0])
         call = functools.partial(
             grpo, targets=targets, mask=mask, advantages=advantages, old_log_probs=old, chunk=3
         )
-        got = jax.grad(lambda h: call(hidden, h, normalizer="tokens")["loss"])(head)
-        want = jax.grad(
-            lambda h: -jnp.sum(mask * advantages[:, None] * log_probs(hidden, h, targets))
-        )(head)
+        plain = lambda h: -jnp.sum(mask * advantages[:, None] * log_probs(hidden, h, targets))
+        got = jax.jit(jax.grad(lambda h: call(hidden, h, normalizer="tokens")["loss"]))(head)
+        want = jax.jit(jax.grad(plain))(head)
         np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
@@ -104,7 +115,7 @@ def test_dpo_is_its_formula(chunk):
             sums = dpo(hidden, head, targets, mask, reference, chunk=chunk, beta=beta)
             return sums["loss"], sums
 
-        (value, z), want = jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, head)
+        (value, z), want = jax.jit(jax.value_and_grad(plain, (0, 1), has_aux=True))(hidden, head)
         (loss, sums), got = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(hidden, head)
         np.testing.assert_allclose(loss, value, rtol=1e-12)
         for a, b in zip(got, want, strict=True):
@@ -120,25 +131,31 @@ def test_dpos_gradient_is_a_number_times_that_of_log_probabilities():
         call = functools.partial(
             dpo, head=head, targets=targets, mask=mask, reference_log_probs=reference, chunk=4
         )
-        got = jax.grad(lambda h: call(h)["loss"])(hidden)
-        total = lambda h: jnp.where(mask > 0, log_probs(h, head, targets), 0).sum(1)
-        ratio = total(hidden) - jnp.where(mask > 0, reference, 0).sum(1)
+        got = jax.jit(jax.grad(lambda h: call(h)["loss"]))(hidden)
+
+        @jax.jit
+        def total(h):
+            value = lambda h: jnp.where(mask > 0, log_probs(h, head, targets), 0).sum(1)
+            return value(h), jax.grad(lambda h: value(h).sum())(h)
+
+        sums, of_log_p = map(np.asarray, total(hidden))
+        ratio = sums - np.where(mask > 0, reference, 0).sum(1)
         z = 0.1 * (ratio[:2] - ratio[2:])
-        factor = -0.1 * jax.nn.sigmoid(-z)
-        of_log_p = jax.grad(lambda h: total(h).sum())(hidden)
-        want = of_log_p * jnp.concatenate([factor, -factor])[:, None, None]
+        factor = -0.1 / (1 + np.exp(z))
+        want = of_log_p * np.concatenate([factor, -factor])[:, None, None]
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-14)
 
 
 def test_pairs_without_answers_do_not_count():
     hidden, head, targets, mask, _, reference = inputs(3)
-    call = lambda mask: dpo(hidden, head, targets, mask, reference, chunk=4)
-    empty = mask.at[jnp.array([1, 3])].set(0)
-    assert float(call(empty)["weight"]) == 1
-    one = dpo(
-        hidden[::2], head, targets[::2], mask[::2], reference[::2], chunk=4
-    )  # the other pair alone
-    np.testing.assert_allclose(call(empty)["loss"], one["loss"], rtol=1e-6)
+    call = jax.jit(functools.partial(dpo, chunk=4))
+    empty = np.array(mask)
+    empty[[1, 3]] = 0
+    both = call(hidden, head, targets, empty, reference)
+    assert float(both["weight"]) == 1
+    other = (np.asarray(x)[::2] for x in (targets, mask, reference))  # the other pair alone
+    one = call(np.asarray(hidden)[::2], head, *other)
+    np.testing.assert_allclose(both["loss"], one["loss"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def two_steps(
     """Two updates on a mesh, from its own parameters or those given.
 
     Returns:
-        (state before, gradients of the first step, state after, metrics of the second step).
+        (state before, gradients of the first step, clipped, state after, metrics of the second).
     """
     # A larger eps than usual: Adam would make rounding of the smallest gradients a matter of signs.
     config = OptimizerConfig(learning_rate=0.01, warmup_steps=0, eps=1e-3)
@@ -84,17 +84,14 @@ def two_steps(
     loss = loss or steps.make_loss(model, "language_model")
     train_step = steps.make_train_step(loss, tx, rate, microbatches)
 
-    def step_and_gradients(state, batch):
-        grads, _ = steps.summed_gradients(
-            loss, state.params, batch, jax.random.key(0), microbatches
-        )
-        return *train_step(state, batch), grads
-
-    step = jax.jit(step_and_gradients, out_shardings=(shardings, sharding.replicated(mesh), None))
+    step = jax.jit(train_step, out_shardings=(shardings, sharding.replicated(mesh)))
     before = initialize() if before is None else jax.device_put(before, shardings)
     with sharding.use(mesh):
-        middle, _, grads = step(before, put(next(rows)))
-        after, metrics, _ = step(middle, put(next(rows)))
+        middle, first = step(before, put(next(rows)))
+        after, metrics = step(middle, put(next(rows)))
+    # Sums over the tokens, from the first moment, which begins at 0.
+    moment, factor = jax.device_get(middle.opt_state[1].mu), float(first["weight"])
+    grads = jax.tree.map(lambda mu: mu * factor / (1 - config.b1), moment)
     return jax.device_get(before), grads, after, metrics
 
 

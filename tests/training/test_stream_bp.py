@@ -19,7 +19,7 @@ from tilescan.training.settings import OptimizerConfig
 MODELS = {
     "packed": {"packed": True},
     "windows": {
-        "pattern": ("local_attention:4", "mlp", "mlp"),
+        "pattern": ("local_attention:4", "mlp"),
         "qk_norm": True,
         "post_norm": True,
         "attention_bias": True,

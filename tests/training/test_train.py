@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -31,6 +32,20 @@ def finished(tmp_path_factory):
     """One whole run: (workdir, what train returned)."""
     workdir = tmp_path_factory.mktemp("finished")
     return workdir, run(workdir, "train.tensorboard=true")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The work folder of the same run once more, with all of its checkpoints."""
+    workdir = tmp_path_factory.mktemp("kept")
+    run(workdir, "train.keep=9")
+    return workdir
+
+
+@pytest.fixture
+def copied(kept, tmp_path):
+    """A copy of it, to go on with."""
+    return shutil.copytree(kept, tmp_path / "copied")
 
 
 def test_metrics_hold_every_step_and_evaluations_at_both_ends(finished):
@@ -76,9 +91,8 @@ def test_a_finished_run_returns_at_once(finished):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_second_run_gives_the_same_numbers(finished, tmp_path):
-    run(tmp_path)
-    same = [(f / "metrics.jsonl").read_bytes() for f in (tmp_path, finished[0])]
+def test_a_second_run_gives_the_same_numbers(finished, kept):
+    same = [(f / "metrics.jsonl").read_bytes() for f in (kept, finished[0])]
     assert same[0] == same[1]
 
 
@@ -88,18 +102,15 @@ def test_another_seed_gives_others(finished, tmp_path):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_numbers(finished, tmp_path):
-    final = run(tmp_path, "train.keep=9")
-    assert final == finished[1]
-    whole = (tmp_path / "metrics.jsonl").read_bytes()
-    assert run(tmp_path, "train.keep=9", "train.resume_step=4") == final
-    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_numbers(finished, copied):
+    whole = (copied / "metrics.jsonl").read_bytes()
+    assert run(copied, "train.keep=9", "train.resume_step=4") == finished[1]
+    assert (copied / "metrics.jsonl").read_bytes() == whole
 
 
-def test_a_run_goes_on_on_another_mesh(finished, tmp_path):
-    run(tmp_path, "train.keep=9", "mesh.data=8")
+def test_a_run_goes_on_on_another_mesh(finished, copied):
     there = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
-    final = run(tmp_path, "train.keep=9", "train.resume_step=8", *there)
+    final = run(copied, "train.keep=9", "train.resume_step=8", *there)
     assert final["train/loss"] == pytest.approx(finished[1]["train/loss"], rel=1e-5)
 
 
@@ -111,14 +122,13 @@ def test_another_configuration_is_refused_by_its_keys(finished):
     assert "log_every" not in text and str(finished[0] / "checkpoints" / "12") in text
 
 
-def test_a_longer_run_continues_where_the_schedule_allows(tmp_path):
+def test_a_longer_run_continues_where_the_schedule_allows(finished, tmp_path):
     constant = ("optimizer.schedule=constant", "train.eval_every=100")
     whole = run(tmp_path / "whole", "train.steps=12", *constant)
     run(tmp_path / "parts", "train.steps=8", *constant)
     assert run(tmp_path / "parts", "train.steps=12", *constant) == whole
     with pytest.raises(CheckpointError, match="train.steps = 16, was 12"):
-        run(tmp_path / "cosine", "train.steps=12")
-        run(tmp_path / "cosine", "train.steps=16")
+        run(finished[0], "train.steps=16")  # a cosine looks at the end
 
 
 def test_a_missing_resume_step_is_named(finished):
@@ -173,14 +183,13 @@ def test_training_data_that_end_are_named(tmp_path):
         run(tmp_path, datasets={"train": Short()})
 
 
-def test_a_full_disk_while_metrics_are_written_is_named(tmp_path, monkeypatch):
+def test_a_full_disk_while_metrics_are_written_is_named(copied, monkeypatch):
     def full(self, row):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    run(tmp_path, "train.keep=9")
     monkeypatch.setattr(JsonLines, "write", full)
     with pytest.raises(CheckpointError, match=r"the disk of .* is full. The last good .*4"):
-        run(tmp_path, "train.keep=9", "train.resume_step=4")
+        run(copied, "train.keep=9", "train.resume_step=4")
 
 
 LIMITED = """

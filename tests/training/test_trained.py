@@ -56,7 +56,7 @@ def test_the_model_is_read_back(first):
     assert model.apply({"params": params}, jnp.zeros((1, 3), jnp.int32))[0].shape == (1, 3, 8)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_run_starts_from_given_parameters(first, tmp_path, dtype):
     _, params = load_trained(config(), first)
     start = jax.tree.map(np.asarray, params)
