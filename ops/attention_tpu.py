@@ -307,9 +307,9 @@ def tile_dividing(
 
 def plan_for(
     kernel: str,
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S G D"],
-    v: Float[Array, "B S G P"],
+    q: Float[Array | jax.ShapeDtypeStruct, "B T H D"],
+    k: Float[Array | jax.ShapeDtypeStruct, "B S G D"],
+    v: Float[Array | jax.ShapeDtypeStruct, "B S G P"],
     mask: masks.Mask,
     q_offset: Offset,
     tile: kernels.Tile | None = None,

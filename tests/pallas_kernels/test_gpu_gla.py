@@ -27,13 +27,13 @@ def problem(T, heads, sizes, strength, dtype="bfloat16"):
     """
     rng = np.random.default_rng(0)
     H, (D, P) = max(heads), sizes
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    q, k, v = (normal(1, T, n, F).astype(dtype) for n, F in zip(heads[:3], (D, D, P), strict=True))
+    normal = lambda shape, dtype="float32": jnp.asarray(rng.standard_normal(shape), dtype)
+    q, k, v = (normal((1, T, n, F), dtype) for n, F in zip(heads[:3], (D, D, P), strict=True))
     draw = rng.standard_normal
     a = draw((1, T, heads[3], D)) + 2 * draw((1, 1, heads[3], D)) + strength
     a = jnp.asarray(-np.exp(a), jnp.float32)
-    cotangents = normal(1, T, H, P).astype(dtype), normal(1, H, D, P)
-    return (q, k, v, a, normal(1, H, D, P)), cotangents
+    cotangents = normal((1, T, H, P), dtype), normal((1, H, D, P))
+    return (q, k, v, a, normal((1, H, D, P))), cotangents
 
 
 @jax.jit

@@ -24,13 +24,14 @@ def problem(T, heads, sizes, strength, dtype="bfloat16", seed=0):
     """Inputs and cotangents; `heads` are those of q, k, v and the decays (None: no decay)."""
     rng = np.random.default_rng(seed)
     H, (D, P) = max(h for h in heads if h), sizes
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    q, k, v = (normal(1, T, n, F).astype(dtype) for n, F in zip(heads[:3], (D, D, P), strict=True))
-    a = jnp.zeros((1, T, 1, 1))
+    normal = lambda shape, dtype="float32": jnp.asarray(rng.standard_normal(shape), dtype)
+    q, k, v = (normal((1, T, n, F), dtype) for n, F in zip(heads[:3], (D, D, P), strict=True))
+    a = np.zeros((1, T, 1, 1))
     if heads[3] is not None:
-        a = -jnp.exp(normal(1, T, heads[3], 1) + strength)
-    cotangents = normal(1, T, H, P).astype(dtype), normal(1, H, D, P)
-    return (q, k, v, a, normal(1, H, D, P)), cotangents
+        a = -np.exp(rng.standard_normal((1, T, heads[3], 1)) + strength)
+    a = jnp.asarray(a, jnp.float32)
+    cotangents = normal((1, T, H, P), dtype), normal((1, H, D, P))
+    return (q, k, v, a, normal((1, H, D, P))), cotangents
 
 
 @jax.jit

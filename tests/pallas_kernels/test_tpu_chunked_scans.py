@@ -39,12 +39,12 @@ def problem(T, decay, heads=(2, 2, 2), sizes=(8, 16), dtype="float32", strength=
     """q, k, v, log_decay, initial_state and cotangents; `heads` are those of q, k and v."""
     rng = np.random.default_rng(seed)
     H, (D, P) = max(heads), sizes
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    q, k, v = (normal(B, T, n, F).astype(dtype) for n, F in zip(heads, (D, D, P), strict=True))
+    normal = lambda shape, dtype="float32": jnp.asarray(rng.standard_normal(shape), dtype)
+    q, k, v = (normal((B, T, n, F), dtype) for n, F in zip(heads, (D, D, P), strict=True))
     shape = {"none": (B, T, 1, 1), "head": (B, T, H, 1), "dim": (B, T, H, D)}[decay]
-    a = -jnp.exp(normal(*shape) + strength) if decay != "none" else jnp.zeros(shape)
-    cotangents = normal(B, T, H, P).astype(dtype), normal(B, H, D, P)
-    return (q, k, v, a, normal(B, H, D, P)), cotangents
+    a = np.zeros(shape) if decay == "none" else -np.exp(rng.standard_normal(shape) + strength)
+    cotangents = normal((B, T, H, P), dtype), normal((B, H, D, P))
+    return (q, k, v, jnp.asarray(a, jnp.float32), normal((B, H, D, P))), cotangents
 
 
 @jax.jit
@@ -275,7 +275,7 @@ ENTRY %main (p: s32[]) -> s32[] {
 
 
 # Cases by whether their gradient is compiled or their forward pass.
-AT_ONCE = (("ssd", True), ("vector", True), ("ssd", False))
+AT_ONCE = (("ssd", True), ("vector", False))
 FORWARD = (("ssd", False), ("vector", False))
 SOME = (*((name, True) for name in ("ssd", "vector", "none", "a step")), *FORWARD)
 EVERY = (*((name, True) for name in CASES), *FORWARD)

@@ -69,13 +69,13 @@ def compare(
     found = ours(q, k, v, bias, mask, do, dlse, offset=offset, **options, tile=tile)[:5]
     assert found[0].dtype == q.dtype and found[1].dtype == jnp.float32
     expected = reference.attention_and_gradients(
-        *(np.asarray(x.astype(jnp.float32)) for x in (q, k, v, do, dlse)),
+        *(np.asarray(x, np.float64) for x in (q, k, v, do, dlse)),
         mask=mask,
         bias=bias,
         q_offset=offset,
         **options,
     )[:5]
-    found = [np.asarray(x.astype(jnp.float32), np.float64) for x in found]
+    found = [np.asarray(x, np.float64) for x in found]
     np.testing.assert_array_equal(np.isneginf(found[1]), np.isneginf(expected[1]))
     assert np.all(found[0][np.isneginf(expected[1])] == 0)
     for name, x, y in zip(("o", "lse", "dq", "dk", "dv"), found, expected, strict=True):
