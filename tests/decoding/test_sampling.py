@@ -26,7 +26,7 @@ CONFIGS = {
     ),
     "window": dict(pattern=("local_attention:4", "mlp"), n_kv_heads=1),
 }
-PROMPT = jax.random.randint(jax.random.key(3), (3, 9), 0, V)
+PROMPT = np.random.default_rng(3).integers(0, V, (3, 9)).astype(np.int32)
 LENGTHS = np.asarray([9, 4, 1])
 
 
@@ -38,7 +38,7 @@ def make(name: str):
     model = LanguageModel(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0), PROMPT)["params"]
     rng = np.random.default_rng(0)
-    draw = lambda x: jnp.asarray(rng.normal(size=x.shape, scale=0.5), jnp.float32)
+    draw = lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32)
     return model, jax.tree.map(draw, nn.unbox(shapes))
 
 
@@ -52,12 +52,12 @@ def greedy_by_forward(name, prompt, n, width):
     """The slow definition: the whole text again for each token (padded: one compilation)."""
     text = list(map(int, prompt))
     for _ in range(n):
-        padded = jnp.asarray([text + [0] * (width - len(text))])
-        text.append(int(jnp.argmax(forward(name)(padded)[0, len(text) - 1])))
+        padded = np.asarray([text + [0] * (width - len(text))])
+        text.append(int(np.argmax(forward(name)(padded)[0], axis=-1)[len(text) - 1]))
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2", "window"])
 def test_greedy_is_the_parallel_forward(name):
     """Also for prompts of different lengths in one batch."""
     model, params = make(name)
@@ -90,7 +90,7 @@ def test_a_row_does_not_depend_on_its_neighbors_and_the_key_decides():
         generate, model, params, max_new_tokens=6, temperature=1.5, lengths=LENGTHS
     )
     a = draw(PROMPT, key=jax.random.key(0))
-    b = draw(PROMPT.at[1].set(0), key=jax.random.key(0))
+    b = draw(np.where([[0], [1], [0]], 0, PROMPT), key=jax.random.key(0))
     np.testing.assert_array_equal(a.tokens[::2], b.tokens[::2])
     assert (a.tokens != draw(PROMPT, key=jax.random.key(1)).tokens).any()
 
@@ -98,7 +98,7 @@ def test_a_row_does_not_depend_on_its_neighbors_and_the_key_decides():
 def test_sampled_tokens_follow_the_models_distribution():
     """First tokens of 4,000 rows against the forward's softmax: chi-square; logprobs as well."""
     model, params = make("llama")
-    prompt = jnp.tile(PROMPT[:1], (4000, 1))
+    prompt = np.tile(PROMPT[:1, :2], (4000, 1))
     out = generate(
         model,
         params,
@@ -108,7 +108,8 @@ def test_sampled_tokens_follow_the_models_distribution():
         top_k=8,
         key=jax.random.key(5),
     )
-    p = np.exp(reference(forward("llama")(PROMPT[:1])[0, -1], 2.0, 8, None))
+    text = np.pad(PROMPT[:1, :2], ((0, 0), (0, 13)))
+    p = np.exp(reference(np.asarray(forward("llama")(text))[0, 1], 2.0, 8, None))
     counts = np.bincount(out.tokens[:, 0], minlength=V)
     assert counts[p == 0].sum() == 0
     assert scipy.stats.chisquare(counts[p > 0], 4000 * p[p > 0] / p.sum()).pvalue > 1e-3

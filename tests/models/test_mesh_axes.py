@@ -1,5 +1,6 @@
 """Mixers, layers and models under Explicit, Auto and Manual axes, and a training step."""
 
+import dataclasses
 import functools
 
 import jax
@@ -164,16 +165,22 @@ def test_packed_values_and_gradients(name, kind, split):
     check(name, kind, split, packed=True)
 
 
+WHOLE, SMALL = CONFIG.pattern, ("attention", "mlp")
 STEPS = [("explicit", "both", 1), ("explicit", "both", 2), ("explicit", "rows", 1)]
 STEPS += [("auto", "both", 2), ("manual", "rows", 1)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "split", "microbatches"),
-    [s if s == STEPS[1] else pytest.param(*s, marks=pytest.mark.slow) for s in STEPS],
+    ("kind", "split", "microbatches", "pattern"),
+    [
+        ("explicit", "both", 2, SMALL),
+        *(pytest.param(*step, WHOLE, marks=pytest.mark.slow) for step in STEPS),
+    ],
 )
-def test_a_training_step(kind, split, microbatches):
-    model, tx = LanguageModel(CONFIG), optax.adam(0.1)
+def test_a_training_step(kind, split, microbatches, pattern):
+    mixers = CONFIG.mixers if pattern == WHOLE else {}
+    model = LanguageModel(dataclasses.replace(CONFIG, pattern=pattern, mixers=mixers))
+    tx = optax.adam(0.1)
     boxes, mesh = boxes_of(model, TOKENS), mesh_of(kind)
     params = params_of(boxes)
     batch = dict(tokens=TOKENS, targets=TOKENS[:, ::-1], weights=IDS.astype(np.float32))

@@ -218,11 +218,11 @@ def test_positions_of_a_call_are_counted_on_from():
 )
 def test_a_new_segment_forgets_even_nan(kind):
     """What a recurrent state and its convolution's window hold of the segment before."""
-    options = {"mamba2": {"head_dim": 8, "state_dim": 8, "state_window": 5}}
+    options = {"mamba2": {"head_dim": 16, "state_dim": 8, "state_window": 5}}
     own = {kind: options[kind]} if kind in options else {}
-    config = LanguageModelConfig(vocab_size=20, d_model=8, pattern=(kind,), repeats=1, mixers=own)
+    config = LanguageModelConfig(vocab_size=20, d_model=16, pattern=(kind,), repeats=1, mixers=own)
     mixer = make_mixer(config, kind)
-    x = X[:, :6, :8]
+    x = np.tile(X[:, :6], 2)[..., :16]
     params, fresh = draw(mixer, x), mixer.init_state(2, 6)
     broken = jax.tree.map(
         lambda a: np.full(a.shape, np.nan if jnp.issubdtype(a.dtype, jnp.inexact) else 3, a.dtype),
