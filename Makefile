@@ -32,8 +32,8 @@ reproduce: export JAX_PLATFORMS ?= cpu
 reproduce: $(VENV)/.installed  ## measure FlashAttention's tables on this machine and print them
 	$(BIN)/python -m tilescan.experiments.run --config=configs/flash_attention.py:cpu --workdir=runs/flash_attention/cpu
 
-test: $(VENV)/.installed-dev  ## run the test suite
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(VENV)/.installed-dev  ## run the test suite, print its ten slowest tests
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations=10
 
 test-slow: $(VENV)/.installed-dev  ## run the long tests as well
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow

@@ -55,7 +55,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
             lengths=(64, 128), head_dim=16, block_q=32, block_k=32, tiles_a_side=(1, 2)
         )
         config.speed.update(lengths=(64,), head_dims=(16,), tokens=64, hidden=32, repeats=1)
-        config.training.update(lengths=(32, 64), tokens=64, repeats=1)
+        config.training.update(lengths=(64,), tokens=64, repeats=1)
         model.update(d_model=16, repeats=1, n_heads=2)
     elif scale == "accelerator":
         config.speed.update(

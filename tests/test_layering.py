@@ -56,9 +56,14 @@ def files(*folders):
     return found
 
 
+@functools.cache
+def nodes(path):
+    return tuple(ast.walk(tree(path)))
+
+
 def imported_names(path):
     """Yields the full name of every import in a file, those in functions and conditions too."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -74,7 +79,7 @@ def imported_modules(path, modules):
     all that __init__ imports.
     """
     found = set()
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -222,14 +227,14 @@ def test_no_shared_code_lists_the_papers():
     naming = [
         f"{path.relative_to(ROOT)}, line {node.lineno}: {node.value!r}"
         for path in (*files("experiments/harness", "cli", "planning").values(), *entry)
-        for node in ast.walk(tree(path))
+        for node in nodes(path)
         if isinstance(node, ast.Constant) and node.value in PAPERS
     ]
     listing = [
         f"{path.relative_to(ROOT)}, line {node.lineno}"
         for path in files(*ALLOWED).values()
         if "papers" not in path.parts
-        for node in ast.walk(tree(path))
+        for node in nodes(path)
         if isinstance(node, ast.List | ast.Tuple | ast.Set | ast.Dict)
         and len({c.value for c in ast.walk(node) if isinstance(c, ast.Constant)} & set(PAPERS)) > 2
     ]

@@ -1,9 +1,9 @@
 """`tilescan diagnose` on a tiny random checkpoint."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import linen as nn
 
 from tilescan.cli import diagnose as diagnose_mamba2
@@ -23,7 +23,8 @@ def checkpoint(tmp_path_factory):
         tie_embeddings=False,
         mixers={"mamba2": dict(state_dim=4, head_dim=16)},
     )
-    params = nn.unbox(LanguageModel(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
+    init = jax.jit(LanguageModel(config).init)
+    params = nn.unbox(init(jax.random.key(0), np.zeros((1, 4), np.int32)))
     folder = tmp_path_factory.mktemp("diagnose") / "model"
     save_pretrained(folder, config, params["params"])
     return folder
@@ -38,8 +39,8 @@ def test_a_checkpoint_is_diagnosed(checkpoint, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "does not collapse" in out  # a random model has nothing to lose
     config, params = load_pretrained(checkpoint)
-    logits, _ = LanguageModel(config).apply({"params": params}, jnp.asarray(ids[:, :64]))
-    scores = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, 1:65, None], axis=2)
+    logits, _ = jax.jit(LanguageModel(config).apply)({"params": params}, ids[:, :64])
+    scores = np.take_along_axis(scipy.special.log_softmax(logits, -1), ids[:, 1:65, None], axis=2)
     for start, end in ((0, 16), (16, 32), (32, 64)):
         (row,) = [line.split() for line in out.splitlines() if line.split()[:2] == ["│", str(end)]]
         assert float(row[3]) == pytest.approx(float(-scores[:, start:end].mean()), abs=6e-3)

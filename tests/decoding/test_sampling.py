@@ -67,6 +67,7 @@ def test_greedy_is_the_parallel_forward(name):
     np.testing.assert_array_equal(out.lengths, [6, 6, 6])
 
 
+@pytest.mark.slow
 def test_stops_at_the_end_of_text_and_streams_the_same():
     model, params = make("llama")
     free = generate(model, params, PROMPT, max_new_tokens=6).tokens
@@ -87,7 +88,7 @@ def test_stops_at_the_end_of_text_and_streams_the_same():
 def test_a_row_does_not_depend_on_its_neighbors_and_the_key_decides():
     model, params = make("llama")
     draw = functools.partial(
-        generate, model, params, max_new_tokens=6, temperature=1.5, lengths=LENGTHS
+        generate, model, params, max_new_tokens=20, temperature=1.5, lengths=LENGTHS
     )
     a = draw(PROMPT, key=jax.random.key(0))
     b = draw(np.where([[0], [1], [0]], 0, PROMPT), key=jax.random.key(0))
@@ -119,8 +120,8 @@ def test_sampled_tokens_follow_the_models_distribution():
 def test_every_step_draws_anew():
     """Nearly uniform draws: the same noise at each step would give one token again and again."""
     model, params = make("llama")
-    key = jax.random.key(7)
-    out = generate(model, params, PROMPT, max_new_tokens=20, temperature=1e6, key=key)
+    settings = dict(max_new_tokens=20, lengths=LENGTHS, key=jax.random.key(7))
+    out = generate(model, params, PROMPT, temperature=1e6, **settings)
     for row in np.asarray(out.tokens):
         assert len(set(row)) > 8  # of 20 draws of 23 tokens about 13 differ
     assert len({tuple(row) for row in np.asarray(out.tokens)}) == 3
@@ -158,11 +159,12 @@ def test_ties_and_extremes_of_the_nucleus():
     logits = jnp.log(jnp.asarray([[0.25, 0.25, 0.25, 0.25]]))
     np.testing.assert_array_equal(filter_logits(logits, 1.0, 2)[0] > -jnp.inf, [1, 1, 0, 0])
     # A p smaller than any probability leaves the most probable token.
-    tiny = filter_logits(jnp.asarray([[0.0, 3.0, 1.0]]), 1.0, None, 1e-9)
-    np.testing.assert_array_equal(tiny, [[-np.inf, 0.0, -np.inf]])
+    tiny = filter_logits(jnp.asarray([[0.0, 3.0, 1.0, 2.0]]), 1.0, None, 1e-9)
+    np.testing.assert_array_equal(tiny, [[-np.inf, 0.0, -np.inf, -np.inf]])
     # Of two halves the first one reaches a half.
-    half = filter_logits(jnp.zeros((1, 2)), 1.0, None, 0.5)
-    np.testing.assert_array_equal(half, [[0.0, -np.inf]])
+    halves = jnp.asarray([[0.0, 0.0, -np.inf, -np.inf]])
+    half = filter_logits(halves, 1.0, None, 0.5)
+    np.testing.assert_array_equal(half, [[0.0, -np.inf, -np.inf, -np.inf]])
     whole = filter_logits(logits, 1.0, None, 1.0)
     np.testing.assert_allclose(whole, logits, atol=1e-6)
 

@@ -20,7 +20,11 @@ from tilescan.models.checkpoints import save_pretrained
 @pytest.fixture(scope="module")
 def config():
     return LanguageModelConfig(
-        vocab_size=get_tokenizer("byte").vocab_size, d_model=16, repeats=1, n_heads=2, mlp_dim=32
+        vocab_size=get_tokenizer("byte").vocab_size,
+        d_model=16,
+        repeats=1,
+        n_heads=2,
+        mlp_dim=32,
     )
 
 
@@ -117,6 +121,7 @@ def test_a_folder_brings_its_tokenizer(config, params, tmp_path):
     assert writer.tokenizer.eos_id == 2
     np.testing.assert_array_equal(writer.tokenizer.encode("b a b"), [1, 0, 1])
     assert writer.tokenizer.decode([0, 1]) == "a b"
-    expected, _ = LanguageModel(config).apply({"params": params}, jnp.asarray([[1, 0]]))
-    ours, _ = writer.model.apply({"params": writer.params}, jnp.asarray([[1, 0]]))
+    tokens = np.asarray([[1, 0]])
+    expected, _ = jax.jit(LanguageModel(config).apply)({"params": params}, tokens)
+    ours, _ = jax.jit(writer.model.apply)({"params": writer.params}, tokens)
     np.testing.assert_allclose(ours, expected, atol=1e-5)

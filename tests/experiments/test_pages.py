@@ -62,8 +62,16 @@ def test_every_link_of_the_markdown_leads_somewhere():
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("path", PAGES[:3], ids=lambda p: p.parent.name)
-@pytest.mark.parametrize("width", [1300, 420])
+@pytest.mark.parametrize(
+    ("path", "width"),
+    [
+        *((path, 1300) for path in PAGES[:2]),
+        (PAGES[0], 420),
+        *(pytest.param(path, 420, marks=pytest.mark.slow) for path in PAGES[1:3]),
+        pytest.param(PAGES[2], 1300, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value.parent.name if isinstance(value, pathlib.Path) else str(value),
+)
 def test_a_browser_shows_the_pages_without_complaint(path, width, tmp_path):
     picture = tmp_path / "page.png"
     done = subprocess.run(

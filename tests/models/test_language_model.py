@@ -72,7 +72,7 @@ def run(model, params, tokens=TOKENS, **inputs):
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "hybrid", *(pytest.param(n, marks=pytest.mark.slow) for n in ("alibi", "sinks"))],
+    ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hybrid", "alibi", "sinks"))],
 )
 def test_in_pieces_equals_at_once(name):
     model, params = make(name)
@@ -112,7 +112,7 @@ def test_packed_documents_in_pieces():
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), packed, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "hybrid"])
+@pytest.mark.parametrize("name", ["hybrid", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_causal_by_gradient(name):
     """The vector of token 8 moves no score before it, and the scores from it on."""
     model, params = make(name)

@@ -33,12 +33,17 @@ def random_params(mixer):
     """Random parameters: biases and scales away from 0 and 1, and steps from small to large."""
     shapes = jax.eval_shape(mixer.init, jax.random.key(0), jnp.asarray(X))["params"]
     rng = np.random.default_rng(1)
-    draw = lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), jnp.float32)
+    draw = lambda leaf: (0.4 * rng.standard_normal(leaf.shape)).astype(np.float32)
     return jax.tree.map(draw, nn.unbox(shapes))
 
 
+@functools.cache
+def compiled(mixer):
+    return jax.jit(mixer.apply)
+
+
 def run(mixer, x=X, **inputs):
-    return jax.jit(functools.partial(mixer.apply, **inputs))({"params": random_params(mixer)}, x)[0]
+    return compiled(mixer)({"params": random_params(mixer)}, x, **inputs)[0]
 
 
 def convolve(x, p):

@@ -27,12 +27,18 @@ def params_of(mixer):
     """Initial parameters, with noise so that biases are not 0."""
     params = initial(mixer)
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape).astype(a.dtype), params)
+    noise = lambda a: 0.1 * rng.standard_normal(a.shape).astype(a.dtype)
+    return jax.tree.map(lambda a: np.asarray(a) + noise(a), params)
+
+
+@functools.cache
+def compiled(mixer):
+    return jax.jit(mixer.apply)
 
 
 def run(mixer, x=X, params=None, **inputs):
     params = params_of(mixer) if params is None else params
-    return jax.jit(functools.partial(mixer.apply, **inputs))({"params": params}, x)
+    return compiled(mixer)({"params": params}, x, **inputs)
 
 
 def wide(params):
@@ -90,6 +96,12 @@ def after_ssm(p, y, u, output):
     return out * scipy.special.expit(dense(p["gate"], y)) if output == "glu" else out
 
 
+def slowly(*cases):
+    return [
+        pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.slow) for c in cases
+    ]
+
+
 def close(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
 
@@ -98,9 +110,12 @@ def close(actual, expected, tolerance=1e-5):
     "options",
     [
         dict(),
-        dict(init_A="inv", discretization="bilinear", output="linear"),
-        dict(init_A="legs", output="none", fft=False),
-        dict(init_A="random", n_ssm=2),
+        dict(init_A="inv", n_ssm=2, discretization="bilinear", output="linear", fft=False),
+        *slowly(
+            dict(init_A="inv", discretization="bilinear", output="linear"),
+            dict(init_A="legs", output="none", fft=False),
+            dict(init_A="random", n_ssm=2),
+        ),
     ],
     ids=str,
 )
@@ -118,7 +133,7 @@ def test_s4d_is_its_definition(options):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(), dict(n_ssm=4, init_A="random", fft=False), dict(bidirectional=True)],
+    [*slowly(dict()), dict(n_ssm=4, init_A="random", fft=False), dict(bidirectional=True)],
     ids=str,
 )
 def test_s4_is_its_definition(options):
@@ -220,8 +235,9 @@ def test_dropout_needs_a_key_and_shares_its_mask_over_time():
     close(np.where(zero, 0, y), np.where(zero, 0, 2 * plain))
 
 
-@pytest.mark.parametrize("head_dim", [1, 4])
-@pytest.mark.parametrize("fft", [True, False])
+@pytest.mark.parametrize(
+    ("head_dim", "fft"), [(1, True), (4, False), *slowly((1, False), (4, True))]
+)
 def test_h3_is_its_definition(head_dim, fft):
     mixer = H3(E, head_dim=head_dim, taps=5, state_dim=6, fft=fft)
     p, H, D = wide(params_of(mixer)), E // head_dim, head_dim
@@ -264,7 +280,7 @@ def test_h3_recalls_what_followed():
     close(y, q * np.cumsum(before * v, axis=1), 4e-3)
 
 
-@pytest.mark.parametrize("head_dim", [1, 4])
+@pytest.mark.parametrize("head_dim", [*slowly(1), 4])
 def test_h3_without_a_shift_is_linear_attention(head_dim):
     y, q, k, v = recall(H3(E, head_dim=head_dim, taps=4, state_dim=2), [1.0])
     by_head = lambda a: a.reshape(2, T, -1, head_dim)

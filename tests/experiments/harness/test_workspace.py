@@ -152,6 +152,7 @@ print(Workspace(folder, folder).trained(SETTINGS, 0, never).folder)
 """
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_trains_and_the_other_waits(tmp_path):
     other = None
 

@@ -54,7 +54,7 @@ def test_methods_of_a_kernel_agree():
     np.testing.assert_allclose(cauchy, dense, atol=1e-3 * np.abs(dense).max())
 
 
-@pytest.mark.parametrize("scale", ["cpu", "accelerator"])
+@pytest.mark.parametrize("scale", ["cpu", pytest.param("accelerator", marks=pytest.mark.slow)])
 def test_transformers_have_as_many_parameters(scale):
     config = papers.load_config("s4", scale)
     for name in ("generation", *cells.TASKS):

@@ -42,7 +42,8 @@ CONFIG = LanguageModelConfig(
 @pytest.fixture(scope="module")
 def params():
     model = LanguageModel(CONFIG)
-    return nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+    init = jax.jit(model.init)
+    return nn.unbox(init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
 
 
 @pytest.fixture(scope="module")
