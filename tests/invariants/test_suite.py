@@ -65,6 +65,7 @@ def average(params, x, *, state, positions, segment_ids, bug=None):
     return y.astype(x.dtype), None if state is None else (end, last)
 
 
+@functools.cache
 def mixer(bug=None):
     def init_state(batch, max_len, dtype):
         return jnp.zeros((batch, Mixer.width)), jnp.zeros(batch, jnp.int32)
@@ -83,11 +84,11 @@ def test_a_sound_mixer_passes(check):
 @pytest.mark.parametrize(
     "check,bug,message",
     [
-        (suite.split_equals_whole, "drops the state", r"split \(1, 99\): y: relative error"),
+        (suite.split_equals_whole, "drops the state", r"split \(1, 50\): y: relative error"),
         (suite.split_equals_whole, "state one token late", r"split \(50, 50\): y"),
         (suite.split_gradient_equals_whole, "stops the gradient of the state", "gradient"),
         (suite.step_equals_parallel, "drops the state", "24 steps: y"),
-        (suite.packed_equals_separate, "ignores segments", "packed document of length 17: "),
+        (suite.packed_equals_separate, "ignores segments", "packed document of length 50: "),
         (suite.packed_split_equals_whole, "forgets the carried segment", "packed row, split"),
         (suite.causal_by_gradient, "sees one step ahead", "y at 0 depends on the future"),
         (suite.causal_by_gradient, "forgets the past", "y at 31 doesn't depend on all of its"),
@@ -96,7 +97,7 @@ def test_a_sound_mixer_passes(check):
         (suite.bf16_close_to_float32, "float32 output", "y is float32 for x in bfloat16"),
         (suite.finite_at_extremes, "overflows", "1e4 .* in float32: y: .* not finite"),
         (suite.finite_at_extremes, "gradient is NaN", "1e-30 .*: gradient.* not finite"),
-        (suite.any_length, "drops the tail of a chunk", "length 63: y: relative error"),
+        (suite.any_length, "drops the tail of a chunk", "length 50: y: relative error"),
     ],
 )
 def test_a_broken_mixer_fails(check, bug, message):
