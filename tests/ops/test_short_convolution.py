@@ -15,6 +15,9 @@ from tilescan.ops.short_convolution import short_convolution
 module = sys.modules["tilescan.ops.short_convolution"]  # `ops` has the function under this name
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 def inputs(B, T, E, W, dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
     shapes = dict(x=(B, T, E), weight=(W, E), bias=(E,), initial_state=(B, W - 1, E))
@@ -48,15 +51,7 @@ def weighted(y, final):
     return (wave(y) * y).sum() + (wave(final) * final).sum()
 
 
-@hypothesis.settings(max_examples=12)
-@hypothesis.given(
-    B=st.integers(1, 2),
-    T=st.sampled_from([1, 2, 3, 9, 63]),
-    W=st.sampled_from([1, 2, 4, 7]),
-    silu=st.booleans(),
-    packed=st.booleans(),
-)
-def test_equals_the_definition(B, T, W, silu, packed):
+def assert_equals_the_definition(B, T, W, silu, packed):
     arrays = inputs(B, T, 3, W)
     ids = np.random.default_rng(1).integers(0, 2, (B, T)) if packed else None
     got = run(arrays, ids, activation="silu" if silu else None)
@@ -65,13 +60,39 @@ def test_equals_the_definition(B, T, W, silu, packed):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
-@pytest.mark.parametrize("T, W", [(1, 4), (2, 4), (3, 4), (2, 7), (11, 4)])
+@pytest.mark.parametrize(
+    "B,T,W,silu,packed",
+    [
+        (1, 1, 1, True, False),
+        (2, 2, 4, False, True),
+        (2, 63, 7, True, True),
+        (1, 9, 2, False, False),
+    ],
+)
+def test_equals_the_definition(B, T, W, silu, packed):
+    assert_equals_the_definition(B, T, W, silu, packed)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(
+    B=st.integers(1, 2),
+    T=st.sampled_from([1, 2, 3, 9, 63]),
+    W=st.sampled_from([1, 2, 4, 7]),
+    silu=st.booleans(),
+    packed=st.booleans(),
+)
+def test_any_problem_equals_the_definition(B, T, W, silu, packed):
+    assert_equals_the_definition(B, T, W, silu, packed)
+
+
+@pytest.mark.parametrize("T, W", [(1, 4), (2, 7), (11, 4), slow(2, 4), slow(3, 4)])
 def test_gradients_are_the_transposed_map(T, W):
     """The op is linear in each argument, so that <gradient, direction> = loss(direction)."""
     arrays = inputs(2, T, 3, W)
-    ids = jnp.asarray([[0] * T, [0] * (T - T // 2) + [1] * (T // 2)])
-    loss = lambda arrays: weighted(*run(arrays, ids))
-    gradients = jax.grad(loss)(arrays)
+    ids = np.asarray([[0] * T, [0] * (T - T // 2) + [1] * (T // 2)])
+    gradients = jax.jit(jax.grad(lambda arrays: weighted(*run(arrays, ids))))(arrays)
+    gradients = {name: np.asarray(gradient) for name, gradient in gradients.items()}
     wave = lambda a: np.cos(np.arange(a.size)).reshape(a.shape)
     for name, gradient in gradients.items():
         for i in np.ndindex(gradient.shape):
@@ -79,17 +100,19 @@ def test_gradients_are_the_transposed_map(T, W):
             for step in (1.0, -1.0):
                 moved = {n: np.array(a, np.float64) for n, a in arrays.items()}
                 moved[name][i] += step
-                y, final = reference(**moved, ids=np.asarray(ids))
+                y, final = reference(**moved, ids=ids)
                 ends.append((wave(y) * y).sum() + (wave(final) * final).sum())
             assert abs(gradient[i] - (ends[0] - ends[1]) / 2) < 1e-4, (name, i)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("T", [1, 16, 50])
+@pytest.mark.parametrize(
+    "T,packed",
+    [(1, True), (50, False), (50, True), slow(16, False), slow(16, True), slow(1, False)],
+)
 def test_many_taps_in_blocks(T, packed, monkeypatch):
     """Of 16 steps, with windows that reach over blocks, segments and the initial state."""
     arrays = inputs(2, T, 3, 11)
-    ids = jnp.asarray(np.random.default_rng(1).integers(0, 5, (2, T)) // 4) if packed else None
+    ids = np.random.default_rng(1).integers(0, 5, (2, T)) // 4 if packed else None
     value = lambda arrays: short_convolution(**arrays, segment_ids=ids, activation="silu")
 
     def both(arrays):
@@ -100,28 +123,35 @@ def test_many_taps_in_blocks(T, packed, monkeypatch):
     for x, y in zip(got, reference(**arrays, ids=ids, silu=True), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5)
     monkeypatch.setattr(module, "FEW_TAPS", 11)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, atol=5e-5), gradients, both(arrays)[1]
-    )
+    # A new function, so that it is traced with these taps.
+    few = jax.jit(lambda arrays: both(arrays)[1])(arrays)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-5), gradients, few)
 
 
-@pytest.mark.parametrize("splits", [[1], [2, 3], [1, 2, 3, 4], [7]])
-def test_split_equals_whole(splits):
-    """Outputs, final state and all gradients, with chunks shorter than W - 1."""
-    arrays = inputs(2, 9, 3, 5)
+@functools.partial(jax.jit, static_argnums=1)
+def split(arrays, splits):
+    """Values and gradients of a call for each chunk, with the state handed on."""
 
-    def split(arrays):
+    def chunks(arrays):
         state, parts = arrays["initial_state"], []
         for x in jnp.split(arrays["x"], splits, axis=1):
             y, state = short_convolution(**arrays | dict(x=x, initial_state=state))
             parts.append(y)
         return jnp.concatenate(parts, axis=1), state
 
-    for x, y in zip(split(arrays), run(arrays), strict=True):
+    return chunks(arrays), jax.grad(lambda arrays: weighted(*chunks(arrays)))(arrays)
+
+
+@pytest.mark.parametrize("splits", [slow((1,)), slow((2, 3)), (1, 2, 3, 4), (7,)])
+def test_split_equals_whole(splits):
+    """Outputs, final state and all gradients, with chunks shorter than W - 1."""
+    arrays = inputs(2, 9, 3, 5)
+    got, got_gradients = split(arrays, splits)
+    want, want_gradients = split(arrays, ())
+    for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
-    got = jax.grad(lambda arrays: weighted(*split(arrays)))(arrays)
-    want = jax.grad(lambda arrays: weighted(*run(arrays)))(arrays)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, want)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+    jax.tree.map(close, got_gradients, want_gradients)
 
 
 def test_packed_equals_separate_and_bounds_of_chunks_are_told():
@@ -140,7 +170,8 @@ def test_packed_equals_separate_and_bounds_of_chunks_are_told():
 
 def test_the_future_has_no_gradient():
     arrays = inputs(1, 9, 2, 4)
-    of_step = jax.jacrev(lambda x: run(arrays | dict(x=x))[0].sum((0, 2)))(arrays["x"])
+    of_step = jax.jit(jax.jacrev(lambda x: run(arrays | dict(x=x))[0].sum((0, 2))))(arrays["x"])
+    of_step = np.asarray(of_step)
     dependence = np.abs(of_step[:, 0]).sum(-1) > 0
     i, j = np.indices((9, 9))
     np.testing.assert_array_equal(dependence, (j <= i) & (i - j < 4))
