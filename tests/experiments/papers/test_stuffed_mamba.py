@@ -139,7 +139,6 @@ KEYS = {
     "model.mixers.mamba2.state_dim": 4,
     "model.mixers.mamba2.head_dim": 16,
     "data.seq_len": 8,
-    "data.batch_size": 8,
     "train.steps": 2,
     "train.log_every": 1,
     "optimizer.learning_rate": 0.0,
@@ -152,13 +151,15 @@ KEYS = {
 def test_carried_state_reads_on_over_rows(carry, tmp_path):
     """At rate 0 the losses of a training are those of a reading of its rows."""
     rows = {"keys": 4, "values": 2, "window": 3}
-    settings = {"data": "stream", "rows": rows, "carry": carry, "train": KEYS}
+    size = max(8, jax.device_count())  # a row for each device that JAX has started with
+    keys = KEYS | {"data.batch_size": size}
+    settings = {"data": "stream", "rows": rows, "carry": carry, "train": keys}
     model = training.trained(Workspace(tmp_path, tmp_path), settings, seed=3)
     losses = [row["loss"] for row in metrics(model.folder, "train")]
     make = training.make_rows("stream", rows)
     want = []
     for step in range(0, 2, carry):
-        batch = make("train", 8, carry * 8, (3, step + 1))
+        batch = make("train", size, carry * 8, (3, step + 1))
         found = state_collapse.read(
             model.config, model.params, batch["tokens"], batch["targets"], chunk=8
         )
