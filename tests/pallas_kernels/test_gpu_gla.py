@@ -78,14 +78,14 @@ SMALL = (70, (2, 1, 1, 2), (16, 16))
 
 
 # Decays a step of a median of e^-0.02; of e^-1; of e^-55, and down to 0.
-@pytest.mark.parametrize(
-    "strength", [*(pytest.param(x, marks=pytest.mark.slow) for x in (-4.0, 0.0)), 4.0]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", [-4.0, 0.0, 4.0])
 def test_forward_and_backward_match_the_steps(strength):
     check(*problem(*SMALL, strength))
 
 
 def test_forgetting_at_any_step_and_in_some_dims():
+    """All results and gradients against the steps, with decays from none to 0."""
     (q, k, v, a, S), cotangents = problem(*SMALL, -3.0)
     a = np.array(a)
     a[:, [0, 17, 64]] = a[:, 40, :, ::2] = -np.inf
