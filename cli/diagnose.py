@@ -11,21 +11,23 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from tilescan.cli import arguments
+from tilescan.cli import arguments, runs
 
 if typing.TYPE_CHECKING:
     import numpy
 
     from tilescan import models
     from tilescan.experiments.harness import tables
+    from tilescan.training.settings import Settings
 
 ABOUT = "say where a Mamba-2 checkpoint breaks beyond its training length"
 DESCRIPTION = """\
 Diagnose state collapse (Stuffed Mamba, arXiv 2410.07145) in a checkpoint of Mamba-2: a folder in
-Hugging Face's layout, with config.json and model.safetensors.
+Hugging Face's layout, with config.json and model.safetensors, or the work folder of a training run.
 
   tilescan diagnose mamba2-130m-hf --train-length=2048 --tokens=book.npy --newline=187
   tilescan diagnose bytes-model --train-length=512 --tokenizer=byte --source=shakespeare
+  tilescan diagnose runs/first --source=shakespeare               a run of `tilescan train`
   tilescan diagnose bytes-model --train-length=512                newline prompt alone, no text
   tilescan diagnose ... --decay-scale=0.9999 --b-scale=0.75       forget more, remember less
   tilescan diagnose ... --state-window=2048                       sliding window on the state
@@ -46,18 +48,17 @@ in this package: tokenize elsewhere and give the ids, numpy.save("book.npy", ids
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     add = parser.add_argument
-    add("checkpoint", type=arguments.given, help="folder with config.json and model.safetensors")
-    add("--train-length", type=int, required=True, help="tokens of a training row, e.g. 8192")
+    add("checkpoint", type=arguments.given, help="folder with config.json; a run's workdir")
+    add("--train-length", type=int, help="tokens of a training row, e.g. 8192 [the run's]")
     add("--lengths", help="where to look, e.g. 1024,8192,32768 [1/2, 1, 2, 4, 8 training lengths]")
     add("--tokens", type=arguments.path, help="ids of long texts: a .npy file, [T] or [B, T]")
-    add("--tokenizer", help="instead of --tokens: byte, gpt2, cl100k or smollm2")
+    add("--tokenizer", help="instead of --tokens: byte, gpt2, ... [a run's, given --source]")
     add(
         "--source",
-        default="shakespeare",
-        help="text for --tokenizer, see `tilescan data`, or a path",
+        help="[shakespeare] text for --tokenizer, see `tilescan data`, or a path",
     )
     add("--rows", type=int, default=4, help="documents read at once [4]")
-    add("--newline", type=int, default=10, help="id of the newline [10; 187 in GPT-NeoX's]")
+    add("--newline", type=int, help="id of the newline [10, or a run's; 187 in GPT-NeoX's]")
     add("--decay-scale", type=float, default=1.0, help="factor of every decay, at most 1")
     add("--b-scale", type=float, default=1.0, help="factor of what enters the state")
     add("--dt-scale", type=float, default=1.0, help="factor of the step sizes")
@@ -80,9 +81,13 @@ def run(options: argparse.Namespace) -> int:
     import rich.console
 
     from tilescan.experiments.measurements import state_collapse
-    from tilescan.models.checkpoints import load_pretrained
 
-    config, params = load_pretrained(options.checkpoint)
+    config, params, settings = runs.load(options.checkpoint)
+    if settings is not None:
+        _follow_run(options, settings)
+    if options.train_length is None:
+        raise ValueError(f"{options.checkpoint} is not a run of ours: give --train-length")
+    options.newline = 10 if options.newline is None else options.newline
     state_collapse.check_mamba2(config)
     names = ("decay_scale", "b_scale", "dt_scale", "state_window")
     config = state_collapse.with_mixer(config, **{name: getattr(options, name) for name in names})
@@ -99,6 +104,18 @@ def run(options: argparse.Namespace) -> int:
     options.figure.write_text(figure, encoding="utf-8")
     print(f"figure: {options.figure}")
     return 0
+
+
+def _follow_run(options: argparse.Namespace, settings: "Settings") -> None:
+    """Sets the options that are not given to what a run was trained with."""
+    from tilescan.data import tokenizers
+
+    if options.train_length is None:
+        options.train_length = settings.data.seq_len
+    if options.newline is None:
+        options.newline = int(tokenizers.get_tokenizer(settings.data.tokenizer).encode("\n")[0])
+    if options.source is not None and options.tokens is None and options.tokenizer is None:
+        options.tokenizer = settings.data.tokenizer
 
 
 def parse_lengths(text: str | None, train_length: int) -> list[int]:
@@ -225,7 +242,7 @@ def _tokens(options: argparse.Namespace, vocab_size: int, length: int) -> "numpy
         from tilescan.data import sources, tokenizers
 
         tokenizer = tokenizers.get_tokenizer(options.tokenizer)
-        texts = (document.text for document in sources.load(options.source))
+        texts = (document.text for document in sources.load(options.source or "shakespeare"))
         encoded = (tokenizer.encode(text) for text in texts if len(text) > length)
         ids = [e[: length + 1] for e in encoded if len(e) > length][: options.rows]
         ids = np.stack(ids) if ids else np.zeros((1, 0), np.int32)

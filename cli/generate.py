@@ -1,16 +1,19 @@
 """`tilescan generate`: continues a text with a language model."""
 
 import argparse
+import functools
 import math
 import sys
 
-from tilescan.cli import arguments
+from tilescan.cli import arguments, runs
 
 ABOUT = "continue a text with a language model"
 DESCRIPTION = """\
-Continue a text with a language model: SmolLM2, a folder with safetensors, or a GGUF file.
+Continue a text with a language model: SmolLM2, the work folder of a training run, a folder with
+safetensors, or a GGUF file.
 
   tilescan generate --prompt="The capital of France is"                 SmolLM2-135M, 93 MB
+  tilescan generate --checkpoint=runs/first --prompt="import "          what you trained
   tilescan generate --checkpoint=gpt2/ --prompt="Once" --temperature=0.8 --top-p=0.95 --seed=1
 """
 
@@ -21,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=arguments.given,
         default="smollm2",
-        help="folder with safetensors, GGUF file [smollm2]",
+        help="a run's workdir, folder with safetensors, GGUF file [smollm2]",
     )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -49,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         pieces.append(piece)
 
     done = generate_text(
-        options.checkpoint,
+        functools.partial(runs.load_writer, options.checkpoint),
         options.prompt,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,

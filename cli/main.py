@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import tilescan
 from tilescan.cli import (
     arguments,
     data,
     diagnose,
+    export,
     generate,
     list_papers,
     plan,
@@ -45,6 +47,7 @@ COMMANDS = {
     "data": data,
     "generate": generate,
     "train": train,
+    "export": export,
 }
 
 
@@ -165,6 +168,7 @@ def _build_parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"tilescan {tilescan.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(

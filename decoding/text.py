@@ -151,7 +151,7 @@ def _key(seed: int) -> jax.Array:
 
 
 def generate_text(
-    path_or_source: str | pathlib.Path | Writer,
+    path_or_source: str | pathlib.Path | Writer | Callable[[], Writer],
     prompt: str,
     *,
     max_new_tokens: int = 64,
@@ -164,7 +164,7 @@ def generate_text(
     """Continues a text, as `tilescan generate` does.
 
     Args:
-      path_or_source: see `load_writer`, or what it returned.
+      path_or_source: see `load_writer`; or what it returned, or a function that returns such.
       prompt: the text to continue; special tokens such as "<|im_start|>" are read as such, and
         the token that begins a text is added where the tokenizer's file says so.
       max_new_tokens: at most so many; fewer if the model ends the text.
@@ -184,7 +184,9 @@ def generate_text(
     check_top_k(top_k)
     check_top_p(top_p, (1,))
     _key(seed)
-    writer = path_or_source if isinstance(path_or_source, Writer) else load_writer(path_or_source)
+    writer = path_or_source
+    if not isinstance(writer, Writer):
+        writer = writer() if callable(writer) else load_writer(writer)
     _warn_beyond_training(writer, prompt, max_new_tokens)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     pieces, times = [], [time.perf_counter()]

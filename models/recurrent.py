@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Integer
 
 from tilescan.models.module import Module
+from tilescan.ops.arrays import AnyArray
 from tilescan.ops.mesh_axes import sequence_parts
 from tilescan.ops.sequence_parallel.on_mesh import on_mesh
 from tilescan.ops.short_convolution import short_convolution
@@ -55,8 +56,10 @@ def continued(state: Any, segment_ids: Integer[Array, "B T"] | None) -> Any:
 
 
 def carried_segments(
-    segment_ids: Integer[Array, "B T"] | None, last: Integer[Array, " B"] | None
-) -> tuple[Integer[Array, "B 1+T"] | Integer[Array, "B T"] | None, Integer[Array, " B"] | None]:
+    segment_ids: Integer[AnyArray, "B T"] | None, last: Integer[Array, " B"] | None
+) -> tuple[
+    Integer[AnyArray, "B 1+T"] | Integer[AnyArray, "B T"] | None, Integer[Array, " B"] | None
+]:
     """Returns ids as ops take them, that of the state's token first, and the last token's.
 
     Args:

@@ -98,20 +98,29 @@ class Checkpoints:
         directory: made if absent; must be on a disk that all processes share.
         keep: how many of the newest stay.
         config: JSON-able; saved with each checkpoint and handed back by `config_at`.
+        read_only: leave the folder as it is, another process may be writing there.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 2, config: dict | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        keep: int = 2,
+        config: dict | None = None,
+        read_only: bool = False,
+    ):
         self.directory = writable_path(directory, "directory")
-        self.directory.mkdir(parents=True, exist_ok=True)
         self.config = config
         self._saving: int | None = None
-        self._remove_unfinished()
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._remove_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "meta"),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 enable_async_checkpointing=True,
+                read_only=read_only,
             ),
         )
 

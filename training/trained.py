@@ -1,7 +1,8 @@
-"""Reads the model that a finished training run left in its work folder."""
+"""Reads the model that a training run left in its work folder."""
 
+import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from etils import epath
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from tilescan.models import LanguageModel
 from tilescan.training import config as config_lib
 from tilescan.training import inputs, steps
 from tilescan.training.checkpoints import Checkpoints, UnusableCheckpoint
@@ -48,6 +50,56 @@ def load_trained(
             "with train.checkpoint_every above 0"
         )
 
+    return model, _read_params(c, model, workdir, c.train.steps)
+
+
+class Run(NamedTuple):
+    """What `load_run` finds: the run's settings, its model, and the parameters after `step`."""
+
+    settings: Settings
+    model: LanguageModel
+    params: Any
+    step: int
+
+
+def is_run(folder: str | os.PathLike) -> bool:
+    """Returns whether a folder is the work folder of a training run."""
+    folder = epath.Path(folder)
+    return (folder / "config.json").exists() and (folder / "checkpoints").is_dir()
+
+
+def load_run(workdir: str | os.PathLike) -> Run:
+    """Reads the language model of a run by its work folder alone, finished or not.
+
+    The folder is left as it is, so the run may be going on. The parameters, those of the newest
+    checkpoint, are put on the first device.
+
+    Raises:
+      UnusableCheckpoint: no checkpoint, one that is damaged, or of another model than config.json
+        describes.
+      ValueError: the run trained a classifier, or its config.json cannot be read.
+    """
+    workdir = epath.Path(workdir)
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{workdir / 'config.json'} cannot be read: {error}") from error
+    c = config_lib.settings(config)
+    if c.task != "language_model":
+        raise ValueError(f"{workdir} is a run of task {c.task!r}; a language model is needed")
+    found = (workdir / "checkpoints").iterdir()
+    saved = [int(path.name) for path in found if path.name.isdigit()]
+    if not saved:
+        raise UnusableCheckpoint(
+            f"{workdir} holds no checkpoint yet: the first comes at step "
+            f"{min(c.train.checkpoint_every or c.train.steps, c.train.steps)}, where "
+            "train.checkpoint_every is above 0"
+        )
+    model = inputs.make_model(c)
+    return Run(c, model, _read_params(c, model, workdir, max(saved)), max(saved))
+
+
+def _read_params(c: Settings, model: nn.Module, workdir: str | os.PathLike, step: int) -> Any:
     # What is to be read: shapes of the whole state, for checkpoints hold the optimizer's too.
     tx, _ = make_optimizer(c.optimizer, c.train.steps)
     example = {"tokens": abstract_tokens(c)}
@@ -58,9 +110,9 @@ def load_trained(
         boxed.replace(params=nn.meta.unbox(boxed.params)),
     )
 
-    saver = Checkpoints(epath.Path(workdir) / "checkpoints", c.train.keep)
+    saver = Checkpoints(epath.Path(workdir) / "checkpoints", c.train.keep, read_only=True)
     try:
-        return model, saver.restore(c.train.steps, abstract).params
+        return saver.restore(step, abstract).params
     finally:
         saver.close()
 

@@ -27,7 +27,17 @@ def fails(capsys, *argv):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["report"], ["plan"], ["diagnose"], ["data"], ["generate"], ["train"]],
+    [
+        [],
+        ["run"],
+        ["report"],
+        ["plan"],
+        ["diagnose"],
+        ["data"],
+        ["generate"],
+        ["train"],
+        ["export"],
+    ],
 )
 def test_help_shows_examples(capsys, command):
     with pytest.raises(SystemExit) as stop:
