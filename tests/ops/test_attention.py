@@ -68,7 +68,9 @@ def test_works_where_float64_is_enabled():
         np.testing.assert_allclose(x, y, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow), "float64"]
+)
 def test_the_reference_is_an_implementation(dtype):
     by_reference = functools.partial(attention, implementation="reference")
 
@@ -160,7 +162,7 @@ def test_equals_the_definition_in_many_problems(problem):
         ((1, 700, 700, 4, 2, 32, 32), masks.Causal()),
         ((2, 300, 600, 2, 1, 32, 48), masks.SlidingWindow(100)),
         ((1, 512, 512, 2, 2, 16, 16), masks.BlockSparse(masks.butterfly(16), 32)),
-        ((1, 600, 600, 2, 2, 16, 16), masks.Lambda(4, 64)),
+        pytest.param((1, 600, 600, 2, 2, 16, 16), masks.Lambda(4, 64), marks=pytest.mark.slow),
         ((2, 5, 1000, 4, 1, 16, 16), masks.Causal()),
     ],
     ids=["causal", "window", "butterfly", "lambda", "few queries"],

@@ -150,17 +150,28 @@ def test_default_offset_aligns_the_ends():
     np.testing.assert_array_equal(as_array(SlidingWindow(2), 1, 7), last_row)
 
 
-@given(problems(composed(primitives)), st.booleans())
-@settings(max_examples=30)
-def test_numpy_and_jax_agree(problem, with_segments):
+def numpy_and_jax(problem, with_segments):
     mask, T, S, _, _, q_offset = problem
     mask = mask & random_segments(T, S) if with_segments else mask
     offset = S - T if q_offset is None else q_offset
     expected = as_array(mask, T, S, offset)
-    actual = as_array(mask, T, S, jnp.int32(offset))
-    assert isinstance(expected, np.ndarray) and isinstance(actual, jax.Array)
+    actual = jax.jit(lambda offset: as_array(mask, T, S, offset))(np.int32(offset))
+    assert isinstance(expected, np.ndarray)
     assert actual.dtype == expected.dtype == bool
     np.testing.assert_array_equal(actual, expected)
+
+
+@settings(max_examples=12)
+@given(problems(composed(primitives)), st.booleans())
+def test_numpy_and_jax_agree(problem, with_segments):
+    numpy_and_jax(problem, with_segments)
+
+
+@pytest.mark.slow
+@settings(max_examples=100)
+@given(problems(composed(primitives)), st.booleans())
+def test_numpy_and_jax_agree_on_many_masks(problem, with_segments):
+    numpy_and_jax(problem, with_segments)
 
 
 # --- tiles ------------------------------------------------------------------------------------
@@ -192,15 +203,26 @@ def test_tile_kinds_conservative(problem, segments):
     assert ((kinds == expected) | (kinds == PARTIAL)).all()
 
 
-@given(problems(composed(primitives)), st.booleans())
-@settings(max_examples=15)
-def test_tile_kinds_traced(problem, with_segments):
+def traced_and_static(problem, with_segments):
     """A traced offset and traced ids give the same table as static ones."""
     mask, T, S, block_q, block_k, q_offset = problem
     mask = mask & random_segments(T, S) if with_segments else mask
     traced = jax.jit(lambda m, offset: tile_kinds(m, T, S, block_q, block_k, offset))
     offset = S - T if q_offset is None else q_offset
     np.testing.assert_array_equal(traced(mask, offset), tile_kinds(mask, *problem[1:]))
+
+
+@settings(max_examples=8)
+@given(problems(composed(primitives)), st.booleans())
+def test_tile_kinds_traced(problem, with_segments):
+    traced_and_static(problem, with_segments)
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(problems(composed(primitives)), st.booleans())
+def test_tile_kinds_traced_of_many_masks(problem, with_segments):
+    traced_and_static(problem, with_segments)
 
 
 def test_ordered_segments_are_exact():

@@ -92,7 +92,8 @@ CASES = {
         lambda u, kernel, ids: long_convolution(u, kernel)[0], ((B, T, D),), ((T, D),)
     ),
 }  # fmt: skip
-QUICK = ("attention", "ssd", "linear_recurrence", "long_convolution")
+# Attention in a shard_map is also in test_attention.py.
+QUICK = ("ssd", "linear_recurrence", "long_convolution")
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,10 @@ def test_an_empty_batch_goes_through_with_its_gradients(name):
     for got, want in zip(*map(jax.tree.leaves, (y, jax.eval_shape(of_two, x))), strict=True):
         # A loss is a sum over the batch.
         assert (got.shape, got.dtype) == ((0, *want.shape[1:]) if want.shape else (), want.dtype)
-        np.testing.assert_array_equal(got, jnp.zeros_like(got))
+        assert not np.any(got)
     for key, g in gradients.items():
         assert (g.shape, g.dtype) == (x[key].shape, x[key].dtype)
-        np.testing.assert_array_equal(g, jnp.zeros_like(g), err_msg=key)
+        assert not np.any(g), key
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_an_empty_batch_of_sequences_cut_over_devices(name):
 
 def _of_mixer(mixer, with_state):
     config = LanguageModelConfig(
-        vocab_size=20, d_model=64, n_heads=2, window=8, pattern=(mixer, "mlp"), repeats=2
+        vocab_size=20, d_model=64, n_heads=2, pattern=(mixer, "mlp"), repeats=1
     )
     model = LanguageModel(config)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 9), jnp.int32))["params"]
@@ -154,11 +154,17 @@ def _of_mixer(mixer, with_state):
     return jax.eval_shape(jax.value_and_grad(loss, has_aux=True), params)
 
 
-MIXERS = "attention local_attention mamba mamba2 s4 s4d h3 gla gated_deltanet".split()
+MIXERS = "attention local_attention:8 mamba mamba2 s4 s4d h3 gla gated_deltanet".split()
+
+
+# Their ops are those of other mixers.
+LIKE_OTHERS = ("local_attention:8", "s4d", "h3")
 
 
 @pytest.mark.parametrize("with_state", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(m, marks=pytest.mark.slow if m in LIKE_OTHERS else ()) for m in MIXERS]
+)
 def test_an_empty_batch_goes_through_a_model(mixer, with_state):
     (_, logits), _ = _of_mixer(mixer, with_state)
     assert logits.shape == (0, 9, 20)

@@ -255,7 +255,7 @@ def test_errors_say_what_would_be_right(op, change, message):
     ("kind", "balance", "where"),
     [
         ("ring", "contiguous", "keys"),
-        ("all_gather", "contiguous", "queries"),
+        pytest.param("all_gather", "contiguous", "queries", marks=pytest.mark.slow),
         ("ring_self_attention", "striped", "keys"),
         ("ring_self_attention", "striped", "queries"),
         pytest.param("ring", "zigzag", "keys", marks=pytest.mark.slow),

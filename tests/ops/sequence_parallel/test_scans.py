@@ -143,18 +143,21 @@ def assert_close(got, want, name="", tolerance=2e-5):
         np.testing.assert_allclose(g, w, atol=atol, rtol=0, err_msg=f"{name} {where}")
 
 
-QUICK = ("ssd", "gated_delta_rule")
+# Some kinds with some ops; all with all are slow.
+QUICK = [("ssd", ("all_scan", "all_gather")), ("gated_delta_rule", ("log_step",))]
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    ("name", "kinds"),
+    QUICK
+    + [
+        pytest.param(name, SCAN_KINDS, marks=pytest.mark.slow)
         for name in SCANS
         if name != "delta_rule"
     ],
+    ids=str,
 )
-def test_packed_sequences_with_a_state(name):
+def test_packed_sequences_with_a_state(name, kinds):
     """Values, the last state and all gradients, with decays from none to infinite, of each kind."""
     op, inputs, shape = SCANS[name]
     arrays, options = inputs(24)
@@ -166,12 +169,12 @@ def test_packed_sequences_with_a_state(name):
 
     def every_kind(**arrays):
         call = functools.partial(getattr(scans, name), **options)
-        return tuple(zip(*(call(**arrays, kind=kind) for kind in SCAN_KINDS), strict=True))
+        return tuple(zip(*(call(**arrays, kind=kind) for kind in kinds), strict=True))
 
     run = program(every_kind, arrays, 4)
-    for i, kind in enumerate(SCAN_KINDS):
+    for i, kind in enumerate(kinds):
         # Where the others' cotangents are 0, gradients are this kind's.
-        own = [tuple(x * (i == j) for j in range(len(SCAN_KINDS))) for x in cotangents]
+        own = [tuple(x * (i == j) for j in range(len(kinds))) for x in cotangents]
         (y, final), gradients = run(tuple(own))
         assert_close(((y[i], final[i]), gradients), want, kind)
 
@@ -179,7 +182,8 @@ def test_packed_sequences_with_a_state(name):
 @pytest.mark.parametrize(
     ("name", "devices", "kind"),
     [
-        ("gated_linear_attention", 3, "all_scan"),
+        ("gated_linear_attention", 3, "chain"),
+        pytest.param("gated_linear_attention", 3, "all_scan", marks=pytest.mark.slow),
         pytest.param("ssd", 8, "all_scan", marks=pytest.mark.slow),
         pytest.param("delta_rule", 3, "log_step", marks=pytest.mark.slow),
     ],
@@ -192,19 +196,31 @@ def test_any_number_of_devices_from_zeros(name, devices, kind):
     assert_close(run(cotangents), want)
 
 
-@pytest.mark.parametrize("devices", [1, 3, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 3, 8])
 def test_short_convolution(devices):
     """Segments that start in the halo; on 8 devices, a halo of all that they have."""
+    _, arrays, options = short_convolution_inputs()
+    cotangents, want = of_short_convolution()
+    run = program(convolutions.short_convolution, arrays, devices, **options)
+    assert_close(run(cotangents), want)
+
+
+def short_convolution_inputs():
+    """Arrays of one device, of many, and options."""
     T, W, ids = 24, 4, packed(24, 3)
     ids[0, 7], ids[1, 14] = 9, 3
     arrays = dict(x=normal(0, B, T, E), weight=normal(1, W, E), bias=normal(2, E))
     arrays["initial_state"] = normal(3, B, W - 1, E)
     before, options = np.array([0, 7], np.int32), dict(activation="silu")
     joined = np.concatenate([before[:, None], ids], 1)
-    cotangents, want = whole(short_convolution, arrays | dict(segment_ids=joined), **options)
-    arrays |= dict(segment_ids=ids, segment_before=before)
-    run = program(convolutions.short_convolution, arrays, devices, **options)
-    assert_close(run(cotangents), want)
+    split = arrays | dict(segment_ids=ids, segment_before=before)
+    return arrays | dict(segment_ids=joined), split, options
+
+
+@functools.cache
+def of_short_convolution():
+    arrays, _, options = short_convolution_inputs()
+    return whole(short_convolution, arrays, **options)
 
 
 def test_a_halo_is_no_longer_than_the_device_before_is():
@@ -214,7 +230,10 @@ def test_a_halo_is_no_longer_than_the_device_before_is():
 
 
 @pytest.mark.parametrize(
-    ("K", "devices"), [(1, 4), (7, 4), (8, 4), (30, 4), (20, 8)], ids=lambda n: str(n)
+    ("K", "devices"),
+    [(7, 4), (30, 4)]
+    + [pytest.param(*c, marks=pytest.mark.slow) for c in ((1, 4), (8, 4), (20, 8))],
+    ids=str,
 )
 def test_long_convolution(K, devices):
     """Kernels of one step, up to a device's 6 steps and one, and longer than the sequence; 6
