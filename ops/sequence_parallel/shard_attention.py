@@ -273,7 +273,8 @@ def _call(q, k, v, bias, mask, ids, a, b):
     if ids[0] is not None:
         mask = with_segments(mask, _rows(ids[0], a), _rows(ids[1], b))
     if b.start is None:
-        mask, q_offset = masks.split_segments(mask)[1] or masks.Full(), 0
+        segments = masks.split_segments(mask)[1]
+        mask, q_offset = masks.Full() if segments is None else segments, 0
     else:
         mask, q_offset = place(mask, a, b)
     if isinstance(q_offset, jax.Array):
