@@ -76,7 +76,7 @@ def a_chunk(op, n, chunk, mask, first, packed):
 
 
 CELLS = [
-    ("ring", 4, 1, "causal", 0, True),
+    ("ring", 4, 2, "causal", 0, True),
     ("all_gather", 4, 1, "prefix", 0, True),
 ]
 SLOW = [
