@@ -6,7 +6,10 @@ from tilescan.data import tasks
 from tilescan.training.config import default_config, override
 from tilescan.training.train import train
 
-MODEL = {"model.d_model": 16, "model.repeats": 1, "model.n_heads": 2, "model.mlp_dim": 32}
+MODEL = {
+    "model.pattern": "('mlp',)", "model.d_model": 16, "model.repeats": 1, "model.mlp_dim": 32,
+    "model.position": "none",
+}  # fmt: skip
 RUN = {
     "data.batch_size": 8, "train.steps": 12, "train.eval_every": 12, "train.checkpoint_every": 0,
     "train.log_every": 1, "train.progress": False, "train.tensorboard": False,

@@ -159,7 +159,9 @@ def test_bidirectional_segments_are_separate():
 
 
 @pytest.mark.parametrize(
-    "mixer", [S4(E, state_dim=6), S4D(E, state_dim=6, init_A="inv")], ids=["s4", "s4d"]
+    "mixer",
+    [S4(E, state_dim=6), *slowly(S4D(E, state_dim=6, init_A="inv"))],
+    ids=["s4", "s4d"],
 )
 def test_convolution_equals_recurrence(mixer):
     """The whole by FFT, and one token after the other, after a prompt."""

@@ -152,7 +152,7 @@ def model_of(causal):
     return model, functools.partial(jax.jit(model.apply), params)
 
 
-@pytest.mark.parametrize("ids", [None, 0, *slowly((-1,), (3,))])
+@pytest.mark.parametrize("ids", [0, *slowly((None,), (-1,), (3,))])
 def test_a_model_that_reads_both_ways(ids):
     model, call = model_of(causal=False)
     tokens = np.arange(9)[None]
