@@ -68,8 +68,19 @@ def assert_equals_the_definition(method, B, T, K):
         close(gradients[name], want[name], 3e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("B,T,K", [(2, 63, 100), (1, 100, 17), (1, 3, 1)])
+@pytest.mark.parametrize(
+    "method,B,T,K",
+    [
+        ("fft", 2, 63, 100),
+        ("fft", 1, 3, 1),
+        ("matmul", 2, 63, 100),
+        ("matmul", 1, 100, 17),
+        ("direct", 1, 100, 17),
+        pytest.param("fft", 1, 100, 17, marks=pytest.mark.slow),
+        pytest.param("matmul", 1, 3, 1, marks=pytest.mark.slow),
+        pytest.param("direct", 2, 63, 100, marks=pytest.mark.slow),
+    ],
+)
 def test_equals_the_definition_and_its_gradients(method, B, T, K):
     assert_equals_the_definition(method, B, T, K)
 
