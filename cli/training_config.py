@@ -9,10 +9,24 @@ if typing.TYPE_CHECKING:
     import ml_collections
 
 
+class _HelpConfig(argparse.Action):
+    """Prints every key with its default and what it means, and exits."""
+
+    def __init__(self, option_strings, dest, help):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from tilescan.training.config_help import help_lines
+
+        print("\n".join(help_lines()))
+        parser.exit()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --config=FILE, and lets the command take --config.KEY=VALUE."""
     about = "Python file whose get_config() returns an edited training.config.default_config()"
     parser.add_argument("--config", metavar="FILE", type=arguments.given, help=about)
+    parser.add_argument("--help-config", action=_HelpConfig, help="list the keys, and exit")
     parser.set_defaults(config_keys=_config_keys)
 
 

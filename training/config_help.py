@@ -1,0 +1,64 @@
+"""Every key of the configuration in a line: its default and what it means, read from the source."""
+
+import inspect
+import re
+
+from tilescan.models import LanguageModelConfig
+from tilescan.models.mixers import MIXERS
+from tilescan.training.config import default_config, known_keys
+from tilescan.training.settings import SECTIONS, Settings
+
+
+def help_lines(width: int = 100) -> list[str]:
+    """Returns a line a key of the default configuration: "section.key = default  meaning".
+
+    Args:
+      width: columns of a line at most; a meaning that is longer ends in "...".
+    """
+    config, lines = default_config(), []
+    about = meanings()
+    for key in known_keys(config):
+        value = config
+        for part in key.split("."):
+            value = value[part]
+        if hasattr(value, "keys"):  # a section
+            continue
+        shown = "(...)" if len(repr(value)) > 40 else repr(value)
+        line = f"{key} = {shown}".ljust(40) + f"  {about.get(key, '')}"
+        lines.append(line if len(line) <= width else line[: width - 3].rstrip() + "...")
+    return lines
+
+
+def meanings() -> dict[str, str]:
+    """Returns what the keys mean: comments and docstrings of the classes that hold them."""
+    found = {name: text for name, text in comments(Settings).items() if name in ("seed", "task")}
+    for section, cls in SECTIONS.items():
+        found |= {f"{section}.{name}": text for name, text in comments(cls).items()}
+    found |= {f"model.{name}": text for name, text in attributes(LanguageModelConfig).items()}
+    for mixer, cls in MIXERS.items():
+        found |= {f"model.mixers.{mixer}.{name}": text for name, text in attributes(cls).items()}
+    return found
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Returns the comment of each field: that of its line, or else the lines above it."""
+    found, above = {}, []
+    for line in inspect.getsource(cls).splitlines():
+        field = re.match(r"    (\w+): [^#]*(?:# (.*))?$", line)
+        if field:
+            found[field[1]] = field[2] or " ".join(above)
+        above = [*above, line.strip("# ")] if line.startswith("    # ") else []
+    return found
+
+
+def attributes(cls: type) -> dict[str, str]:
+    """Returns the meaning of each attribute that a class or a base of it names in its docstring."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        text = inspect.cleandoc(vars(base).get("__doc__") or "")
+        listed = re.search(r"^Attributes[^\n]*:\n((?:(?:  .*)?(?:\n|$))+)", text, re.M)
+        for names, about in re.findall(
+            r"^  (\w+(?:, \w+)*): (.*(?:\n    .*)*)", listed[1] if listed else "", re.M
+        ):
+            found |= dict.fromkeys(names.split(", "), " ".join(about.split()))
+    return found
