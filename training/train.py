@@ -18,6 +18,7 @@ tensorboard/, checkpoints/.
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -137,6 +138,9 @@ def train(
             saver.drop_after(restored)
         recorder = work.start_records(workdir, c, restored)
         stack.callback(recorder.close)
+        if c.train.progress and jax.process_index() == 0:
+            summary = work.summary(c, abstract_state.params, mesh, restored)
+            print(summary, file=sys.stderr, flush=True)
 
         # Evaluations.
         def evaluate(step: int, split: str) -> None:

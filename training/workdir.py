@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from tilescan.training import config as config_lib
 from tilescan.training.checkpoints import CheckpointError, Checkpoints, is_full_disk
@@ -63,6 +66,29 @@ def start_records(workdir: epath.Path, c: Settings, restored: int | None) -> Rec
         c.train.steps,
         tensorboard=c.train.tensorboard and first,
         progress=c.train.progress and first,
+    )
+
+
+def summary(c: Settings, params: PyTree, mesh: Mesh, restored: int | None) -> str:
+    """Says in a line what a run is about to do: its size, its devices, where it starts.
+
+    Args:
+        c: the run's settings.
+        params: the model's parameters, or their shapes.
+        mesh: the devices.
+        restored: the step that it goes on from, None at the beginning.
+    """
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    kind = mesh.devices.flat[0].device_kind
+    start = f"steps 1 to {c.train.steps}"
+    if restored is not None:
+        start = f"continues from step {restored} to {c.train.steps}"
+    if restored == c.train.steps:
+        start = f"already finished at step {restored}"
+    return (
+        f"{count:,} parameters in {c.precision.param_dtype}, computed in "
+        f"{c.precision.compute_dtype}; {c.data.batch_size * c.data.seq_len:,} tokens a step on "
+        f"{mesh.size} x {kind}; {start}"
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from tilescan.cli import runs
 from tilescan.decoding import load_writer
 from tilescan.models import LanguageModel
 from tilescan.models.checkpoints import load_pretrained
+from tilescan.training import sharding
 from tilescan.training.config import as_dict, default_config, settings
 from tilescan.training.trained import is_run, load_run
+from tilescan.training.workdir import summary
 
 TINY = {
     "data.sources": "python_stdlib",
@@ -44,6 +47,25 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "first"
     assert train(folder) == 0
     return folder
+
+
+def test_a_start_is_summed_up(run, capsys):
+    found = load_run(run)
+    count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
+    text = "in float32, computed in float32; 128 tokens a step on"
+    assert train(run) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"{count:,} parameters {text}") and "already finished at step 1" in err
+
+
+@pytest.mark.parametrize(
+    ("restored", "words"),
+    [(None, "steps 1 to 1000"), (0, "continues from step 0 to"), (7, "from step 7 to 1000")],
+)
+def test_a_start_says_where_it_starts(restored, words):
+    c, params = settings(default_config()), {"a": np.zeros((2, 3)), "b": np.zeros(1)}
+    said = summary(c, params, sharding.make_mesh(c.mesh), restored)
+    assert said.startswith("7 parameters") and words in said and "4,096 tokens" in said
 
 
 def test_a_run_is_read_by_its_folder_alone(run, tmp_path):
