@@ -33,3 +33,5 @@ def pytest_configure(config):
     """
     quick = config.getoption("markexpr") == "not slow"
     jax.config.update("jax_disable_most_optimizations", quick)
+    # JAX starts here, with eight devices: measurements ask for 256 where it has not started yet.
+    jax.devices()
