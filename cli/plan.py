@@ -1,6 +1,9 @@
 """`tilescan plan`: compiles a training step without running it."""
 
 import argparse
+import dataclasses
+import json
+import sys
 
 from tilescan.cli import arguments, training_config
 
@@ -28,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--longest", action="store_true", help="find the longest data.seq_len that fits"
     )
 
+    about = "print the plan as one JSON object, bytes and seconds as numbers"
+    parser.add_argument("--json", action="store_true", help=about)
+
 
 def run(options: argparse.Namespace) -> int:
     """Compiles a step, or several to find the longest sequence, and prints what it needs."""
@@ -40,15 +46,22 @@ def run(options: argparse.Namespace) -> int:
 
     def tried(p: Plan) -> None:
         verdict = plan_text.verdict(p)
-        print(f"{p.seq_len:>12,} tokens: {verdict} ({p.seconds:.1f} s)", flush=True)
+        log = sys.stderr if options.json else sys.stdout
+        print(f"{p.seq_len:>12,} tokens: {verdict} ({p.seconds:.1f} s)", file=log, flush=True)
+
+    def show(p: Plan) -> None:
+        text = json.dumps(dataclasses.asdict(p)) if options.json else plan_text.text(p)
+        print(text)
 
     if not options.longest:
-        print(plan_text.text(plan(config, options.topology, memory=memory)))
+        show(plan(config, options.topology, memory=memory))
         return 0
     best = plan_longest.longest(config, options.topology, memory=memory, report=tried)
     if best is None:
-        print("no length fits: shard more (mesh.sequence, mesh.fsdp), or use model.remat=full")
+        said = "no length fits: shard more (mesh.sequence, mesh.fsdp), or use model.remat=full"
+        print(said, file=sys.stderr if options.json else sys.stdout)
         return 1
-    print(f"the longest of these that fits: data.seq_len={best.seq_len}\n")
-    print(plan_text.text(best))
+    if not options.json:
+        print(f"the longest of these that fits: data.seq_len={best.seq_len}\n")
+    show(best)
     return 0

@@ -415,6 +415,15 @@ def test_list_shows_every_paper(capsys, monkeypatch):
     assert all(name in out for name in papers.NAMES) and "Measured: results" in out
 
 
+def test_list_as_json(capsys):
+    assert cli.main(["list", "--json"]) == 0
+    listed = {paper["name"]: paper for paper in json.loads(capsys.readouterr().out)}
+    assert list(listed) == list(papers.NAMES)
+    h3 = listed["h3"]
+    assert h3["title"] == papers.load("h3").title and "cpu" in h3["measured"]
+    assert h3["cells"]["smoke"] == len(papers.load("h3").cells(papers.load_config("h3", "smoke")))
+
+
 def test_list_finds_the_results_from_elsewhere(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     of_code = pathlib.Path(folders.__file__).resolve().parents[1] / "results"

@@ -111,6 +111,14 @@ def test_the_text_names_what_fits(ring_plan):
     assert "1 s  bytes sent at 600 GB/s, all links of a chip together" in bounds
 
 
+def test_a_plan_as_json_holds_every_field(ring_plan, capsys, monkeypatch):
+    monkeypatch.setattr("tilescan.planning.plan.plan", lambda *args, **options: ring_plan)
+    assert cli.main(["plan", *SMALL, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads(json.dumps(dataclasses.asdict(ring_plan)))
+    assert told["needs"] == ring_plan.needs and told["seq_len"] == ring_plan.seq_len
+
+
 def test_a_refusal_for_memory_is_told_in_words(ring_plan, capsys):
     words = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
