@@ -5,6 +5,9 @@ import pathlib
 import re
 
 import pytest
+import yaml
+
+import tilescan
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LOCKS = ["requirements.lock", "requirements-dev.lock", "requirements-aot.lock"]
@@ -43,3 +46,12 @@ def test_readme_names_only_targets_that_make_knows():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"`?make ([a-z-]+)`?", (ROOT / "README.md").read_text()))
     assert {"reproduce", "test"} <= named <= targets
+
+
+def test_the_citation_names_this_version_and_license():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert cited["cff-version"] == "1.2.0" and cited["authors"]
+    assert cited["version"] == tilescan.__version__
+    assert cited["license"] == setup["metadata"]["license"]

@@ -52,7 +52,7 @@ tbody tr:hover { background: var(--box); }
 .claims td.status { font-weight: 650; }
 .shown { color: var(--good); }
 .refuted { color: var(--bad); }
-.matrix td { white-space: normal; }
+.matrix td:first-child, .matrix td.symbols, .matrix td:nth-child(6) { white-space: normal; }
 .matrix td.symbols { min-width: 11rem; }
 @media (max-width: 40rem) {
   .claims thead { display: none; }
