@@ -1,5 +1,6 @@
 """Cells that train: whole runs of `training.train` on text, an exact task, a classification."""
 
+import functools
 import json
 import pathlib
 import statistics
@@ -150,7 +151,12 @@ def state_size(keys: Mapping[str, Any]) -> int:
     Args:
       keys: of the training config, the model's among them.
     """
-    c = config_lib.settings(training_config({"model.vocab_size": 2, **keys}, 0))
+    return _state_size(json.dumps({**keys}, sort_keys=True))
+
+
+@functools.cache  # cells of many seeds and lengths have the same model
+def _state_size(keys: str) -> int:
+    c = config_lib.settings(training_config({"model.vocab_size": 2, **json.loads(keys)}, 0))
     state = jax.eval_shape(lambda: LanguageModel(c.model_config(2)).init_state(1, 1))
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return sum(int(np.prod(leaf.shape)) for leaf in floats)

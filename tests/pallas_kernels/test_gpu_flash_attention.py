@@ -60,7 +60,10 @@ CASES = {
 
 
 # Half a dozen seconds each; and what others have as well.
-SLOW = ("wide", "wide_keys", "wide_bias", "full", "unseen_rows", "window_capped")
+SLOW = (
+    *("wide", "wide_keys", "wide_bias", "full", "unseen_rows", "window_capped"),
+    *("prefix_lists", "causal_grouped"),
+)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_unsupported_says_what_would_work():
     def reason(dtype=jnp.bfloat16, D=64, bias=None, mask=None):
         found = []
         ask = lambda q, bias: found.append(
-            attention_gpu.unsupported(q, q, q, bias, mask or masks.Full(), 0)
+            attention_gpu.unsupported(q, q, q, bias, masks.Full() if mask is None else mask, 0)
         )
         bias = None if bias is None else jax.ShapeDtypeStruct(bias, jnp.float32)
         jax.eval_shape(ask, jax.ShapeDtypeStruct((1, 128, 2, D), dtype), bias)

@@ -116,7 +116,8 @@ MASKS = {
 # Each is a branch of the schedule or of the masking that another one takes as well.
 ALIKE = (
     "full", "two-sided window", "only prefix", "coarse layout", "packed window",
-    "packed or prefix", "segments", "causal layout", "lambda", "fine layout",
+    "packed or prefix", "segments", "causal layout", "lambda", "fine layout", "packed layout",
+    "prefix",
 )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def assert_linear_scan_is_right(B, T, D, a_shape, dtype, reverse=False, a=None):
     assert_close(("h", "last", "da", "db", "dstate"), got, want, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("T", [1, 100, *slowly(2, 63, 64)])
+@pytest.mark.parametrize("T", [100, *slowly(1, 2, 63, 64)])
 def test_linear_scan_equals_the_definition(T):
     assert_linear_scan_is_right(2, T, (130,), (2, T, 130), "float32")
 
@@ -217,7 +217,7 @@ def assert_selective_scan_is_right(batch, T, E, N, dtype, segments, dt=None):
     assert_close(names, got, want, 2e-5 if dtype == "float32" else TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("T", [1, 100, *slowly(2, 63, 64)])
+@pytest.mark.parametrize("T", [100, *slowly(1, 2, 63, 64)])
 def test_selective_scan_equals_the_definition(T):
     assert_selective_scan_is_right(2, T, 5, 3, "float32", segments=T > 2)
 
