@@ -72,8 +72,9 @@ def test_matches_the_steps(shape):
     sizes=st.sampled_from([(8, 24), (20, 12)]),
 )
 def test_any_problem_matches_the_steps(T, heads, sizes):
+    """Gradients of what all steps share are float32 sums of up to 200 of them."""
     arrays = inputs(2, T, *heads, *sizes)
-    assert_close(results(in_small_chunks, arrays), expected(by_steps, arrays), TOLERANCE)
+    assert_close(results(in_small_chunks, arrays), expected(by_steps, arrays), 2 * TOLERANCE)
 
 
 def test_bfloat16_keeps_its_state_in_float32():
