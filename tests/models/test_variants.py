@@ -101,6 +101,7 @@ def test_windows_add_up_and_nothing_sees_the_future(windows, reach):
     np.testing.assert_array_equal(seen, np.arange(at - reach, at + 1))
 
 
+@pytest.mark.slow  # half a minute of compiling; test_stream_bp has two windows too
 def test_variants_stream_and_have_gradients():
     model, params = made()
     ids = jnp.asarray([[1] * 8 + [2] * 13, [1] * 21])
