@@ -161,7 +161,7 @@ def test_any_batch_by_its_step():
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("hosts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_hosts_share_each_batch(packing, hosts):
     settings = {"packing": packing, "num_epochs": 2}
     whole = list(dataset(**settings))

@@ -92,6 +92,7 @@ def test_no_ends_are_none(free):
     np.testing.assert_array_equal(run(eos=[]).tokens, free)
 
 
+@pytest.mark.slow
 def test_each_row_has_its_own_temperature(free):
     key, t = jax.random.key(4), np.asarray([0.0, 3.0, 1e-40])
     mixed = run(temperature=t, key=key)
@@ -237,6 +238,7 @@ def test_a_model_of_vectors_is_refused():
         generate(LanguageModel(config), {}, PROMPT, max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_keys_of_both_kinds_draw():
     old = run(temperature=1.0, key=jax.random.PRNGKey(1)).tokens
     np.testing.assert_array_equal(old, run(temperature=1.0, key=jax.random.key(1)).tokens)

@@ -12,6 +12,7 @@ def kept(logits, *settings):
     return np.isfinite(np.asarray(filter_logits(logits, *settings)))
 
 
+@pytest.mark.slow
 def test_the_nucleus_of_a_large_vocabulary_is_that_of_float64():
     scales, ps = (0.5, 5.0), (1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-6, 1 - 1e-9, 1.0)
     logits = np.float32(np.random.default_rng(0).normal(size=50_257))
@@ -33,7 +34,7 @@ def test_the_nucleus_of_a_large_vocabulary_is_that_of_float64():
         assert kept(logits, *whole).all()
 
 
-@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("traced", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_small_temperatures_are_greedy(traced):
     logits = jnp.asarray([[1.0, 2.0, -3.0, 1.5], [3e38, -3e38, 1.0, -jnp.inf]])
     run = jax.jit(filter_logits, static_argnums=2) if traced else filter_logits

@@ -121,6 +121,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_text_stops_at_every_end_of_a_folder(folder):
     """Ends chosen among what the model writes anyway: the text stops before the first of them."""
     settings = dict(max_new_tokens=12, temperature=4.0, seed=2)

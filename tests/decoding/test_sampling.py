@@ -57,7 +57,9 @@ def greedy_by_forward(name, prompt, n, width):
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2", "window"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "window"))]
+)
 def test_greedy_is_the_parallel_forward(name):
     """Also for prompts of different lengths in one batch."""
     model, params = make(name)
@@ -85,6 +87,7 @@ def test_stops_at_the_end_of_text_and_streams_the_same():
     np.testing.assert_array_equal(np.stack(streamed, 1), out.tokens[:, : len(streamed)])
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbors_and_the_key_decides():
     model, params = make("llama")
     draw = functools.partial(

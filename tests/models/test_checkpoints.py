@@ -72,6 +72,7 @@ def test_unsupported_recurrent_configurations_are_refused(config, changes, messa
         load_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_fields_of_absent_blocks_and_ways_to_run_stop_no_export(tmp_path):
     """A recurrent model as training configures it: attention's fields have some value."""
     config = dataclasses.replace(

@@ -281,6 +281,7 @@ def damaged(folder):
     yield INDEX
 
 
+@pytest.mark.slow
 def test_damaged_files_end_in_bounded_time_and_memory(llama):
     """Each within seconds and 100 MB: a config of 32 MB is the largest thing that is read."""
     load_pretrained(llama)

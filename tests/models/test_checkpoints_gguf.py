@@ -167,6 +167,7 @@ def test_gguf_tensors_are_checked_before_they_are_read(tensor, message, tmp_path
     refuses(write(tmp_path / "m.gguf", metadata, [*tensors, tensor]), f"m.gguf.*{message}")
 
 
+@pytest.mark.slow
 def test_gguf_headers_that_lie_end_in_bounded_time_and_memory(tmp_path, parts):
     metadata, tensors = parts
     good = gguf_bytes(metadata, tensors)

@@ -75,7 +75,13 @@ class Checkpoint:
         return False
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=() if kind in ("llama", "mamba2") else pytest.mark.slow)
+        for kind in FAMILIES
+    ],
+)
 def family(request, tmp_path_factory):
     config = CONFIGS[FAMILIES[request.param]]
     path = tmp_path_factory.mktemp(request.param)

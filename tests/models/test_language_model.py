@@ -86,7 +86,7 @@ def test_in_pieces_equals_at_once(name):
     np.testing.assert_array_equal(state.position, [19, 19])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_packed_equals_separate(name):
     """Also where the positions are not given: they start again with each segment."""
     model, params = make(name)
@@ -97,6 +97,7 @@ def test_packed_equals_separate(name):
     np.testing.assert_allclose(packed[:, 7:17], second[:, :10], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_packed_documents_in_pieces():
     """A call may end in the middle of a document."""
     model, params = make("llama")
@@ -241,7 +242,9 @@ def test_unknown_tokens_give_nan_and_full_caches_too():
         assert np.isnan(logits).all() == (i == 2)
 
 
-@pytest.mark.parametrize("T", [2, 9])  # few queries and many take different paths
+@pytest.mark.parametrize(
+    "T", [2, pytest.param(9, marks=pytest.mark.slow)]
+)  # few queries and many take different paths
 def test_rows_of_different_length_go_on_each_for_itself(T):
     """Setting a row's length back (speculative decoding does) forgets its last tokens."""
     model, params = make("llama")
@@ -267,6 +270,7 @@ def test_a_mask_of_ones_own():
     np.testing.assert_allclose(run(model, params), run(narrow, other), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_attention_of_ones_own():
     """The definition by its name and as a function; decoding by few tokens has its own op."""
     model, params = make("hybrid")
@@ -287,7 +291,7 @@ def test_bidirectional_model_sees_the_future():
     assert (np.abs(moved).max(axis=(0, 2)) > 0).all()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", ["mean", pytest.param("last", marks=pytest.mark.slow)])
 def test_classifier_ignores_padding(pooling):
     config = dataclasses.replace(SMALL, causal=False)
     model = SequenceClassifier(config, n_classes=3, pooling=pooling)
@@ -351,6 +355,7 @@ def test_real_inputs_take_the_place_of_tokens():
     assert jax.tree.map(jnp.shape, nn.unbox(shapes)) == jax.tree.map(jnp.shape, vector_params)
 
 
+@pytest.mark.slow
 def test_a_classifier_reads_real_inputs():
     config = dataclasses.replace(SMALL, input_features=3, causal=False)
     model = SequenceClassifier(config, n_classes=4)

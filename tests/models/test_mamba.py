@@ -120,7 +120,7 @@ def test_mamba2_is_its_definition(options):
     np.testing.assert_allclose(run(mixer), want, atol=2e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("r", [1, 2, 7, 12])
+@pytest.mark.parametrize("r", [7, *(pytest.param(r, marks=pytest.mark.slow) for r in (1, 2, 12))])
 def test_a_window_is_a_scan_of_its_last_steps_alone(r):
     """With interventions too; the convolution is not windowed."""
     mixer = Mamba2(**MAMBA2, state_window=r, decay_scale=0.9)
@@ -129,6 +129,7 @@ def test_a_window_is_a_scan_of_its_last_steps_alone(r):
     np.testing.assert_allclose(run(mixer), want, atol=2e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_a_window_longer_than_the_text_changes_nothing():
     windowed, plain = Mamba2(**MAMBA2, state_window=30), Mamba2(**MAMBA2)
     np.testing.assert_allclose(run(windowed), run(plain), atol=1e-6)

@@ -68,6 +68,7 @@ def test_each_layer_has_its_own_mask():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_decoding_equals_reading_at_once():
     model, params = made()
     want, _ = model.apply({"params": params}, TOKENS)
@@ -80,7 +81,16 @@ def test_decoding_equals_reading_at_once():
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), want, atol=2e-5)
 
 
-@pytest.mark.parametrize(("windows", "reach"), [((3, 6), 7), ((6, 3), 7), ((1, 4), 3), ((2, 2), 2)])
+@pytest.mark.parametrize(
+    ("windows", "reach"),
+    [
+        ((3, 6), 7),
+        *(
+            pytest.param(*c, marks=pytest.mark.slow)
+            for c in [((6, 3), 7), ((1, 4), 3), ((2, 2), 2)]
+        ),
+    ],
+)
 def test_windows_add_up_and_nothing_sees_the_future(windows, reach):
     """By the gradient of one token's output: it depends on the last sum(window - 1) and itself."""
     pattern = tuple(f"local_attention:{window}" for window in windows)

@@ -69,6 +69,7 @@ def test_rows_and_files_in_a_bucket(bucket):
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_records_in_a_bucket(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = tiny_config("train.steps=4", "train.checkpoint_every=0", "train.tensorboard=True")

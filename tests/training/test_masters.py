@@ -139,6 +139,7 @@ def test_masters_lie_where_their_parameters_lie():
     assert jax.tree.leaves(shardings.masters) == list(masters.values())
 
 
+@pytest.mark.slow
 def test_a_continued_run_is_the_same_to_the_byte(tmp_path):
     run = ("train.steps=8", "train.checkpoint_every=4", "train.keep=9", "train.eval_every=8")
     run += ("optimizer.learning_rate=1e-5", "precision.param_dtype=bfloat16")

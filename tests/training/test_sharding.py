@@ -118,7 +118,8 @@ def single():
 
 
 @pytest.mark.parametrize(
-    ("name", "microbatches"), [("data", 1), ("fsdp", 1), ("tensor", 1), ("all", 2)]
+    ("name", "microbatches"),
+    [*(pytest.param(n, 1, marks=pytest.mark.slow) for n in ("data", "fsdp", "tensor")), ("all", 2)],
 )
 def test_sharded_step_equals_single_device_step(name, microbatches, single):
     assert_same(two_steps(sharding.make_mesh(MESHES[name]), microbatches), single)

@@ -92,7 +92,7 @@ def test_targets_of_weight_zero_change_nothing():
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("parts", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_microbatches_equal_the_full_batch(parts):
     """Rows have different weights, so that a mean of means would be wrong."""
     state, rows = start()[0], batch()

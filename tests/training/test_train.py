@@ -108,6 +108,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_numbers(finished, 
     assert (copied / "metrics.jsonl").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(finished, copied):
     there = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     final = run(copied, "train.keep=9", "train.resume_step=8", *there)
@@ -122,6 +123,7 @@ def test_another_configuration_is_refused_by_its_keys(finished):
     assert "log_every" not in text and str(finished[0] / "checkpoints" / "12") in text
 
 
+@pytest.mark.slow
 def test_a_longer_run_continues_where_the_schedule_allows(finished, tmp_path):
     constant = ("optimizer.schedule=constant", "train.eval_every=100")
     whole = run(tmp_path / "whole", "train.steps=12", *constant)
@@ -136,7 +138,7 @@ def test_a_missing_resume_step_is_named(finished):
         run(finished[0], "train.resume_step=5")
 
 
-@pytest.mark.parametrize("at", [2, 6])
+@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 6])
 def test_nan_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, at):
     with pytest.raises(FloatingPointError) as error:
         run(tmp_path, datasets=tiny_datasets(nan_at=at))
@@ -205,6 +207,7 @@ checkpoints.Checkpoints.save = save_in_little_space
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_middle_of_a_save(finished, tmp_path):
     """The kernel refuses to let files grow beyond 1 kB from the second checkpoint on."""
     child = start_process(tmp_path, "train.log_every=100", code=LIMITED)
@@ -215,7 +218,9 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save(finished, tmp_path):
     assert run(tmp_path, "train.log_every=100") == finished[1]  # space again: it continues
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_says_how_to_resume(finished, tmp_path, number):
     stop = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}[number]
 
@@ -238,6 +243,7 @@ def test_a_signal_saves_and_says_how_to_resume(finished, tmp_path, number):
     assert (tmp_path / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_train_works_outside_the_main_thread(tmp_path):
     result = []
     thread = threading.Thread(target=lambda: result.append(run(tmp_path, "train.steps=4")))

@@ -105,6 +105,7 @@ def test_other_settings_and_seeds_are_other_models(models):
     assert (models / digest(0)).exists() and not any((models / d).exists() for d in others)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on(models, tmp_path):
     asked = []
 

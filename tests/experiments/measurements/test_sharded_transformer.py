@@ -17,10 +17,10 @@ from tilescan.experiments.measurements.traffic import sent
 
 SHAPE = Shape(2, 16, 2, 16, 4, vocab=32, rows=4)
 SHARDED = [
-    ("tensor", dict(stored=True)),
-    ("megatron_sp", dict(head_chunk=2, remat=True)),
+    pytest.param("tensor", dict(stored=True), marks=pytest.mark.slow),
+    pytest.param("megatron_sp", dict(head_chunk=2, remat=True), marks=pytest.mark.slow),
     ("ring_self_attention", dict(sharded_weights=True, causal=True)),
-    ("linformer", dict(vocab=0)),
+    pytest.param("linformer", dict(vocab=0), marks=pytest.mark.slow),
 ]
 MORE = [
     ("tensor", dict(vocab=0, causal=True)),

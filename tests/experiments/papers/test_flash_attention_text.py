@@ -156,6 +156,7 @@ def test_exactness_has_a_bound_for_each_dtype(float32, bfloat16, status):
     assert claim("exact attention", made).status == status
 
 
+@pytest.mark.slow
 def test_exactness_is_measured_in_the_tiles_that_are_asked_for():
     settings = {
         "length": 40, "heads": 2, "head_dim": 16, "mask": "causal", "dtype": "float32",

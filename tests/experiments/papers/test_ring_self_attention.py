@@ -28,7 +28,7 @@ def test_cells_are_unique_and_heads_limit_tensor_parallelism():
                 assert cell.settings["heads"] % cell.settings["devices"] == 0
 
 
-SLOW = ("rsa_all_reduce", "ring", "ulysses")
+SLOW = ("rsa_all_reduce", "ring", "ulysses", "tensor")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,7 @@ def test_the_largest_batch_fits_and_one_more_does_not():
     assert found["bytes"]["total"] <= budget < size(found["value"] + 1)["total"]
 
 
+@pytest.mark.slow
 def test_exactness_is_measured_against_dense_attention():
     settings = {"devices": 2, "length": 8, "heads": 2, "dim": 4}
     found = cells.exactness(settings, 0)

@@ -30,6 +30,7 @@ def status(records, name):
     return claim(records, name).status
 
 
+@pytest.mark.slow
 def test_exactness_is_measured_by_the_largest_difference():
     settings = {"length": 24, "channels": 2, "state_dim": 4, "batch": 1}
     found = kernels.exactness(settings, 0)

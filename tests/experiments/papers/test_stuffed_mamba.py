@@ -103,6 +103,7 @@ def test_norms_are_bounded_after_each_chunk(params, rows):
     np.testing.assert_array_equal(free["nll"], read(CONFIG, params, rows)["nll"])
 
 
+@pytest.mark.slow
 def test_mitigations_that_do_nothing_change_nothing(params, rows):
     assert state_collapse.with_mixer(CONFIG, decay_scale=1.0, b_scale=1.0) == CONFIG
     plain = read(CONFIG, params, rows)["nll"]
@@ -302,6 +303,7 @@ def test_mitigations_are_shares_of_the_excess():
     assert {name: cut.mean for name, cut in cuts.items()} == pytest.approx(want)
 
 
+@pytest.mark.slow
 def test_scales_have_their_sizes_and_cells_names_of_their_own():
     for scale in SCALES:
         made = cells.cells(papers.load_config("stuffed_mamba", scale))

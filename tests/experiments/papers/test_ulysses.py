@@ -33,6 +33,7 @@ def test_exactness_is_measured_for_any_attention(kind):
     assert 0 <= found["output"] < 1e-5 and 0 <= found["gradients"] < 1e-5
 
 
+@pytest.mark.slow
 def test_exactness_sees_a_wrong_op(monkeypatch):
     made = cells._attention
 
@@ -52,6 +53,7 @@ def test_unknown_attention_is_named():
         cells.exactness(settings, 0)
 
 
+@pytest.mark.slow
 def test_compiled_layers_send_what_the_formulas_say():
     settings = {"devices": 2, "length": 32, "width": 16, "heads": 2}
     ways = ["ulysses", "megatron_sp"]
