@@ -106,6 +106,7 @@ def test_each_row_has_its_own_temperature(free):
     np.testing.assert_array_equal(rows.tokens[1], hot.tokens[1])
 
 
+@pytest.mark.slow
 def test_settings_may_be_traced(free):
     """Inside a jit of the user's; what is out of range there draws nothing."""
 

@@ -242,6 +242,7 @@ def llama_gguf(tmp_path_factory):
     return Checkpoint(path), *parts
 
 
+@pytest.mark.slow
 def test_wrong_gguf_metadata(llama_gguf):
     checkpoint, metadata, tensors = llama_gguf
     numbers = [("f32", 2.0), ("u64", 2**63)]

@@ -260,6 +260,7 @@ def test_rows_of_different_length_go_on_each_for_itself(T):
     np.testing.assert_array_equal(state.position, lengths + T)
 
 
+@pytest.mark.slow
 def test_a_mask_of_ones_own():
     mask = masks.Causal() & masks.SlidingWindow(2, 0)
     model, params = make("llama", mixers={"attention": {"mask": mask}})

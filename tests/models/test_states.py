@@ -88,6 +88,7 @@ def slowly(*values):
     return [pytest.param(*value, marks=pytest.mark.slow) for value in values]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mask", ["full", *slowly(("prefix",), ("both sides",), ("causal",), ("window",), ("sinks",))]
 )
@@ -114,6 +115,7 @@ def test_alibi_counts_from_the_state_on(mask):
     assert_equals_one_call(mask, None, position="alibi")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "ids"),
     [
@@ -153,6 +155,7 @@ def model_of(causal):
     return model, functools.partial(jax.jit(model.apply), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [0, *slowly((None,), (-1,), (3,))])
 def test_a_model_that_reads_both_ways(ids):
     model, call = model_of(causal=False)

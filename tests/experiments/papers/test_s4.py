@@ -55,6 +55,7 @@ def test_methods_of_a_kernel_agree():
     np.testing.assert_allclose(cauchy, dense, atol=1e-3 * np.abs(dense).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["cpu", pytest.param("accelerator", marks=pytest.mark.slow)])
 def test_transformers_have_as_many_parameters(scale):
     config = papers.load_config("s4", scale)
