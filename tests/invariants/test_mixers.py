@@ -40,8 +40,12 @@ LATER = {
     "op-causal": AT_ONCE,
     "op-window": AT_ONCE,
     "h3-heads": AT_ONCE,
-    "s4": AT_ONCE[:1],
-    "gated-deltanet": AT_ONCE[:1],
+    "attention-window": AT_ONCE[:1],
+    "s4": AT_ONCE,
+    "s4d": AT_ONCE[:1],
+    "h3": AT_ONCE[:1],
+    "gla": AT_ONCE[1:],
+    "gated-deltanet": AT_ONCE,
 }
 
 

@@ -69,7 +69,8 @@ def test_works_where_float64_is_enabled():
 
 
 @pytest.mark.parametrize(
-    "dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow), "float64"]
+    "dtype",
+    [*(pytest.param(x, marks=pytest.mark.slow) for x in ("bfloat16", "float32")), "float64"],
 )
 def test_the_reference_is_an_implementation(dtype):
     by_reference = functools.partial(attention, implementation="reference")
@@ -160,10 +161,10 @@ def test_equals_the_definition_in_many_problems(problem):
     "shape, mask",
     [
         ((1, 700, 700, 4, 2, 32, 32), masks.Causal()),
-        ((2, 300, 600, 2, 1, 32, 48), masks.SlidingWindow(100)),
+        pytest.param((2, 300, 600, 2, 1, 32, 48), masks.SlidingWindow(100), marks=pytest.mark.slow),
         ((1, 512, 512, 2, 2, 16, 16), masks.BlockSparse(masks.butterfly(16), 32)),
         pytest.param((1, 600, 600, 2, 2, 16, 16), masks.Lambda(4, 64), marks=pytest.mark.slow),
-        ((2, 5, 1000, 4, 1, 16, 16), masks.Causal()),
+        pytest.param((2, 5, 1000, 4, 1, 16, 16), masks.Causal(), marks=pytest.mark.slow),
     ],
     ids=["causal", "window", "butterfly", "lambda", "few queries"],
 )
@@ -171,6 +172,7 @@ def test_equals_the_definition_over_several_tiles(shape, mask):
     assert_matches_definition(inputs(*shape), mask=mask)
 
 
+@pytest.mark.slow
 def test_equals_the_definition_over_packed_documents():
     rng = np.random.default_rng(0)
     ids = np.sort(rng.integers(1, 9, (2, 600)), axis=1).astype(np.int32)
@@ -180,7 +182,7 @@ def test_equals_the_definition_over_packed_documents():
 
 
 @pytest.mark.parametrize(
-    "head_dim", [80, 256, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 96, 128))]
+    "head_dim", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 96, 128, 256))]
 )
 def test_head_dims(head_dim):
     arrays = inputs(1, 70, 70, 2, 1, head_dim, head_dim)
@@ -198,7 +200,9 @@ def test_hand_value():
 
 
 # 99 mirrors 1, and so needs no other program.
-@pytest.mark.parametrize("split", [1, 99, 37, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "split", [1, 99, *(pytest.param(n, marks=pytest.mark.slow) for n in (37, 64))]
+)
 def test_two_halves_of_the_keys_merge_to_the_whole(split):
     q, k, v, _ = (None if x is None else np.asarray(x) for x in inputs(2, 20, 100, 4, 2, 16, 16))
     parts = [
@@ -285,7 +289,7 @@ def test_rows_without_keys_are_zero_and_have_no_gradient():
     assert not grads[0][:, :30].any() and grads[0][:, 31:].any()
 
 
-@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize("scale", [None, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_sums_over_queries_are_as_exact_as_those_of_whole_rows(scale):
     """dv of positive inputs: 256 weights of a column that are all off by their row's rounding."""
     rng = np.random.default_rng(0)
@@ -323,6 +327,7 @@ def test_same_bits_twice():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_shard_map_over_batch_and_heads_is_the_whole():
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec("data", None, "tensor")
@@ -357,7 +362,7 @@ def test_shard_map_sums_the_gradient_of_a_bias_that_devices_share():
 
 
 # The others are slow.
-QUICK = [(masks.Causal(), True), (masks.SlidingWindow(100), False)]
+QUICK = [(masks.Causal(), True)]
 
 
 @pytest.mark.parametrize(

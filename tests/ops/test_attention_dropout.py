@@ -145,7 +145,9 @@ def test_gpus_have_no_kernel_with_dropout():
         lowered(implementation="pallas")
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit], ids=str
+)
 def test_devices_that_cut_rows_and_heads_drop_the_same(kind):
     q, k, v, *_ = inputs(B=4)
     options = dict(mask=masks.Causal(), dropout_rate=0.3)

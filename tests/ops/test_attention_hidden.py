@@ -21,8 +21,9 @@ MASKS = {
     "packed": masks.Causal() & masks.Segments(IDS),
     "padded": masks.Segments(IDS, np.where(IDS == 4, 9, IDS)),  # nobody sees the last document
 }
-# Static masks, whose tiles are walked as those of a window and of blocks are.
-LIKE_OTHERS = ("prefix", "lambda")
+# Static masks, whose tiles are walked as those of a causal mask are, and documents that padded
+# ones show too.
+LIKE_OTHERS = ("window", "prefix", "lambda", "blocks", "packed")
 
 
 @functools.cache
@@ -105,7 +106,7 @@ def test_what_a_bias_holds_where_the_mask_hides():
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("split", [16, 1024])
+@pytest.mark.parametrize("split", [pytest.param(16, marks=pytest.mark.slow), 1024])
 def test_decoding(split):
     """Slots after the lengths, and those of another document."""
     T = 2
@@ -145,7 +146,9 @@ def test_nan_of_any_bits_is_seen():
             assert np.isnan(attend(*args, mask=mask)).all()
 
 
-@pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "bias_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("op", [attention, reference.attention], ids=["attention", "reference"])
 def test_a_bias_hides_keys_and_whole_rows(op, bias_dtype):
     def run(q, k, v, bias, do, dlse):

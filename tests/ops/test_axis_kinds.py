@@ -33,7 +33,6 @@ MANUAL = ("decode_attention", "diagonal_state_space", "s4d_kernel", "chunked_log
 QUICK_TYPES = [c for c in TYPES if c[2] == "explicit" or (c[2] == "manual" and c[0] in MANUAL)]
 QUICK = [
     ("attention", "causal, segments", "explicit", "both"),
-    ("selective_scan", "plain", "explicit", "both"),
     ("linear_recurrence", "plain", "explicit", "both"),
     ("short_convolution", "plain", "explicit", "both"),
     ("chunked_log_probabilities", "plain", "explicit", "both"),

@@ -112,6 +112,7 @@ def test_triangular_systems_are_solved_to_the_last_digits(transposed):
     assert residual <= 1e-6 * np.abs(got).max() * 48
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_its_state_in_float32():
     arrays = inputs(*SHAPE, dtype="bfloat16")
     got, want = results(op, arrays), expected(arrays)

@@ -67,7 +67,7 @@ DECAYS = [slow("scalar"), "vector"]
     [
         (op, SHAPE, "scalar", -3.0),
         (op, (2, 1, 4, 2, 8, 24), "vector", 0.0),
-        (in_small_chunks, (2, 63, 3, 1, 20, 12), "none", 0.0),
+        slow(in_small_chunks, (2, 63, 3, 1, 20, 12), "none", 0.0),
     ],
 )
 def test_matches_the_steps(op, shape, decay, strength):
@@ -89,7 +89,7 @@ def test_any_problem_matches_the_steps(T, heads, decay, strength, sizes):
     assert_close(results(in_small_chunks, arrays), expected(arrays), TOLERANCE)
 
 
-@pytest.mark.parametrize("decay", [slow("none"), "scalar", "vector"])
+@pytest.mark.parametrize("decay", [slow("none"), "scalar", slow("vector")])
 def test_bfloat16_keeps_its_state_in_float32(decay):
     arrays = inputs(*SHAPE, decay, "bfloat16", -2.0)
     got, want = results(op, arrays), expected(arrays)
@@ -99,7 +99,8 @@ def test_bfloat16_keeps_its_state_in_float32(decay):
     assert_close(got, dict(h=want["h"]), 2e-6)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
 def test_packed_segments_equal_separate_sequences(decay):
     arrays = inputs(*SHAPE, decay, strength=-3.0)
     bounds = [0, 20, 21, 64, 150]

@@ -74,7 +74,7 @@ def assert_equals_the_definition(method, B, T, K):
         ("fft", 2, 63, 100),
         ("fft", 1, 3, 1),
         ("matmul", 2, 63, 100),
-        ("matmul", 1, 100, 17),
+        pytest.param("matmul", 1, 100, 17, marks=pytest.mark.slow),
         ("direct", 1, 100, 17),
         pytest.param("fft", 1, 100, 17, marks=pytest.mark.slow),
         pytest.param("matmul", 1, 3, 1, marks=pytest.mark.slow),
@@ -97,7 +97,7 @@ def test_any_lengths_equal_the_definition(method, B, T, K):
     assert_equals_the_definition(method, B, T, K)
 
 
-@pytest.mark.parametrize("method", ["fft", "matmul"])
+@pytest.mark.parametrize("method", ["fft", pytest.param("matmul", marks=pytest.mark.slow)])
 def test_channels_in_blocks_that_do_not_divide(method, monkeypatch):
     monkeypatch.setattr(module, "_CPU_BLOCK", 9 * 128)
     arrays = inputs(1, 100, 100, 21)
@@ -134,7 +134,7 @@ def split(arrays, splits):
 
 
 @pytest.mark.parametrize(
-    "splits", [(50,), (1, 3), pytest.param((1, 2, 3, 4, 5), marks=pytest.mark.slow)]
+    "splits", [(1, 3), *(pytest.param(s, marks=pytest.mark.slow) for s in ((50,), (1, 2, 3, 4, 5)))]
 )
 def test_split_equals_whole(splits):
     """Overlap-add is exact, also with chunks shorter than the kernel, forward and backward."""

@@ -112,7 +112,7 @@ def kernel_and_recurrence(log_dt, A, length, discretization):
         ("zoh", "float32"),
         pytest.param("bilinear", "float32", marks=pytest.mark.slow),
         pytest.param("zoh", "float64", marks=pytest.mark.slow),
-        ("bilinear", "float64"),
+        pytest.param("bilinear", "float64", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_and_recurrences_of_large_steps(dtype, discretization):

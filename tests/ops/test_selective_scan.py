@@ -95,12 +95,13 @@ def test_any_problem_equals_the_definition(problem):
         (SHAPE, "float32", OPTIONAL, None, True),
         (SHAPE, "bfloat16", OPTIONAL, None, True),
         ((1, 1, 5, 3), "float32", ["z"], [[1, 2]], False),
-        (
+        pytest.param(
             (2, 64, 1, 1),
             "float32",
             ["D", "initial_state"],
             [[1] * 9 + [2] * 55] * 2,
             False,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["everything", "bfloat16", "one step", "one channel"],
@@ -298,6 +299,7 @@ def test_vmap():
     np.testing.assert_allclose(got, results(plain_scan, arrays)["y"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shard_map_over_the_batch():
     """Rates are the same on all devices, and their gradient is a sum over them."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -107,7 +107,7 @@ def test_gradients_are_the_transposed_map(T, W):
 
 @pytest.mark.parametrize(
     "T,packed",
-    [(1, True), (50, False), (50, True), slow(16, False), slow(16, True), slow(1, False)],
+    [(50, True), slow(50, False), slow(16, False), slow(1, False), slow(16, True), slow(1, True)],
 )
 def test_many_taps_in_blocks(T, packed, monkeypatch):
     """Of 16 steps, with windows that reach over blocks, segments and the initial state."""
@@ -142,7 +142,7 @@ def split(arrays, splits):
     return chunks(arrays), jax.grad(lambda arrays: weighted(*chunks(arrays)))(arrays)
 
 
-@pytest.mark.parametrize("splits", [slow((1,)), slow((2, 3)), (1, 2, 3, 4), (7,)])
+@pytest.mark.parametrize("splits", [*map(slow, ((1,), (2, 3), (7,))), (1, 2, 3, 4)])
 def test_split_equals_whole(splits):
     """Outputs, final state and all gradients, with chunks shorter than W - 1."""
     arrays = inputs(2, 9, 3, 5)

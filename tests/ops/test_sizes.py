@@ -25,7 +25,14 @@ def results_and_gradients(call, x):
     return y, gradients
 
 
-@pytest.mark.parametrize("name", OPS)
+# Others show the same of their kind.
+SHOWN = ("diagonal_state_space", "attention", "attention, own bias", "attention, lambda")
+SHOWN += ("attention, window and prefix", "retention", "delta_rule", "selective_scan")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SHOWN else ()) for n in OPS]
+)
 def test_an_empty_batch_goes_through_with_its_gradients(name):
     op = OPS[name]
     x, ids = arrays(op, B=0)
@@ -157,8 +164,8 @@ def _of_mixer(mixer, with_state):
 MIXERS = "attention local_attention:8 mamba mamba2 s4 s4d h3 gla gated_deltanet".split()
 
 
-# Their ops are those of other mixers.
-LIKE_OTHERS = ("local_attention:8", "s4d", "h3")
+# Their ops are those of other mixers, or are shown above to take an empty batch.
+LIKE_OTHERS = ("local_attention:8", "mamba", "s4", "s4d", "h3", "gla", "gated_deltanet")
 
 
 @pytest.mark.parametrize("with_state", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -77,6 +77,7 @@ def test_any_problem_matches_the_steps(T, heads, sizes):
     assert_close(results(in_small_chunks, arrays), expected(by_steps, arrays), 2 * TOLERANCE)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_its_state_in_float32():
     arrays = inputs(*SHAPE, "bfloat16")
     got = results(op, arrays)

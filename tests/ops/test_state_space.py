@@ -89,11 +89,11 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     "kind,T,chunk",
     [
-        ("zoh", 1, None),
+        slow("zoh", 1, None),
         ("dplr", 1, None),
         ("bilinear", 2, 2),
-        ("dplr", 60, None),
-        ("zoh", 60, 1),
+        slow("dplr", 60, None),
+        slow("zoh", 60, 1),
         ("zoh", 64, 16),
         ("dplr", 100, 8),
         slow("bilinear", 1, None),
@@ -120,7 +120,7 @@ def test_chunks_equal_the_recurrence(kind, T, chunk):
 @pytest.mark.parametrize(
     "kind,chunk,before",
     [
-        ("zoh", None, None),
+        slow("zoh", None, None),
         ("zoh", 4, 9),
         ("dplr", None, 3),
         ("dplr", None, 9),
@@ -161,7 +161,7 @@ def test_a_step_at_a_segment_start_forgets_the_state():
     close(last, split(state))
 
 
-@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "segments"])
+@pytest.mark.parametrize("segments", [slow(None), SEGMENTS], ids=["whole", "segments"])
 def test_channels_share_a_system(segments):
     """[B, T, H, R] is R recurrences."""
     rng = np.random.default_rng(1)
@@ -207,7 +207,7 @@ def in_chunks_of_16(kind, u, x, system, segment_ids):
 @pytest.mark.parametrize(
     ("kind", "segments"),
     [
-        pytest.param("zoh", None, id="zoh, whole"),
+        slow("zoh", None, id="zoh, whole"),
         slow("dplr", None, id="dplr, whole"),
         slow("zoh", LONG_SEGMENTS, id="zoh, long segments"),
         slow("zoh", SEGMENTS, id="zoh, short segments"),
@@ -234,7 +234,7 @@ dplr_kernels = jax.jit(
 dplr_kernel_alone = jax.jit(lambda system, length: dplr_kernel(*system, length), static_argnums=1)
 
 
-@pytest.mark.parametrize("length", [1, slow(2), slow(3), slow(31), slow(64), 100])
+@pytest.mark.parametrize("length", [*map(slow, (1, 2, 3, 31, 64)), 100])
 def test_dplr_kernel_by_powers_equals_that_by_cauchy_products(length):
     system = SYSTEMS["dplr"]
     with jax.enable_x64(True):

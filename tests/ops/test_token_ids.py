@@ -62,7 +62,9 @@ def compiled(loss):
 
 
 @pytest.mark.parametrize("dtype", ["int8", pytest.param("uint8", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss", [whole, chunked, *(pytest.param(x, marks=pytest.mark.slow) for x in LOSSES[2:])]
+)
 def test_targets_of_every_integer_dtype_are_the_same_targets(loss, dtype):
     """V = 300 is more than int8 and uint8 can count to."""
     hidden, head, targets = inputs()
@@ -145,7 +147,9 @@ def with_last(x, value):
     return x
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "call", ["whole", "a state", pytest.param("streamed", marks=pytest.mark.slow)]
+)
 def test_ids_outside_the_vocabulary_are_nan(call):
     """Token -1 is not the table's last row; nor is position -1."""
     model, params = small_model()

@@ -95,12 +95,13 @@ def assert_equals_one_device(op, n, balance, mask, H=4, G=2, bias=None, packed=T
 # What a kind is tried with in every run; CELLS, all of it, are slow.
 QUICK = [
     ("ring", 4, "zigzag", "causal", dict()),
-    ("ring", 3, "contiguous", "window", dict(bias=(1, 4, 1, T))),
     ("ulysses", 3, "zigzag", "prefix", dict(bias=(2, 4, T, T))),  # 4 heads on 3 devices
     ("usp", 4, "striped", "causal", dict()),
     ("all_gather", 4, "contiguous", "blocks", dict(bias=(1, 1, T, T))),
     ("ring_self_attention", 4, "contiguous", "full", dict(G=4)),
 ]
+# Takes longest, and the ring is tried above.
+LONG = ("ring", 3, "contiguous", "window", dict(bias=(1, 4, 1, T)))
 CELLS = [
     (kind, n, balance, mask, dict(packed=packed))
     for (kind, balance, packed), n, mask in zip(
@@ -117,7 +118,7 @@ def named(cell):
     return f"{kind}-{n}-{balance}-{mask}-{'-'.join(map(str, options))}"
 
 
-@pytest.mark.parametrize("cell", QUICK, ids=named)
+@pytest.mark.parametrize("cell", [*QUICK, pytest.param(LONG, marks=pytest.mark.slow)], ids=named)
 def test_values_and_gradients_are_those_of_one_device(cell):
     kind, n, balance, mask, options = cell
     assert_equals_one_device(ATTENTION[kind], n, balance, MASKS[mask], **options)
@@ -254,7 +255,7 @@ def test_errors_say_what_would_be_right(op, change, message):
 @pytest.mark.parametrize(
     ("kind", "balance", "where"),
     [
-        ("ring", "contiguous", "keys"),
+        pytest.param("ring", "contiguous", "keys", marks=pytest.mark.slow),
         pytest.param("all_gather", "contiguous", "queries", marks=pytest.mark.slow),
         ("ring_self_attention", "striped", "keys"),
         ("ring_self_attention", "striped", "queries"),
