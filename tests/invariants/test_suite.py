@@ -76,6 +76,8 @@ def mixer(bug=None):
     return Mixer("average", functools.partial(average, bug=bug), init_state, init)
 
 
+# Mixers of the project pass them too.
+@pytest.mark.slow
 @pytest.mark.parametrize("check", suite.INVARIANTS, ids=lambda f: f.__name__)
 def test_a_sound_mixer_passes(check):
     check(mixer())

@@ -159,7 +159,7 @@ def test_a_bias_hides_keys_and_whole_rows(op, bias_dtype):
     assert_bias_hides(run, (2, 40, 50, 4, 2, 16), tolerance=4e-6, bias_dtype=bias_dtype)
 
 
-@pytest.mark.parametrize("split", [16, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("split", [pytest.param(n, marks=pytest.mark.slow) for n in (16, 40)])
 def test_a_bias_hides_rows_in_decoding(split):
     q, k, v = (normal(i, 2, n, 2, 8) for i, n in enumerate((3, 40, 40)))
     bias = np.zeros((2, 1, 3, 40), np.float32)

@@ -123,6 +123,7 @@ def check_tiles(problem):
     assert_close(got, want, dtype=q.dtype.name)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=3, phases=[hypothesis.Phase.generate])
 @hypothesis.given(problems())
 def test_tiles_give_the_dense_numbers(problem):

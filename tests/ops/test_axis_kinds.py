@@ -30,12 +30,17 @@ GRID = [
 TYPES = [(op, next(iter(cases)), kind, "both") for op, cases in CASES.items() for kind in KINDS]
 # The others are run inside a shard_map by test_shard_map.py.
 MANUAL = ("decode_attention", "diagonal_state_space", "s4d_kernel", "chunked_log_probabilities")
-QUICK_TYPES = [c for c in TYPES if c[2] == "explicit" or (c[2] == "manual" and c[0] in MANUAL)]
+# Their rules are those of gated_delta_rule, diagonal_state_space and s4d_kernel.
+LIKE_OTHERS = ("delta_rule", "dplr_state_space", "s4_dplr_kernel", "dplr_kernel", "dplr_discretize")
+QUICK_TYPES = [
+    c
+    for c in TYPES
+    if (c[2] == "explicit" and c[0] not in LIKE_OTHERS) or (c[2] == "manual" and c[0] in MANUAL)
+]
 QUICK = [
     ("attention", "causal, segments", "explicit", "both"),
     ("linear_recurrence", "plain", "explicit", "both"),
     ("short_convolution", "plain", "explicit", "both"),
-    ("chunked_log_probabilities", "plain", "explicit", "both"),
 ]
 
 
@@ -100,12 +105,7 @@ def shapes_of(op, name):
 
 @pytest.mark.parametrize(
     ("op", "name", "kind", "split"),
-    [
-        c
-        if c[2] == "explicit" or c[2] == "manual" and c[0] in MANUAL
-        else pytest.param(*c, marks=pytest.mark.slow)
-        for c in TYPES
-    ],
+    [c if c in QUICK_TYPES else pytest.param(*c, marks=pytest.mark.slow) for c in TYPES],
 )
 def test_types_say_how_results_and_gradients_are_cut(op, name, kind, split):
     program, arrays, out_specs = traced(op, name, kind, split)

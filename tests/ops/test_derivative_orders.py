@@ -19,7 +19,8 @@ SECOND = FORWARD + [
 # Seconds to compile, for what the other names show too.
 LONG = (
     "decode_attention", "diagonal_state_space", "dplr_state_space", "chunked_cross_entropy",
-    "short_convolution", "linear_recurrence, one decay", "retention", "ssd", "delta_rule",
+    "chunked_log_probabilities", "short_convolution", "linear_recurrence, one decay",
+    "retention", "ssd", "delta_rule",
 )  # fmt: skip
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in OPS]
 

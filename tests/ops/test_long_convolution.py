@@ -156,7 +156,9 @@ def test_long_sequence_matches_numpy():
         close(tail[0, :, 0], want[2000:], 1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["fft", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "fft")]
+)
 def test_causal(method):
     """Transforms mix all of time, so that the future's gradient is zero but for rounding."""
     arrays = inputs(1, 40, 40, 2)
@@ -167,7 +169,9 @@ def test_causal(method):
     assert dependence[j <= i].min() > 1e-3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["fft", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "fft")]
+)
 def test_bfloat16_error_and_determinism(method):
     """Only inputs and outputs are rounded: the spectra are float32."""
     arrays = inputs(2, 100, 64, 3, dtype="bfloat16")

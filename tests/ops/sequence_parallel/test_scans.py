@@ -182,7 +182,7 @@ def test_packed_sequences_with_a_state(name, kinds):
 @pytest.mark.parametrize(
     ("name", "devices", "kind"),
     [
-        ("gated_linear_attention", 3, "chain"),
+        pytest.param("gated_linear_attention", 3, "chain", marks=pytest.mark.slow),
         pytest.param("gated_linear_attention", 3, "all_scan", marks=pytest.mark.slow),
         pytest.param("ssd", 8, "all_scan", marks=pytest.mark.slow),
         pytest.param("delta_rule", 3, "log_step", marks=pytest.mark.slow),
