@@ -2,8 +2,9 @@
 
 A weight of 0 times NaN is NaN, and so is a sum that holds it: NaN in a value that the mask hides
 from a query would reach the query's output through the product of weights and values. Instead of
-looking inside each tile, what is not finite is moved, once per call and in linear time, to where
-a tile's mask is applied in any case:
+looking at each weight, what is not finite is moved, in linear time, to where a tile's mask is
+applied in any case. Kernels get whole operands, prepared once per call; `ops.attention_xla`
+prepares each tile as it takes it, so that no copy of an operand exists:
 
 - forward, a key or value that is not finite becomes a key of NaN with a value of 0: scores of NaN,
   which the mask replaces where it hides and which make NaN of the rows that see them;
@@ -15,7 +16,7 @@ Dimensions: B batch, T query time, S key time, H heads, G key-value heads, D hea
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from tilescan.ops import masks
 
@@ -38,10 +39,14 @@ def forward_operands(
     bias: Float[Array, "..."] | None = None,
 ) -> tuple[Float[Array, "B S G D"], Float[Array, "B S G P"]]:
     """Returns k and v for a forward pass; themselves where nothing is hidden."""
-    if not hides(mask, bias):
-        return k, v
-    usable = (_finite(k) & _finite(v))[..., None]
-    return jnp.where(usable, k, jnp.nan), jnp.where(usable, v, 0.0)
+    return only_keys(finite(k) & finite(v), k, v) if hides(mask, bias) else (k, v)
+
+
+def only_keys(
+    usable: Bool[Array, "*S"], k: Float[Array, "*S D"], v: Float[Array, "*S P"]
+) -> tuple[Float[Array, "*S D"], Float[Array, "*S P"]]:
+    """Returns k and v with keys of NaN and values of 0 for those that are not usable."""
+    return jnp.where(usable[..., None], k, jnp.nan), only(usable, v)
 
 
 def backward_operands(
@@ -70,18 +75,35 @@ def backward_operands(
     """
     if not hides(mask, bias):
         return q, k, v, o, lse, do, dlse
-    empty = jnp.isneginf(lse)
-    usable = _finite(q) & _finite(o) & _finite(do) & jnp.isfinite(lse) & jnp.isfinite(dlse)
-    q, o, do = (jnp.where(usable[..., None], x, 0.0) for x in (q, o, do))
-    k, v = (jnp.where(_finite(x)[..., None], x, 0.0) for x in (k, v))
-    lse = jnp.where(usable | empty, lse, jnp.nan)
-    return q, k, v, o, lse, do, jnp.where(usable, dlse, 0.0)
+    usable, lse, dlse = usable_rows(q, o, lse, do, dlse)
+    q, o, do = (only(usable, x) for x in (q, o, do))
+    k, v = (only(finite(x), x) for x in (k, v))
+    return q, k, v, o, lse, do, dlse
+
+
+def usable_rows(
+    q: Float[Array, "B T H D"],
+    o: Float[Array, "B T H P"],
+    lse: Float[Array, "B T H"],
+    do: Float[Array, "B T H P"],
+    dlse: Float[Array, "B T H"],
+) -> tuple[Bool[Array, "B T H"], Float[Array, "B T H"], Float[Array, "B T H"]]:
+    """Returns which rows are finite, and lse and dlse for a backward pass."""
+    usable = finite(q) & finite(o) & finite(do) & jnp.isfinite(lse) & jnp.isfinite(dlse)
+    lse = jnp.where(usable | jnp.isneginf(lse), lse, jnp.nan)
+    return usable, lse, jnp.where(usable, dlse, 0.0)
+
+
+def finite(x: Float[Array, "*S D"]) -> Bool[Array, "*S"]:
+    """Returns whether vectors are finite."""
+    return jnp.all(jnp.isfinite(x), axis=-1)
+
+
+def only(usable: Bool[Array, "*S"], x: Float[Array, "*S D"]) -> Float[Array, "*S D"]:
+    """Returns x with 0 for vectors that are not usable."""
+    return jnp.where(usable[..., None], x, 0.0)
 
 
 def hides(mask: masks.Mask, bias: Float[Array, "..."] | None = None) -> bool:
     """Returns whether a mask, or a bias of -inf, may hide a key from a query."""
     return bias is not None or not isinstance(mask, masks.Full)
-
-
-def _finite(x):
-    return jnp.all(jnp.isfinite(x), axis=-1)

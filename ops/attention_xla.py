@@ -16,7 +16,6 @@ P value dim; I and J queries and keys of a tile, m and n number of tiles, M = R 
 import dataclasses
 import functools
 import math
-import pathlib
 from typing import Any
 
 import jax
@@ -25,20 +24,21 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from tilescan.ops import masks
-from tilescan.ops.attention_operands import Offset, backward_operands, forward_operands
+from tilescan.ops.attention_operands import (
+    Offset,
+    finite,
+    hides,
+    only,
+    only_keys,
+    usable_rows,
+)
 from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.tile_sizes import LARGE, tile_sizes
 from tilescan.pallas_kernels.dropout import Dropout, kept, row_hash
 
 LOG2_E = math.log2(math.e)
 # Logits below it, in units of log 2 that of `ops.attention`, are hidden keys'.
 FLOOR = -1e30 * LOG2_E
-# Scores of a tile, in all heads (and sequences, where a batch is computed at once): 8 MiB where a
-# core's cache holds one of 8 heads, half of it elsewhere. Measured on caches of 2 MiB and 512 KiB.
-LARGE, SMALL = 2**21, 2**20
-# Matrices of more scores take small tiles: memory counts more there.
-LONG = 2**26
-# Most tiles of a matrix that are examined one by one when tracing.
-MAX_TILES = 2**17
 
 
 def unsupported(
@@ -79,7 +79,6 @@ def forward(
     """
     B, T, H, D = q.shape
     S, G, P = v.shape[1:]
-    k, v = forward_operands(k, v, mask, bias)
     # Live tiles of each row of tiles: full ones first, which need no mask.
     tiles = _Tiles.of(q, k, mask, q_offset, tile, backward=False)
     logits = _Logits(logit_cap, tiles, H // G, mask)
@@ -88,7 +87,7 @@ def forward(
     I, J, R = tiles.I, tiles.J, H // G
 
     def one(_, x):
-        q, k, v, bias, ids, order, n_full, n_live, seeds = x
+        q, k, v, usable, bias, ids, order, n_full, n_live, seeds = x
         keep = _keep(dropout, seeds, G, I, J)
 
         def row(i):
@@ -100,6 +99,8 @@ def forward(
                 peak, total, acc = carry
                 j = _at(order, i, n)
                 k_j, v_j = (_slice(a, j, J).astype(dtype) for a in (k, v))
+                if usable is not None:
+                    k_j, v_j = only_keys(_slice(usable, j, J), k_j, v_j)
                 s = jnp.einsum("gmd,jgd->gmj", q_i, k_j)
                 s, _, visible = logits(s, bias, ids, i, j, masked)
                 s = s if visible is None else jnp.where(visible, s, -jnp.inf)
@@ -136,9 +137,10 @@ def forward(
         o, rows = _map(row, tiles.m)
         return None, (o.reshape(-1, H, P)[:T], [x.reshape(-1, H)[:T] for x in rows])
 
-    padded = (tiles.pad_q(q), tiles.pad_k(k), tiles.pad_k(v), tiles.pad_bias(bias))
+    # Keys that a mask may hide though they are not finite: see `attention_operands`.
+    usable = tiles.pad_k(finite(k) & finite(v)) if hides(mask, bias) else None
     xs = (
-        *padded,
+        *(tiles.pad_q(q), tiles.pad_k(k), tiles.pad_k(v), usable, tiles.pad_bias(bias)),
         tiles.ids(mask),
         order,
         n_full,
@@ -178,8 +180,11 @@ def backward(
     """
     B, T, H, D = q.shape
     S, G, P = v.shape[1:]
-    rest = q, k, v, o, lse, do, dlse
-    q, k, v, o, lse, do, dlse = backward_operands(*rest, mask, bias)
+    # Rows of 0 where a mask may hide what is not finite: see `attention_operands`.
+    usable = None
+    if hides(mask, bias):
+        usable, lse, dlse = usable_rows(q, o, lse, do, dlse)
+    rows_of = lambda x, usable: x if usable is None else only(usable, x)
     tiles = _Tiles.of(q, k, mask, q_offset, tile, backward=True)
     logits = _Logits(logit_cap, tiles, H // G, mask)
     order, n_full, n_live = tiles.walk(mask)
@@ -187,31 +192,36 @@ def backward(
     I, J, R = tiles.I, tiles.J, H // G
 
     # dS = P (dO V^T - delta) with delta_i = sum_p dO_ip O_ip - dlse_i.
-    delta = jnp.sum(o.astype(dtype) * do.astype(dtype), axis=-1) - dlse
+    products = rows_of(o, usable).astype(dtype) * rows_of(do, usable).astype(dtype)
+    delta = jnp.sum(products, axis=-1) - dlse
     # A row without visible keys: exp(logits - inf) = 0 for all of them.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2_E
+    factor = None
     if exact is not None:
         # Weights are 2^(logit - peak) / total; what comes after is linear in do and delta.
         peak, total = exact
         factor = jnp.where(total > 0, 1 / total, 0.0)
         lse = jnp.where(jnp.isfinite(lse), peak, lse)
-        do, delta = (do * factor[..., None]).astype(do.dtype), delta * factor
+        delta = delta * factor
 
     def one(dbias, x):
-        q, k, v, do, lse, delta, bias, ids, order, n_full, n_live, seeds = x
+        q, k, v, do, lse, delta, usable, factor, bias, ids, order, n_full, n_live, seeds = x
         keep = _keep(dropout, seeds, G, I, J, transposed=True)
 
         def column(carry, j):
             k_j, v_j = (jnp.swapaxes(_slice(a, j, J), 0, 1).astype(dtype) for a in (k, v))
+            if usable is not None:
+                k_j, v_j = (only(finite(x), x) for x in (k_j, v_j))
             k_t = jnp.swapaxes(k_j, 1, 2)
 
             # Scores are transposed, [G, J, M]: then no large matrix has to be.
             def step(masked, n, carry):
                 dq, dk, dv, dbias = carry
                 i = _at(order, j, n)
-                q_i, do_i, lse_i, delta_i = (
-                    _heads_first(_slice(a, i, I), G).astype(dtype) for a in (q, do, lse, delta)
-                )
+                of_tile = lambda a: None if a is None else _heads_first(_slice(a, i, I), G)
+                q_i, do_i, lse_i, delta_i = (of_tile(a).astype(dtype) for a in (q, do, lse, delta))
+                q_i, do_i = (rows_of(x, of_tile(usable)) for x in (q_i, do_i))
+                do_i = do_i if factor is None else do_i * of_tile(factor)[..., None]
                 # Scaled as forward does, for logits of the same bits: a row's weights then add
                 # up to 1, whatever the rounding of large logits.
                 q_i = q_i * (scale * logits.units)
@@ -259,6 +269,7 @@ def backward(
     xs = (
         tiles.pad_q(q), tiles.pad_k(k), tiles.pad_k(v), tiles.pad_q(do),
         tiles.pad_q(lse, jnp.inf), tiles.pad_q(delta),
+        *(None if x is None else tiles.pad_q(x) for x in (usable, factor)),
         padded_bias, tiles.ids(mask), order, n_full, n_live,
         None if dropout is None else dropout.seeds,
     )  # fmt: skip
@@ -329,74 +340,6 @@ class _Tiles:
         if bias is not None and bias.shape[3] > 1:
             bias = self.pad_k(bias, axis=3)
         return bias
-
-
-def tile_sizes(
-    T: int, S: int, H: int, mask: masks.Mask, q_offset: Offset, backward: bool
-) -> tuple[int, int]:
-    """Returns (queries, keys) of a tile: of the sizes that fit the caches, the cheapest for a mask.
-
-    The cost, in scores, was fitted on two CPU cores: a tile costs 100,000 scores before its first,
-    loading a key 64, and masking a third of the scores. Long masks take large tiles, narrow windows
-    small ones, backward passes on small caches the smallest.
-    """
-    # Scores of a tile that a cache holds.
-    static = not any(isinstance(x, jax.Array) for x in jax.tree.leaves((mask, q_offset)))
-    if T * S > LONG:
-        limit = SMALL
-    elif _core_cache() >= 2**20:
-        limit = LARGE
-    else:
-        limit = SMALL // 2 if backward else SMALL  # backward, twice as many matrices are alive
-
-    # Candidates.
-    sizes = [
-        (I, J)
-        for I in _sizes(T, 512)
-        for J in _sizes(S, 4096)
-        if (H * I * J <= limit or I * J <= 64 * 64)
-        # A long and narrow tile costs more to fetch than it computes.
-        and (J <= 2 * I or I == T)
-    ]
-
-    def cost(size):
-        I, J = size
-        scores = H * I * J
-        if not static:
-            live, partial = -(-T // I) * -(-S // J), 0
-        else:
-            kinds = masks.tile_kinds(mask, T, S, I, J, q_offset)
-            live, partial = np.sum(kinds != masks.EMPTY), np.sum(kinds == masks.PARTIAL)
-        return live * (100_000 + scores + 64 * H * J) + partial * scores / 3
-
-    few = [(I, J) for I, J in sizes if (T // I) * (S // J) <= MAX_TILES]
-    if masks.segments_of(mask) is not None:
-        # Packed documents are known only when the program runs, and are often short.
-        few = [(I, J) for I, J in few if max(I, J) <= 256] or few
-    return (
-        min(few, key=cost) if few else max(sizes, key=lambda size: (size[0] * size[1], min(size)))
-    )
-
-
-@functools.cache
-def _core_cache() -> int:
-    """Returns the bytes of a core's second-level cache as Linux reports them, or else 1 MiB."""
-    try:
-        size = pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text()
-        return 2**10 * int(size.strip().removesuffix("K"))
-    except (OSError, ValueError):
-        return 2**20
-
-
-def _sizes(length, most):
-    """Returns sizes of tiles to try: powers of two, and sizes that split the length equally."""
-    sizes = set()
-    size = 64
-    while size <= most:
-        equal = -(-length // -(-length // size))
-        sizes |= {min(size, length), min(-(-equal // 16) * 16, length)}
-        size *= 2
-    return sorted(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
