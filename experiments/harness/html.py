@@ -113,8 +113,8 @@ def paper_page(found: Sequence[Results]) -> str:
 <p><a href="../index.html">All papers</a></p>
 <h1>{_text(paper.title)}</h1>
 <p>{_text(paper.summary)}</p>
-<p class="soft">{_KINDS} Every claim has a criterion that the numbers can fail; it was fixed before
-them, unless its row says which run it was chosen on.</p>
+<p class="soft">{_KINDS} Every claim has a criterion that the numbers can fail. A row says where
+it is known to have been chosen after a run.</p>
 </header>
 <main>
 {sections}

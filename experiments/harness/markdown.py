@@ -23,7 +23,7 @@ _PAPER_HEAD = """# {title}
 *Published* columns are the paper's numbers (a note says where they are recalled or come by way of
 another text). *Measured* columns were measured by this code on the machine that is named. *Static*
 columns come from a compiler or a formula, without running. Every claim has a criterion that the
-numbers can fail; it was fixed before them, unless its row says that it was chosen after a run.
+numbers can fail; a row says where it is known to have been chosen after a run.
 `tilescan run {name} --scale=cpu` measures all of it again.
 """
 
