@@ -1,6 +1,8 @@
 """The configuration of commands that train: a file's or the default one, with overrides."""
 
 import argparse
+import shutil
+import sys
 import typing
 
 from tilescan.cli import arguments
@@ -18,7 +20,9 @@ class _HelpConfig(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         from tilescan.training.config_help import help_lines
 
-        print("\n".join(help_lines()))
+        # Wrapped for eyes, a line a key for grep.
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n".join(help_lines(width)))
         parser.exit()
 
 

@@ -11,6 +11,7 @@ import rich.table
 from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness import registry, runner
 from tilescan.experiments.harness.tables import format_value
+from tilescan.spelling import did_you_mean
 
 
 def rerun(paper: str, cell: str, folder: pathlib.Path) -> int:
@@ -88,7 +89,20 @@ def _record(folder: pathlib.Path, cell: str) -> records_lib.Record:
     path = folder / "cells" / f"{cell}.json"
     if path.exists():
         return records_lib.Record.from_json(path.read_text(encoding="utf-8"))
-    known = sorted(p.stem for p in (folder / "cells").glob("*.json"))
+    known = recorded(folder)
+    raise ValueError(
+        f"there is no record {cell!r} in {folder}; {did_you_mean(cell, known)}The command without "
+        f"a record lists all {len(known)}"
+    )
+
+
+def recorded(folder: pathlib.Path) -> list[str]:
+    """Returns the ids of the records in a folder, sorted.
+
+    Raises:
+      ValueError: there are none.
+    """
+    known = sorted(path.stem for path in (folder / "cells").glob("*.json"))
     if not known:
         raise ValueError(f"{folder} holds no records; give --workdir=FOLDER of a run")
-    raise ValueError(f"there is no record {cell!r} in {folder}; {registry.nearest(cell, known)}")
+    return known

@@ -117,10 +117,13 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "meta"),
+            # A folder that is only read is not made, and nothing in it is deleted or cleaned:
+            # Orbax's own read_only does no more, and warns.
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                enable_async_checkpointing=True,
-                read_only=read_only,
+                max_to_keep=None if read_only else keep,
+                enable_async_checkpointing=not read_only,
+                create=not read_only,
+                cleanup_tmp_directories=False,
             ),
         )
 

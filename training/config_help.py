@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import textwrap
 
 from tilescan.models import LanguageModelConfig
 from tilescan.models.mixers import MIXERS
@@ -9,11 +10,12 @@ from tilescan.training.config import default_config, known_keys
 from tilescan.training.settings import SECTIONS, Settings
 
 
-def help_lines(width: int = 100) -> list[str]:
-    """Returns a line a key of the default configuration: "section.key = default  meaning".
+def help_lines(width: int | None = None) -> list[str]:
+    """Returns each key of the default configuration: "section.key = default  meaning".
 
     Args:
-      width: columns of a line at most; a meaning that is longer ends in "...".
+      width: columns after which a meaning goes on in the next line, indented; None gives a line a
+        key, however long.
     """
     config, lines = default_config(), []
     about = meanings()
@@ -25,7 +27,11 @@ def help_lines(width: int = 100) -> list[str]:
             continue
         shown = "(...)" if len(repr(value)) > 40 else repr(value)
         line = f"{key} = {shown}".ljust(40) + f"  {about.get(key, '')}"
-        lines.append(line if len(line) <= width else line[: width - 3].rstrip() + "...")
+        if width is None:
+            lines.append(line)
+            continue
+        indent = " " * (42 if width >= 72 else 8)
+        lines += textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
     return lines
 
 

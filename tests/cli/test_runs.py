@@ -68,11 +68,12 @@ def test_a_start_says_where_it_starts(restored, words):
     assert said.startswith("7 parameters") and words in said and "4,096 tokens" in said
 
 
-def test_a_run_is_read_by_its_folder_alone(run, tmp_path):
+def test_a_run_is_read_by_its_folder_alone(run, tmp_path, caplog):
     assert is_run(run) and not is_run(tmp_path)
     before = sorted(path for path in run.rglob("*"))
     found = load_run(run)
     assert sorted(path for path in run.rglob("*")) == before
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
     assert found.step == 1 and found.model.config.pattern == ("mamba2",)
     assert found.settings.data.seq_len == 16
     logits, _ = found.model.apply({"params": found.params}, jnp.zeros((1, 3), jnp.int32))

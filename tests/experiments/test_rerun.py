@@ -38,7 +38,13 @@ def test_rerun_shows_a_number_that_changed(capsys, tmp_path):
 )
 def test_errors_name_what_there_is(arguments, message, capsys):
     assert cli.main(["rerun", *arguments]) == 1
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err and len(err) < 300
+
+
+def test_without_a_record_all_are_listed(capsys):
+    assert cli.main(["rerun", "zeco"]) == 0
+    assert "blocks-P8-K128" in capsys.readouterr().out.splitlines()
 
 
 def test_numbers_of_a_nested_result_have_dotted_names():

@@ -13,7 +13,9 @@ def test_every_key_has_a_line_with_its_default_and_a_meaning():
     leaves = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     lines = config_help.help_lines()
     assert [line.split(" = ")[0] for line in lines] == leaves
-    assert max(map(len, lines)) <= 100
+    wrapped = config_help.help_lines(60)
+    assert max(map(len, wrapped)) <= 60 and wrapped[0].startswith(leaves[0])
+    assert " ".join(" ".join(wrapped).split()) == " ".join(" ".join(lines).split())
     about = config_help.meanings()
     assert [key for key in leaves if not about.get(key)] == []
     assert "train.steps = 1000                        updates of the parameters" in lines
