@@ -8,7 +8,7 @@ ABOUT = "write a trained model as safetensors that load elsewhere"
 DESCRIPTION = """\
 Write the newest checkpoint of a training run as config.json and model.safetensors, in the layout
 of Hugging Face that fits: GPT-2, Llama, Mamba or Mamba-2; another model is refused by what the
-layouts have no place for. A byte tokenizer is written beside it.
+layouts have no place for. Its tokenizer is written beside it, as tokenizer.json.
 
   tilescan export runs/first exported
   tilescan generate --checkpoint=exported --prompt="import "
@@ -31,7 +31,8 @@ def run(options: argparse.Namespace) -> int:
       CheckpointError, UnusableCheckpoint: see `models.checkpoints.save_pretrained` and
         `training.trained.load_run`.
     """
-    from tilescan.decoding import folder_tokenizers
+    from tilescan.data.tokenizers import get_tokenizer
+    from tilescan.decoding.saved_tokenizers import save_tokenizer
     from tilescan.models.checkpoints import save_pretrained
     from tilescan.training import trained
 
@@ -46,9 +47,14 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"{folder} holds {name} already; take another folder")
     found = trained.load_run(options.checkpoint)
     save_pretrained(folder, found.model.config, found.params)
-    tokenizer = found.settings.data.tokenizer
-    if not folder_tokenizers.save_tokenizer(folder, tokenizer):
-        print(f"no tokenizer is written: this text was tokenized by {tokenizer!r}")
+    tokenizer, size = get_tokenizer(found.settings.data.tokenizer), found.model.config.vocab_size
+    if tokenizer.vocab_size <= size:
+        save_tokenizer(folder, tokenizer)
+    else:  # other data than text
+        print(
+            f"no tokenizer is written: the model has {size} ids, and {tokenizer.name!r}, the "
+            f"configuration's, {tokenizer.vocab_size}"
+        )
     print(f"step {found.step} of {options.checkpoint}:")
     for path in sorted(folder.iterdir()):
         print(f"  {path}")

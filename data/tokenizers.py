@@ -144,7 +144,7 @@ _CL100K_SPECIAL = {
 class TiktokenTokenizer:
     """Byte-pair encoding by tiktoken from ranks that lie in a package.
 
-    Args:
+    Args, which are attributes as well:
         name: name of the vocabulary.
         pattern: the pre-tokenizer's regular expression.
         ranks: token bytes -> id.
@@ -154,13 +154,16 @@ class TiktokenTokenizer:
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]):
         import tiktoken
 
-        self.name = name
+        self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
         self.encoding = tiktoken.Encoding(
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
         self.vocab_size = self.encoding.n_vocab
         self.eos_id = self.pad_id = special["<|endoftext|>"]
         self.end_ids = (self.eos_id,)
+        # Some vocabularies have ids without a token, which an untrained model may sample.
+        used = {*ranks.values(), *special.values()}
+        self._unused = frozenset(range(self.vocab_size)) - used
 
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
         """Returns a text's ids; see `Tokenizer.encode`."""
@@ -173,7 +176,12 @@ class TiktokenTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of ids, special tokens included; see `Tokenizer.decode`."""
-        return self.encoding.decode(_checked(ids, self.vocab_size).tolist())
+        ids = _checked(ids, self.vocab_size).tolist()
+        if self._unused.isdisjoint(ids):
+            return self.encoding.decode(ids)
+        known = self.encoding.decode_single_token_bytes
+        parts = (b"\xff" if i in self._unused else known(i) for i in ids)
+        return b"".join(parts).decode("utf-8", errors="replace")
 
 
 class GGUFTokenizer:
@@ -186,6 +194,7 @@ class GGUFTokenizer:
 
     Attributes:
         bos_id: what prompts begin with, if the file asks for it (add_bos_token); else None.
+        bpe: the `tokenizers.Tokenizer` inside.
 
     Args:
         path: a GGUF file whose tokenizer.ggml.model is "gpt2".
@@ -224,12 +233,12 @@ class GGUFTokenizer:
             raise ValueError(
                 f"{path}: tokenizer.ggml.merges don't fit its tokens: {error}"
             ) from error
-        self._bpe = tokenizers.Tokenizer(bpe)
+        self.bpe = tokenizers.Tokenizer(bpe)
         steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
         if pre == "smollm":
             steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(steps)
-        self._bpe.decoder = decoders.ByteLevel()
+        self.bpe.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        self.bpe.decoder = decoders.ByteLevel()
 
         # Special tokens are those that the file marks as control tokens.
         kinds = content("token_type") or [1] * len(tokens)
@@ -239,7 +248,7 @@ class GGUFTokenizer:
                 "tokens"
             )
         control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
-        self._bpe.add_special_tokens(control)
+        self.bpe.add_special_tokens(control)
         self.vocab_size = len(tokens)
 
         def token(key: str) -> int | None:
@@ -267,13 +276,13 @@ class GGUFTokenizer:
     def encode(self, text: str, *, allow_special: bool = False) -> np.ndarray:
         """Returns a text's ids; see `Tokenizer.encode`."""
         utf8(text)
-        self._bpe.encode_special_tokens = not allow_special
-        return np.asarray(self._bpe.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        self.bpe.encode_special_tokens = not allow_special
+        return np.asarray(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of ids, special tokens included; see `Tokenizer.decode`."""
         ids = _checked(ids, self.vocab_size).tolist()
-        return self._bpe.decode(ids, skip_special_tokens=False)
+        return self.bpe.decode(ids, skip_special_tokens=False)
 
 
 def read_ranks(content: bytes) -> dict[bytes, int]:

@@ -3,7 +3,6 @@
 Read beside the weights: tokenizer.json, tokenizer_config.json, generation_config.json, config.json.
 """
 
-import json
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from tilescan.data.tokenizers import TEXT_ENDS, TURN_ENDS, ByteTokenizer, get_tokenizer, utf8
+from tilescan.data.tokenizers import TEXT_ENDS, TURN_ENDS, get_tokenizer, utf8
 from tilescan.decoding.pieces import Codec
 from tilescan.models.checkpoint_errors import CheckpointError, short
 from tilescan.models.json_files import read_json
@@ -84,36 +83,6 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int) -> tuple[Codec, tuple[
             f"{gpt2.vocab_size}"
         )
     return gpt2, read_ends(folder, {"<|endoftext|>": gpt2.eos_id}.get, vocab_size)
-
-
-def save_tokenizer(folder: pathlib.Path, name: str) -> bool:
-    """Writes a tokenizer of `data.tokenizers` as files that `load_tokenizer` and others read.
-
-    These are tokenizer.json, tokenizer_config.json and generation_config.json. Of the tokenizers
-    only "byte" has such files.
-
-    Returns:
-      Whether they were written.
-    """
-    if name != ByteTokenizer.name:
-        return False
-    import tokenizers  # only folders need it
-
-    end = TEXT_ENDS[0]
-    vocabulary = {f"<0x{i:02X}>": i for i in range(256)}
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
-    inner.decoder = tokenizers.decoders.Sequence(
-        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
-    )
-    inner.add_special_tokens([end, "<|pad|>"])
-    inner.save(str(folder / "tokenizer.json"))
-    kind = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=end, pad_token="<|pad|>")
-    for file, content in {
-        _CONFIG: kind,
-        "generation_config.json": dict(eos_token_id=ByteTokenizer.eos_id),
-    }.items():
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
-    return True
 
 
 def read_ends(

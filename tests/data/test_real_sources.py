@@ -9,6 +9,7 @@ not on the machine is skipped.
 import collections
 import hashlib
 import os
+import pathlib
 import re
 import shutil
 
@@ -178,3 +179,26 @@ def test_smollm2():
     ]
     assert tokenizer.decode(tokenizer.encode(SENTENCE)) == SENTENCE
     assert tokenizer.encode("<|im_start|>user", allow_special=True)[0] == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("cl100k", marks=needs_npm), "smollm2"])
+def test_exported_tokenizers_give_the_same_ids(name, tmp_path):
+    """On a file of code, and on words whose merges and classes of characters are at an edge."""
+    import tokenizers
+
+    from tilescan.decoding.saved_tokenizers import save_tokenizer
+
+    tokenizer = get_tokenizer(name)
+    save_tokenizer(tmp_path, tokenizer)
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.encode_special_tokens = True
+    pieces = ["a", "the", " ", "\n", "\r\n", "\t", "'S", "'ſ", "ß", "12345", "日本", "é", "\u0301",
+              "\x85", "\u2028", "\U0001f642", "--", "\x00", "Ⅷ", "<|endoftext|>"]  # fmt: skip
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(pieces, size)) for size in rng.integers(1, 80, 500)]
+    texts += [piece * 1000 for piece in "- =a\n."]
+    texts.append(pathlib.Path(sources.__file__).read_text(encoding="utf-8"))
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert inner.encode(text).ids == ids.tolist()
+        assert inner.decode(ids, skip_special_tokens=False) == text
