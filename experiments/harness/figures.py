@@ -1,34 +1,33 @@
 """Figures as SVG text: the same bytes for the same numbers, readable on light and dark pages."""
 
+import html
 import io
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
-from matplotlib.figure import Figure  # without pyplot, whose backend is a notebook's own business
+from matplotlib.figure import Figure
 
-# Mid-tones with enough contrast on white and on near-black, told apart by color-blind readers too.
-COLORS = ("#1f83d6", "#e0722e", "#2a9d70", "#c05ab0", "#b08a00", "#7a7f87")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-_INK = "#808790"  # axes and text: about 4:1 on white and 5:1 on black
+from tilescan.experiments.harness import layout
 
 _STYLE = {
     "svg.hashsalt": "tilescan",  # ids inside the file, otherwise random
     "svg.fonttype": "path",  # looks the same where the font is missing
     "font.size": 10,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
+    "axes.edgecolor": layout.INK,
+    "axes.labelcolor": layout.INK,
+    "axes.titlecolor": layout.INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": _INK,
+    "grid.color": layout.INK,
     "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.color": _INK,
+    "xtick.color": layout.INK,
+    "ytick.color": layout.INK,
+    "text.color": layout.INK,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
@@ -48,6 +47,7 @@ def line_chart(
     dashed: Sequence[str] = (),
     markers: bool = True,
     share_y: bool = True,
+    caption: str = "",
 ) -> str:
     """Returns an SVG with a panel an entry, one legend below; "" where there is nothing to show.
 
@@ -55,53 +55,52 @@ def line_chart(
       panels: {title: {line: (x, y) or {x: y}}}; a line of the same name has the same color
         everywhere.
       x_label: text of the x axes.
-      y_label: text of the left y axis.
-      log_x: base-2 logarithmic x axis with the x values as ticks (lengths are powers of two).
+      y_label: text of the left y axes.
+      log_x: base-2 logarithmic x axis with the x values as ticks where they have room, or else
+        with powers of two (lengths are powers of two).
       log_y: logarithmic y axis.
-      dashed: names of lines to draw dashed, e.g. what is published rather than measured.
-      markers: False draws plain lines, for many points.
+      dashed: names of lines to draw dashed, e.g. what is published rather than measured; "A,
+        published" has the color of "A".
+      markers: False draws plain lines, for many points; dashes then tell them apart.
       share_y: False gives each panel a y axis of its own.
+      caption: what the figure shows; what is against what by default. See `caption_of`.
     """
     panels = {
         title: {name: _points(line) for name, line in lines.items()}
         for title, lines in panels.items()
     }
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    names = layout.in_order(dict.fromkeys(name for lines in panels.values() for name in lines))
     if not names:
         return ""
     with matplotlib.rc_context(_STYLE):
-        width = 3.4 * len(panels) + 1.2
-        figure = Figure(figsize=(width, 3.5))
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=share_y)
-        for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        figure, axes = layout.grid(len(panels), share_y)
+        styles = layout.styles(names, dashed, markers)
+        covered = [layout.covered(lines, dashed, log_y) for lines in panels.values()]
+        for axis, (title, lines), under in zip(axes, panels.items(), covered, strict=True):
             for name, (x, y) in lines.items():
-                index = names.index(name)
-                axis.plot(
-                    x,
-                    y,
-                    color=COLORS[index % len(COLORS)],
-                    marker=MARKERS[index % len(MARKERS)] if markers else None,
-                    linestyle="--" if name in dashed else "-",
-                    label=name,
-                )
+                style, above = styles[name], min(under[name], 3)
+                wide = {"linewidth": 1.8 + 1.6 * above, "markersize": 4.5 + 1.5 * above}
+                some = {"markevery": -(-len(x) // 10)} if markers else {}
+                axis.plot(x, y, label=name, **style, **wide, **some)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel(x_label)
+            first = axis.get_subplotspec().is_first_col()
+            axis.set_ylabel(textwrap.fill(y_label, 32) if first else "")
+            axis.set_xscale("log", base=2) if log_x else None
+            axis.set_yscale("log") if log_y else None
+
+        # Ticks know the limits of axes only now, when all lines are drawn.
+        for axis, lines in zip(axes, panels.values(), strict=True):
             if log_x:
-                ticks = sorted({value for x, _ in lines.values() for value in x})
-                axis.set_xscale("log", base=2)
-                axis.set_xticks(ticks, [_short(tick) for tick in ticks])
-                axis.minorticks_off()
-            if log_y:
-                axis.set_yscale("log")
-        axes[0][0].set_ylabel(y_label)
-        handles = {}
-        for axis in axes[0]:
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle)
-        figure.legend(
-            handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 4)
-        )
-        return _to_svg(figure)
+                layout.ticks_of_lengths(
+                    axis.xaxis, {value for x, _ in lines.values() for value in x}
+                )
+            else:
+                layout.linear_ticks(axis.xaxis)
+            layout.log_ticks(axis.yaxis) if log_y else layout.linear_ticks(axis.yaxis)
+        layout.legend(figure, axes, names)
+        text = caption or _caption(panels, x_label, y_label, dashed, any(covered))
+        return _to_svg(figure, text)
 
 
 def line_figure(
@@ -112,6 +111,7 @@ def line_figure(
     y: str,
     log: bool = False,
     dashed: Sequence[str] = (),
+    caption: str = "",
 ) -> str:
     """Returns an SVG of one panel: the lines' values over the keys of groups of records.
 
@@ -121,8 +121,9 @@ def line_figure(
       x, y: labels; x is logarithmic.
       log: whether y is, too.
       dashed: names of lines to draw dashed.
+      caption: as of `line_chart`.
     """
-    return panel_figure({"": (rows, lines)}, x=x, y=y, log=log, dashed=dashed)
+    return panel_figure({"": (rows, lines)}, x=x, y=y, log=log, dashed=dashed, caption=caption)
 
 
 def panel_figure(
@@ -132,6 +133,7 @@ def panel_figure(
     y: str,
     log: bool = False,
     dashed: Sequence[str] = (),
+    caption: str = "",
 ) -> str:
     """Returns an SVG of a panel for each {title: (rows, lines)}, which are as of `line_figure`.
 
@@ -147,7 +149,8 @@ def panel_figure(
         keys = [row.key for row in rows]
         drawn = {name: (keys, [number(of(row)) for row in rows]) for name, of in lines.items()}
         shown[title] = {n: line for n, line in drawn.items() if any(v is not None for v in line[1])}
-    return line_chart(shown, x_label=x, y_label=y, log_x=True, log_y=log, dashed=dashed)
+    labels = {"x_label": x, "y_label": y, "caption": caption}
+    return line_chart(shown, log_x=True, log_y=log, dashed=dashed, **labels)
 
 
 def effects_chart(effects: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -162,13 +165,13 @@ def effects_chart(effects: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     low, high = -1.0, 3.0
     rows = [row for paper, claims in effects.items() for row in [(paper, None), *claims.items()]]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 0.7 + 0.26 * len(rows)))
+        figure = Figure(figsize=(9, 0.7 + 0.26 * len(rows)), layout="constrained")
         axis = figure.subplots()
         for place, (_, shares) in enumerate(rows):
             for share in shares or ():
-                marker = "<" if share < low else ">" if share > high else MARKERS[0]
+                marker = "<" if share < low else ">" if share > high else layout.MARKERS[0]
                 shown = min(max(share, low), high)
-                axis.plot(shown, place, marker, color=COLORS[0], alpha=0.8, clip_on=False)
+                axis.plot(shown, place, marker, color=layout.COLORS[0], alpha=0.8, clip_on=False)
         # The first paper is at the top; names of papers stand out from those of their claims.
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_yticks(range(len(rows)), [textwrap.shorten(name, 72) for name, _ in rows])
@@ -178,8 +181,20 @@ def effects_chart(effects: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         axis.set_xlim(low, high)
         axis.set_xticks([-1, 0, 1, 2, 3], ["-1", "0: none", "1: as published", "2", "3"])
         for value, style in ((0.0, "-"), (1.0, "--")):
-            axis.axvline(value, color=_INK, linestyle=style, linewidth=1)
-        return _to_svg(figure)
+            axis.axvline(value, color=layout.INK, linestyle=style, linewidth=1)
+        return _to_svg(figure, "Measured effects as shares of the published ones.")
+
+
+def caption_of(svg: str) -> str:
+    """Returns what a figure of this module shows, in words that it carries as its title."""
+    found = re.search("<title>(.*?)</title>", svg, re.DOTALL)
+    return html.unescape(found[1]) if found else ""
+
+
+def width_of(svg: str) -> float:
+    """Returns the width of a figure of this module in points."""
+    found = re.search(r'<svg[^>]* width="([\d.]+)pt"', svg)
+    return float(found[1]) if found else 0.0
 
 
 def _points(line: Any) -> tuple[Sequence[float], Sequence[float | None]]:
@@ -187,13 +202,24 @@ def _points(line: Any) -> tuple[Sequence[float], Sequence[float | None]]:
     return (list(line), list(line.values())) if isinstance(line, Mapping) else line
 
 
-def _short(value: float) -> str:
-    """Returns 16384 as 16k: tick labels must not touch."""
-    return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
+def _caption(
+    panels: Mapping[str, Lines], x_label: str, y_label: str, dashed: Sequence[str], covers: bool
+) -> str:
+    """Returns what is against what, in which panels, and how to read the lines."""
+    titles = "; ".join(filter(None, panels))
+    head = f"{y_label} against {x_label}" if y_label else f"{titles}: against {x_label}"
+    head = head[0].upper() + head[1:] + (f": {titles}" if y_label and titles else "")
+    shown = [name for name in dashed if any(name in lines for lines in panels.values())]
+    common = {name.rpartition(", ")[2] for name in shown}
+    parts = [head, f"Dashed: {', '.join(common if len(common) == 1 else shown)}" if shown else ""]
+    parts.append("A wider line lies under another" if covers else "")
+    return ". ".join(filter(None, parts)) + "."
 
 
-def _to_svg(figure: Figure) -> str:
-    figure.set_layout_engine("constrained")
+def _to_svg(figure: Figure, caption: str) -> str:
+    """Returns the figure's text, its box widened by what would stand outside."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    about = {"Title": caption, "Date": None, "Creator": None}
+    options = {"transparent": True, "bbox_inches": "tight", "pad_inches": 0.05}
+    figure.savefig(buffer, format="svg", metadata=about, **options)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

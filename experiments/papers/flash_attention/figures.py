@@ -17,17 +17,13 @@ def figures(records: Records) -> dict[str, str]:
         for kind in ("runtime", "memory", "io", "io_sparse", "curves", "context", "documents")
     )
     return {
-        "runtime-against-length": _calls(runtime, attention.median_ms, "ms a call"),
-        "memory-against-length": _calls(memory, attention.mebibytes, "MiB of temporaries"),
-        "traffic-against-on-chip-memory": _traffic(on_chip),
-        "traffic-against-sparsity": _sparsity(sparse),
-        "training-curves": _curves(curves),
-        "test-perplexity-against-context": _trained(
-            context, "context", "test_perplexity", "test perplexity"
-        ),
-        "test-accuracy-against-length": _trained(
-            documents, "length", "test_accuracy", "test micro-F1 (%)", unit=100
-        ),
+        "runtime-against-length": _calls(runtime, attention.median_ms, "time of a call (ms)"),
+        "memory-against-length": _calls(memory, attention.mebibytes, "temporaries of a call (MiB)"),
+        "io-on-chip": _traffic(on_chip),
+        "io-sparse": _sparsity(sparse),
+        "curves": _curves(curves),
+        "context": _trained(context, "context", "test_perplexity", "test perplexity"),
+        "documents": _trained(documents, "length", "test_accuracy", "test micro-F1 (%)", unit=100),
     }
 
 
@@ -45,7 +41,7 @@ def _traffic(on_chip: Records) -> str:
     """Returns traffic against the size of on-chip memory."""
     moved = lambda key: lambda g: tables.gigabytes(g.first.result[key])
     lines = {"standard": moved("standard_forward_backward"), "tiled": moved("forward_backward")}
-    labels = {"x": "on-chip elements", "y": "GB moved, forward + backward"}
+    labels = {"x": "on-chip elements", "y": "traffic, forward + backward (GB)"}
     return line_figure(by(on_chip, "on_chip"), lines, log=True, **labels)
 
 
@@ -53,7 +49,7 @@ def _sparsity(sparse: Records) -> str:
     """Returns traffic against the live fraction of the tiles."""
     found = [g.first.result for g in by(sparse, "factors")]
     line = [r["live_fraction"] for r in found], [r["forward"] / 1e6 for r in found]
-    labels = {"x_label": "live fraction of the tiles", "y_label": "10⁶ elements moved, forward"}
+    labels = {"x_label": "live fraction of the tiles", "y_label": "traffic, forward (10⁶ elements)"}
     return line_chart({"": {"block-sparse": line}}, **labels) if found else ""
 
 
@@ -69,7 +65,7 @@ def _curves(curves: Records) -> str:
         "training loss": {"standard": (steps, one), "tiled": (steps, two)},
         "|standard - tiled|": {"difference": (steps, gap)},
     }
-    labels = {"x_label": "step", "y_label": "nats a token"}
+    labels = {"x_label": "step", "y_label": "loss (nats a token)"}
     return line_chart(panels, dashed=("tiled",), markers=False, share_y=False, **labels)
 
 

@@ -210,7 +210,7 @@ def figures(records: Records) -> dict[str, str]:
                 for mask in attention.MASKS
             },
             x="length (tokens)",
-            y=f"GFLOP/s, {TITLES[direction]}",
+            y=f"speed, {TITLES[direction]} (GFLOP/s)",
         )
         for direction in (FORWARD_BACKWARD, FORWARD)
     }

@@ -144,10 +144,8 @@ def figures(records: Records) -> dict[str, str]:
         mechanism(r.settings): (r.result["lengths"], r.result["scores"])
         for r in records.kind("score")
     }
-    labels = dict(x_label="distance (tokens)", y_label="score", log_x=True, log_y=True)
+    labels = dict(x_label="distance (tokens)", y_label="score needed", log_x=True, log_y=True)
     return {
-        "copy-against-examples": line_chart(
-            curves, x_label="examples", y_label="whole strings right (%)"
-        ),
-        "score-against-distance": line_chart({"": scores}, **labels),
+        "copy": line_chart(curves, x_label="examples seen", y_label="whole strings right (%)"),
+        "score": line_chart({"": scores}, **labels),
     }

@@ -260,8 +260,8 @@ def figures(records: Records) -> dict[str, str]:
             sizes[GREATEST[vary]] = found
     chart = functools.partial(line_chart, x_label="devices", log_x=True)
     dashed = [f"{NAMES[s]}, published" for s in (TENSOR, RSA)]
-    label = "memory of a device, over one device's"
+    label = "memory of a device / of one device alone"
     return {
-        "memory-when-work-grows": chart(memory, y_label=label, dashed=dashed),
-        "largest": chart(sizes, y_label="rows, or tokens", log_y=True, share_y=False),
+        "weak": chart(memory, y_label=label, dashed=dashed),
+        "largest": chart(sizes, y_label="rows of a batch, or tokens", log_y=True, share_y=False),
     }

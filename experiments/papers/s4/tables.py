@@ -216,8 +216,8 @@ def figures(records: Records) -> dict[str, str]:
         f"{states.key} states": (by(states.records, "length"), kernels)
         for states in by(records.kind("cost"), "state_dim")
     }
-    labels = dict(x="context (tokens)", y="ms a token")
+    labels = dict(x="context (tokens)", y="time of a token (ms)")
     return {
-        "token-against-context": line_figure(contexts, tokens, log=True, **labels),
-        "kernel-against-length": panel_figure(panels, x="length", y="ms", log=True),
+        "generation": line_figure(contexts, tokens, log=True, **labels),
+        "cost": panel_figure(panels, x="length", y="time (ms)", log=True),
     }

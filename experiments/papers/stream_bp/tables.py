@@ -237,10 +237,10 @@ def figures(records: Records) -> dict[str, str]:
 
     times = by(records.kind("times"), "length")
     medians = {NAMES[m]: lambda g, m=m: timing.measured(g.first, m) for m in METHODS}
-    axes = dict(x_label="tokens", y_label="GB of temporaries", log_x=True, log_y=True)
+    axes = dict(x_label="tokens", y_label="temporaries (GB)", log_x=True, log_y=True)
     of_steps = dict(x_label="step", y_label="loss", markers=False, share_y=False)
     return {
-        "memory-against-length": line_chart(memory, **axes),
-        "time-against-length": line_figure(times, medians, x="tokens", y="ms", log=True),
-        "losses": line_chart(losses, dashed=("streamed gradients",), **of_steps),
+        "longest": line_chart(memory, **axes),
+        "times": line_figure(times, medians, x="tokens", y="time of a gradient (ms)", log=True),
+        "parity": line_chart(losses, dashed=("streamed gradients",), **of_steps),
     }

@@ -195,15 +195,15 @@ def figures(records: Records) -> dict[str, str]:
         for name in ("first_token", "state_variance")
     )
     labels = dict(x_label="tokens", log_x=True, share_y=False)
-    places = dict(x_label="position / training length", markers=False)
+    places = dict(x_label="position / training length", markers=False, share_y=False)
     of_share, of_variance = (
         "log share of the first token, slowest head",
         "variance of the state, largest head",
     )
     return {
-        "loss-against-position": line_chart(losses, y_label="loss (nats)", **places),
-        "first-token": line_chart(share, y_label=of_share, **labels),
-        "state-variance": line_chart(variance, y_label=of_variance, log_y=True, **labels),
+        "collapse": line_chart(losses, y_label="loss (nats)", **places),
+        "heads-first-token": line_chart(share, y_label=of_share, **labels),
+        "heads-state-variance": line_chart(variance, y_label=of_variance, log_y=True, **labels),
     }
 
 

@@ -173,10 +173,10 @@ def figures(records: Records) -> dict[str, str]:
     if sizes := {NAMES[s]: x for s in (ULYSSES, MEGATRON) if (x := longest(records, s))}:
         sizes[published] = LONGEST
     chart = functools.partial(line_chart, log_x=True, log_y=True)
-    x, y = "devices, and tokens with them", "MiB that a device sends, forward"
+    x, y = "devices, and tokens with them", "sent by a device, forward (MiB)"
     return {
-        "sent-when-sequences-grow": chart({"": bytes_}, x_label=x, y_label=y),
-        "longest-sequence": chart(
-            {"": sizes}, x_label="devices", y_label="tokens", dashed=(published,)
+        "traffic": chart({"": bytes_}, x_label=x, y_label=y),
+        "longest": chart(
+            {"": sizes}, x_label="devices", y_label="longest sequence (tokens)", dashed=(published,)
         ),
     }

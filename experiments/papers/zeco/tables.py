@@ -247,10 +247,10 @@ def figures(records: Records) -> dict[str, str]:
             panels[title][f"{KINDS[kind]}, published"] = times
             panels[title][f"{KINDS[kind]}, modelled"] = modelled(times, steps(records, kind))
     chart = functools.partial(line_chart, log_x=True, log_y=True)
-    y, dashed = "states that a device sends, forward", [f"{n}, modelled" for n in KINDS.values()]
+    y, dashed = "states sent by a device, forward", [f"{n}, modelled" for n in KINDS.values()]
     return {
-        "sent-against-devices": chart({"": states}, x_label="devices", y_label=y),
-        "published-times": chart(
-            panels, x_label="GPUs", y_label="ms", dashed=dashed, share_y=False
+        "traffic": chart({"": states}, x_label="devices", y_label=y),
+        "primitive": chart(
+            panels, x_label="GPUs", y_label="time (ms)", dashed=dashed, share_y=False
         ),
     }
