@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -93,6 +94,12 @@ class Paper:
     def short_title(self) -> str:
         """What tables of many papers call it."""
         return self.short or self.title.partition(":")[0].partition("(")[0].strip()
+
+    @property
+    def arxiv(self) -> str:
+        """The paper's number at arXiv, which stands in its title; "" without one."""
+        found = re.search(r"arXiv (\d{4}\.\d{4,5})", self.title)
+        return found[1] if found else ""
 
     def __post_init__(self):
         if self.family not in FAMILIES:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tilescan.experiments.harness import matrix
 from tilescan.experiments.harness.claims import Claim
+from tilescan.experiments.harness.figures import caption_of
 from tilescan.experiments.harness.records import Record
 from tilescan.experiments.harness.results import Results, provenance
 from tilescan.experiments.harness.tables import MEASURED, Column, Table, table
@@ -19,6 +20,7 @@ Measure a paper again with `tilescan run PAPER --scale=cpu --publish`, one numbe
 _PAPER_HEAD = """# {title}
 
 {summary}
+{arxiv}
 
 *Published* columns are the paper's numbers (a note says where they are recalled or come by way of
 another text). *Measured* columns were measured by this code on the machine that is named. *Static*
@@ -76,7 +78,10 @@ def _not_shown(found: Sequence[Results], root: str) -> list[str]:
 def paper_page(found: Sequence[Results]) -> str:
     """Returns the page of a paper: each of its scales, and the records that its numbers are of."""
     paper = found[0].paper
-    head = _PAPER_HEAD.format(title=paper.title, summary=paper.summary, name=paper.name)
+    arxiv = f"\nThe paper: <https://arxiv.org/abs/{paper.arxiv}>.\n" if paper.arxiv else ""
+    head = _PAPER_HEAD.format(
+        title=paper.title, summary=paper.summary, name=paper.name, arxiv=arxiv
+    )
     return "\n\n".join([head.strip(), *(scale(r, r.scale) for r in found)]) + "\n"
 
 
@@ -84,10 +89,19 @@ def scale(results: Results, folder: str = ".") -> str:
     """Returns one paper at one scale; `folder` is where its figures and records lie."""
     parts = [f"## Scale {results.scale}", provenance(results.records)]
     parts.append(claims_table(results.claims).to_markdown())
-    parts += [f"![{name}]({folder}/figures/{name}.svg)" for name in results.figures]
-    parts += [shown.to_markdown() for shown in results.tables]
+    figures = {name: _figure(name, svg, folder) for name, svg in results.figures.items()}
+    parts += [figures[name] for name in results.figures_beside("")]
+    for shown in results.tables:
+        heading, body = shown.to_markdown().split("\n", 1)
+        parts += [heading, *(figures[f] for f in results.figures_beside(shown.name)), body]
     parts.append(records_table(results.records, folder).to_markdown())
     return "\n\n".join(part.strip() for part in parts)
+
+
+def _figure(name: str, svg: str, folder: str) -> str:
+    """Returns a figure with its caption below."""
+    caption = caption_of(svg)
+    return f"![{caption}]({folder}/figures/{name}.svg)\n\n*{caption}*"
 
 
 def claims_table(claims: Iterable[Claim]) -> Table:

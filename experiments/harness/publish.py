@@ -107,8 +107,10 @@ def publish(paper: Paper, workdir: pathlib.Path, root: pathlib.Path) -> None:
 
 
 def write_all(root: pathlib.Path, only: str | None = None) -> list[pathlib.Path]:
-    """Writes what `rebuild` makes; returns the paths."""
+    """Writes what `rebuild` makes, removes figures that are no more; returns the paths."""
     made = rebuild(root, only=only)
+    for old in set(root.glob(f"{only or '*'}/*/figures/*.svg")) - set(made):
+        old.unlink()
     for path, text in made.items():
         write_atomically(path, text)
     return list(made)

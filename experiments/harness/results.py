@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -44,6 +45,21 @@ class Results:
     def figures(self) -> Mapping[str, str]:
         """The paper's figures, {name: SVG text}, those that have lines."""
         return {name: svg for name, svg in self.paper.figures(self.records).items() if svg}
+
+    def figures_beside(self, table: str) -> list[str]:
+        """Returns the names of the figures that belong to a table; "": those that go with none.
+
+        A figure belongs to the first of the tables whose names share most words with its own, from
+        the first word on: "memory-against-length" to "memory-forward".
+        """
+        names = [shown.name for shown in self.tables]
+        return [f for f in self.figures if max(["", *names], key=lambda t: _shared(f, t)) == table]
+
+
+def _shared(one: str, two: str) -> int:
+    """Returns how many words two names begin with alike."""
+    pairs = zip(one.split("-"), two.split("-"), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def collect(paper: Paper, folder: pathlib.Path, name: str = "") -> Results:

@@ -1,6 +1,7 @@
 """What is shown is made of the records alone, in the same bytes every time."""
 
 import dataclasses
+import html
 import json
 import pathlib
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from tilescan.experiments import report
 from tilescan.experiments.harness import cells as cells_lib
-from tilescan.experiments.harness import claims, figures, markdown, publish, tables
+from tilescan.experiments.harness import claims, figures, layout, markdown, publish, tables
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import runner as harness
 from tilescan.experiments.harness.results import collect
@@ -80,13 +81,18 @@ def test_publish_writes_tables_figures_and_pages(toy, tmp_path, capsys):
     assert "| [x2](cpu/cells/x2.json) | 0 |" in markdown
     page = (root / "toy" / "index.html").read_text()
     assert "Values &lt;of x&gt;" in page and 'src="cpu/figures/values.svg"' in page
+    assert page.index('id="cpu-table-values"') < page.index('id="cpu-figure-values"')
+    assert "Y against x: panel." in page and "<code>tilescan run toy --scale=cpu</code>" in page
     assert 'href="toy/index.html#cpu-grows"' in (root / "index.html").read_text()
+    stale = folder / "figures" / "old.svg"
+    stale.write_text("<svg/>")
     for page in (root / "index.html", root / "toy" / "index.html"):
         text = page.read_text()
-        assert "http" not in text and "<script" not in text
+        assert "http" not in text and "<script src" not in text
+        assert text.count("<script>") == 1 and 'data-status="shown"' in text
         xml.etree.ElementTree.fromstring(text.split("\n", 1)[1])  # every tag is closed
 
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p != stale}
     assert report.main(["--results", str(root)]) == 0
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
@@ -133,7 +139,7 @@ def test_figure_is_deterministic_svg_with_every_line():
     assert first == figures.line_chart(panels, **options)
     assert xml.etree.ElementTree.fromstring(first).tag.endswith("svg")
     assert "stroke-dasharray" in first
-    assert all(color in first for color in figures.COLORS[:2])
+    assert all(color in first for color in layout.COLORS[:2])
 
 
 def test_results_of_forty_four_papers_fit_in_one_page():
@@ -148,11 +154,17 @@ def test_results_of_forty_four_papers_fit_in_one_page():
     assert len(text.encode()) < 100_000
 
 
+def undrawn(figure, caption):
+    """Returns what pages say of a figure, without its lines."""
+    width = 72 * figure.get_figwidth()
+    return f'<svg width="{width}pt"><title>{html.escape(caption)}</title></svg>'
+
+
 @pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_committed_results_are_exactly_what_the_committed_records_give(drawn, monkeypatch):
     """Figures are laid out, and drawn by the slow test alone: nothing else reads their bytes."""
     if not drawn:
-        monkeypatch.setattr(figures, "_to_svg", lambda figure: "<svg/>")
+        monkeypatch.setattr(figures, "_to_svg", undrawn)
     code = json.loads((ROOT / "results" / "code.json").read_text("utf-8"))
     made = publish.rebuild(ROOT / "results", code)
     wrong = [
