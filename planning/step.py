@@ -73,8 +73,8 @@ def compile_step(config: config_lib.Config, devices: list, topology: str | None 
     Raises:
       ValueError: a batch, a length or a mesh that does not fit the devices.
     """
-    # The mesh.
-    c = config_lib.settings(config)
+    # The settings on these devices, and the mesh.
+    c = config_lib.settings(config).on(devices[0].platform)
     try:
         mesh = sharding.make_mesh(c.mesh, devices)
     except NotImplementedError as error:  # JAX lays no other axis on a torus

@@ -35,7 +35,7 @@ def train_carried(
     Raises:
       FloatingPointError: the loss is not finite.
     """
-    c, folder = config_lib.settings(config), work.prepare(workdir)
+    c, folder = config_lib.settings(config).on(jax.default_backend()), work.prepare(workdir)
     model = inputs.make_model(c)
     tx, rate = make_optimizer(c.optimizer, c.train.steps)
 

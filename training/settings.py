@@ -9,6 +9,8 @@ import math
 import re
 from typing import Any
 
+import jax
+
 from tilescan.models import LanguageModelConfig
 from tilescan.models.stream_bp import check_streamed
 from tilescan.ops.sequence_parallel import layouts
@@ -19,6 +21,8 @@ OPTIMIZERS = ("adamw", "adam", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
 ENDLESS = ("constant", "inverse_sqrt")  # schedules that don't look at a run's end
 PACKINGS = ("packed", "whole", "contiguous")
+DTYPES = ("float32", "bfloat16")
+AUTO = "auto"  # a compute dtype that the devices decide
 
 
 class ConfigError(ValueError):
@@ -191,11 +195,19 @@ class PrecisionConfig:
     # Of the parameters. Moments are always float32, and for bfloat16 so are the master copies that
     # updates are added to (4 bytes more a parameter): small updates are never rounded away.
     param_dtype: str = "float32"
-    compute_dtype: str = "float32"  # of activations; bfloat16 on accelerators. Loss: always float32
+    # Of activations; auto: bfloat16 on accelerators, float32 on CPUs. The loss is always float32.
+    compute_dtype: str = AUTO
 
     def __post_init__(self):
-        for field in ("param_dtype", "compute_dtype"):
-            _one_of(f"precision.{field}", getattr(self, field), ("float32", "bfloat16"))
+        _one_of("precision.param_dtype", self.param_dtype, DTYPES)
+        _one_of("precision.compute_dtype", self.compute_dtype, (*DTYPES, AUTO))
+
+    def on(self, platform: str) -> "PrecisionConfig":
+        """Returns it with what "auto" is on a platform: "cpu", or that of an accelerator."""
+        if self.compute_dtype != AUTO:
+            return self
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+        return dataclasses.replace(self, compute_dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +290,7 @@ class Settings:
 
         # The model, and how its sequences are streamed and sharded.
         try:
-            model = self.model_config(vocab_size=1)
+            model = self._model_config(vocab_size=1, dtype="float32")
             if self.train.stream_chunks:
                 check_streamed(model, self.train.stream_chunks, self.mesh.sequence)
         except (TypeError, ValueError) as error:
@@ -303,13 +315,22 @@ class Settings:
         return self.model.get("sequence_balance", "contiguous")
 
     def model_config(self, vocab_size: int) -> LanguageModelConfig:
-        """Returns the model's configuration; `vocab_size` is used if config.model has none."""
+        """Returns the model's configuration; `vocab_size` is used if config.model has none.
+
+        Where nothing says its dtype, it is the one for this machine's devices.
+        """
+        precision = self.precision
+        if precision.compute_dtype == AUTO:
+            precision = precision.on(jax.default_backend())
+        return self._model_config(vocab_size, precision.compute_dtype)
+
+    def on(self, platform: str) -> "Settings":
+        """Returns the settings with what precision.compute_dtype=auto is on a platform."""
+        return dataclasses.replace(self, precision=self.precision.on(platform))
+
+    def _model_config(self, vocab_size: int, dtype: str) -> LanguageModelConfig:
         set_ = self.model.get("vocab_size")
         model = self.model | {"vocab_size": vocab_size if set_ is None else set_}
         if model.get("max_len") is None:
             model["max_len"] = default_max_len(self.data.seq_len)
-        return LanguageModelConfig(
-            **model,
-            dtype=self.precision.compute_dtype,
-            param_dtype=self.precision.param_dtype,
-        )
+        return LanguageModelConfig(**model, dtype=dtype, param_dtype=self.precision.param_dtype)

@@ -86,11 +86,12 @@ def train(
         OSError: the work folder cannot be written.
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after saving.
     """
-    c = config_lib.settings(config)
+    asked = config_lib.settings(config)
     workdir = work.prepare(workdir)
 
-    # Mesh.
-    mesh = sharding.make_mesh(c.mesh)
+    # Mesh, and the dtype that its devices compute in.
+    mesh = sharding.make_mesh(asked.mesh)
+    c = work.with_compute_dtype(asked, workdir)
     sharding.check_batch(mesh, c.data.batch_size, c.train.microbatches)
     shard = sharding.data_shard(mesh)
     rows = local_rows(c, shard[1])
@@ -139,7 +140,8 @@ def train(
         recorder = work.start_records(workdir, c, restored)
         stack.callback(recorder.close)
         if c.train.progress and jax.process_index() == 0:
-            summary = work.summary(c, abstract_state.params, mesh, restored)
+            auto = c.precision != asked.precision
+            summary = work.summary(c, abstract_state.params, mesh, restored, auto)
             print(summary, file=sys.stderr, flush=True)
 
         # Evaluations.

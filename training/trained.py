@@ -16,16 +16,13 @@ from tilescan.training import inputs, steps
 from tilescan.training.checkpoints import Checkpoints, UnusableCheckpoint
 from tilescan.training.optimizers import make_optimizer
 from tilescan.training.settings import Settings
+from tilescan.training.workdir import saved_steps, with_compute_dtype
 
 
 def finished_step(config: ConfigDict, workdir: str | os.PathLike) -> int | None:
     """Returns the newest step that a run in `workdir` saved, None before the last of its steps."""
-    folder = epath.Path(workdir) / "checkpoints"
-    if not folder.exists():
-        return None
-    saved = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
     last = config_lib.settings(config).train.steps
-    return last if last in saved else None
+    return last if last in saved_steps(workdir) else None
 
 
 def load_trained(
@@ -42,7 +39,7 @@ def load_trained(
       UnusableCheckpoint: the run did not reach its last step, or the checkpoint is damaged or of
         another model.
     """
-    c = config_lib.settings(config)
+    c = with_compute_dtype(config_lib.settings(config), workdir)
     model = inputs.make_model(c) if model is None else model
     if finished_step(config, workdir) is None:
         raise UnusableCheckpoint(
@@ -87,8 +84,7 @@ def load_run(workdir: str | os.PathLike) -> Run:
     c = config_lib.settings(config)
     if c.task != "language_model":
         raise ValueError(f"{workdir} is a run of task {c.task!r}; a language model is needed")
-    found = (workdir / "checkpoints").iterdir()
-    saved = [int(path.name) for path in found if path.name.isdigit()]
+    saved = saved_steps(workdir)
     if not saved:
         raise UnusableCheckpoint(
             f"{workdir} holds no checkpoint yet: the first comes at step "

@@ -1,6 +1,7 @@
 """The work folder of a run: proof that it can be written, its records, what a full disk says."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from tilescan.training.checkpoints import CheckpointError, Checkpoints, is_full_
 from tilescan.training.environment import environment
 from tilescan.training.metrics import Recorder
 from tilescan.training.paths import writable_path, write_whole
-from tilescan.training.settings import Settings
+from tilescan.training.settings import AUTO, Settings
 
 
 def prepare(workdir: str | os.PathLike) -> epath.Path:
@@ -52,6 +53,37 @@ def full_disk_is_named(workdir: epath.Path, saver: Checkpoints) -> Iterator[None
         raise CheckpointError(f"the disk of {workdir} is full. {saver.standing()}") from error
 
 
+def with_compute_dtype(
+    c: Settings, workdir: str | os.PathLike, platform: str | None = None
+) -> Settings:
+    """Returns the settings with what precision.compute_dtype=auto is in a work folder.
+
+    A run that has a checkpoint keeps the dtype it began with; a new one takes the devices'.
+
+    Args:
+        c: the settings.
+        workdir: the run's work folder.
+        platform: of the devices; None takes this machine's.
+    """
+    workdir = epath.Path(workdir)
+    if c.precision.compute_dtype != AUTO:
+        return c
+    if saved_steps(workdir):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads((workdir / "config.json").read_text())["precision"]["compute_dtype"]
+            return dataclasses.replace(
+                c, precision=dataclasses.replace(c.precision, compute_dtype=kept)
+            )
+    return c.on(jax.default_backend() if platform is None else platform)
+
+
+def saved_steps(workdir: str | os.PathLike) -> list[int]:
+    """Returns the steps of a run's checkpoints, in no order; none where there is no run."""
+    folder = epath.Path(workdir) / "checkpoints"
+    found = folder.iterdir() if folder.exists() else ()
+    return [int(path.name) for path in found if path.name.isdigit()]
+
+
 def start_records(workdir: epath.Path, c: Settings, restored: int | None) -> Recorder:
     """Opens the records: process 0's in the work folder, the others' in folders below it."""
     first = jax.process_index() == 0
@@ -69,7 +101,9 @@ def start_records(workdir: epath.Path, c: Settings, restored: int | None) -> Rec
     )
 
 
-def summary(c: Settings, params: PyTree, mesh: Mesh, restored: int | None) -> str:
+def summary(
+    c: Settings, params: PyTree, mesh: Mesh, restored: int | None, auto: bool = False
+) -> str:
     """Says in a line what a run is about to do: its size, its devices, where it starts.
 
     Args:
@@ -77,6 +111,7 @@ def summary(c: Settings, params: PyTree, mesh: Mesh, restored: int | None) -> st
         params: the model's parameters, or their shapes.
         mesh: the devices.
         restored: the step that it goes on from, None at the beginning.
+        auto: whether precision.compute_dtype was left to the devices.
     """
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     kind = mesh.devices.flat[0].device_kind
@@ -87,8 +122,8 @@ def summary(c: Settings, params: PyTree, mesh: Mesh, restored: int | None) -> st
         start = f"already finished at step {restored}"
     return (
         f"{count:,} parameters in {c.precision.param_dtype}, computed in "
-        f"{c.precision.compute_dtype}; {c.data.batch_size * c.data.seq_len:,} tokens a step on "
-        f"{mesh.size} x {kind}; {start}"
+        f"{c.precision.compute_dtype}{' (auto)' if auto else ''}; "
+        f"{c.data.batch_size * c.data.seq_len:,} tokens a step on {mesh.size} x {kind}; {start}"
     )
 
 

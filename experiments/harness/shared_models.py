@@ -14,8 +14,13 @@ from tilescan.experiments.harness import records as records_lib
 from tilescan.training import config as config_lib
 from tilescan.training.train import train
 
-# Of a training config, where a model's settings do not say otherwise.
-_DEFAULTS = {"train.progress": False, "train.tensorboard": False, "train.keep": 1}
+# Of a training config, where a model's settings do not say otherwise, on all devices.
+_DEFAULTS = {
+    "precision.compute_dtype": "float32",
+    "train.progress": False,
+    "train.tensorboard": False,
+    "train.keep": 1,
+}
 # What `train_as_set` reads of a model's settings.
 _KEYS = ("train", "task", "options", "train_examples")
 # make(config, folder): trains in a work folder, as `training.train.train` does.

@@ -28,8 +28,10 @@ from tilescan.training.trained import abstract_tokens
 # Standard attention is the definition, by the whole matrix of scores; tiled is the op's default.
 _ATTENTION = {STANDARD: {"model.attention_implementation": "reference"}, TILED: {}}
 _LAST_ROWS = 10  # of a classifier's training, over which its accuracy and loss are means
-# A cell is the unit that is resumed: no checkpoints inside, and no other noise.
-_QUIET = {
+# A cell is the unit that is resumed: no checkpoints inside, and no other noise. Its result depends
+# on its settings: where they name no dtype of the computation, it is float32 on all devices.
+_DEFAULTS = {
+    "precision.compute_dtype": "float32",
     "train.checkpoint_every": 0,
     "train.progress": False,
     "train.tensorboard": False,
@@ -43,7 +45,7 @@ def training_config(keys: Mapping[str, Any], seed: int) -> ConfigDict:
       KeyError, TypeError: an unknown key, or a value of another type.
     """
     config = config_lib.default_config()
-    config.update_from_flattened_dict({**_QUIET, **keys, "seed": seed})
+    config.update_from_flattened_dict({**_DEFAULTS, **keys, "seed": seed})
     return config
 
 

@@ -52,7 +52,7 @@ def run(tmp_path_factory):
 def test_a_start_is_summed_up(run, capsys):
     found = load_run(run)
     count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
-    text = "in float32, computed in float32; 128 tokens a step on"
+    text = "in float32, computed in float32 (auto); 128 tokens a step on"
     assert train(run) == 0
     err = capsys.readouterr().err
     assert err.startswith(f"{count:,} parameters {text}") and "already finished at step 1" in err

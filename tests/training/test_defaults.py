@@ -51,7 +51,7 @@ WORK = {
     "data.max_documents": (1, 10**6),
     "data.eval_stride": (1, 256),
     "precision.param_dtype": ("float32",),
-    "precision.compute_dtype": ("bfloat16",),
+    "precision.compute_dtype": ("bfloat16", "float32"),
     "classifier.n_classes": (2,),
     "classifier.pooling": ("last",),
     "mesh.data": (1,),

@@ -1,5 +1,7 @@
 """A run's model is read back from its work folder, and another run starts from its parameters."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 from tilescan.data.batches import BatchDataset
 from tilescan.training import steps
 from tilescan.training.checkpoints import UnusableCheckpoint
-from tilescan.training.config import default_config
+from tilescan.training.config import default_config, settings
 from tilescan.training.train import train
 from tilescan.training.trained import load_trained
+from tilescan.training.workdir import with_compute_dtype
 
 
 def config(**keys):
@@ -67,6 +70,22 @@ def test_a_run_starts_from_given_parameters(first, tmp_path, dtype):
     for a, b, kept in zip(*map(jax.tree.leaves, (start, ended, params)), strict=True):
         np.testing.assert_array_equal(a.astype(b.dtype), b)
         np.testing.assert_array_equal(a, kept)  # the caller's are not donated
+
+
+def test_a_run_keeps_the_dtype_that_its_first_devices_chose(first, tmp_path):
+    """What "auto" was stands in config.json; an explicit dtype is never changed."""
+    chosen = lambda *args, **keys: with_compute_dtype(settings(config(**keys)), *args).precision
+    kept = json.loads((first / "config.json").read_text())
+    assert kept["precision"]["compute_dtype"] == "float32"
+    assert chosen(first, "tpu").compute_dtype == "float32"
+    assert chosen(tmp_path, "tpu").compute_dtype == "bfloat16"
+    assert chosen(tmp_path).compute_dtype == "float32"
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    (tmp_path / "config.json").write_text('{"precision": {"compute_dtype": "bfloat16"}}')
+    assert chosen(tmp_path).compute_dtype == "bfloat16"
+    explicit = {"precision.compute_dtype": "float32"}
+    assert chosen(tmp_path, "tpu", **explicit).compute_dtype == "float32"
+    assert settings(config()).on("cuda").model_config(8).dtype == jnp.bfloat16
 
 
 def test_masters_start_from_the_exact_values():
