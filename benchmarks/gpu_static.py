@@ -79,6 +79,10 @@ def main() -> int:
         if "error" in report:
             table.add_row(job["kernel"], str(job["head_dim"]), job["mask"], report["error"][:60])
     console.print(table)
+    for warning in {
+        r["versions"]["warning"] for r in reports if "warning" in r.get("versions", ())
+    }:
+        console.print(f"warning: {warning}", markup=False)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"note": NOTE, "rows": records}, indent=1) + "\n")
     return 0

@@ -23,7 +23,7 @@ from tilescan.ops.arrays import AnyArray, check_number
 from tilescan.ops.attention_operands import Bias, Offset
 from tilescan.ops.decode_attention import decode_attention, merge_partials
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
-from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.lowering import choose_when_lowered, note, other_platform
 from tilescan.ops.mask_placed import is_placed
 from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sizes import check_sizes
@@ -310,6 +310,7 @@ def _dispatch(direction, options, *arrays, exact=False):
             reason = reason or module.unsupported(q, k, v, bias, mask, q_offset)
             if reason is not None and options.implementation == "pallas":
                 raise ValueError(f'implementation="pallas": {reason}')
+            note("attention", reason)
             module = attention_xla if reason else module
 
         # `exact` is XLA's alone; of kernels it is made from their lse.
@@ -333,6 +334,7 @@ def _dispatch(direction, options, *arrays, exact=False):
                 'implementation="pallas" has kernels for TPUs and Hopper GPUs, and this program is '
                 f'lowered for {platform}; implementation="xla" or None runs anywhere'
             )
+        note("attention", other_platform("TPUs and Hopper GPUs", platform))
         return None
 
     xla = functools.partial(call, attention_xla)

@@ -27,13 +27,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from tilescan.ops.attention_xla import LOG2_E, exp2, varying
-from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.lowering import NO_KERNEL, choose_when_lowered, note, other_platform
 from tilescan.ops.reverse_mode import written_vjp
 
 # Steps of a chunk where none are asked for.
 CHUNK = {"cpu": 64, "cuda": 64, "rocm": 64, "tpu": 128}
 IMPLEMENTATIONS = ("xla", "pallas", None)
 KERNELS = {"tpu": "tilescan.ops.chunked_scan_tpu", "cuda": "tilescan.ops.chunked_scan_gpu"}
+OP = "ssd, gated_linear_attention"  # what this is the core of
 SUBCHUNK = 16
 # Floats of the C x C matrices that are computed together on CPUs, so that they stay in a cache.
 CACHED = 2**17
@@ -127,6 +128,8 @@ def _dispatch(direction, chunk, implementation, *arrays):
     def kernel(platform, *arrays):
         module = importlib.import_module(KERNELS[platform])
         reason = module.unsupported(*arrays[:5], chunk)
+        if implementation is None:
+            note(OP, reason)
         if reason is None:
             return getattr(module, direction)(*arrays, chunk=chunk)
         if implementation == "pallas":
@@ -143,23 +146,27 @@ def _dispatch(direction, chunk, implementation, *arrays):
                 f'implementation="pallas" has kernels for {", ".join(KERNELS)}, and this program '
                 f'is lowered for {platform}; implementation="xla" or None runs anywhere'
             )
+        if implementation is None:
+            note(OP, other_platform("TPUs and Hopper GPUs", platform))
         return None if platform == "cpu" else on(platform)
 
     return choose_when_lowered(pick, on("cpu"), *arrays)
 
 
-def on_platform(f: Callable[..., PyTree], chunk: int | None, *arrays: Array) -> PyTree:
+def on_platform(op: str, f: Callable[..., PyTree], chunk: int | None, *arrays: Array) -> PyTree:
     """Returns f(*arrays, chunk=C, cached=...) with the platform's C and whether it is a CPU.
 
-    cached: whether f is to compute a few chunks at a time.
+    op: what f is of, an op without kernels. cached: whether f is to compute a few chunks at a time.
     """
 
     def of(platform):
         return functools.partial(f, chunk=chunk or CHUNK[platform], cached=platform == "cpu")
 
-    return choose_when_lowered(
-        lambda platform: None if platform == "cpu" else of(platform), of("cpu"), *arrays
-    )
+    def pick(platform):
+        note(op, NO_KERNEL)
+        return None if platform == "cpu" else of(platform)
+
+    return choose_when_lowered(pick, of("cpu"), *arrays)
 
 
 def forward(

@@ -154,7 +154,7 @@ def _checked(q, k, v, beta, log_decay, scale, initial_state, segment_ids, chunk)
 @functools.partial(jax.jit, static_argnums=6)
 @functools.partial(written_vjp, nondiff_argnums=(6,))
 def _delta(q, k, v, log_decay, beta, initial_state, chunk):
-    return on_platform(_forward, chunk, q, k, v, log_decay, beta, initial_state)
+    return on_platform("delta_rule", _forward, chunk, q, k, v, log_decay, beta, initial_state)
 
 
 def _delta_fwd(*arguments):
@@ -162,7 +162,7 @@ def _delta_fwd(*arguments):
 
 
 def _delta_bwd(chunk, inputs, cotangents):
-    return on_platform(_backward, chunk, *inputs, *cotangents)
+    return on_platform("delta_rule", _backward, chunk, *inputs, *cotangents)
 
 
 _delta.__wrapped__.defvjp(_delta_fwd, _delta_bwd)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Inexact, PyTree
 
 from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention_xla import varying
-from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.lowering import choose_when_lowered, note, other_platform
 from tilescan.ops.reverse_mode import written_vjp
 
 # Steps that are scanned at once where the scan is associative.
@@ -84,7 +84,7 @@ def _scan(a, b, state, reverse, after, implementation):
     def kernel(module):
         return functools.partial(module.scan, reverse=reverse, after=after)
 
-    return choose(implementation, _KERNELS, on, kernel, a, b, state)
+    return choose("linear_recurrence", implementation, _KERNELS, on, kernel, a, b, state)
 
 
 def _scan_fwd(a, b, state, reverse, after, implementation):
@@ -128,7 +128,8 @@ def _gradient(a, h, state, dh, dlast, reverse, implementation):
     def kernel(module):
         return functools.partial(module.gradient, reverse=reverse)
 
-    return choose(implementation, _KERNELS, on, kernel, a, h, state, dh, dlast)
+    arrays = a, h, state, dh, dlast
+    return choose("linear_recurrence", implementation, _KERNELS, on, kernel, *arrays)
 
 
 def _gradient_fwd(*arguments):
@@ -145,6 +146,7 @@ _gradient.defvjp(_gradient_fwd, _gradient_bwd)
 
 
 def choose(
+    op: str,
     implementation: str | None,
     kernels: Mapping[str, str],
     xla: Callable[[str], Callable],
@@ -154,6 +156,7 @@ def choose(
     """Returns `kernel(module)(*arrays)` or `xla(platform)(*arrays)`, chosen when lowered.
 
     Args:
+      op: its name, for `lowering.choices`.
       implementation: "xla", "pallas" or None.
       kernels: {platform: name of the module that has its kernels}. The module's `unsupported`
         returns why it can't take the arrays, or None.
@@ -167,6 +170,7 @@ def choose(
 
     def try_kernel(module, platform, *arrays):
         reason = module.unsupported(*arrays)
+        note(op, reason)
         if reason is None:
             return kernel(module)(*arrays)
         if implementation == "pallas":
@@ -184,6 +188,7 @@ def choose(
                 'implementation="pallas" has a kernel for TPUs, and this program is lowered for '
                 f'{platform}; implementation="xla" or None runs anywhere'
             )
+        note(op, other_platform("TPUs", platform))
         return xla(platform)
 
     return choose_when_lowered(pick, xla("cpu"), *arrays)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention_xla import varying
 from tilescan.ops.explicit_axes import partitioned_by_dimensions
-from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.lowering import NO_KERNEL, choose_when_lowered, note
 from tilescan.ops.recurrence_arguments import (
     check_floating,
     check_implementation,
@@ -159,6 +159,7 @@ def _dispatch(direction, method, *arrays):
         return functools.partial(direction, method=method, block=block)
 
     def pick(platform):
+        note("long_convolution", NO_KERNEL)
         if platform == "cpu":
             return call(method or "fft", _CPU_BLOCK)
         return call(method or ("matmul" if platform == "tpu" else "fft"), _BLOCK)

@@ -2,10 +2,13 @@
 
 `jax.lax.platform_dependent` makes the same choice, but traces all alternatives first. Kernels take
 long to trace, so here only the one that is lowered is ever traced, or even imported; and the
-choice itself may raise, in words, for a platform that has none.
+choice itself may raise, in words, for a platform that has none. What was chosen, and why no kernel
+was, is told to whoever asks by `choices`.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,35 @@ from tilescan.ops.reverse_mode import NO_SECOND_DERIVATIVE
 
 _choice = Primitive("choose_when_lowered")
 _choice.multiple_results = True
+NO_KERNEL = "no platform has a kernel"
+_noted: contextvars.ContextVar[dict | None] = contextvars.ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def choices() -> Iterator[dict[str, dict[str, str | None]]]:
+    """Yields what ops choose while programs are lowered: {op: {implementation: why no kernel}}.
+
+    Implementations are "pallas", whose reason is None, and "xla". An op that was asked for one is
+    not there.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    token = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(token)
+
+
+def note(op: str, why: str | None) -> None:
+    """Notes an op's choice: the kernel, or XLA where `why` says why there is no kernel for it."""
+    found = _noted.get()
+    if found is not None:
+        found.setdefault(op, {})["xla" if why else "pallas"] = why
+
+
+def other_platform(kernels: str, platform: str) -> str:
+    """Returns why a platform has no kernel; kernels: what there are kernels for."""
+    return f"kernels are for {kernels}, not for {platform}"
 
 
 def choose_when_lowered(

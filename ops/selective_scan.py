@@ -151,7 +151,7 @@ def _core(x, dt, A, B, C, h, first, implementation):
 
 def _core_fwd(x, dt, A, B, C, h, first, implementation):
     y, h, starts = diagonal_scan.choose(
-        implementation, _KERNELS, _on_platform(_forward, _loop, _tree),
+        "selective_scan", implementation, _KERNELS, _on_platform(_forward, _loop, _tree),
         lambda module: module.forward, x, dt, A, B, C, h, first,
     )  # fmt: skip
     return (y, h), (x, dt, A, B, C, first, starts)
@@ -159,7 +159,7 @@ def _core_fwd(x, dt, A, B, C, h, first, implementation):
 
 def _core_bwd(implementation, residuals, cotangents):
     grads = diagonal_scan.choose(
-        implementation, _KERNELS, _on_platform(_backward, _loop_vjp, _tree_vjp),
+        "selective_scan", implementation, _KERNELS, _on_platform(_backward, _loop_vjp, _tree_vjp),
         lambda module: module.backward, *residuals, *cotangents,
     )  # fmt: skip
     return *grads, None

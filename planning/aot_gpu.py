@@ -475,6 +475,8 @@ def _child() -> None:
     import jax
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
+    from tilescan.training.environment import compiler_warning
+
     device = topologies.h100s("1x1x1")[0]
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=132, platform="gpu")
     sharding = SingleDeviceSharding(device)
@@ -486,6 +488,8 @@ def _child() -> None:
         name: metadata.version(name)
         for name in ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm")
     }
+    if warning := compiler_warning("cuda"):
+        versions["warning"] = warning
     for line in sys.stdin:
         for path in glob.glob(f"{dump}/*"):
             os.remove(path)

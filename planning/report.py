@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tilescan.planning import chips, counts, topologies
 from tilescan.planning.compiled import memory as program_memory
 from tilescan.planning.step import compile_step
 from tilescan.training.collectives import Collective, collectives, remote_kernels
 from tilescan.training.config import Config
+from tilescan.training.environment import compiler_warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Plan:
       bounds: {"compute", "memory", "links"}: seconds, each less than any step takes.
       compiler_seconds: its own estimate, where it makes one that means something.
       kernels: names of the Pallas kernels.
+      dtypes: of "parameters", "computation" and "moments" (and "masters", where there are some).
+      choices: {op: {"pallas" or "xla": why there is no kernel for it, None of a kernel}}, of ops
+        that were asked for neither.
+      warnings: what is wrong with the compiler for these devices.
       seconds: that compiling took.
     """
 
@@ -61,6 +67,9 @@ class Plan:
     bounds: dict[str, float]
     compiler_seconds: float | None
     kernels: tuple[str, ...]
+    dtypes: dict[str, str]
+    choices: dict[str, dict[str, str | None]]
+    warnings: tuple[str, ...]
     seconds: float
 
     @property
@@ -134,6 +143,14 @@ def report(config: Config, topology: str | None, memory: float | None = None) ->
         bounds={},
         compiler_seconds=None if step.compiled is None else _own_estimate(step.compiled, hlo),
         kernels=tuple(pallas_kernels(hlo)),
+        dtypes={
+            "parameters": _dtypes(state.params),
+            "computation": jnp.dtype(step.model.dtype).name,
+            "moments": _dtypes(state.opt_state),
+            **({"masters": _dtypes(state.masters)} if state.masters is not None else {}),
+        },
+        choices=step.choices,
+        warnings=tuple(filter(None, [compiler_warning(topologies.platform(topology))])),
         seconds=step.seconds,
     )
     return dataclasses.replace(plan, bounds=_bounds(plan, chip))
@@ -145,6 +162,13 @@ def pallas_kernels(hlo: str) -> list[str]:
         r'^ *(?:ROOT )?%(\S+) = .*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"', hlo, re.M
     )
     return sorted({re.sub(r"(\.\d+|\.refs_\d+_)+$", "", name) for name in calls})
+
+
+def _dtypes(tree: Any) -> str:
+    """Returns the floating dtypes of a tree, in words."""
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(tree)}
+    floating = sorted(d.name for d in dtypes if jnp.issubdtype(d, jnp.inexact))
+    return " and ".join(floating) or "none"
 
 
 def _bytes_of_a_device(tree: Any) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from tilescan.models import LanguageModelConfig
+from tilescan.ops import lowering
 from tilescan.planning import topologies
 from tilescan.training import config as config_lib
 from tilescan.training import inputs, sharding, steps, train
@@ -49,6 +50,7 @@ class Step:
       state, batch: the step's arguments, shapes with their shardings.
       compiled: the program, None if the compiler refused for lack of memory.
       refusal: why, None if it did not.
+      choices: implementations that ops chose, as of `ops.lowering.choices`.
       seconds: that compiling took.
     """
 
@@ -59,6 +61,7 @@ class Step:
     batch: dict[str, jax.ShapeDtypeStruct]
     compiled: jax.stages.Compiled | None
     refusal: Refusal | None
+    choices: dict[str, dict[str, str | None]]
     seconds: float
 
 
@@ -97,7 +100,7 @@ def compile_step(config: config_lib.Config, devices: list, topology: str | None 
     step = steps.make_train_step(train.make_loss(model, c), tx, rate, c.train.microbatches)
     compiled, refusal, start = None, None, time.perf_counter()
     try:
-        with sharding.use(mesh):
+        with sharding.use(mesh), lowering.choices() as choices:
             out = (shardings, sharding.replicated(mesh))
             traced = jax.jit(step, out_shardings=out, donate_argnums=0).trace(state, batch)
             platform = topologies.platform(topology)
@@ -107,7 +110,7 @@ def compile_step(config: config_lib.Config, devices: list, topology: str | None 
         if refusal is None:
             raise
     seconds = time.perf_counter() - start
-    return Step(c, mesh, model.config, state, batch, compiled, refusal, seconds)
+    return Step(c, mesh, model.config, state, batch, compiled, refusal, choices, seconds)
 
 
 def _batch(c: Settings, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

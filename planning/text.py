@@ -1,5 +1,7 @@
 """A `Plan` in words: what `tilescan plan` prints."""
 
+import re
+
 from tilescan.planning.chips import CHIPS, GIB
 from tilescan.planning.report import Plan
 from tilescan.planning.topologies import generation
@@ -25,9 +27,12 @@ def text(p: Plan) -> str:
         f"devices        {p.devices} x {p.device}",
         f"mesh           {axes}",
         f"parameters     {p.parameters:,}",
+        f"dtypes         {', '.join(f'{name} {dtype}' for name, dtype in p.dtypes.items())}",
         f"tokens a step  {p.tokens:,}",
         f"               {p.batch:,} x {p.seq_len:,}; a device holds {part:,} of a sequence",
         f"Pallas kernels {', '.join(p.kernels) or 'none'}",
+        *_choices(p),
+        *(f"warning: {warning}" for warning in p.warnings),
         *_bytes(p),
         "FLOPs of a step, by formulas (6 x weights x tokens, scores, states):",
         f"  {p.model_operations:>12.4g}  of the model, on sequences of full length",
@@ -56,6 +61,17 @@ def size(count: float) -> str:
         if count >= scale / 10:
             return f"{count / scale:,.2f} {unit}"
     return f"{count:,.0f} bytes"
+
+
+def _choices(p: Plan) -> list[str]:
+    """Formats what each op is computed by, and why it is not a kernel."""
+    # The reasons end with what to ask for instead, which is what was chosen here.
+    lines = ["ops that have a choice:"] if p.choices else []
+    for op, chosen in sorted(p.choices.items()):
+        for implementation, why in chosen.items():
+            why = re.sub(r"[,;]( and| or use)? implementation=.*", "", why or "", flags=re.S)
+            lines.append(f"  {op}: " + (f"XLA ({why})" if implementation == "xla" else "kernel"))
+    return lines
 
 
 def _bytes(p: Plan) -> list[str]:

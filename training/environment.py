@@ -8,6 +8,8 @@ import subprocess
 
 import jax
 
+from tilescan.ops.attention_gpu import is_hopper
+
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -66,6 +68,25 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def compiler_warning(platform: str | None) -> str | None:
+    """Returns what is wrong with the compiler for the kernels of a platform, None if nothing is.
+
+    With nvidia-nvjitlink, which jax[cuda13] brings, kernels are compiled as relocatable code, and
+    ptxas then ignores setmaxnreg, by which warps of Hopper kernels share their registers.
+    """
+    if platform not in ("gpu", "cuda") or not is_hopper():
+        return None
+    try:
+        version = importlib.metadata.version("nvidia-nvjitlink")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return (
+        f"with nvidia-nvjitlink {version} installed, kernels for Hopper GPUs spill registers "
+        "(attention's backward pass above all): `pip uninstall nvidia-nvjitlink`, which only "
+        "jax.numpy.linalg on GPUs needs"
+    )
 
 
 def environment() -> dict:

@@ -36,6 +36,7 @@ from tilescan.training.checkpoints import (
     DataIterator,
     UnusableCheckpoint,
 )
+from tilescan.training.environment import compiler_warning
 from tilescan.training.interrupts import Interrupts
 from tilescan.training.optimizers import check_groups, make_optimizer
 from tilescan.training.settings import Settings
@@ -141,8 +142,10 @@ def train(
         stack.callback(recorder.close)
         if c.train.progress and jax.process_index() == 0:
             auto = c.precision != asked.precision
-            summary = work.summary(c, abstract_state.params, mesh, restored, auto)
-            print(summary, file=sys.stderr, flush=True)
+            print(work.summary(c, abstract_state.params, mesh, restored, auto), file=sys.stderr)
+            if warning := compiler_warning(mesh.devices.flat[0].platform):
+                print(f"warning: {warning}", file=sys.stderr)
+            sys.stderr.flush()
 
         # Evaluations.
         def evaluate(step: int, split: str) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int32, PyTree
 
 from tilescan.ops import masks
 from tilescan.ops.decode_attention import merge_partials
-from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.lowering import choose_when_lowered, note
 from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sequence_parallel import layouts, ring_attention_tpu, shard_attention
 
@@ -185,6 +185,7 @@ def _by_kernels(direction, like, options, *arrays):
                 f'{platform}; transfers="xla" or None, which is '
                 'attention_sequence_parallel="ring" of a model, runs anywhere'
             )
+        note("ring_attention", None)
         return call
 
     return choose_when_lowered(pick, functools.partial(like, options.by_collectives()), *arrays)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int32, PyTree
 
 from tilescan.ops.attention_xla import varying
-from tilescan.ops.lowering import choose_when_lowered
+from tilescan.ops.lowering import choose_when_lowered, note, other_platform
 from tilescan.ops.reverse_mode import written_vjp
 from tilescan.ops.sequence_parallel import all_scan_tpu
 
@@ -162,7 +162,11 @@ def _all_scan(A, S, schedule):
     """Computes S_in by remote copies in a kernel on TPUs, where it can; else by collectives."""
 
     def pick(platform):
-        if platform != "tpu" or all_scan_tpu.unsupported(A, S, schedule) is not None:
+        why = other_platform("TPUs", platform)
+        if platform == "tpu":
+            why = all_scan_tpu.unsupported(A, S, schedule)
+        note("all_scan", why)
+        if why is not None:
             return None
         return functools.partial(all_scan_tpu.scan, schedule=schedule)
 

@@ -1,6 +1,7 @@
 """`tilescan plan` compiles the real training step, for devices here and for chips elsewhere."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -14,7 +15,8 @@ from hypothesis import given, settings, strategies
 
 from tilescan.cli import main as cli
 from tilescan.models import LanguageModel, LanguageModelConfig
-from tilescan.ops import masks
+from tilescan.ops import lowering, masks
+from tilescan.ops.attention import attention
 from tilescan.planning import aot_gpu, aot_tpu, chips, topologies
 from tilescan.planning import child as plan_child
 from tilescan.planning import counts as plan_counts
@@ -22,6 +24,7 @@ from tilescan.planning import longest as plan_longest
 from tilescan.planning import text as plan_text
 from tilescan.planning.plan import plan
 from tilescan.training import config as config_lib
+from tilescan.training.environment import compiler_warning
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = (
@@ -103,12 +106,37 @@ def test_the_text_names_what_fits(ring_plan):
     assert "devices        8 x cpu\nmesh           fsdp 4, sequence 2\n" in out
     assert "fits: needs 0.01 of 0.02 GiB" in out and "collective-permute, " in out
     assert "Pallas kernels none\n" in out and "Nothing ran." in out and "bounds" not in out
+    assert "parameters float32, computation float32, moments float32\n" in out
+    assert "  attention: XLA (kernels are for TPUs and Hopper GPUs, not for cpu)\n" in out
     less = dataclasses.replace(ring_plan, memory=ring_plan.needs - 1, fits=False)
     assert plan_text.verdict(less).startswith("does not fit: needs 0.01 of 0.01 GiB")
     bounds = plan_text.text(
         dataclasses.replace(ring_plan, topology="v5p:2x2x2", bounds=dict(links=1))
     )
     assert "1 s  bytes sent at 600 GB/s, all links of a chip together" in bounds
+
+
+def test_an_op_says_why_it_has_no_kernel():
+    half = jax.ShapeDtypeStruct((1, 8, 1, 16), "float16")
+    with lowering.choices() as found:
+        jax.jit(lambda q: attention(q, q, q)).trace(half).lower(lowering_platforms=("tpu",))
+    why = "q, k and v are float16; bfloat16 and float32 have a kernel"
+    assert found == {"attention": {"xla": why}}
+
+
+def test_a_compiler_that_spills_registers_is_named(ring_plan, monkeypatch):
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError
+        return installed[name]
+
+    installed = {}
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert compiler_warning("gpu") is None
+    installed["nvidia-nvjitlink"] = "13.5.37"
+    assert compiler_warning("cpu") is compiler_warning(None) is compiler_warning("tpu") is None
+    warned = plan_text.text(dataclasses.replace(ring_plan, warnings=(compiler_warning("cuda"),)))
+    assert "\nwarning: with nvidia-nvjitlink 13.5.37 installed, kernels for Hopper GPUs" in warned
 
 
 def test_a_plan_as_json_holds_every_field(ring_plan, capsys, monkeypatch):
