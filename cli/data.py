@@ -62,34 +62,27 @@ def run(options: argparse.Namespace) -> int:
 
 def _list() -> None:
     """Prints the sources, and the exact tasks made from a seed or from a source, as tables."""
-    from rich import box, markup
-    from rich.console import Console
-    from rich.table import Table
-
+    from tilescan import terminal
     from tilescan.data import files, sources, tasks
 
-    # The registry, then the tasks.
-    table = Table(title="Sources (downloaded on first use)", box=box.SIMPLE)
-    table.add_column("name", no_wrap=True)
-    table.add_column("from", no_wrap=True)
-    table.add_column("download", justify="right", no_wrap=True)
-    table.add_column("cached", no_wrap=True)
-    table.add_column("what, license")
+    width = terminal.width()
+
+    def show(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+        print(terminal.paint(title, "bold"))
+        words = [heading != "size" for heading in headings]
+        print("\n\n".join(terminal.tables(headings, rows, width, labels=words)), end="\n\n")
+
+    found = []
     for row in sources.list_sources():
         size = f"{row['size'] / 1e6:.1f} MB" if row["size"] else "-"
-        what = f"{row['description']} [dim]({row['license']})[/dim]"
-        table.add_row(row["name"], row["kind"], size, "yes" if row["cached"] else "no", what)
-    made = Table(title="Exact tasks (data.tasks.get)", box=box.SIMPLE)
-    made.add_column("name", no_wrap=True)
-    made.add_column("what")
-    for name, summary in tasks.summaries().items():
-        made.add_row(name, markup.escape(summary))
-    console = Console()
-    console.print(table)
-    console.print(made)
-    console.print(
-        f"Sources are also: the path of {files.READ}; hf:NAME, a data set at Hugging Face."
-    )
+        cached = "cached" if row["cached"] else ""
+        about = f"{row['description']} ({row['license']})"
+        found.append((row["name"], row["kind"], size, cached, about))
+    show("Sources (downloaded on first use)", ("name", "from", "size", "", "what, license"), found)
+    named = list(tasks.summaries().items())
+    show("Exact tasks (data.tasks.get)", ("name", "what"), named)
+    also = f"Sources are also: the path of {files.READ}; hf:NAME, a data set at Hugging Face."
+    print(terminal.fill(also, width))
 
 
 def _show(name: str, offline: bool) -> None:

@@ -78,8 +78,6 @@ def run(options: argparse.Namespace) -> int:
       ValueError: lengths, ids or a model that don't fit; FileNotFoundError, CheckpointError: see
         `models.checkpoints.load_pretrained`.
     """
-    import rich.console
-
     from tilescan.experiments.measurements import state_collapse
 
     config, params, settings = runs.load(options.checkpoint)
@@ -98,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     table, verdict, figure = diagnose(
         config, params, lengths, options.train_length, tokens, options.newline
     )
-    rich.console.Console().print(table.to_rich())
+    table.show()
     print(verdict)
     options.figure.parent.mkdir(parents=True, exist_ok=True)
     options.figure.write_text(figure, encoding="utf-8")

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compiles a step, or several to find the longest sequence, and prints what it needs."""
+    from tilescan import terminal
     from tilescan.planning import longest as plan_longest
     from tilescan.planning import text as plan_text
     from tilescan.planning.plan import Plan, plan
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
     def show(p: Plan) -> None:
         text = json.dumps(dataclasses.asdict(p)) if options.json else plan_text.text(p)
-        print(text)
+        print(text if options.json else terminal.fill(text, terminal.width()))
 
     if not options.longest:
         show(plan(config, options.topology, memory=memory))

@@ -14,8 +14,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-import rich.console
-
+from tilescan import terminal
 from tilescan.experiments.harness import publish as publish_lib
 from tilescan.experiments.harness import registry
 from tilescan.experiments.harness.results import Results
@@ -25,14 +24,13 @@ _HELP = "Rebuild RESULTS.md, results/index.html and every table and figure from 
 
 def show(results: Results, folder: pathlib.Path) -> None:
     """Prints the claims and tables of one results folder."""
-    console = rich.console.Console()
-    if not console.is_terminal:  # a log has no width: give the headings theirs
-        console = rich.console.Console(width=140)
     for table in results.tables:
-        console.print(table.to_rich(), "")
+        table.show()
+    width = terminal.width()
     for claim in results.claims:
-        console.print(f"[bold]{claim.status}[/bold]  {claim.name}: {claim.evidence}")
-    console.print(f"\nRecords, tables and figures are in {folder}", highlight=False)
+        text = terminal.fill(f"{claim.status}: {claim.name} ({claim.evidence})", width)
+        print(text.replace(claim.status, terminal.paint(claim.status, "bold"), 1))
+    print(f"\nRecords, tables and figures are in {folder}")
 
 
 def rebuild_command(root: pathlib.Path, source: pathlib.Path | None) -> int:

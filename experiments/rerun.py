@@ -5,9 +5,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import rich.console
-import rich.table
-
+from tilescan import terminal
 from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness import registry, runner
 from tilescan.experiments.harness.tables import format_value
@@ -43,26 +41,21 @@ def rerun(paper: str, cell: str, folder: pathlib.Path) -> int:
 
 def show(old: records_lib.Record, new: records_lib.Record) -> None:
     """Prints the numbers of two records of one cell beside each other."""
-    table = rich.table.Table(title=f"{old.paper}: {old.cell}", title_justify="left")
-    for heading in ("number", "recorded", "again", "difference"):
-        table.add_column(heading, justify="left" if heading == "number" else "right")
+    headings, rows, width = ("number", "recorded", "again", "difference"), [], terminal.width()
     before, after = dict(numbers(old.result)), dict(numbers(new.result))
     same = 0
     for name in [*before, *(name for name in after if name not in before)]:
         a, b = before.get(name), after.get(name)
         same += a == b
-        table.add_row(name, format_value(a, 6), format_value(b, 6), _difference(a, b))
-    console = rich.console.Console()
-    console.print(table)
-    console.print(f"{same} of {table.row_count} numbers are equal in every digit.")
+        rows.append((name, format_value(a, 6), format_value(b, 6), _difference(a, b)))
+    print(terminal.paint(f"{old.paper}: {old.cell}", "bold"))
+    print(*terminal.tables(headings, rows, width, labels=(True, False, False, False)), sep="\n\n")
+    print(f"{same} of {len(rows)} numbers are equal in every digit.")
     for record, word in ((old, "recorded"), (new, "again")):
         e = record.environment
         commit = (e["commit"] or "unknown")[:10] + ("+changes" if e["modified"] else "")
-        console.print(
-            f"{word}: {record.seconds:.1f} s on {e['device']}, JAX {e['packages']['jax']}, "
-            f"commit {commit}, {e['finished']}",
-            highlight=False,
-        )
+        where = f"{e['device']}, JAX {e['packages']['jax']}, commit {commit}, {e['finished']}"
+        print(terminal.fill(f"{word}: {record.seconds:.1f} s on {where}", width))
 
 
 def numbers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,31 +2,16 @@
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import ml_collections
 
+from tilescan.experiments.harness.catalogue import Titled
 from tilescan.experiments.harness.claims import Claim
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.tables import Table
-
-# In the order in which results list them.
-FAMILIES = (
-    "kernels",
-    "state space models",
-    "sequence parallelism",
-    "architectures",
-    "training dynamics",
-    "decoding",
-    "retrieval",
-    "memorization",
-    "speech",
-    "translation",
-    "proteins",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +40,7 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Paper:
+class Paper(Titled):
     """A paper: how to measure its cells and how to read their records.
 
     Attributes:
@@ -63,7 +48,7 @@ class Paper:
       title: the paper's title, with its source.
       summary: two sentences for a reader of the results.
       short: what tables of many papers call it; the beginning of the title by default.
-      family: under which RESULTS.md lists it: one of FAMILIES.
+      family: under which RESULTS.md lists it: one of `catalogue.FAMILIES`.
       cells: the measurements that a config asks for.
       tables, claims, figures: pure functions of the records; figures gives {name: SVG text}.
     """
@@ -89,21 +74,6 @@ class Paper:
         parts = ("cells", "tables", "claims", "figures")
         found = {p: vars(m)[p] for m in modules for p in parts if callable(vars(m).get(p))}
         return cls(name=modules[0].__name__.split(".")[-2], **found, **about)
-
-    @property
-    def short_title(self) -> str:
-        """What tables of many papers call it."""
-        return self.short or self.title.partition(":")[0].partition("(")[0].strip()
-
-    @property
-    def arxiv(self) -> str:
-        """The paper's number at arXiv, which stands in its title; "" without one."""
-        found = re.search(r"arXiv (\d{4}\.\d{4,5})", self.title)
-        return found[1] if found else ""
-
-    def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise ValueError(f"family={self.family!r} is not one of {', '.join(FAMILIES)}")
 
 
 def sweep(

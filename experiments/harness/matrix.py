@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from tilescan.experiments.harness.cells import FAMILIES, Paper
+from tilescan.experiments.harness.catalogue import FAMILIES
+from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.harness.claims import NOT_SHOWN, SHOWN, Claim
 from tilescan.experiments.harness.results import Results
 

@@ -1,19 +1,16 @@
 """The papers that can be reproduced: one folder of experiments/papers and one config file each."""
 
 import importlib
-import pkgutil
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import ml_collections
 
 from tilescan.configs.common import SCALES, check_scale
-from tilescan.experiments import papers
+from tilescan.experiments.harness.catalogue import NAMES
 from tilescan.experiments.harness.cells import Paper
 from tilescan.spelling import did_you_mean
 from tilescan.training.config import override
-
-NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(papers.__path__)))
 
 
 def nearest(name: str, known: Collection[str]) -> str:

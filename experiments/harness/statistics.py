@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Float
 
 
@@ -71,6 +70,8 @@ def line_fit(
     Raises:
       ValueError: fewer than three points, or all at one x.
     """
+    import scipy.stats  # which takes half a second to load
+
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(x) < 3 or np.ptp(x) == 0:
         raise ValueError(f"a line needs three points at different x, got x={x}")

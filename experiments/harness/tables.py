@@ -5,8 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import rich.table
-
+from tilescan import terminal
 from tilescan.experiments.harness.records import Record
 from tilescan.experiments.harness.statistics import Spread
 
@@ -97,18 +96,21 @@ class Table:
         note = f"\n{self.note}\n" if self.note else ""
         return f"### {self.title}\n\n{body}\n{note}"
 
-    def to_rich(self) -> rich.table.Table:
-        """Returns the table for a terminal: published columns dim, measured ones bold."""
-        style = {PUBLISHED: "cyan", MEASURED: "bold", STATIC: "magenta"}
-        table = rich.table.Table(title=self.title, caption=self.note, title_justify="left")
-        for column in self.columns:
-            justify = "left" if column.kind == LABEL else "right"
-            table.add_column(
-                column.heading, justify=justify, style=style.get(column.kind), overflow="fold"
-            )
-        for row in self.texts():
-            table.add_row(*row)
-        return table
+    def show(self) -> None:
+        """Prints the table: published columns in color, measured ones bold; see `terminal`."""
+        colors = {PUBLISHED: "cyan", MEASURED: "bold", STATIC: "magenta"}
+        width = terminal.width()
+        parts = terminal.tables(
+            [column.heading for column in self.columns],
+            self.texts(),
+            width,
+            labels=[column.kind == LABEL for column in self.columns],
+            styles=[colors.get(column.kind, "") for column in self.columns],
+        )
+        title, note = (terminal.fill(text, width) for text in (self.title, self.note))
+        print(terminal.paint(title, "bold"), "\n\n".join(parts), sep="\n", end="\n\n")
+        if self.note:
+            print(terminal.paint(note, "dim"), end="\n\n")
 
 
 def columns(

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from tilescan.cli import main as cli
 from tilescan.data import tasks
 from tilescan.data.clients import SourceError
 from tilescan.data.registry import SOURCES
+from tilescan.experiments.harness import catalogue
 from tilescan.experiments.harness import registry as papers
 from tilescan.training.checkpoints import CheckpointError
 
@@ -48,8 +50,10 @@ def test_help_shows_examples(capsys, command):
 
 
 def test_help_loads_no_heavy_library():
-    """`tilescan --help` answers well under a second."""
-    code = "import sys; from tilescan.cli import main; main._build_parser(); print(*sys.modules)"
+    """`tilescan --help` and `tilescan list` answer well under a second."""
+    code = """import sys; from tilescan.cli import main; main._build_parser()
+assert main.main(["list"]) == 0
+print(*sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"jax", "numpy", "flax", "matplotlib", "rich", "ml_collections", "absl"}
     assert "tilescan.cli.train" in done.stdout.split() and not heavy & set(done.stdout.split())
@@ -408,11 +412,20 @@ def test_generate_prints_the_prompt_with_the_text_and_not_with_an_error(capsys, 
     assert done.out == "" and "no checkpoint at" in done.err
 
 
-def test_list_shows_every_paper(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_list_shows_every_paper_in_one_screen(capsys):
     assert cli.main(["list"]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in papers.NAMES) and "Measured: results" in out
+    whole = capsys.readouterr().out
+    assert whole.count("\n") <= 24 and "measured in results" in whole
+    shown = list_papers.lines(folders.results_folder(), 80)
+    assert max(map(len, shown)) <= 80
+    for name in papers.NAMES:
+        about, paper = catalogue.about(name), papers.load(name)
+        for text in ("title", "summary", "family", "short", "short_title", "arxiv"):
+            assert getattr(about, text) == getattr(paper, text), "read as it is imported"
+        (line,) = (line for line in shown if line.split()[0] == name)
+        assert re.search(r"cpu  +\d+✓ +\d+✗ +\d+○$", line), line
+        assert (paper.short or paper.title.partition(" (arXiv")[0]) in whole
+    assert list_papers.cut("four words, of text", 13) == "four words…"
 
 
 def test_list_as_json(capsys):

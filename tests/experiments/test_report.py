@@ -11,6 +11,7 @@ import xml.etree.ElementTree
 import ml_collections
 import pytest
 
+from tilescan import terminal
 from tilescan.experiments import report
 from tilescan.experiments.harness import cells as cells_lib
 from tilescan.experiments.harness import claims, figures, layout, markdown, publish, tables
@@ -142,8 +143,26 @@ def test_figure_is_deterministic_svg_with_every_line():
     assert all(color in first for color in layout.COLORS[:2])
 
 
-def test_results_of_forty_four_papers_fit_in_one_page():
-    found = publish.gather(ROOT / "results")
+@pytest.fixture(scope="module")
+def found():
+    """The committed results."""
+    return publish.gather(ROOT / "results")
+
+
+def test_committed_tables_fit_a_terminal_of_eighty_columns(found, capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "width", lambda: 80)
+    for results in found:
+        report.show(results, pathlib.Path("runs"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 1000 and max(map(len, lines)) <= 80
+    words = {word for line in lines for word in line.split()}
+    cells = {
+        w for r in found for t in r.tables for row in t.texts() for c in row for w in c.split()
+    }
+    assert cells <= words
+
+
+def test_results_of_forty_four_papers_fit_in_one_page(found):
     many = []
     for i in range(44):
         one = found[i % len(found)]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tilescan import terminal
 from tilescan.experiments.harness import statistics, tables
 from tilescan.experiments.harness.groups import Group
 from tilescan.experiments.harness.records import Record, Records
@@ -77,10 +78,50 @@ def test_json_keeps_full_precision():
     assert data["columns"][1]["kind"] == "published"
 
 
-def test_rich_table_has_the_same_cells():
-    table = make_table().to_rich()
-    assert [c.header for c in table.columns] == [c.heading for c in make_table().columns]
-    assert list(table.columns[2].cells) == ["12.0 ± 0.5", "out of memory"]
+PRINTED = """\
+Title
+        time (ms),     time (ms),
+length   published       measured
+─────────────────────────────────
+1|024        0.950     12.0 ± 0.5
+2048             –  out of memory
+
+A note.
+
+"""
+
+
+def test_a_table_is_printed_to_fit_the_terminal_or_whole_to_a_file(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "width", lambda: 33)
+    make_table().show()
+    assert capsys.readouterr().out == PRINTED
+    monkeypatch.setattr(terminal, "width", lambda: None)
+    make_table().show()
+    assert "length  time (ms), published  time (ms), measured\n" in capsys.readouterr().out
+
+
+def test_a_wide_table_goes_on_below_with_its_labels_and_no_word_is_broken():
+    headings = ["a name", "what it is", *(f"value {i}, measured" for i in range(6))]
+    rows = [
+        [f"row {r}", "some words that wrap", *(f"{r}.{i} ± 0.1" for i in range(6))] for r in "ab"
+    ]
+    labels = [True, True, *(False,) * 6]
+    parts = terminal.tables(headings, rows, 44, labels=labels)
+    lines = [line for part in parts for line in part.splitlines()]
+    assert len(parts) > 1 and max(map(len, lines)) <= 44
+    assert all(part.split()[:1] == ["a"] or "name" in part for part in parts)
+    whole = " ".join(lines).split()
+    assert all(word in whole for row in [headings, *rows] for text in row for word in text.split())
+    (one,) = terminal.tables(headings, rows, None, labels=labels)
+    assert len(one.splitlines()) == 4
+
+
+def test_long_lines_go_on_indented():
+    text = "short\n  a line of more words than there is room for"
+    assert (
+        terminal.fill(text, 24) == "short\n  a line of more words\n    than there is room\n    for"
+    )
+    assert terminal.fill(text, None) == text
 
 
 def test_row_of_wrong_length_and_unknown_kind_are_refused():
