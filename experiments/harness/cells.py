@@ -51,6 +51,7 @@ class Paper(Titled):
       family: under which RESULTS.md lists it: one of `catalogue.FAMILIES`.
       cells: the measurements that a config asks for.
       tables, claims, figures: pure functions of the records; figures gives {name: SVG text}.
+        A figure stands beside the table whose name has most of the words that its own begins with.
     """
 
     name: str
