@@ -22,7 +22,7 @@ def figures(records: Records) -> dict[str, str]:
         "io-on-chip": _traffic(on_chip),
         "io-sparse": _sparsity(sparse),
         "curves": _curves(curves),
-        "context": _trained(context, "context", "test_perplexity", "test perplexity"),
+        "context": _trained(context, "context", "test_perplexity", "perplexity of held-out text"),
         "documents": _trained(documents, "length", "test_accuracy", "test micro-F1 (%)", unit=100),
     }
 

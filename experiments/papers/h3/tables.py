@@ -104,6 +104,6 @@ def figures(records: Records) -> dict[str, str]:
     speed, mqar = by(records.kind("speed"), "length"), by(records.kind("mqar"), "pairs")
     times, of_model = {op: ms(op) for op in OPS}, {NAMES[m]: accuracy(model=m) for m in NAMES}
     return {
-        "speed": line_figure(speed, times, x="length (tokens)", y="time (ms)", log=True),
-        "mqar": line_figure(mqar, of_model, x="pairs", y="answers right (%)"),
+        "speed": line_figure(speed, times, x="length (tokens)", y="forward (ms)", log=True),
+        "mqar": line_figure(mqar, of_model, x="pairs to recall", y="answers right (%)"),
     }

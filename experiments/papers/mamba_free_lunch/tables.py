@@ -144,7 +144,9 @@ def figures(records: Records) -> dict[str, str]:
         mechanism(r.settings): (r.result["lengths"], r.result["scores"])
         for r in records.kind("score")
     }
-    labels = dict(x_label="distance (tokens)", y_label="score needed", log_x=True, log_y=True)
+    labels = dict(
+        x_label="distance (tokens)", y_label="smallest score that copies", log_x=True, log_y=True
+    )
     return {
         "copy": line_chart(curves, x_label="examples seen", y_label="whole strings right (%)"),
         "score": line_chart({"": scores}, **labels),

@@ -219,5 +219,5 @@ def figures(records: Records) -> dict[str, str]:
     labels = dict(x="context (tokens)", y="time of a token (ms)")
     return {
         "generation": line_figure(contexts, tokens, log=True, **labels),
-        "cost": panel_figure(panels, x="length", y="time (ms)", log=True),
+        "cost": panel_figure(panels, x="length", y="a kernel and its gradient (ms)", log=True),
     }

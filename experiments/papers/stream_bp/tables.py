@@ -237,8 +237,10 @@ def figures(records: Records) -> dict[str, str]:
 
     times = by(records.kind("times"), "length")
     medians = {NAMES[m]: lambda g, m=m: timing.measured(g.first, m) for m in METHODS}
-    axes = dict(x_label="tokens", y_label="temporaries (GB)", log_x=True, log_y=True)
-    of_steps = dict(x_label="step", y_label="loss", markers=False, share_y=False)
+    axes = dict(
+        x_label="tokens tried", y_label="temporaries of a gradient (GB)", log_x=True, log_y=True
+    )
+    of_steps = dict(x_label="step", y_label="training loss", markers=False, share_y=False)
     return {
         "longest": line_chart(memory, **axes),
         "times": line_figure(times, medians, x="tokens", y="time of a gradient (ms)", log=True),

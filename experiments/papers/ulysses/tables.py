@@ -173,7 +173,7 @@ def figures(records: Records) -> dict[str, str]:
     if sizes := {NAMES[s]: x for s in (ULYSSES, MEGATRON) if (x := longest(records, s))}:
         sizes[published] = LONGEST
     chart = functools.partial(line_chart, log_x=True, log_y=True)
-    x, y = "devices, and tokens with them", "sent by a device, forward (MiB)"
+    x, y = "devices (tokens grow with them)", "sent by a device, forward (MiB)"
     return {
         "traffic": chart({"": bytes_}, x_label=x, y_label=y),
         "longest": chart(
