@@ -28,7 +28,8 @@ def run(options: argparse.Namespace) -> int:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print("\n".join(lines(root, width)))
     print("✓ shown, ✗ not shown, ○ needs a larger scale", end="; ")
-    print(f"measured in {root}" if root else "There is no folder of results, here or by the code.")
+    absent = "There is no folder of results, here or by the code: a checkout has one, a wheel none."
+    print(f"measured in {root}" if root else absent)
     print("Measure one: tilescan run NAME --scale=smoke")
     return 0
 

@@ -37,7 +37,10 @@ def rebuild_command(root: pathlib.Path, source: pathlib.Path | None) -> int:
     """Publishes `source` if given, rebuilds, lists the files; returns the exit status."""
     try:
         if source is None and not root.exists():
-            raise ValueError(f"--results={root}: there is no such folder; --from=WORKDIR makes one")
+            raise ValueError(
+                f"--results={root}: there is no such folder; --from=WORKDIR makes one, and a "
+                "checkout has one"
+            )
         if source is not None:
             publish_lib.publish(registry.load(publish_lib.paper_of(source)), source, root)
         for path in publish_lib.write_all(root):

@@ -97,5 +97,8 @@ def recorded(folder: pathlib.Path) -> list[str]:
     """
     known = sorted(path.stem for path in (folder / "cells").glob("*.json"))
     if not known:
-        raise ValueError(f"{folder} holds no records; give --workdir=FOLDER of a run")
+        raise ValueError(
+            f"{folder} holds no records; give --workdir=FOLDER of a run, or go to a checkout, "
+            "whose results/ holds the published ones (a wheel has none)"
+        )
     return known

@@ -7,7 +7,6 @@ Any value of the config is overridden by its path, e.g. --config.runtime.repeats
 import pathlib
 import sys
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -19,7 +18,7 @@ from tilescan.experiments.harness.results import collect
 from tilescan.files import is_on_disk
 from tilescan.training import config_files
 from tilescan.training.config import assignments_meant, known_keys
-from tilescan.training.environment import compiler_warning
+from tilescan.training.environment import expected_compiler_warning
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/PAPER.py:SCALE")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records [runs/PAPER/SCALE].")
@@ -36,7 +35,7 @@ def measure(
         raise ValueError(f"workdir={workdir!r}: records are kept on a disk; give a local folder")
     workdir = pathlib.Path(workdir)
     paper = papers.load(config.paper)
-    if warning := compiler_warning(jax.default_backend()):
+    if warning := expected_compiler_warning():  # cells start JAX, some with more devices
         print(f"warning: {warning}", file=sys.stderr)
     try:
         outcome = harness.run(paper, config, workdir, only=only)

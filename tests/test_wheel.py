@@ -92,6 +92,14 @@ def test_commands_of_a_wheel_work_from_another_folder(installed, arguments, said
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("rerun", "h3", "text-h3-seed0"), ("report",)], ids=str)
+def test_commands_that_need_results_say_where_there_are_some(installed, arguments):
+    site, work = installed
+    done = run(["-m", "tilescan.cli.main", *arguments], work, site)
+    assert done.returncode == 1 and "checkout" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_wheel_installs_and_compiles_under_every_python_that_is_there(installed, tmp_path):
     (wheel,) = installed[0].parent.glob("*.whl")
     for number, (python, version) in enumerate(interpreters()):

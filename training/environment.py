@@ -1,6 +1,7 @@
 """What a run ran on, for whoever wonders later why two numbers differ."""
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
@@ -76,8 +77,20 @@ def compiler_warning(platform: str | None) -> str | None:
     With nvidia-nvjitlink, which jax[cuda13] brings, kernels are compiled as relocatable code, and
     ptxas then ignores setmaxnreg, by which warps of Hopper kernels share their registers.
     """
-    if platform not in ("gpu", "cuda") or not is_hopper():
-        return None
+    return _nvjitlink_warning() if platform in ("gpu", "cuda") and is_hopper() else None
+
+
+def expected_compiler_warning() -> str | None:
+    """Returns `compiler_warning` of the GPU that JAX would take, without starting JAX.
+
+    Which GPU it is, JAX would have to be started for.
+    """
+    cuda = importlib.util.find_spec("jax_cuda13_plugin") is not None
+    asked = (jax.config.jax_platforms or "cuda").split(",")
+    return _nvjitlink_warning() if cuda and {"cuda", "gpu"} & set(asked) else None
+
+
+def _nvjitlink_warning() -> str | None:
     try:
         version = importlib.metadata.version("nvidia-nvjitlink")
     except importlib.metadata.PackageNotFoundError:

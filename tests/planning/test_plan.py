@@ -24,7 +24,7 @@ from tilescan.planning import longest as plan_longest
 from tilescan.planning import text as plan_text
 from tilescan.planning.plan import plan
 from tilescan.training import config as config_lib
-from tilescan.training.environment import compiler_warning
+from tilescan.training.environment import compiler_warning, expected_compiler_warning
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = (
@@ -135,6 +135,7 @@ def test_a_compiler_that_spills_registers_is_named(ring_plan, monkeypatch):
     assert compiler_warning("gpu") is None
     installed["nvidia-nvjitlink"] = "13.5.37"
     assert compiler_warning("cpu") is compiler_warning(None) is compiler_warning("tpu") is None
+    assert expected_compiler_warning() is None  # no plugin, or JAX_PLATFORMS=cpu
     warned = plan_text.text(dataclasses.replace(ring_plan, warnings=(compiler_warning("cuda"),)))
     assert "\nwarning: with nvidia-nvjitlink 13.5.37 installed, kernels for Hopper GPUs" in warned
 
