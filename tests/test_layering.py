@@ -16,7 +16,7 @@ ALLOWED = {
     "data": set(),
     "models": {"ops"},
     "decoding": {"models", "ops", "data"},
-    "training": {"models", "data", "ops"},
+    "training": {"decoding", "models", "data", "ops"},
     "configs": {"training"},
     "planning": {"configs", "training", "models", "data", "ops", "pallas_kernels"},
     "benchmarks": {"planning", "ops", "pallas_kernels", "models", "training"},

@@ -60,8 +60,7 @@ def train_carried(
     with contextlib.ExitStack() as stack:
         saver = Checkpoints(folder / "checkpoints", c.train.keep, config_lib.as_dict(c))
         stack.callback(saver.close)
-        recorder = work.start_records(folder, c, None)
-        stack.callback(recorder.close)
+        recorder = stack.enter_context(work.records(folder, c, None))
         for number in range(c.train.steps):
             carried = empty if number % carry == 0 else carried
             state, carried, metrics = step(state, carried, next(iterator))

@@ -1,13 +1,14 @@
-"""Where a run's numbers go: metrics.jsonl, timing.jsonl, TensorBoard and the terminal.
+"""Where a run's numbers go: metrics.jsonl, timing.jsonl, TensorBoard, a tracker and the terminal.
 
-metrics.jsonl holds only what the seed determines, so that a resumed run's file is the same, byte
-for byte, as an uninterrupted one's; how long things took is in timing.jsonl.
+metrics.jsonl and samples.jsonl hold only what the seed determines, so that a resumed run's file is
+the same, byte for byte, as an uninterrupted one's; how long things took is in timing.jsonl.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import tensorboardX
 from etils import epath
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tilescan.files import is_on_disk
 from tilescan.training.paths import write_whole
+from tilescan.training.trackers import Tracker
 
 
 def read_rows(path: str | os.PathLike) -> list[dict]:
@@ -28,7 +30,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text().split("\n")
+    lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             if line:
@@ -38,6 +40,10 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
                 break
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
     return rows
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 class JsonLines:
@@ -53,13 +59,13 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8") if is_on_disk(path) else None
 
     def _write_whole(self) -> None:
-        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_whole(self._path, "".join(map(_line, self.rows)))
 
     def write(self, row: dict) -> None:
         """Adds a row, which the next reader of a disk sees at once."""
         self.rows.append(row)
         if self._file:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(_line(row))
             self._file.flush()
 
     def sync(self) -> None:
@@ -85,6 +91,8 @@ class Recorder:
         workdir: folder of metrics.jsonl, timing.jsonl and TensorBoard's files.
         step: None for a fresh run; else the step restored, after which older rows are dropped.
         total_steps: for the bar.
+        samples: whether there will be any, for which there is samples.jsonl then.
+        trackers: are called with each row of metrics, and with the speed.
     """
 
     def __init__(
@@ -95,10 +103,15 @@ class Recorder:
         *,
         tensorboard: bool,
         progress: bool,
+        samples: bool = False,
+        trackers: Sequence[Tracker] = (),
     ):
         workdir = epath.Path(workdir)
         self.metrics = JsonLines(workdir / "metrics.jsonl", step)
         self.timing = JsonLines(workdir / "timing.jsonl", step)
+        self.samples = JsonLines(workdir / "samples.jsonl", step) if samples else None
+        self._files = [f for f in (self.metrics, self.timing, self.samples) if f is not None]
+        self._trackers = tuple(trackers)
         self._board = None
         if tensorboard and is_on_disk(workdir):  # its files grow line by line, as objects can't
             purge = None if step is None else step + 1
@@ -129,11 +142,25 @@ class Recorder:
     def row(self, step: int, split: str, values: dict[str, float]) -> None:
         """Writes one row of metrics; `values` are plain floats."""
         self.metrics.write({"step": step, "split": split, **values})
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(f"{split}/{name}", value, step)
+        self._tell(step, {f"{split}/{name}": value for name, value in values.items()})
         if split != "train":
             self._say(step, f"{split} loss {values['loss']:.4f}")
+
+    def _tell(self, step: int, values: dict[str, float]) -> None:
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        for tell in self._trackers:
+            tell(step, values)
+
+    def sample(self, step: int, text: str) -> None:
+        """Writes a text of the model's; there must be `samples`."""
+        self.samples.write({"step": step, "text": text})
+        if self._board:  # as Markdown, in which four spaces keep lines as they are
+            self._board.add_text("sample", "    " + text.replace("\n", "\n    "), step)
+        if self._bar:
+            self._bar.console.print(f"step {step} writes: {text!r}", markup=False, highlight=False)
+        self._say(step, f"writes: {text!r}")
 
     def count(self, tokens: float) -> None:
         """Counts the tokens of a finished step; the first one, which compiles, starts the clock."""
@@ -152,8 +179,7 @@ class Recorder:
         per_second = self._tokens / seconds
         row = {"step": step, "seconds": seconds, "tokens_per_second": per_second}
         self.timing.write(row)
-        if self._board:
-            self._board.add_scalar("timing/tokens_per_second", per_second, step)
+        self._tell(step, {"timing/tokens_per_second": per_second})
         self._say(step, f"loss {loss:.4f}  {per_second:,.0f} tokens/s")
         self.restart_clock()
 
@@ -171,8 +197,8 @@ class Recorder:
 
     def sync(self) -> None:
         """Returns when every row is on disk: to be called before a checkpoint of their step."""
-        self.metrics.sync()
-        self.timing.sync()
+        for file in self._files:
+            file.sync()
 
     def close(self) -> None:
         """Stops the bar and closes all files."""
@@ -180,5 +206,5 @@ class Recorder:
             self._bar.stop()
         if self._board:
             self._board.close()
-        self.metrics.close()
-        self.timing.close()
+        for file in self._files:
+            file.close()

@@ -62,4 +62,4 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     if is_on_disk(path):
         write_atomically(path, text)
     else:
-        epath.Path(path).write_text(text)
+        epath.Path(path).write_text(text, encoding="utf-8")

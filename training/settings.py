@@ -23,6 +23,7 @@ ENDLESS = ("constant", "inverse_sqrt")  # schedules that don't look at a run's e
 PACKINGS = ("packed", "whole", "contiguous")
 DTYPES = ("float32", "bfloat16")
 AUTO = "auto"  # a compute dtype that the devices decide
+TRACKERS = ("none", "wandb")
 
 
 class ConfigError(ValueError):
@@ -183,8 +184,18 @@ class TrainConfig:
     resume_step: int | None = None  # go back to this checkpoint, drop later ones; None: newest
     progress: bool = True  # a bar on a terminal, a line per row of metrics elsewhere
     tensorboard: bool = True  # event files beside metrics.jsonl, not in buckets
+    tracker: str = "none"  # or "wandb", Weights & Biases: see training.trackers
+    sample_every: int = 0  # steps between texts that the model writes into samples.jsonl; 0: none
+    sample_prompt: str = "\n"  # what they begin with
+    sample_tokens: int = 64  # that follow the prompt, at most
+    sample_temperature: float = 1.0  # 0 takes the likeliest token
 
     def __post_init__(self):
+        _one_of("train.tracker", self.tracker, TRACKERS)
+        _at_least("train", self, 0, "sample_every", "sample_temperature")
+        _at_least("train", self, 1, "sample_tokens")
+        if not self.sample_prompt:
+            raise ConfigError("train.sample_prompt is empty; give it a word at least")
         _at_least("train", self, 1, "logit_chunk", "stream_chunks")
         _at_least("train", self, 1, "steps", "microbatches", "log_every", "eval_every", "keep")
         _at_least("train", self, 0, "z_loss", "eval_batches", "checkpoint_every", "resume_step")
@@ -279,7 +290,7 @@ class Settings:
         if self.seed < 0:
             raise ConfigError(f"seed = {self.seed} must be at least 0")
         warmup_steps(self.optimizer, self.train.steps)
-        for name in ("logit_chunk", "stream_chunks"):
+        for name in ("logit_chunk", "stream_chunks", "sample_every"):
             if getattr(self.train, name) and self.task != "language_model":
                 raise ConfigError(f"train.{name} is for task = 'language_model', not {self.task!r}")
         if self.data.batch_size % self.train.microbatches:

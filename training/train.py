@@ -11,8 +11,8 @@ The same call again continues where the run stopped, or returns the final metric
 config file for a command line is a Python file whose `get_config()` returns such a
 `default_config()`, edited.
 
-In the work folder: config.json, environment.json, metrics.jsonl (see training.metrics),
-tensorboard/, checkpoints/.
+In the work folder: config.json, environment.json, metrics.jsonl and, where samples are asked for,
+samples.jsonl (see training.metrics), tensorboard/, checkpoints/.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from tilescan.training import config as config_lib
-from tilescan.training import inputs, sharding, steps, stream_bp
+from tilescan.training import inputs, sharding, steps, stream_bp, trackers
 from tilescan.training import workdir as work
 from tilescan.training.checkpoints import (
     CheckpointError,
@@ -39,13 +39,15 @@ from tilescan.training.checkpoints import (
 from tilescan.training.environment import compiler_warning
 from tilescan.training.interrupts import Interrupts
 from tilescan.training.optimizers import check_groups, make_optimizer
+from tilescan.training.samples import make_sampler
 from tilescan.training.settings import Settings
 
 # Keys that may change when a run is continued: they do not change what is computed.
 FREE_ON_RESUME = (
     "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
     "train.keep", "train.resume_step", "train.progress", "train.tensorboard",
-    "train.logit_chunk", "train.stream_chunks",
+    "train.tracker", "train.sample_every", "train.sample_prompt", "train.sample_tokens",
+    "train.sample_temperature", "train.logit_chunk", "train.stream_chunks",
     "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.parameters_over_sequence",
     "model.attention_sequence_parallel", "model.scan_sequence_parallel", "model.sequence_balance",
 )  # fmt: skip
@@ -58,6 +60,7 @@ def train(
     model: nn.Module | None = None,
     datasets: Mapping[str, Iterable] | None = None,
     params: PyTree | None = None,
+    tracker: trackers.Tracker | None = None,
 ) -> dict[str, float]:
     """Trains a model as configured and returns its final metrics.
 
@@ -71,6 +74,8 @@ def train(
             end) are optional.
         params: the parameters to start from instead of random ones, e.g. those of a published
             checkpoint. A run that is continued goes on from its own.
+        tracker: is called with step and metrics, tracker(10, {"train/loss": ...}), for each row of
+            metrics.jsonl; see `training.trackers`.
 
     Returns:
         {"step": ..., "<split>/<metric>": ...}: the last row of metrics.jsonl of every split.
@@ -88,6 +93,7 @@ def train(
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after saving.
     """
     asked = config_lib.settings(config)
+    trackers.check_installed(asked.train.tracker)
     workdir = work.prepare(workdir)
 
     # Mesh, and the dtype that its devices compute in.
@@ -116,6 +122,7 @@ def train(
         model, tx, example, c.seed, mesh, sharding.rules(c.mesh)
     )
     check_groups(c.optimizer, abstract_state.params)
+    sample = make_sampler(model, c, datasets["train"], mesh, abstract_state.params)
 
     # Step.
     everywhere = sharding.replicated(mesh)
@@ -138,8 +145,7 @@ def train(
         else:
             state = saver.restore(restored, abstract_state, iterator)
             saver.drop_after(restored)
-        recorder = work.start_records(workdir, c, restored)
-        stack.callback(recorder.close)
+        recorder = stack.enter_context(work.records(workdir, c, restored, tracker))
         if c.train.progress and jax.process_index() == 0:
             auto = c.precision != asked.precision
             print(work.summary(c, abstract_state.params, mesh, restored, auto), file=sys.stderr)
@@ -194,6 +200,10 @@ def train(
                 evaluate(step, "validation")
             if last:
                 evaluate(step, "test")
+            if sample and (last or step % c.train.sample_every == 0):
+                finish_pending()
+                recorder.sample(step, sample(state.params))
+                recorder.restart_clock()
             # Several processes must stop at the same step, and asking all of them takes time.
             asking = jax.process_count() == 1 or step % c.train.log_every == 0
             stopped = stop.agreed() if asking else None

@@ -18,6 +18,7 @@ from tilescan.training.environment import environment
 from tilescan.training.metrics import Recorder
 from tilescan.training.paths import writable_path, write_whole
 from tilescan.training.settings import AUTO, Settings
+from tilescan.training.trackers import Tracker, weights_and_biases
 
 
 def prepare(workdir: str | os.PathLike) -> epath.Path:
@@ -84,21 +85,40 @@ def saved_steps(workdir: str | os.PathLike) -> list[int]:
     return [int(path.name) for path in found if path.name.isdigit()]
 
 
-def start_records(workdir: epath.Path, c: Settings, restored: int | None) -> Recorder:
-    """Opens the records: process 0's in the work folder, the others' in folders below it."""
+@contextlib.contextmanager
+def records(
+    workdir: epath.Path, c: Settings, restored: int | None, tracker: Tracker | None = None
+) -> Iterator[Recorder]:
+    """Opens the records: process 0's in the work folder, the others' in folders below it.
+
+    Args:
+        workdir: of the run.
+        c: its settings.
+        restored: the step that it goes on from, None at the beginning.
+        tracker: is told the metrics as well, by process 0, beside what train.tracker names.
+    """
     first = jax.process_index() == 0
     place = workdir if first else workdir / f"process_{jax.process_index()}"
     place.mkdir(exist_ok=True)
     if first:
         write_whole(place / "config.json", json.dumps(config_lib.as_dict(c), indent=2) + "\n")
     write_whole(place / "environment.json", json.dumps(environment(), indent=2) + "\n")
-    return Recorder(
-        place,
-        restored,
-        c.train.steps,
-        tensorboard=c.train.tensorboard and first,
-        progress=c.train.progress and first,
-    )
+    with contextlib.ExitStack() as stack:
+        told = [tracker] if tracker and first else []
+        if c.train.tracker == "wandb" and first:
+            config = config_lib.as_dict(c)
+            told.append(stack.enter_context(weights_and_biases(workdir, config, restored)))
+        recorder = Recorder(
+            place,
+            restored,
+            c.train.steps,
+            tensorboard=c.train.tensorboard and first,
+            progress=c.train.progress and first,
+            samples=c.train.sample_every > 0,
+            trackers=told,
+        )
+        stack.callback(recorder.close)
+        yield recorder
 
 
 def summary(

@@ -15,6 +15,7 @@ from tilescan.models import LanguageModel
 from tilescan.models.checkpoints import load_pretrained
 from tilescan.training import sharding
 from tilescan.training.config import as_dict, default_config, settings
+from tilescan.training.metrics import read_rows
 from tilescan.training.trained import is_run, load_run
 from tilescan.training.workdir import summary
 
@@ -33,6 +34,9 @@ TINY = {
     "model.mixers.mamba2.head_dim": 16,
     "train.steps": 1,
     "train.tensorboard": "false",
+    "train.sample_every": 1,
+    "train.sample_prompt": "import ",
+    "train.sample_tokens": 4,
     "optimizer.warmup_steps": 0,
 }
 
@@ -78,6 +82,11 @@ def test_a_run_is_read_by_its_folder_alone(run, tmp_path, caplog):
     assert found.settings.data.seq_len == 16
     logits, _ = found.model.apply({"params": found.params}, jnp.zeros((1, 3), jnp.int32))
     assert logits.shape == (1, 3, 258)
+
+
+def test_samples_are_written_where_they_are_asked_for(run):
+    [row] = read_rows(run / "samples.jsonl")
+    assert row["step"] == 1 and row["text"].startswith("import ")
 
 
 def test_what_was_trained_writes(run, capsys):

@@ -18,20 +18,25 @@ from tilescan.training.metrics import JsonLines, read_rows
 from tilescan.training.train import train
 
 
-def run(workdir, *assignments, model=None, datasets=None):
+def run(workdir, *assignments, model=None, datasets=None, tracker=None):
     return train(
         tiny_config(*assignments),
         workdir,
         model=model or TinyModel(0.1),
         datasets=datasets or tiny_datasets(),
+        tracker=tracker,
     )
+
+
+TOLD = []  # what the tracker of `finished` was called with
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One whole run: (workdir, what train returned)."""
     workdir = tmp_path_factory.mktemp("finished")
-    return workdir, run(workdir, "train.tensorboard=true")
+    tracker = lambda step, values: TOLD.append((step, values))
+    return workdir, run(workdir, "train.tensorboard=true", tracker=tracker)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,22 @@ def test_metrics_hold_every_step_and_evaluations_at_both_ends(finished):
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.03
     assert rows[-1]["perplexity"] == pytest.approx(np.exp(rows[-1]["loss"]))
     assert rows[1]["learning_rate"] == pytest.approx(1e-2 / 4)
+
+
+def test_a_tracker_is_told_every_row_and_the_speed(finished):
+    rows = read_rows(finished[0] / "metrics.jsonl")
+    told = {(step, name): value for step, values in TOLD for name, value in values.items()}
+    assert all(
+        told[row["step"], f"{row['split']}/{name}"] == value
+        for row in rows
+        for name, value in row.items()
+        if name not in ("step", "split")
+    )
+    assert told[12, "timing/tokens_per_second"] > 0
+
+
+def test_no_text_is_written_unasked(finished):
+    assert not (finished[0] / "samples.jsonl").exists()
 
 
 def test_evaluation_counts_every_token_once(finished):
