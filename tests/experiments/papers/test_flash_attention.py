@@ -157,7 +157,7 @@ def test_traffic_must_have_the_powers_of_the_bound(powers, status):
         )
     assert claim("traffic follows the bound", *made).status == status
     drawn = flash_attention.PAPER.figures(Records(made))
-    assert {"traffic-against-on-chip-memory", "traffic-against-sparsity"} <= set(drawn)
+    assert {"io-on-chip", "io-sparse"} <= set(drawn)
 
 
 def test_memory_that_the_compiler_refuses_is_named():
