@@ -15,7 +15,7 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -184,6 +184,9 @@ class TiktokenTokenizer:
         return b"".join(parts).decode("utf-8", errors="replace")
 
 
+_GGUF_PREFIX = "tokenizer.ggml."
+
+
 class GGUFTokenizer:
     """The byte-level BPE that a GGUF file carries beside its weights.
 
@@ -198,22 +201,18 @@ class GGUFTokenizer:
 
     Args:
         path: a GGUF file whose tokenizer.ggml.model is "gpt2".
+        metadata: the file's, by key, if it has been read already (its arrays' strings as bytes).
 
     Raises:
         ValueError: another kind of tokenizer, fields that are missing or no tokens; names them.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None):
         import tokenizers
-        from gguf import GGUFReader
         from tokenizers import decoders, models, pre_tokenizers
 
         self.name = f"gguf:{pathlib.Path(path).name}"
-        fields = GGUFReader(path).fields
-
-        def content(key: str) -> Any:
-            field = fields.get(f"tokenizer.ggml.{key}")
-            return None if field is None else field.contents()
+        content = _gguf_content(path, metadata)
 
         # The model: byte-pair encoding by the file's own tokens and merges.
         model, pre = content("model"), content("pre") or "gpt-2"
@@ -283,6 +282,25 @@ class GGUFTokenizer:
         """Returns the text of ids, special tokens included; see `Tokenizer.decode`."""
         ids = _checked(ids, self.vocab_size).tolist()
         return self.bpe.decode(ids, skip_special_tokens=False)
+
+
+def _gguf_content(
+    path: str | os.PathLike, metadata: Mapping[str, Any] | None
+) -> Callable[[str], Any]:
+    """A function that gives what a file says of its tokenizer under a key, or None."""
+    if metadata is None:
+        from gguf import GGUFReader
+
+        fields = GGUFReader(path).fields
+        metadata = {k: fields[k].contents() for k in fields if k.startswith(_GGUF_PREFIX)}
+
+    def content(key: str) -> Any:
+        value = metadata.get(_GGUF_PREFIX + key)
+        if isinstance(value, list) and value and isinstance(value[0], bytes):
+            return [item.decode("utf-8", "replace") for item in value]
+        return value
+
+    return content
 
 
 def read_ranks(content: bytes) -> dict[bytes, int]:

@@ -53,9 +53,16 @@ class FolderTokenizer:
         Raises:
           ValueError: text that UTF-8 can't hold.
         """
+        return self._encode(text, allow_special, whole=True)
+
+    def encode_part(self, text: str, *, allow_special: bool = False) -> Integer[np.ndarray, " N"]:
+        """Returns the ids of a part of a text: `encode` without what it adds around a whole one."""
+        return self._encode(text, allow_special, whole=False)
+
+    def _encode(self, text: str, allow_special: bool, whole: bool) -> Integer[np.ndarray, " N"]:
         utf8(text)
         self._inner.encode_special_tokens = not allow_special
-        return np.asarray(self._inner.encode(text).ids, np.int32)
+        return np.asarray(self._inner.encode(text, add_special_tokens=whole).ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of tokens, special ones included."""

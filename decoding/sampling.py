@@ -87,7 +87,7 @@ def generate(
     run = _Run.check(model, prompt, max_new_tokens, lengths, temperature, top_k, top_p, key, eos)
     sampled = _generate(model, run.static, params, run.inputs)
     if arguments.is_known(sampled.tokens):
-        _refuse_unsampled(np.asarray(sampled.tokens), np.asarray(sampled.lengths))
+        refuse_unsampled(np.asarray(sampled.tokens), np.asarray(sampled.lengths))
     return sampled
 
 
@@ -118,14 +118,20 @@ def _stream(model, run: "_Run", params) -> Iterator[np.ndarray]:
     carry = _start(model, run.static, params, run.inputs)
     for i in range(new):
         token = np.asarray(carry.token)
-        _refuse_unsampled(token[:, None], np.full(len(token), i))
+        refuse_unsampled(token[:, None], np.full(len(token), i))
         yield token
         if i + 1 == new or np.all(carry.done):
             return
         carry = _next(model, run.static, params, run.inputs, carry)
 
 
-def _refuse_unsampled(tokens: np.ndarray, lengths: np.ndarray) -> None:
+def refuse_unsampled(tokens: np.ndarray, lengths: np.ndarray) -> None:
+    """Raises FloatingPointError where a token is -1, which `sample` gives without a distribution.
+
+    Args:
+      tokens: int [B, N].
+      lengths: int [B], how many of them come before it.
+    """
     for row in np.flatnonzero((tokens < 0).any(axis=1))[:1]:
         raise FloatingPointError(
             f"the model's scores of new token {lengths[row]} of row {row} hold NaN or inf, so that "
@@ -176,21 +182,40 @@ class _Run(NamedTuple):
         )
 
 
-def _sample(
-    static: _Static, inputs: _Inputs, logits: Float[Array, "B V"], key: Array
+def sample(
+    logits: Float[Array, "B V"],
+    key: Array,
+    rows: Integer[Array, " B"],
+    greedy: bool,
+    temperature: Float[Array | np.ndarray, "..."],
+    top_k: int | None,
+    nucleus: Nucleus | None,
 ) -> tuple[Integer[Array, " B"], Float[Array, " B"]]:
-    """(tokens, log-probabilities); (-1, NaN) for a row that makes no distribution."""
-    if static.greedy:
+    """Returns (int32 tokens, float32 log-probabilities); (-1, NaN) for a row of no distribution.
+
+    Args:
+      logits: the model's.
+      key: of this step; row b samples with key and rows[b].
+      rows: see key.
+      greedy: whether the likeliest tokens are taken, and nothing of what follows matters.
+      temperature, top_k, nucleus: see `filters.filtered`.
+    """
+    if greedy:
         valid = is_distribution(logits)
         token = jnp.argmax(logits, axis=-1)
         logprob = jnp.zeros(token.shape, jnp.float32)
     else:
-        scores = filtered(logits, inputs.temperature, static.top_k, inputs.nucleus)
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(scores)))
+        scores = filtered(logits, temperature, top_k, nucleus)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
         token = jax.vmap(jax.random.categorical)(keys, scores)
         logprob = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0]
         valid = ~jnp.isnan(logprob)
     return jnp.where(valid, token, -1).astype(jnp.int32), jnp.where(valid, logprob, jnp.nan)
+
+
+def _sample(static: _Static, inputs: _Inputs, logits: Float[Array, "B V"], key: Array):
+    chosen = static.greedy, inputs.temperature, static.top_k, inputs.nucleus
+    return sample(logits, key, jnp.arange(len(logits)), *chosen)
 
 
 class _Carry(NamedTuple):

@@ -7,9 +7,11 @@ Every key of config.json and of GGUF metadata, and every tensor, is used, is kno
 logits as they are, or is refused by name; checks come before anything is allocated.
 """
 
+import functools
 import json
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,17 +71,40 @@ def load_pretrained(
         name.
       ValueError: if a dtype is not a floating type.
     """
+    opened = open_pretrained(path, dtype=dtype, param_dtype=param_dtype)
+    return opened.config, opened.read_params()
+
+
+class Opened(NamedTuple):
+    """A checkpoint of which only the description is read.
+
+    config: of the model. metadata: of a GGUF file, by key; else None. read_params: returns the
+    parameters, in arrays that JAX on a CPU takes as they are.
+    """
+
+    config: LanguageModelConfig
+    metadata: dict[str, Any] | None
+    read_params: Callable[[], dict[str, Any]]
+
+
+def open_pretrained(
+    path: str | pathlib.Path, *, dtype: Any = "float32", param_dtype: Any = "float32"
+) -> Opened:
+    """Reads what a checkpoint says about its model; arguments and errors as `load_pretrained`.
+
+    Programs can be compiled by it while the parameters are read.
+    """
     path = pathlib.Path(path)
     dtypes = dict(dtype=dtype, param_dtype=param_dtype)
     LanguageModelConfig(vocab_size=1, **dtypes)  # a wrong dtype is not a fault of the checkpoint
     if path.is_dir():
-        return _load_folder(path, dtypes)
+        return _open_folder(path, dtypes)
     if not path.exists():
         raise MissingFileError(
             f"no checkpoint at {path}: a folder with config.json or a .gguf file is needed"
         )
     if path.suffix == ".gguf" and path.is_file():
-        return _load_gguf(path, dtypes)
+        return _open_gguf(path, dtypes)
     raise CheckpointError(f"{path} is neither a folder with config.json nor a .gguf file")
 
 
@@ -105,13 +130,17 @@ def save_pretrained(path: str | pathlib.Path, config: LanguageModelConfig, param
     (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
 
-def _load_folder(path: pathlib.Path, dtypes):
+def _open_folder(path: pathlib.Path, dtypes) -> Opened:
     file = path / "config.json"
     config = from_hf_config(read_json(file, "describes no model"), file, dtypes)
     if (path / _ADAPTER).exists():
         raise CheckpointError(
             f"{path / _ADAPTER}: adapters are not read; merge them into the model's weights"
         )
+    return Opened(config, None, lambda: _read_folder(path, config))
+
+
+def _read_folder(path: pathlib.Path, config: LanguageModelConfig) -> dict[str, Any]:
     kind = layout(config)
     stored, source = read_folder(path, lambda name: weight_names.is_buffer(kind, name))
     tensors: dict[str, StoredTensor] = {}
@@ -128,7 +157,7 @@ def _load_folder(path: pathlib.Path, dtypes):
     entries = _ENTRIES[kind](config)
     if config.tie_embeddings:
         merge_tied_head(tensors, weight_names.embedding_name(entries), "lm_head.weight")
-    return config, _params(config, entries, tensors, source, file)
+    return _params(config, entries, tensors, source, path / "config.json")
 
 
 def _check_buffer(config, kind: str, name: str, tensor: StoredTensor) -> None:
@@ -146,11 +175,13 @@ def _check_buffer(config, kind: str, name: str, tensor: StoredTensor) -> None:
     )
 
 
-def _load_gguf(path: pathlib.Path, dtypes):
+def _open_gguf(path: pathlib.Path, dtypes) -> Opened:
     file = read_gguf(path)
     config = from_gguf(file.metadata, file.tensors, path, dtypes)
     tensors = {name: t for name, t in file.tensors.items() if name != ROPE_FACTORS}
-    return config, _params(config, weight_names.gguf_llama_entries(config), tensors, path, path)
+    entries = weight_names.gguf_llama_entries(config)
+    read = functools.partial(_params, config, entries, tensors, path, path)
+    return Opened(config, file.metadata, read)
 
 
 def _params(config, entries, tensors, source, file) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tilescan.models.stored_tensors import StoredTensor
 _SCALARS = dict(enumerate("BbHhIif?")) | dict(zip((10, 11, 12), "Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _MOST_DIMS = 4
+_BLOCKS_OF_A_ROW = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ def read_gguf(file: pathlib.Path) -> GGUFFile:
     """
     size = file.stat().st_size
     try:
-        data = np.memmap(file, mode="r")
+        data = np.asarray(np.memmap(file, mode="r"))  # slices of a memmap cost much more
         return _Reader(file, data).read()
     except CheckpointError:
         raise
@@ -55,6 +56,7 @@ class _Reader:
 
     def __init__(self, file: pathlib.Path, data: np.ndarray):
         self.file, self.data, self.at = file, data, 0
+        self.bytes = memoryview(data)
 
     def read(self) -> GGUFFile:
         if self._take(4) != b"GGUF":
@@ -76,7 +78,7 @@ class _Reader:
     def _take(self, n: int) -> bytes:
         if n > len(self.data) - self.at:
             raise ValueError(f"{n} bytes are missing at {self.at}")
-        taken = self.data[self.at : self.at + n].tobytes()
+        taken = self.bytes[self.at : self.at + n].tobytes()
         self.at += n
         return taken
 
@@ -156,8 +158,10 @@ class _Reader:
 
 def _dequantized(raw: np.ndarray, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Values as float32."""
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    rows = raw.reshape(-1, shape[-1] // block * block_bytes)
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    # gguf takes 16 rows at a time: of any number of blocks, so that they are worth a call of numpy.
+    blocks = raw.reshape(-1, block_bytes)
+    rows = blocks.reshape(-1, block_bytes * math.gcd(len(blocks), _BLOCKS_OF_A_ROW))
     return gguf.dequantize(rows, kind).reshape(shape)
 
 

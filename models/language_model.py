@@ -120,17 +120,26 @@ class Backbone(Configured):
             _check_order(config)
             carried = (None, None) if state is None else (state.position, state.segment)
             positions = token_positions(B, T, segment_ids, *carried)
-        # The embedding, with learned positions; the layers; the state for what comes next.
-        x = self.embed(tokens)
-        if config.embed_scale is not None:
-            x = x * jnp.asarray(config.embed_scale, x.dtype)
-        if config.position == "learned":
-            x = x + self.position(positions)
+        # The embedding; the layers; the state for what comes next.
+        x = self.embedded(tokens, positions)
         x, layers = self._run_layers(x, state, positions, segment_ids)
         if state is not None:
             last = jnp.zeros((B,), jnp.int32) if segment_ids is None else segment_ids[:, -1]
             state = ModelState(layers, positions[:, -1] + 1, last)
         return self.final_norm(x), state
+
+    def embedded(
+        self,
+        tokens: Integer[Array, "B T"] | Float[Array, "B T F"],
+        positions: Integer[Array, "B T"],
+    ) -> Float[Array, "B T E"]:
+        """Returns what the first layer takes: the tokens' vectors, with learned positions."""
+        x = self.embed(tokens)
+        if self.config.embed_scale is not None:
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+        if self.config.position == "learned":
+            x = x + self.position(positions)
+        return x
 
     def _run_layers(
         self,
@@ -236,6 +245,16 @@ class LanguageModel(Configured):
         if config.logit_cap is not None:
             logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
         return logits
+
+    def embedded(
+        self, tokens: Integer[Array, "B T"], positions: Integer[Array, "B T"]
+    ) -> Float[Array, "B T E"]:
+        """Returns what the first layer takes: for callers that run the layers one by one."""
+        return self.backbone.embedded(tokens, positions)
+
+    def scores(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
+        """Returns float32 logits of what the last layer gives: the last norm and the head."""
+        return self.logits(self.backbone.final_norm(x))
 
     @nn.nowrap
     def output_spec(self, variables: Any, x: Array, y: Array) -> PartitionSpec:

@@ -1,6 +1,8 @@
 """Tensors of a checkpoint before they are read: all checks happen on names, dtypes and shapes."""
 
+import concurrent.futures
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -11,6 +13,10 @@ import numpy as np
 from tilescan.models.checkpoint_errors import CheckpointError, short
 from tilescan.models.config import LanguageModelConfig
 from tilescan.models.weight_names import Entry, file_names
+
+_ALIGNMENT = 64  # bytes
+_THREADS = 2  # as memory's bandwidth is worth
+_COLUMNS = 64  # of a transpose, at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +72,28 @@ def read_params(
                     f"{short(tensors[name].shape)}, but the configuration asks for {expected}"
                 )
 
-    params = {}
-    for entry, names in groups:
-        one = _shapes_of_one(entry, shapes)
-        for path in entry.paths:
-            params[path] = np.empty(shapes[path].shape, shapes[path].dtype)
-        for i, name in enumerate(names):
-            values = entry.read(tensors[name].read(), one)
-            for path, value in zip(entry.paths, values, strict=True):
-                into = params[path][i : i + 1] if entry.per_layer else params[path][None]
-                _store(into[0, ...], value, name, tensors[name])
+    params = {p: _aligned(shapes[p]) for entry, _ in groups for p in entry.paths}
+
+    def store(entry: Entry, i: int, name: str) -> None:
+        values = entry.read(tensors[name].read(), _shapes_of_one(entry, shapes))
+        for path, value in zip(entry.paths, values, strict=True):
+            into = params[path][i : i + 1] if entry.per_layer else params[path][None]
+            _store(into[0, ...], value, name, tensors[name])
+
+    # numpy converts and copies without the interpreter's lock.
+    jobs = [(entry, i, name) for entry, names in groups for i, name in enumerate(names)]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for done in [pool.submit(store, *job) for job in jobs]:
+            done.result()
     return params
+
+
+def _aligned(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """An array at an address that lets JAX take it on a CPU as it is, without a copy."""
+    size = math.prod(leaf.shape) * leaf.dtype.itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size].view(leaf.dtype).reshape(leaf.shape)
 
 
 def check_readable(name: str, tensor: StoredTensor) -> None:
@@ -135,7 +152,7 @@ def _check_names(config, entries, tensors, source) -> list[str]:
 def _store(into: np.ndarray, value: np.ndarray, name: str, tensor: StoredTensor) -> None:
     """Copies with a change of dtype, in which finite values stay finite."""
     with np.errstate(over="ignore"):
-        into[...] = value
+        _copy(into, value)
     if jnp.finfo(value.dtype).max <= jnp.finfo(into.dtype).max:
         return
     if not np.array_equal(np.isfinite(into), np.isfinite(value)):
@@ -143,6 +160,19 @@ def _store(into: np.ndarray, value: np.ndarray, name: str, tensor: StoredTensor)
             f"{tensor.file}: tensor {name!r} has values beyond the range of {into.dtype}; load it "
             "with another param_dtype"
         )
+
+
+def _copy(into: np.ndarray, value: np.ndarray) -> None:
+    """into[...] = value; a transpose by columns that fit into the processor's cache."""
+    if value.ndim not in (2, 3) or value.flags.c_contiguous:
+        into[...] = value
+    elif value.ndim == 3:
+        axis = int(value.strides[0] < value.strides[1])
+        for part, values in zip(*(np.moveaxis(a, axis, 0) for a in (into, value)), strict=True):
+            _copy(part, values)
+    else:
+        for i in range(0, value.shape[1], _COLUMNS):
+            into[:, i : i + _COLUMNS] = value[:, i : i + _COLUMNS]
 
 
 def _some(names: list[str], at_most: int = 5) -> str:

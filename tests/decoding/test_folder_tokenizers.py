@@ -251,12 +251,12 @@ def test_merges_of_unknown_tokens_are_named(tmp_path, monkeypatch):
 
 
 def test_a_gguf_prompt_begins_as_the_file_says(tmp_path):
-    from tilescan.decoding.text import _prompt_ids
+    from tilescan.decoding.writers import prompt_ids
 
     plain = gguf(tmp_path / "a.gguf", bos_token_id=0)
     begun = gguf(tmp_path / "b.gguf", bos_token_id=0, add_bos_token=True)
     ids = plain.encode("ab").tolist()
-    assert _prompt_ids(plain, "ab").tolist() == ids == begun.encode("ab").tolist()
-    assert _prompt_ids(begun, "ab").tolist() == [0, *ids]
-    assert _prompt_ids(begun, "<s>ab").tolist() == [0, *ids]
-    assert _prompt_ids(begun, "").tolist() == [0]
+    assert prompt_ids(plain, "ab").tolist() == ids == begun.encode("ab").tolist()
+    assert prompt_ids(begun, "ab").tolist() == [0, *ids]
+    assert prompt_ids(begun, "<s>ab").tolist() == [0, *ids]
+    assert prompt_ids(begun, "").tolist() == [0]
