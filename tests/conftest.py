@@ -1,4 +1,4 @@
-"""Settings that every test shares: eight virtual CPU devices, strict ranks, checked shapes."""
+"""What every test shares: eight virtual CPU devices, strict ranks, checked shapes, executables."""
 
 import os
 import pathlib
@@ -16,8 +16,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Before any module of the packages is imported.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import compiled_once  # noqa: E402
 import shape_checks  # noqa: E402
 
+compiled_once.install()
 shape_checks.install()
 
 # Deadlines measure the machine, not the code: a first call compiles.

@@ -7,6 +7,7 @@ what it accepts has to be what its annotations say. Annotations without a shape 
 neither are the fields of dataclasses, which JAX also builds of leaves that are not arrays.
 """
 
+import functools
 import inspect
 import types
 import typing
@@ -23,7 +24,24 @@ PACKAGES = ("data", "decoding", "models", "ops", "pallas_kernels", "training")
 
 def install():
     """Installs the hook; modules that are imported before it are not checked."""
+    jaxtyping.jaxtyped = _only_shapes(jaxtyping.jaxtyped)
     jaxtyping.install_import_hook([f"tilescan.{name}" for name in PACKAGES], "shape_checks.check")
+
+
+def _only_shapes(jaxtyped):
+    """Returns the decorator that the hook applies, without its cost where nothing is checked."""
+
+    def decorate(function, **options):
+        if not inspect.isfunction(function):  # checked by no annotation, see above
+            return function
+        shaped = any(map(_holds_shape, function.__annotations__.values()))
+        return jaxtyped(function, **options) if shaped else function
+
+    return lambda function=None, **options: (
+        functools.partial(decorate, **options)
+        if function is None
+        else decorate(function, **options)
+    )
 
 
 def check(function):

@@ -137,6 +137,7 @@ EXPORTED = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Everything that transformers has to say, from one process (its import takes seconds)."""
+    python = torch_python()
     root = tmp_path_factory.mktemp("parity")
     (root / "cases.json").write_text(json.dumps(CASES))
     tokens = np.arange(18).reshape(2, 9) * 3
@@ -144,7 +145,7 @@ def folder(tmp_path_factory):
         params = nn.unbox(LanguageModel(config).init(jax.random.key(0), tokens)["params"])
         save_pretrained(root / name, config, params)
         np.save(root / name / "tokens.npy", tokens)
-    command = [torch_python(), str(WORKER), str(root)]
+    command = [python, str(WORKER), str(root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return root

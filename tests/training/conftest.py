@@ -1,6 +1,5 @@
-"""Lets these tests, and the processes they start, share helpers and compiled programs."""
+"""Lets these tests share helpers, and the processes that they start compile as they do."""
 
-import os
 import pathlib
 import sys
 
@@ -22,23 +21,9 @@ def float64(monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compile_once(tmp_path_factory):
-    """The same small programs run dozens of times here; compiling them is nearly all the time."""
-    folder = str(tmp_path_factory.getbasetemp() / "compiled")
-    options = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    # Programs that are compiled otherwise are others to the cache.
+def processes_compile_as_quickly():
+    """Those that a test starts, too."""
     quick = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-    os.environ[quick] = str(int(jax.config.read(quick.lower())))
-    yield
-    os.environ.pop(quick)
-    for name, value in before.items():
-        jax.config.update(name, value)
-        os.environ.pop(name.upper())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(quick, str(int(jax.config.read(quick.lower()))))
+        yield

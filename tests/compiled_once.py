@@ -1,0 +1,42 @@
+"""Compiles a program once in a process, however many functions come to it.
+
+Tests make the same small models again and again, each with functions of its own, so that JAX's
+caches, which go by the function, miss; compiling is most of the suite's time. Executables are kept
+here by the program itself. Nothing is written to a file: JAX's persistent cache has aborted the
+interpreter on CPUs.
+"""
+
+import functools
+import hashlib
+
+from jax._src import cache_key, compiler
+
+KEPT = 1000  # programs, of a megabyte or so each
+
+
+def install():
+    """Keeps what JAX compiles in this process from now on."""
+    compiler.backend_compile_and_load = once(compiler.backend_compile_and_load)
+
+
+def once(compile_program):
+    """Returns JAX's function from a program to an executable, which remembers its results."""
+    known = {}
+
+    @functools.wraps(compile_program)
+    def call(backend, module, devices, options, host_callbacks):
+        compiled = functools.partial(
+            compile_program, backend, module, devices, options, host_callbacks
+        )
+        if host_callbacks:  # they are this call's own
+            return compiled()
+        digest = hashlib.sha256(options.SerializeAsString())
+        cache_key._hash_computation(digest, module, False)  # not the lines it was written in
+        key = (id(backend), tuple(device.id for device in devices), digest.digest())
+        # The backend is kept, so that no other can have its id.
+        known[key] = known.pop(key, None) or (compiled(), backend)
+        if len(known) > KEPT:
+            del known[next(iter(known))]  # what was not asked for longest
+        return known[key][0]
+
+    return call
