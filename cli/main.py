@@ -12,6 +12,7 @@ from typing import NoReturn
 import tilescan
 from tilescan.cli import (
     arguments,
+    completion,
     data,
     diagnose,
     export,
@@ -48,6 +49,7 @@ COMMANDS = {
     "generate": generate,
     "train": train,
     "export": export,
+    "completion": completion,
 }
 
 
@@ -67,6 +69,8 @@ class _Parser(argparse.ArgumentParser):
     def nearest(self, message: str, cutoff: float = 0.6) -> str | None:
         """Returns the option, subcommand or choice that a word of the message is nearest to."""
         known = [*self._option_string_actions, *self._choices()]
+        if message.startswith("argument "):  # whose name is ours
+            message = message.partition(": ")[2]
         for word in message.replace("'", " ").replace(",", " ").replace(":", " ").split():
             name = word.split("=")[0]
             begun = [k for k in known if len(name) > 2 and k.startswith(name)]
@@ -169,7 +173,9 @@ def _build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tilescan {tilescan.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(
+        metavar="COMMAND", dest="name", required=True, parser_class=_Parser
+    )
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
@@ -178,7 +184,7 @@ def _build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        sub.set_defaults(name=name, parser=sub, config_keys=None)
+        sub.set_defaults(parser=sub, root=parser, config_keys=None)
         command.add_arguments(sub)
     return parser
 

@@ -1,8 +1,11 @@
 """Every key of the configuration in a line: its default and what it means, read from the source."""
 
+import functools
 import inspect
+import operator
 import re
 import textwrap
+from typing import Any
 
 from tilescan.models import LanguageModelConfig
 from tilescan.models.mixers import MIXERS
@@ -17,14 +20,8 @@ def help_lines(width: int | None = None) -> list[str]:
       width: columns after which a meaning goes on in the next line, indented; None gives a line a
         key, however long.
     """
-    config, lines = default_config(), []
-    about = meanings()
-    for key in known_keys(config):
-        value = config
-        for part in key.split("."):
-            value = value[part]
-        if hasattr(value, "keys"):  # a section
-            continue
+    about, lines = meanings(), []
+    for key, value in leaves().items():
         shown = "(...)" if len(repr(value)) > 40 else repr(value)
         line = f"{key} = {shown}".ljust(40) + f"  {about.get(key, '')}"
         if width is None:
@@ -33,6 +30,15 @@ def help_lines(width: int | None = None) -> list[str]:
         indent = " " * (42 if width >= 72 else 8)
         lines += textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
     return lines
+
+
+def leaves() -> dict[str, Any]:
+    """Returns the dotted keys of the default configuration that are no sections, with defaults."""
+    config = default_config()
+    found = {
+        key: functools.reduce(operator.getitem, key.split("."), config) for key in known_keys()
+    }
+    return {key: value for key, value in found.items() if not hasattr(value, "keys")}
 
 
 def meanings() -> dict[str, str]:

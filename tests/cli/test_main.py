@@ -39,6 +39,7 @@ def fails(capsys, *argv):
         ["generate"],
         ["train"],
         ["export"],
+        ["completion"],
     ],
 )
 def test_help_shows_examples(capsys, command):
