@@ -2,16 +2,15 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import math
-import signal
 import sys
-import threading
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tilescan.cli import arguments, runs
+from tilescan.cli import arguments, interrupts, runs
 
 if typing.TYPE_CHECKING:
     from tilescan.decoding.continuation import Sampling
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of input [where there is a template and the prompt ends with a question mark]",
     )
     parser.add_argument("--system", metavar="TEXT", help="a chat's first message to the model")
-    parser.add_argument("--max-new-tokens", type=int, help="at most so many [64; 512 in a chat]")
+    parser.add_argument("--max-new-tokens", type=int, help="at most so many [64; an answer 512]")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest [0]")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
@@ -72,28 +71,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Continues prompts or answers turns, and says how fast; returns the exit status."""
+    with interrupts.end_at_once():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     from tilescan.decoding.arguments import check_max_new_tokens
     from tilescan.decoding.continuation import Sampling
 
     # What is wrong in itself is said before a model is loaded.
     _check(options)
     prompts = _prompts(options)
-    chatting = options.chat and options.prompts is None and not options.json
-    if options.max_new_tokens is None:
-        options.max_new_tokens = 512 if options.chat else 64
-    check_max_new_tokens(options.max_new_tokens)
+    if options.max_new_tokens is not None:
+        check_max_new_tokens(options.max_new_tokens)
     sampling = Sampling.check(options.temperature, options.top_k, options.top_p, options.seed)
-    with _ended_by_interrupts():
-        writer = runs.load_writer(
-            options.checkpoint,
-            dtype=options.dtype,
-            meanwhile=lambda writer: _compile_ahead(options, writer, prompts, sampling),
-        )
-        if chatting:
-            return _talk(options, writer, prompts)
-        if options.json or len(prompts) > 1:
-            return _continue_all(options, writer, prompts, sampling)
-        return _continue_one(options, writer, prompts[0])
+    writer = runs.load_writer(
+        options.checkpoint,
+        dtype=options.dtype,
+        prepare=lambda writer: _prepare(options, writer, prompts, sampling),
+    )
+    if options.chat and options.prompts is None and not options.json:
+        return _talk(options, writer, prompts)
+    if options.json or len(prompts) > 1:
+        return _continue_all(options, writer, prompts)
+    return _continue_one(options, writer, prompts[0])
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -149,39 +150,51 @@ def _ids(options: argparse.Namespace, writer: "Writer", prompt: str) -> Any:
     return ids_of(writer, prompt, _asks(options, writer, prompt), options.system)
 
 
-def _compile_ahead(
+def _prepare(
     options: argparse.Namespace, writer: "Writer", prompts: Sequence[str], sampling: "Sampling"
-) -> None:
-    """Compiles what the first prompts will call, or the first turn of a chat."""
-    from tilescan.decoding.chat import ROOM
-    from tilescan.decoding.prompts import padded_length
+) -> Callable[[], Any]:
+    """Checks the prompts; returns what compiles for the first of them, or a chat's first turn."""
+    from tilescan.decoding.chat import ROOM, require_template
+    from tilescan.decoding.prompts import check_prompts, padded_length
     from tilescan.decoding.writers import compile_ahead
 
-    first = prompts[: options.batch_size]
-    lengths = [len(_ids(options, writer, prompt)) for prompt in first]
-    longest = max(lengths, default=9)  # a turn that is not known yet: its first and last chunk
+    if options.chat:
+        require_template(writer)
+    to_ids, most = functools.partial(_ids, options, writer), _most(options, writer, prompts)
+    lengths = check_prompts(writer, prompts, most, to_ids)
+    # A turn that is not known yet is read in chunks of both kinds.
+    longest = max(lengths[: options.batch_size], default=9)
+    batch, room = 1, longest + most
     if options.json or len(prompts) > 1:
         batch = min(options.batch_size, len(prompts))
         longest = padded_length(longest) if batch > 1 else longest
-        room, several = longest + options.max_new_tokens, dict(batch=batch, packed=batch > 1)
-    else:
-        talks = not prompts or _asks(options, writer, prompts[0])
-        room = max(ROOM, longest) if talks else longest + options.max_new_tokens
-        several = {}
-    compile_ahead(writer, longest, room, sampling, **several)
+        room = longest + most
+    elif not prompts or _asks(options, writer, prompts[0]):
+        room = max(ROOM, longest)
+    packed = batch > 1
+    return functools.partial(
+        compile_ahead, writer, longest, room, sampling, batch=batch, packed=packed
+    )
+
+
+def _most(options: argparse.Namespace, writer: "Writer", prompts: Sequence[str]) -> int:
+    """The number of new tokens: an answer ends by itself, a text seldom."""
+    if options.max_new_tokens is not None:
+        return options.max_new_tokens
+    one = len(prompts) == 1 and _asks(options, writer, prompts[0])
+    return 512 if options.chat or one else 64
 
 
 def _continue_one(options: argparse.Namespace, writer: "Writer", prompt: str) -> int:
     """Writes what follows one prompt, token by token."""
     from tilescan.decoding.text import generate_text
 
+    most = _most(options, writer, [prompt])
     if _asks(options, writer, prompt):
         if options.chat is None:
             _note_question()
         shown = ""
-        done = _conversation(options, writer).reply(
-            prompt, max_new_tokens=options.max_new_tokens, write=_write
-        )
+        done = _conversation(options, writer).reply(prompt, max_new_tokens=most, write=_write)
     else:
         pieces = []
 
@@ -191,9 +204,7 @@ def _continue_one(options: argparse.Namespace, writer: "Writer", prompt: str) ->
             pieces.append(piece)
 
         settings = {key: getattr(options, key) for key in _SAMPLING}
-        done = generate_text(
-            writer, prompt, max_new_tokens=options.max_new_tokens, write=write, **settings
-        )
+        done = generate_text(writer, prompt, max_new_tokens=most, write=write, **settings)
         shown = "" if pieces else prompt  # the model ended the text at once
     print(shown, end="")
     print(f"\n\n{_speed(done)}", file=sys.stderr)
@@ -202,12 +213,12 @@ def _continue_one(options: argparse.Namespace, writer: "Writer", prompt: str) ->
 
 def _talk(options: argparse.Namespace, writer: "Writer", prompts: Sequence[str]) -> int:
     """Answers turns: the prompt, if there is one, and the lines of standard input."""
-    conversation = _conversation(options, writer)
+    conversation, most = _conversation(options, writer), _most(options, writer, prompts)
     for turn in _turns(prompts):
-        done = conversation.reply(turn, max_new_tokens=options.max_new_tokens, write=_write)
+        done = conversation.reply(turn, max_new_tokens=most, write=_write)
         print(flush=True)
-        if done.tokens == options.max_new_tokens:
-            _note(f"cut after --max-new-tokens={options.max_new_tokens}")
+        if done.tokens == most:
+            _note(f"cut after {most} tokens; --max-new-tokens allows more")
     return 0
 
 
@@ -219,15 +230,13 @@ def _turns(prompts: Sequence[str]) -> Iterator[str]:
         return
     with contextlib.suppress(EOFError):
         while True:
-            with _interruptible():
+            with interrupts.raise_exception():
                 turn = input("> " if sys.stdin.isatty() else "")
             if turn.strip():
                 yield turn
 
 
-def _continue_all(
-    options: argparse.Namespace, writer: "Writer", prompts: Sequence[str], sampling: "Sampling"
-) -> int:
+def _continue_all(options: argparse.Namespace, writer: "Writer", prompts: Sequence[str]) -> int:
     """Writes what follows each prompt, in order, as text or as JSON."""
     from tilescan.decoding.prompts import continue_prompts
 
@@ -238,8 +247,8 @@ def _continue_all(
         writer,
         prompts,
         batch_size=min(options.batch_size, len(prompts)),
-        max_new_tokens=options.max_new_tokens,
-        sampling=sampling,
+        max_new_tokens=_most(options, writer, prompts),
+        **{key: getattr(options, key) for key in _SAMPLING},
         to_ids=lambda prompt: _ids(options, writer, prompt),
     )
     for i, answer in enumerate(answers):
@@ -282,29 +291,3 @@ def _note(text: str) -> None:
 
 def _note_question(what: str = "the prompt is a question") -> None:
     _note(f"{what}: asked by the checkpoint's chat template; --no-chat continues the text")
-
-
-@contextlib.contextmanager
-def _handling(action: Any) -> Iterator[None]:
-    """Ctrl-C as `action` says, within; only the main thread may say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, action)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _ended_by_interrupts() -> contextlib.AbstractContextManager[None]:
-    """Ctrl-C ends the process at once: there is nothing to save.
-
-    An exception would wait for the end of a compilation, and is lost where a callback raises it.
-    """
-    return _handling(signal.SIG_DFL)
-
-
-def _interruptible() -> contextlib.AbstractContextManager[None]:
-    """Ctrl-C raises KeyboardInterrupt: reading a line, the terminal has to be put in order."""
-    return _handling(signal.default_int_handler)

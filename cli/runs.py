@@ -39,14 +39,14 @@ def load_writer(
     path: str,
     *,
     dtype: str | None = None,
-    meanwhile: "Callable[[text.Writer], Any] | None" = None,
+    prepare: "Callable[[text.Writer], Callable[[], Any]] | None" = None,
 ) -> "text.Writer":
     """Reads a run's newest checkpoint with its tokenizer, or what `decoding.load_writer` takes.
 
     Args:
       path: of either.
       dtype: of computation and parameters; default a run's own, of other checkpoints float32.
-      meanwhile: see `decoding.load_writer`; not called for a run.
+      prepare: see `decoding.load_writer`; not called for a run.
 
     Raises:
       ValueError, FileNotFoundError, CheckpointError, UnusableCheckpoint: see `load` and
@@ -61,7 +61,7 @@ def load_writer(
 
         published = not trained.is_run(path)
     if published:
-        return text.load_writer(path, dtype=dtype or "float32", meanwhile=meanwhile)
+        return text.load_writer(path, dtype=dtype or "float32", prepare=prepare)
     return _run_writer(trained.load_run(path), dtype)
 
 

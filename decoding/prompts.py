@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,13 +54,44 @@ def ids_of(writer: Writer, prompt: str, chat: bool, system: str | None = None) -
     return turn_ids(writer, writer.template.render(messages))
 
 
+def check_prompts(
+    writer: Writer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    to_ids: Callable[[str], Integer[np.ndarray, " N"]],
+) -> list[int]:
+    """Returns the prompts' lengths in tokens.
+
+    Args:
+      writer: its parameters may be shapes alone.
+      prompts, max_new_tokens, to_ids: as for `continue_prompts`.
+
+    Raises:
+      ValueError: a prompt that the model can't read, named by its number if there are several.
+    """
+    lengths = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            ids = to_ids(prompt)
+            check_prompt(writer.model.config, ids[None], None)
+            check_max_new_tokens(max_new_tokens, writer.model.config, len(ids))
+        except ValueError as error:
+            which = f"prompt {number}: " if len(prompts) > 1 else ""
+            raise type(error)(f"{which}{error}") from error
+        lengths.append(len(ids))
+    return lengths
+
+
 def continue_prompts(
     writer: Writer,
     prompts: Iterable[str],
     *,
     batch_size: int = 1,
     max_new_tokens: int = 64,
-    sampling: Sampling,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
     to_ids: Callable[[str], Integer[np.ndarray, " N"]] | None = None,
 ) -> Iterator[Answer]:
     """Yields what follows each prompt, in their order, as soon as its batch is done.
@@ -73,22 +104,23 @@ def continue_prompts(
       prompts: texts.
       batch_size: how many are read together; the same programs serve all batches.
       max_new_tokens: at most so many for each.
-      sampling: how tokens are chosen.
+      temperature, top_k, top_p, seed: see `generate_text`.
       to_ids: the ids that the model reads for a prompt; default `prompt_ids`.
 
     Raises:
+      TypeError, ValueError: settings that make no distribution; see `generate_text`.
       ValueError: a prompt that is empty, or with new tokens longer than the model has positions
         for; and, of a batch of several, a mask that counts from the start of the row.
       FloatingPointError: the model's scores hold NaN or inf.
     """
+    new, vocab_size = check_max_new_tokens(max_new_tokens), writer.model.config.vocab_size
+    sampling = Sampling.check(temperature, top_k, top_p, seed, vocab_size)
     to_ids = to_ids or (lambda prompt: prompt_ids(writer.tokenizer, prompt))
     reader, first = Reader(writer.model, writer.params), 0
     for batch in itertools.batched(prompts, batch_size):
+        for length in check_prompts(writer, batch, max_new_tokens, to_ids):
+            warn_beyond_training(writer, length + max_new_tokens)
         ids = [to_ids(prompt) for prompt in batch]
-        for row in ids:
-            check_prompt(writer.model.config, row[None], None)
-            new = check_max_new_tokens(max_new_tokens, writer.model.config, len(row))
-            warn_beyond_training(writer, len(row) + new)
         yield from _continue_batch(writer, reader, batch, ids, batch_size, new, sampling, first)
         first += len(batch)
 

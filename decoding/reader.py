@@ -124,10 +124,12 @@ class Reader:
         return "logits" if self.layers is None else "scores"
 
     def _fresh(self, batch: int, room: int) -> ModelState:
-        state = self.model.init_state(batch, room)
-        if self.layers is not None:
-            one = [init_state(self.model.config, batch, room) for _ in self.layers]
-            state = state._replace(layers=tuple(one))
+        if self.layers is None:
+            state = self.model.init_state(batch, room)
+        else:
+            one = init_state(self.model.config, batch, room)
+            start = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), -1, jnp.int32)
+            state = ModelState(tuple(one for _ in self.layers), *start)
         # Arrays that are overwritten must not be the same ones.
         return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
 

@@ -1,5 +1,6 @@
 """From text to text: a published checkpoint, its tokenizer and sampling, in one call."""
 
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -88,13 +89,14 @@ def generate_text(
     new = check_max_new_tokens(max_new_tokens)
     sampling = Sampling.check(temperature, top_k, top_p, seed)
 
-    def compile_programs(writer: Writer) -> None:
+    def prepare(writer: Writer) -> Callable[[], None]:
         length = len(prompt_ids(writer.tokenizer, prompt))
-        compile_ahead(writer, length, length + new, sampling)
+        check_max_new_tokens(new, writer.model.config, length)
+        return functools.partial(compile_ahead, writer, length, length + new, sampling)
 
     writer = path_or_source
     if not isinstance(writer, Writer):
-        writer = writer() if callable(writer) else load_writer(writer, meanwhile=compile_programs)
+        writer = writer() if callable(writer) else load_writer(writer, prepare=prepare)
     warn_beyond_training(writer, len(prompt_ids(writer.tokenizer, prompt)) + max_new_tokens)
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     began = time.perf_counter()

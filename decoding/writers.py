@@ -59,7 +59,7 @@ def load_writer(
     path_or_source: str | pathlib.Path,
     *,
     dtype: str = "float32",
-    meanwhile: Callable[[Writer], Any] | None = None,
+    prepare: Callable[[Writer], Callable[[], Any]] | None = None,
 ) -> Writer:
     """Loads a checkpoint with its tokenizer, the tokens that end its texts, and its chat template.
 
@@ -70,8 +70,8 @@ def load_writer(
       path_or_source: "smollm2", a .gguf file, or a folder with config.json, safetensors and
         tokenizer.json (a GPT-2 folder does without the last).
       dtype: of computation and parameters.
-      meanwhile: is called in a thread of its own while the parameters are read, with a writer whose
-        parameters are shapes: `compile_ahead`, say.
+      prepare: is called before the parameters are read, with a writer whose parameters are shapes;
+        what it returns is called in a thread while they are read: `compile_ahead`, say.
 
     Raises:
       FileNotFoundError: there is no such file, or a folder has no tokenizer.
@@ -94,13 +94,13 @@ def load_writer(
         template = folder_template(path)
     model = LanguageModel(opened.config)
     writer = Writer(model, None, tokenizer, ends, template)
-    if meanwhile is None:
+    if prepare is None:
         return writer._replace(params=jax.device_put(opened.read_params()))
+    action = prepare(writer._replace(params=abstract_params(opened.config)))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        shapes = abstract_params(opened.config)
-        other = pool.submit(meanwhile, writer._replace(params=shapes))
+        prepared = pool.submit(action)
         writer = writer._replace(params=jax.device_put(opened.read_params()))
-        other.result()
+        prepared.result()
     return writer
 
 

@@ -18,9 +18,9 @@ def generate(capsys, monkeypatch):
     monkeypatch.setattr(chat, "ROOM", 64)
     handlers = []
 
-    def load(path, *, dtype, meanwhile):
+    def load(path, *, dtype, prepare):
         handlers.append(signal.getsignal(signal.SIGINT))
-        meanwhile(tiny_writer())
+        prepare(tiny_writer())()
         return tiny_writer()
 
     monkeypatch.setattr("tilescan.cli.runs.load_writer", load)

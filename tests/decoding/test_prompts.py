@@ -6,7 +6,6 @@ from tiny_writers import tiny_writer
 
 from tilescan.decoding import prompts as prompts_lib
 from tilescan.decoding import reader
-from tilescan.decoding.continuation import Sampling
 from tilescan.decoding.prompts import continue_prompts, ids_of, read_prompts
 from tilescan.decoding.text import generate_text
 
@@ -17,9 +16,7 @@ def test_batches_give_what_each_prompt_alone_does(monkeypatch):
     """In order, whatever is padded, in a last batch that is not full."""
     monkeypatch.setattr(reader, "CHUNKS", (1,))
     writer = tiny_writer()
-    greedy = Sampling.check(0.0, None, None, 0)
-    settings = dict(max_new_tokens=6, sampling=greedy)
-    answers = list(continue_prompts(writer, PROMPTS, batch_size=2, **settings))
+    answers = list(continue_prompts(writer, PROMPTS, batch_size=2, max_new_tokens=6))
     assert [a.prompt for a in answers] == PROMPTS
     for answer in answers:
         alone = generate_text(writer, answer.prompt, max_new_tokens=6)
@@ -32,14 +29,14 @@ def test_batches_give_what_each_prompt_alone_does(monkeypatch):
 @pytest.mark.slow
 def test_samples_do_not_depend_on_the_size_of_a_batch():
     writer = tiny_writer("attention", "mlp")._replace(ends=())
-    drawn = Sampling.check(1.0, 20, 0.9, 5)
+    drawn = dict(temperature=1.0, top_k=20, top_p=0.9, seed=5)
     sampled = [
-        [a.tokens for a in continue_prompts(writer, PROMPTS, batch_size=b, sampling=drawn)]
+        [a.tokens for a in continue_prompts(writer, PROMPTS, batch_size=b, **drawn)]
         for b in (1, 2, 3)
     ]
     assert sampled[0] == sampled[1] == sampled[2]
     # The first prompt's are those of `generate`, and log-probabilities are the model's own.
-    [first, *_] = continue_prompts(writer, PROMPTS[:1], sampling=drawn, max_new_tokens=4)
+    [first, *_] = continue_prompts(writer, PROMPTS[:1], **drawn, max_new_tokens=4)
     ids = writer.tokenizer.encode(PROMPTS[0])
     whole = np.asarray([[*ids, *first.tokens]])
     scores, _ = writer.model.apply({"params": writer.params}, whole)

@@ -9,7 +9,8 @@ import pytest
 
 from tilescan.data import sources
 from tilescan.data.tokenizers import get_tokenizer
-from tilescan.decoding.text import generate_text
+from tilescan.decoding.chat import Conversation
+from tilescan.decoding.text import generate_text, load_writer
 from tilescan.models import LanguageModel, count_params
 from tilescan.models.checkpoints import load_pretrained
 
@@ -61,3 +62,18 @@ def test_it_writes_text():
         "smollm2", "The capital of France is", max_new_tokens=8, write=written.append
     )
     assert out.text.startswith(" Paris") and "".join(written) == out.text
+
+
+def test_it_answers_turn_by_turn():
+    """A turn reads what is new, and the whole is what the template gives for it."""
+    writer = load_writer("smollm2")
+    talk = Conversation(writer)
+    assert talk.reply("What is the capital of France?").text == "The capital of France is Paris."
+    assert "Berlin" in talk.reply("And of Germany?", max_new_tokens=16).text
+    whole = writer.template.render(talk.messages, add_generation_prompt=False)
+    ids = writer.tokenizer.encode(whole, allow_special=True).tolist()
+    assert ids[: len(talk.read_ids)] == talk.read_ids and len(talk.read_ids) > 60
+    kept, _ = talk._reader.read(talk._reading, np.asarray([[5]]))
+    again = np.asarray([[*talk.read_ids, 5]])
+    logits, _ = jax.jit(writer.model.apply)({"params": writer.params}, again)
+    np.testing.assert_allclose(kept, logits[:, -1], atol=1e-3)
