@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 AOT := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),-r requirements-aot.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test test-slow lint notebooks report clean
+.PHONY: help install reproduce test test-slow lint notebooks report docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
@@ -46,6 +46,9 @@ notebooks: $(VENV)/.installed-dev  ## run the notebooks and keep their outputs
 
 report: $(VENV)/.installed  ## rebuild RESULTS.md and results/index.html from the committed records
 	$(BIN)/python -m tilescan.experiments.report
+
+docs: $(VENV)/.installed-dev  ## build the API reference from docstrings, into build/docs
+	JAX_PLATFORMS=cpu $(BIN)/python docs/api.py
 
 clean:  ## remove .venv and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
