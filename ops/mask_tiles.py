@@ -93,7 +93,7 @@ def tile_kinds(
     return any_visible.astype(xp.int8) + (any_visible & all_visible & unpadded).astype(xp.int8)
 
 
-def live_tiles(kinds: Int8[AnyArray, ...]) -> np.integer | Integer[Array, ""]:
+def live_tiles(kinds: Int8[AnyArray, "*tiles"]) -> np.integer | Integer[Array, ""]:
     """Returns the number of tiles that have to be computed: the partial and the full ones."""
     return (kinds != EMPTY).sum()
 
