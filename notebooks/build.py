@@ -3,10 +3,13 @@
     python notebooks/build.py                 # execute all at full size, write the .ipynb files
     python notebooks/build.py 01 --size=small
 
-Needs the extra `dev`.
+Needs the extra `dev`. Where the repository is published is read from `url` in setup.cfg: the badges
+then open the notebooks in Colab, and they install from there. Without it the badges open Colab's
+browser of repositories, and readers write the address themselves.
 """
 
 import argparse
+import configparser
 import os
 import pathlib
 import sys
@@ -19,6 +22,9 @@ from jupyter_client.kernelspec import KernelSpec
 
 FOLDER = pathlib.Path(__file__).parent
 SIZES = ("small", "full")
+COLAB = "https://colab.research.google.com/github"
+# Outputs are those of a CPU, without the messages of a TPU's library that looks for a TPU.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 class ThisInterpreter(AsyncKernelManager):
@@ -36,9 +42,28 @@ def scripts() -> list[pathlib.Path]:
     return sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 
 
-def read(script: pathlib.Path) -> nbformat.NotebookNode:
-    """Returns the notebook that a script describes, without outputs."""
+def published_at() -> str:
+    """Returns the repository's address as setup.cfg states it, or ""."""
+    settings = configparser.ConfigParser()
+    settings.read(FOLDER.parent / "setup.cfg", encoding="utf-8")
+    return settings.get("metadata", "url", fallback="").rstrip("/")
+
+
+def read(script: pathlib.Path, address: str | None = None) -> nbformat.NotebookNode:
+    """Returns the notebook that a script describes, without outputs.
+
+    Args:
+      script: of `scripts()`.
+      address: of the repository, https://github.com/OWNER/NAME; `published_at()` when None.
+    """
     notebook = jupytext.read(script)
+    address = published_at() if address is None else address
+    if address:
+        direct = address.replace("https://github.com", COLAB)
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(
+                f"({COLAB})", f"({direct}/blob/main/notebooks/{script.stem}.ipynb)"
+            ).replace('REPOSITORY = ""', f'REPOSITORY = "{address}"')
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # jupytext samples them: every build would differ
         cell.metadata.clear()
@@ -56,9 +81,10 @@ def execute(
         kernel_manager_class=ThisInterpreter,
         resources={"metadata": {"path": str(FOLDER.parent)}},
         record_timing=False,
+        coalesce_streams=True,
         timeout=timeout,
     )
-    client.execute(env={**os.environ, "TILESCAN_NOTEBOOK_SIZE": size})
+    client.execute(env={**os.environ, **ENVIRONMENT, "TILESCAN_NOTEBOOK_SIZE": size})
     notebook.metadata.pop("language_info", None)
     return notebook
 
