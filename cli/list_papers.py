@@ -11,7 +11,7 @@ from tilescan.cli.folders import results_folder
 
 ABOUT = "the papers, their scales and what was measured"
 DESCRIPTION = "List the papers."
-_COUNTED = {"shown": "✓", "not shown": "✗", "needs scale": "○"}
+_COUNTED = {"shown": "✓", "by construction": "≡", "not shown": "✗", "needs scale": "○"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print("\n".join(lines(root, width)))
-    print("✓ shown, ✗ not shown, ○ needs a larger scale", end="; ")
+    print("✓ shown, ≡ by construction, ✗ not shown, ○ needs a larger scale", end="; ")
     absent = "There is no folder of results, here or by the code: a checkout has one, a wheel none."
     print(f"measured in {root}" if root else absent)
     print("Measure one: tilescan run NAME --scale=smoke")
@@ -56,7 +56,7 @@ def lines(root: pathlib.Path | None, width: int | None = None) -> list[str]:
     scales = max((len(row[1]) for row in rows.values()), default=0)
     room = max((len(row[0]) for row in rows.values()), default=0)
     if width is not None:
-        room = max(min(room, width - names - scales - 20), 12)
+        room = max(min(room, width - names - scales - 24), 12)
     listed = []
     for family in catalogue.FAMILIES:
         of_family = [name for name in rows if known[name].family == family]

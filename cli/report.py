@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 from tilescan.cli import arguments
+from tilescan.experiments import options as options_lib
 
 ABOUT = "rebuild RESULTS.md and results/index.html"
 DESCRIPTION = """\
@@ -20,10 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", dest="source", type=arguments.path, help="publish this workdir first"
     )
+    options_lib.add_reworded(parser)
+    options_lib.add_allow_modified(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Rebuilds tables, figures and pages; returns the exit status."""
     from tilescan.experiments import report
 
-    return report.rebuild_command(options.results, options.source)
+    return report.rebuild_command(
+        options.results, options.source, options.reworded, options.allow_modified
+    )

@@ -3,6 +3,7 @@
 import argparse
 
 from tilescan.cli import arguments
+from tilescan.experiments import options as options_lib
 
 ABOUT = "measure a paper and print its tables"
 DESCRIPTION = """\
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", default="", help="measure the cells whose id contains this")
     parser.add_argument("--publish", action="store_true", help="copy the records to results/")
+    options_lib.add_allow_modified(parser)
     parser.set_defaults(config_keys=_config_keys)
 
 
@@ -37,7 +39,9 @@ def run(options: argparse.Namespace) -> int:
     from tilescan.experiments.harness import registry as papers
 
     config = papers.load_config(options.paper, options.scale, options.overrides)
-    return run.measure(config, options.workdir, options.only, options.publish)
+    return run.measure(
+        config, options.workdir, options.only, options.publish, options.allow_modified
+    )
 
 
 def _config_keys(options: argparse.Namespace) -> list[str]:

@@ -4,6 +4,7 @@ Layout of the folder of results:
   PAPER/SCALE/config.json  cells/ID.json      what was asked for, and the records of it
   PAPER/SCALE/tables.json  figures/NAME.svg   made here, of the records alone
   PAPER/README.md  PAPER/index.html           the paper's page
+  criteria.json                               since when claims are judged as they are, see criteria
   index.html  code.json  effects.svg          all papers; RESULTS.md beside the folder is the same
 
 The same records give the same bytes.
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from tilescan import terminal
+from tilescan.experiments import options as options_lib
 from tilescan.experiments.harness import publish as publish_lib
 from tilescan.experiments.harness import registry
 from tilescan.experiments.harness.results import Results
@@ -28,13 +30,26 @@ def show(results: Results, folder: pathlib.Path) -> None:
         table.show()
     width = terminal.width()
     for claim in results.claims:
-        text = terminal.fill(f"{claim.status}: {claim.name} ({claim.evidence})", width)
-        print(text.replace(claim.status, terminal.paint(claim.status, "bold"), 1))
+        late = f"; {claim.late}" if claim.late else ""
+        text = terminal.fill(f"{claim.outcome}: {claim.name} ({claim.evidence}){late}", width)
+        print(text.replace(claim.outcome, terminal.paint(claim.outcome, "bold"), 1))
     print(f"\nRecords, tables and figures are in {folder}")
 
 
-def rebuild_command(root: pathlib.Path, source: pathlib.Path | None) -> int:
-    """Publishes `source` if given, rebuilds, lists the files; returns the exit status."""
+def rebuild_command(
+    root: pathlib.Path,
+    source: pathlib.Path | None,
+    reworded: Sequence[str] = (),
+    allow_modified: bool = False,
+) -> int:
+    """Publishes `source` if given, rebuilds, lists the files; returns the exit status.
+
+    Args:
+      root: the folder of results.
+      source: workdir of a run.
+      reworded: as of `criteria.updated`.
+      allow_modified: as of `publish.publish`.
+    """
     try:
         if source is None and not root.exists():
             raise ValueError(
@@ -42,8 +57,9 @@ def rebuild_command(root: pathlib.Path, source: pathlib.Path | None) -> int:
                 "checkout has one"
             )
         if source is not None:
-            publish_lib.publish(registry.load(publish_lib.paper_of(source)), source, root)
-        for path in publish_lib.write_all(root):
+            paper = registry.load(publish_lib.paper_of(source))
+            publish_lib.publish(paper, source, root, allow_modified=allow_modified)
+        for path in publish_lib.write_all(root, reworded=reworded):
             print(path)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,8 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", default="results", type=pathlib.Path, help="what to rebuild")
     parser.add_argument("--from", dest="source", type=pathlib.Path, help="publish this workdir")
+    options_lib.add_reworded(parser)
+    options_lib.add_allow_modified(parser)
     options = parser.parse_args(argv)
-    return rebuild_command(options.results, options.source)
+    return rebuild_command(
+        options.results, options.source, options.reworded, options.allow_modified
+    )
 
 
 if __name__ == "__main__":

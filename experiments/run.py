@@ -4,6 +4,7 @@ Cells that are finished in --workdir are kept, so the same command goes on after
 Any value of the config is overridden by its path, e.g. --config.runtime.repeats=3.
 """
 
+import contextlib
 import pathlib
 import sys
 
@@ -11,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from tilescan.experiments import report
+from tilescan.experiments.harness import load, locks
 from tilescan.experiments.harness import publish as publish_lib
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import runner as harness
@@ -26,10 +28,21 @@ _ONLY = flags.DEFINE_string("only", "", "Measure only the cells whose id contain
 _PUBLISH = flags.DEFINE_bool("publish", False, "Copy the records to results/, rebuild RESULTS.md.")
 
 
+_ALLOW_MODIFIED = flags.DEFINE_bool("allow_modified", False, "Publish a modified tree's, too.")
+_PATIENCE = 30.0  # seconds that a comparison of times waits for a quiet machine
+
+
 def measure(
-    config: ConfigDict, workdir: str | None = None, only: str = "", publish: bool = False
+    config: ConfigDict,
+    workdir: str | None = None,
+    only: str = "",
+    publish: bool = False,
+    allow_modified: bool = False,
 ) -> int:
-    """Runs the paper of `config`, prints its tables; the exit status is 1 if a cell failed."""
+    """Runs the paper of `config`, prints its tables; the exit status is 1 if a cell failed.
+
+    At scale smoke, whose times mean nothing, other work on the machine does not matter.
+    """
     workdir = workdir or f"runs/{config.paper}/{config.scale}"
     if not is_on_disk(workdir):
         raise ValueError(f"workdir={workdir!r}: records are kept on a disk; give a local folder")
@@ -37,8 +50,14 @@ def measure(
     paper = papers.load(config.paper)
     if warning := expected_compiler_warning():  # cells start JAX, some with more devices
         print(f"warning: {warning}", file=sys.stderr)
+    smoke = config.scale == "smoke"
+    say = lambda text: print(text, file=sys.stderr)
     try:
-        outcome = harness.run(paper, config, workdir, only=only)
+        with (
+            contextlib.nullcontext() if smoke else locks.alone("run of experiments", say),
+            load.patient(0.0 if smoke else _PATIENCE),
+        ):
+            outcome = harness.run(paper, config, workdir, only=only)
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished cells are in {workdir}; the same command goes on there.")
         return 130
@@ -48,7 +67,7 @@ def measure(
     for cell, reason in outcome.failed.items():
         print(f"FAILED {cell}: {reason}\n  {workdir / 'errors' / cell}.txt", file=sys.stderr)
     if publish:
-        publish_lib.publish(paper, workdir, pathlib.Path("results"))
+        publish_lib.publish(paper, workdir, pathlib.Path("results"), allow_modified=allow_modified)
     return 1 if outcome.failed else 0
 
 
@@ -90,7 +109,8 @@ def main(argv: list[str]) -> int:
     if _CONFIG.value is None:
         raise app.UsageError("--config is missing, e.g. --config=configs/flash_attention.py:cpu")
     try:
-        return measure(_CONFIG.value, _WORKDIR.value, _ONLY.value, _PUBLISH.value)
+        allow = _ALLOW_MODIFIED.value
+        return measure(_CONFIG.value, _WORKDIR.value, _ONLY.value, _PUBLISH.value, allow)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

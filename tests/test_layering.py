@@ -186,7 +186,7 @@ def test_rooms_of_experiments():
             "harness": ("harness",),
             "measurements": ("measurements", "harness"),
             "papers": ("measurements", "harness", f"papers.{where[1]}" if where[1:] else ""),
-            "entry": ("harness", "report", "rerun", "run"),
+            "entry": ("harness", "options", "report", "rerun", "run"),
         }[floor]
         for name in imported_names(path):
             inside = name.removeprefix("tilescan.experiments.")

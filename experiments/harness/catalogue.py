@@ -10,6 +10,8 @@ import pathlib
 import pkgutil
 import re
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from tilescan.experiments import papers
 
@@ -75,10 +77,16 @@ def about(name: str) -> About:
 def claims(root: pathlib.Path | None, name: str) -> dict[str, Counter[str]]:
     """Returns {scale: how many claims have which status} of what was measured under `root`.
 
-    A status that needs a larger scale counts as "needs scale", whichever that is.
+    A status that needs a larger scale counts as "needs scale", whichever that is, and what is shown
+    but follows by construction as "by construction".
     """
     found = {}
     for path in sorted(root.glob(f"{name}/*/tables.json")) if root else []:
         listed = json.loads(path.read_text("utf-8"))["claims"]
-        found[path.parent.name] = Counter(claim["status"].partition(":")[0] for claim in listed)
+        found[path.parent.name] = Counter(map(_counted, listed))
     return found
+
+
+def _counted(claim: Mapping[str, Any]) -> str:
+    status = claim["status"].partition(":")[0]
+    return "by construction" if claim.get("by_construction") and status == "shown" else status

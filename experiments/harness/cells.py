@@ -11,7 +11,7 @@ import ml_collections
 from tilescan.experiments.harness.catalogue import Titled
 from tilescan.experiments.harness.claims import Claim
 from tilescan.experiments.harness.records import Records
-from tilescan.experiments.harness.tables import Table
+from tilescan.experiments.harness.tables import PUBLISHED, QUOTED, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Paper(Titled):
       summary: two sentences for a reader of the results.
       short: what tables of many papers call it; the beginning of the title by default.
       family: under which RESULTS.md lists it: one of `catalogue.FAMILIES`.
+      source: how the numbers are known that claims quote, one of `tables.QUOTED`; a claim may have
+        a source of its own.
       cells: the measurements that a config asks for.
       tables, claims, figures: pure functions of the records; figures gives {name: SVG text}.
         A figure stands beside the table whose name has most of the words that its own begins with.
@@ -63,6 +65,12 @@ class Paper(Titled):
     figures: Callable[[Records], Mapping[str, str]] = lambda records: {}
     family: str = "kernels"
     short: str = ""
+    source: str = PUBLISHED
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.source not in QUOTED:
+            raise ValueError(f"source={self.source!r} of {self.name!r} is not one of {QUOTED}")
 
     @classmethod
     def of(cls, modules: Sequence[ModuleType], **about: str) -> "Paper":

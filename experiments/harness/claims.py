@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.statistics import Spread
-from tilescan.experiments.harness.tables import percent
+from tilescan.experiments.harness.tables import QUOTED, percent
 
 SHOWN, NOT_SHOWN = "shown", "not shown"
 NEEDS = "needs scale: "
@@ -29,6 +29,11 @@ class Claim:
       evidence: the measured numbers that decided.
       why: of a claim that is not shown, what is known of the cause, in one sentence.
       effect: the published and the measured size of the effect, where both are numbers.
+      by_construction: whether nothing but a fault of the code could refute it, as a count of what a
+        formula says: a regression test, counted apart.
+      source: kind of the number that the statement quotes, one of `tables.QUOTED`, where it is
+        another than the paper's own.
+      late: that the criterion is younger than a record, and what was before; see `criteria`.
     """
 
     name: str
@@ -38,6 +43,30 @@ class Claim:
     evidence: str
     why: str = ""
     effect: "Effect | None" = None
+    by_construction: bool = False
+    source: str = ""
+    late: str = ""
+
+    def __post_init__(self):
+        if self.source not in ("", *QUOTED):
+            raise ValueError(
+                f"source={self.source!r} of claim {self.name!r} is not one of {QUOTED}"
+            )
+
+    @property
+    def said(self) -> str:
+        """What the paper says, with the kind of the number that it quotes."""
+        return f"{self.statement} [{self.source}]" if self.source else self.statement
+
+    @property
+    def judged(self) -> str:
+        """The criterion, with what is to be said of its age."""
+        return f"{self.criterion} [{self.late}]" if self.late else self.criterion
+
+    @property
+    def outcome(self) -> str:
+        """The status, with a word on those that follow by construction."""
+        return f"{self.status}, by construction" if self.by_construction else self.status
 
     def to_json(self) -> dict[str, Any]:
         """Returns the claim as plain values, without what it does not say."""
@@ -86,6 +115,8 @@ def judge(
     *,
     why: str = "",
     effect: Effect | None = None,
+    by_construction: bool = False,
+    source: str = "",
 ) -> Claim:
     """Returns the claim whose status is what the predicate `holds` came to.
 
@@ -99,15 +130,15 @@ def judge(
         without it a missing measurement counts as not shown.
       why: what is known of the cause, should the claim not be shown.
       effect: its size, published and measured.
+      by_construction, source: as of `Claim`.
     """
     if holds is None:
         status = f"{NEEDS}{needs}" if needs else NOT_SHOWN
         evidence = evidence or "its measurements are missing"
     else:
         status = SHOWN if holds else NOT_SHOWN
-    return Claim(
-        name, statement, criterion, status, evidence, why if holds is False else "", effect
-    )
+    why = why if holds is False else ""
+    return Claim(name, statement, criterion, status, evidence, why, effect, by_construction, source)
 
 
 def undecided(claim: Claim, needs: str) -> Claim:
@@ -126,7 +157,9 @@ class Verdict(NamedTuple):
     effect: Effect | None = None
 
 
-def claim(name: str, statement: str, verdict: Verdict, needs: str = "", why: str = "") -> Claim:
+def claim(
+    name: str, statement: str, verdict: Verdict, needs: str = "", why: str = "", **more: Any
+) -> Claim:
     """Returns the claim whose criterion, status and evidence come from one predicate.
 
     Args:
@@ -134,16 +167,22 @@ def claim(name: str, statement: str, verdict: Verdict, needs: str = "", why: str
       statement: what the paper says.
       verdict: of the predicate.
       needs, why: as of `judge`.
+      **more: by_construction and source, as of `Claim`.
     """
     criterion, holds, evidence, effect = verdict
-    return judge(name, statement, criterion, holds, evidence, needs, why=why, effect=effect)
+    return judge(name, statement, criterion, holds, evidence, needs, why=why, effect=effect, **more)
 
 
 def not_run(
-    name: str, statement: str, criterion: str, needs: str, evidence: str = "not run"
+    name: str,
+    statement: str,
+    criterion: str,
+    needs: str,
+    evidence: str = "not run",
+    source: str = "",
 ) -> Claim:
     """Returns a claim that no scale here measures; `needs` says what would decide it."""
-    return judge(name, statement, criterion, None, evidence, needs=needs)
+    return judge(name, statement, criterion, None, evidence, needs=needs, source=source)
 
 
 def lower_every_seed(
@@ -172,7 +211,8 @@ def lower_every_seed(
     evidence = ", ".join(f"{a} {one[s]:.3f}, {b} {two[s]:.3f} (seed {s})" for s in seeds)
     holds = all(two[s] < one[s] for s in seeds) if seeds else None
     effect = Effect(published, [one[s] / two[s] for s in seeds]) if published and seeds else None
-    return Verdict(f"a lower {words} with every seed", holds, evidence, effect)
+    criterion = f"a lower {words} with every seed (paired by seed: the same data and batches)"
+    return Verdict(criterion, holds, evidence, effect)
 
 
 def leads(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from tilescan.experiments.harness import html_parts as parts
-from tilescan.experiments.harness import matrix
+from tilescan.experiments.harness import markdown, matrix
 from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.harness.claims import Claim
 from tilescan.experiments.harness.html_parts import escape
@@ -19,10 +19,18 @@ _CSS, _SCRIPT = (
     for kind in ("css", "js")
 )
 
-_KINDS = """<span class="published">Published</span> columns are the paper's numbers (a note says
-where they are recalled or come by way of another text),
-<span class="measured">measured</span> ones were measured by this code on the machine that is named,
-<span class="static">static</span> ones come from a compiler or a formula, without running."""
+_KINDS = re.sub(
+    r"\*([^*]+)\*",
+    r"<i>\1</i>",
+    markdown.KINDS.format(
+        '<span class="published">',
+        "</span>",
+        '<span class="measured">',
+        "</span>",
+        '<span class="static">',
+        "</span>",
+    ),
+)
 
 
 def overview(found: Sequence[Results], code: Mapping[str, str]) -> str:
@@ -41,22 +49,37 @@ def overview(found: Sequence[Results], code: Mapping[str, str]) -> str:
         f"({escape(c.evidence)}): {escape(c.why or 'the cause is not known')}.</li>"
         for r, c in matrix.not_shown(found)
     )
+    link = lambda r, c: f'<a href="{_claim_link(r, c)}">{escape(c.name)}</a>'
+    late = "\n".join(
+        f"<li>{escape(r.paper.short_title)}: {escape(said)}. Of: "
+        f"{'; '.join(link(r, c) for c in claims)}.</li>"
+        for r, said, claims in matrix.late(found)
+    )
+    ledger = escape(matrix.LEDGER).replace(
+        "criteria.json", '<a href="criteria.json">criteria.json</a>'
+    )
     families = list(dict.fromkeys(row.paper.family for row in matrix.rows(found, code)))
     contents = [("part", "#papers", "Papers")]
     contents += [("", f"#{parts.anchor_of(family)}", family) for family in families]
     contents += [("part", "#effects", "Effects")] if figure else []
     contents += [("part", "#not-shown", "Where it did not come out")]
+    contents += [("part", "#criteria", "How old criteria are")]
     return _page(
         "Tilescan: results",
         contents,
         f"""<h1>Tilescan: results</h1>
-<p>Every claim has a criterion that the numbers can fail. {escape(matrix.LEGEND)}</p>
+<p>Every claim has a criterion, by which it is shown or not. {escape(matrix.LEGEND)}</p>
 {parts.filters("results", ("status", parts.STATUSES), ("family", {f: f for f in families}))}
 {_matrix(found, code)}
 {figure}
 {parts.heading(2, "Where it did not come out", "not-shown")}
 <ul>
 {items}
+</ul>
+{parts.heading(2, "How old criteria are", "criteria")}
+<p>{ledger}</p>
+<ul>
+{late}
 </ul>""",
     )
 
@@ -80,8 +103,9 @@ def paper_page(found: Sequence[Results]) -> str:
 <p>{escape(paper.summary)}</p>
 {_standing(found)}
 <p class="run">Measure it again: <code>{escape(command)}</code></p>
-<p class="soft">{_KINDS} Every claim has a criterion that the numbers can fail. A row says where
-it is known to have been chosen after a run.</p>
+<p class="soft">{_KINDS} Every claim has a criterion; a row says where it follows by construction,
+and where the criterion is younger than a record it reads (by <a href="../criteria.json">the ledger
+of criteria</a>).</p>
 {sections}""",
     )
 
@@ -141,7 +165,7 @@ def _symbols(row: matrix.Row, page: str) -> str:
     """Returns a symbol for each claim, which leads to it."""
     return "".join(
         f'<a class="{parts.style(c)}" href="{page}#{row.scale}-{parts.anchor_of(c.name)}" '
-        f'title="{escape(c.name)}: {escape(c.status)}">{matrix.symbol(c)}</a>'
+        f'title="{escape(c.name)}: {escape(c.outcome)}">{matrix.symbol(c)}</a>'
         for c in row.claims
     )
 

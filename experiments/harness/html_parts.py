@@ -11,7 +11,12 @@ from tilescan.experiments.harness.results import Results
 from tilescan.experiments.harness.tables import LABEL, Table
 
 # Of claims: {style: what the reader chooses}.
-STATUSES = {"shown": "shown", "refuted": "not shown", "soft": "needs scale"}
+STATUSES = {
+    "shown": "shown",
+    "built": "by construction",
+    "refuted": "not shown",
+    "soft": "needs scale",
+}
 
 
 def figure(name: str, svg: str, scale: str) -> str:
@@ -32,17 +37,17 @@ def claims(results: Results) -> str:
     for claim in results.claims:
         anchor = f"{results.scale}-{anchor_of(claim.name)}"
         link = f'<a class="anchor" href="#{anchor}" aria-label="link to this claim">#</a>'
-        said, judged = escape(claim.statement), escape(claim.criterion)
+        said, judged = escape(claim.said), escape(claim.judged)
         why = f'<br /><span class="soft">{escape(claim.why)}.</span>' if claim.why else ""
         rows.append(
             f'<tr id="{anchor}" data-status="{style(claim)}" data-text="">'
             f'<td class="label">{escape(claim.name)}\N{NO-BREAK SPACE}{link}</td>'
             f'<td class="label">{said}</td>'
             f'<td class="label" data-of="criterion">{judged}</td>'
-            f'<td class="label status {style(claim)}">{escape(claim.status)}</td>'
+            f'<td class="label status {style(claim)}">{escape(claim.outcome)}</td>'
             f'<td class="label" data-of="evidence">{escape(claim.evidence)}{why}</td></tr>'
         )
-    titles = ("claim", "what the paper says", "criterion", "status", "evidence")
+    titles = markdown.claims_titles(results.paper.source)
     head = "".join(f'<th class="label">{title}</th>' for title in titles)
     anchor = f"{results.scale}-claims"
     form = filters(f"{anchor}-rows", ("status", STATUSES))
@@ -55,18 +60,18 @@ def table(table: Table, scale: str, figures: Sequence[str]) -> str:
     for column in table.columns:
         unit = f" ({column.unit})" if column.unit else ""
         kind = "" if column.kind == LABEL else f"<small>{column.kind}</small>"
-        head.append(f'<th class="{column.kind}">{escape(column.title + unit)}{kind}</th>')
+        head.append(f'<th class="{column.style}">{escape(column.title + unit)}{kind}</th>')
     rows = []
     sources = table.sources or [()] * len(table.rows)
     for row, cells in zip(table.texts(), sources, strict=True):
         body = [
-            f'<td class="{column.kind}">{escape(text)}</td>'
+            f'<td class="{column.style}">{escape(text)}</td>'
             for text, column in zip(row, table.columns, strict=True)
         ]
         if cells:
             about = escape(f"from {', '.join(cells)}")
             link = f'<a href="#{scale}-record-{cells[0]}" title="{about}">{escape(row[0])}</a>'
-            body[0] = f'<td class="{table.columns[0].kind}">{link}</td>'
+            body[0] = f'<td class="{table.columns[0].style}">{link}</td>'
         rows.append(f"<tr>{''.join(body)}</tr>")
     anchor, above = f"{scale}-table-{table.name}", "\n".join(figures)
     return wrap(table.title, anchor, table.name, "".join(head), rows, table.note, above)
@@ -128,6 +133,8 @@ def wrap(
 
 def style(claim: Claim) -> str:
     """Returns the style of a claim's status, one of STATUSES."""
+    if claim.by_construction and claim.status == SHOWN:
+        return "built"
     return {SHOWN: "shown", NOT_SHOWN: "refuted"}.get(claim.status, "soft")
 
 

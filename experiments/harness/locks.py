@@ -5,8 +5,9 @@ import fcntl
 import os
 import pathlib
 import platform
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -39,6 +40,41 @@ def locked(path: pathlib.Path, timeout: float, every: float = 0.5) -> Iterator[N
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield  # closing the file ends the lock
+
+
+@contextlib.contextmanager
+def alone(
+    name: str, say: Callable[[str], None], timeout: float = 600.0, every: float = 0.5
+) -> Iterator[bool]:
+    """Notices another process of this user on this machine that is inside under the same name.
+
+    The second one says so, waits for the first, and after `timeout` goes on beside it.
+
+    Args:
+      name: of what only one should do.
+      say: gets what the user is to know.
+      timeout: seconds to wait.
+      every: seconds between tries.
+
+    Yields:
+      Whether no other one was inside as this one began.
+    """
+    path = pathlib.Path(tempfile.gettempdir()) / f"tilescan-{os.getuid()}" / f"{name}.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, 0, every))
+        except TimeoutError:
+            say(f"another {name} is going on ({_holder(path)}): waiting {timeout:g} s at most")
+        else:
+            yield True
+            return
+        try:
+            stack.enter_context(locked(path, timeout, every))
+        except TimeoutError:
+            say(f"going on beside the other {name}: times are marked if it takes much of the cores")
+            yield False
+        else:
+            yield True
 
 
 def _acquire(file) -> bool:

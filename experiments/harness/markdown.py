@@ -12,7 +12,7 @@ from tilescan.experiments.harness.tables import MEASURED, Column, Table, table
 _HEAD = """# Results
 
 Made by `python -m tilescan.experiments.report` from the records under `{root}/`; a test holds
-that this file is exactly what they give. Every claim has a criterion that the numbers can fail.
+that this file is exactly what they give. Every claim has a criterion, by which it is shown or not.
 Measure a paper again with `tilescan run PAPER --scale=cpu --publish`, one number of it with
 `tilescan rerun PAPER CELL`. The same as a page: [{root}/index.html]({root}/index.html).
 """
@@ -22,12 +22,17 @@ _PAPER_HEAD = """# {title}
 {summary}
 {arxiv}
 
-*Published* columns are the paper's numbers (a note says where they are recalled or come by way of
-another text). *Measured* columns were measured by this code on the machine that is named. *Static*
-columns come from a compiler or a formula, without running. Every claim has a criterion that the
-numbers can fail; a row says where it is known to have been chosen after a run.
+{kinds} Every claim has a criterion; a row says where it follows by construction, and where the
+criterion is younger than a record it reads (by [results/criteria.json](../criteria.json)).
 `tilescan run {name} --scale=cpu` measures all of it again.
 """
+
+KINDS = (
+    "{}Published{} columns are the paper's numbers, read in its text or its authors'; other kinds "
+    "of them are *recalled*, *from a secondary source* (another text about the paper) and *read "
+    "off a figure*. {}Measured{} columns were measured by this code on the machine that is named. "
+    "{}Static{} columns come from a compiler or a formula, without running."
+)
 
 
 def overview(found: Sequence[Results], code: Mapping[str, str], root: str) -> str:
@@ -40,6 +45,8 @@ def overview(found: Sequence[Results], code: Mapping[str, str], root: str) -> st
     """
     parts = [_HEAD.format(root=root), "## Papers", matrix_table(matrix.rows(found, code), root)]
     parts.append(matrix.LEGEND)
+    parts.append(f"## How old criteria are\n\n{_ledger(root)}")
+    parts += _late(found, root)
     if matrix.effects(found):
         parts.append(f"## Effects\n\n{matrix.EFFECTS}\n\n![effects]({root}/effects.svg)")
     parts += ["## Where it did not come out", *_not_shown(found, root)]
@@ -66,6 +73,19 @@ def matrix_table(rows: Sequence[matrix.Row], root: str) -> str:
     return "\n".join(lines)
 
 
+def _ledger(root: str) -> str:
+    return matrix.LEDGER.replace("criteria.json", f"[{root}/criteria.json]({root}/criteria.json)")
+
+
+def _late(found: Sequence[Results], root: str) -> list[str]:
+    lines: dict[str, list[str]] = {}
+    for results, said, claims in matrix.late(found):
+        page = f"[{results.paper.short_title}]({root}/{results.paper.name}/README.md)"
+        names = "; ".join(claim.name for claim in claims)
+        lines.setdefault(page, []).append(f"- {said}. Of: {names}.")
+    return [f"{page}\n\n" + "\n".join(items) for page, items in lines.items()]
+
+
 def _not_shown(found: Sequence[Results], root: str) -> list[str]:
     lines: dict[str, list[str]] = {}
     for results, claim in matrix.not_shown(found):
@@ -80,7 +100,11 @@ def paper_page(found: Sequence[Results]) -> str:
     paper = found[0].paper
     arxiv = f"\nThe paper: <https://arxiv.org/abs/{paper.arxiv}>.\n" if paper.arxiv else ""
     head = _PAPER_HEAD.format(
-        title=paper.title, summary=paper.summary, name=paper.name, arxiv=arxiv
+        title=paper.title,
+        summary=paper.summary,
+        name=paper.name,
+        arxiv=arxiv,
+        kinds=KINDS.format(*("*" * 6)),
     )
     return "\n\n".join([head.strip(), *(scale(r, r.scale) for r in found)]) + "\n"
 
@@ -88,7 +112,7 @@ def paper_page(found: Sequence[Results]) -> str:
 def scale(results: Results, folder: str = ".") -> str:
     """Returns one paper at one scale; `folder` is where its figures and records lie."""
     parts = [f"## Scale {results.scale}", provenance(results.records)]
-    parts.append(claims_table(results.claims).to_markdown())
+    parts.append(claims_table(results.claims, results.paper.source).to_markdown())
     figures = {name: _figure(name, svg, folder) for name, svg in results.figures.items()}
     parts += [figures[name] for name in results.figures_beside("")]
     for shown in results.tables:
@@ -104,11 +128,15 @@ def _figure(name: str, svg: str, folder: str) -> str:
     return f"![{caption}]({folder}/figures/{name}.svg)\n\n*{caption}*"
 
 
-def claims_table(claims: Iterable[Claim]) -> Table:
-    """Returns the claims as a table."""
-    rows = [[c.name, c.statement, c.criterion, c.status, c.evidence] for c in claims]
-    titles = ("claim", "what the paper says", "criterion", "status", "evidence")
-    return Table("claims", "Claims", [Column(title) for title in titles], rows)
+def claims_table(claims: Iterable[Claim], source: str) -> Table:
+    """Returns the claims as a table; `source` is that of the numbers which they quote."""
+    rows = [[c.name, c.said, c.judged, c.outcome, c.evidence] for c in claims]
+    return Table("claims", "Claims", [Column(title) for title in claims_titles(source)], rows)
+
+
+def claims_titles(source: str) -> tuple[str, ...]:
+    """Returns the headings of a table of claims that quote numbers from a source."""
+    return ("claim", f"what the paper says ({source})", "criterion", "status", "evidence")
 
 
 def records_table(records: Iterable[Record], folder: str) -> Table:

@@ -10,12 +10,25 @@ from tilescan.experiments.harness.results import Results
 
 SYMBOLS = {SHOWN: "✓", NOT_SHOWN: "✗"}
 NEEDS_SCALE = "○"
+BY_CONSTRUCTION = "≡"
+LATE = "†"
 # What became of the code under a paper's records since they were measured.
 UNCHANGED, CHANGED, UNKNOWN = "unchanged", "changed", "unknown"
 LEGEND = (
-    f"{SYMBOLS[SHOWN]} shown, {SYMBOLS[NOT_SHOWN]} not shown, {NEEDS_SCALE} needs a larger scale; "
-    "in the order of the paper's page. Code: whether the code under the records changed since they "
-    "were measured (unknown: measured before records kept that)."
+    f"{SYMBOLS[SHOWN]} shown, {SYMBOLS[NOT_SHOWN]} not shown, {NEEDS_SCALE} needs a larger scale, "
+    f"{BY_CONSTRUCTION} by construction: only a fault of the code could refute it, and it counts "
+    f"apart; {LATE} the criterion is younger than a record it reads; in the order of the paper's "
+    "page. Code: whether the code under the records changed since they were measured, and in which "
+    "files (unknown: measured before records kept that)."
+)
+# What the ledger of criteria can prove.
+LEDGER = (
+    "For each criterion criteria.json has the time since which it stands: of the commit that "
+    "brought it, or, for later ones, of the run or report that met it first; what it was before; "
+    "and earlier wordings. That proves in which order texts and records were kept, and no more: "
+    "not what anybody knew or meant before, nor that a clock was right, and it does not notice a "
+    "change of what is computed under the same words. A claim measured again after its criterion "
+    "changed is not marked."
 )
 EFFECTS = (
     "Measured effects on an axis where 0 is no effect and 1 the published one, of ratios by their "
@@ -37,7 +50,7 @@ class Row:
       minutes: that its cells took.
       machine: names of devices.
       measured: the date of the last record.
-      code: UNCHANGED, CHANGED or UNKNOWN.
+      code: UNCHANGED, CHANGED or UNKNOWN, and in which files.
     """
 
     paper: Paper
@@ -52,14 +65,20 @@ class Row:
 
     @property
     def shown(self) -> str:
-        """How many of the claims that were decided are shown."""
+        """How many of the claims that were decided are shown, those by construction apart."""
         decided = [claim for claim in self.claims if claim.status in SYMBOLS]
-        return f"{sum(claim.status == SHOWN for claim in decided)} of {len(decided)}"
+        open_ones = [claim for claim in decided if not claim.by_construction]
+        text = f"{sum(claim.status == SHOWN for claim in open_ones)} of {len(open_ones)}"
+        built = len(decided) - len(open_ones)
+        return f"{text} + {built}{BY_CONSTRUCTION}" if built else text
 
 
 def symbol(claim: Claim) -> str:
-    """Returns the sign of a claim's status."""
-    return SYMBOLS.get(claim.status, NEEDS_SCALE)
+    """Returns the sign of a claim's status, with one on a criterion younger than its records."""
+    sign = SYMBOLS.get(claim.status, NEEDS_SCALE)
+    if claim.by_construction and claim.status == SHOWN:
+        sign = BY_CONSTRUCTION
+    return f"{sign}{LATE}" if claim.late else sign
 
 
 def rows(found: Sequence[Results], code: Mapping[str, str]) -> list[Row]:
@@ -67,7 +86,7 @@ def rows(found: Sequence[Results], code: Mapping[str, str]) -> list[Row]:
 
     Args:
       found: all results.
-      code: {folder: UNCHANGED, CHANGED or UNKNOWN}.
+      code: {folder: what became of the code under it, in words}; see `staleness`.
     """
     made = []
     for results in sorted(found, key=lambda r: FAMILIES.index(r.paper.family)):
@@ -100,8 +119,19 @@ def not_shown(found: Sequence[Results]) -> list[tuple[Results, Claim]]:
     return [(r, c) for r in found for c in r.claims if c.status == NOT_SHOWN]
 
 
+def late(found: Sequence[Results]) -> list[tuple[Results, str, list[Claim]]]:
+    """Returns the claims whose criteria are younger than a record they read, by what is said."""
+    made = []
+    for results in found:
+        said = dict.fromkeys(claim.late for claim in results.claims if claim.late)
+        made += [(results, s, [c for c in results.claims if c.late == s]) for s in said]
+    return made
+
+
 def _measured(claim: Claim) -> bool:
-    return claim.effect is not None and len(claim.effect.measured) > 0
+    """Returns whether a claim has an effect that could have been another."""
+    has_one = claim.effect is not None and len(claim.effect.measured) > 0
+    return has_one and not claim.by_construction
 
 
 def effects(found: Sequence[Results]) -> dict[str, dict[str, list[float]]]:

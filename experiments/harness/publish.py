@@ -1,16 +1,29 @@
 """From records to what is read: tables, figures and pages, the same bytes for the same records."""
 
+import dataclasses
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from tilescan.configs.common import SCALES
-from tilescan.experiments.harness import figures, html, markdown, matrix, provenance, registry
+from tilescan.experiments.harness import (
+    criteria,
+    figures,
+    html,
+    markdown,
+    matrix,
+    registry,
+    staleness,
+)
 from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness.cells import Paper
+from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.results import Results, collect
 from tilescan.experiments.harness.runner import kept_config
 from tilescan.files import write_atomically
+from tilescan.training.environment import git
 
 
 def files(results: Results) -> dict[str, str]:
@@ -36,28 +49,42 @@ def write(results: Results, folder: pathlib.Path) -> None:
 
 def gather(root: pathlib.Path) -> list[Results]:
     """Returns the results of all papers and scales under `root`, by the papers' names."""
-    found = []
+    found, ledger = [], criteria.load(root)
     for name in registry.NAMES:
         for scale in SCALES:
             folder = root / name / scale
             if (folder / "config.json").exists():
-                found.append(collect(registry.load(name), folder, f"{name}/{scale}"))
+                of_folder = ledger.get(f"{name}/{scale}", {})
+                results = collect(registry.load(name), folder, f"{name}/{scale}")
+                found.append(dataclasses.replace(results, entries=of_folder))
     return found
 
 
 def rebuild(
-    root: pathlib.Path, code: Mapping[str, str] | None = None, only: str | None = None
+    root: pathlib.Path,
+    code: Mapping[str, str] | None = None,
+    only: str | None = None,
+    *,
+    reworded: Iterable[str] = (),
+    begun: criteria.Ledger = types.MappingProxyType({}),
 ) -> dict[pathlib.Path, str]:
     """Returns the generated files under `root` with their text, RESULTS.md beside it included.
 
     Args:
       root: the folder of results.
-      code: {folder: what became of the code since}, `code_since` by default.
+      code: {folder: what became of the code since}, `staleness.code_since` by default.
       only: the paper whose own files are made; of every one by default.
+      reworded, begun: as of `criteria.updated`.
     """
     found = gather(root)
-    code = code_since(found) if code is None else code
-    made = {}
+    claims = {results.folder: results.paper.claims(results.records) for results in found}
+    head, now = git("rev-parse", "HEAD"), records_lib.now()
+    ledger = criteria.updated(
+        criteria.load(root), claims, now, head, reworded=reworded, begun=begun
+    )
+    found = [dataclasses.replace(results, entries=ledger[results.folder]) for results in found]
+    code = staleness.code_since(found, root) if code is None else code
+    made = {root / criteria.FILE: records_lib.dumps(ledger)}
     for name in [only] if only else dict.fromkeys(results.paper.name for results in found):
         of_paper = [results for results in found if results.paper.name == name]
         for results in of_paper:
@@ -72,29 +99,23 @@ def rebuild(
     return made
 
 
-def code_since(found: Sequence[Results]) -> dict[str, str]:
-    """Returns {folder: whether the code under its records changed since they were measured}."""
-    since = {}
-    for results in found:
-        then = {record.cell: record.environment.get("code") for record in results.records}
-        if not all(then.values()):
-            since[results.folder] = matrix.UNKNOWN
-            continue
-        config = registry.load_config(results.paper.name, results.scale)
-        today = {
-            cell.id: provenance.digest(provenance.code_of(cell.measure))
-            for cell in results.paper.cells(config)
-        }
-        if all(today.get(cell) == digest for cell, digest in then.items()):
-            since[results.folder] = matrix.UNCHANGED
-        else:
-            since[results.folder] = matrix.CHANGED
-    return since
+def publish(
+    paper: Paper, workdir: pathlib.Path, root: pathlib.Path, *, allow_modified: bool = False
+) -> None:
+    """Copies the records of a run to `root`/PAPER/SCALE and rebuilds all that is made of them.
 
+    Args:
+      paper: whose records they are.
+      workdir: of the run.
+      root: the folder of results.
+      allow_modified: publish records of a modified work tree, too.
 
-def publish(paper: Paper, workdir: pathlib.Path, root: pathlib.Path) -> None:
-    """Copies the records of a run to `root`/PAPER/SCALE and rebuilds all that is made of them."""
+    Raises:
+      ValueError: a record was made from a modified work tree, which no commit gives back.
+    """
     results = collect(paper, workdir)
+    if not allow_modified:
+        _refuse_modified(results.records, workdir)
     target = root / paper.name / results.scale
     if target.resolve() != workdir.resolve():
         shutil.rmtree(target, ignore_errors=True)
@@ -103,12 +124,23 @@ def publish(paper: Paper, workdir: pathlib.Path, root: pathlib.Path) -> None:
             if (workdir / name).exists():
                 shutil.copy2(workdir / name, target / name)
     shutil.rmtree(target / "figures", ignore_errors=True)
-    write_all(root, only=paper.name)
+    write_all(root, only=paper.name, begun=criteria.load(workdir))
 
 
-def write_all(root: pathlib.Path, only: str | None = None) -> list[pathlib.Path]:
+def _refuse_modified(records: Records, workdir: pathlib.Path) -> None:
+    """Raises ValueError for records of a work tree that was not as committed; names them."""
+    if cells := [record.cell for record in records if record.environment["modified"]]:
+        named = ", ".join(cells[:10]) + (f" and {len(cells) - 10} more" if len(cells) > 10 else "")
+        raise ValueError(
+            f"{len(cells)} of {len(records)} records in {workdir} were made from a modified work "
+            f"tree, which no commit gives back: {named}; commit, delete them from cells/ and "
+            "measure them again, or keep them as they are by --allow-modified"
+        )
+
+
+def write_all(root: pathlib.Path, only: str | None = None, **options: Any) -> list[pathlib.Path]:
     """Writes what `rebuild` makes, removes figures that are no more; returns the paths."""
-    made = rebuild(root, only=only)
+    made = rebuild(root, only=only, **options)
     for old in set(root.glob(f"{only or '*'}/*/figures/*.svg")) - set(made):
         old.unlink()
     for path, text in made.items():

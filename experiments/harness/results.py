@@ -4,8 +4,10 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
 
+from tilescan.experiments.harness import criteria
 from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness.cells import Paper
 from tilescan.experiments.harness.claims import Claim, undecided
@@ -23,12 +25,14 @@ class Results:
       scale: of the config.
       folder: relative to results/.
       records: what was measured.
+      entries: {claim: entry} of the ledger of criteria.
     """
 
     paper: Paper
     scale: str
     folder: str
     records: Records
+    entries: criteria.Entries = types.MappingProxyType({})
 
     @functools.cached_property
     def tables(self) -> Sequence[Table]:
@@ -37,8 +41,12 @@ class Results:
 
     @functools.cached_property
     def claims(self) -> Sequence[Claim]:
-        """The paper's claims; at scale smoke, whose sizes show nothing, they are not decided."""
-        claims = self.paper.claims(self.records)
+        """The paper's claims; at scale smoke, whose sizes show nothing, they are not decided.
+
+        Those whose criteria are younger than their records say so.
+        """
+        read = functools.partial(criteria.readings, self.paper.claims, self.records)
+        claims = criteria.marked(self.paper.claims(self.records), self.entries, read)
         return [undecided(claim, "cpu") for claim in claims] if self.scale == "smoke" else claims
 
     @functools.cached_property

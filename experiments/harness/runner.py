@@ -18,12 +18,13 @@ import ml_collections
 import rich.console
 import rich.progress
 
-from tilescan.experiments.harness import provenance, shared_models
+from tilescan.experiments.harness import criteria, provenance, shared_models
 from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.harness.records import Record
 from tilescan.experiments.harness.workspace import Workspace
 from tilescan.files import write_atomically
+from tilescan.training.environment import git
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,10 @@ def run(
     if not chosen:
         raise ValueError(f"only={only!r} is in no cell's id; they are {[c.id for c in cells]}")
     _prepare(workdir, paper, config)
+    if "scale" in config:  # criteria are as old as the first run that had them
+        claims, commit = paper.claims(records_lib.Records([])), git("rev-parse", "HEAD")
+        folder = f"{paper.name}/{config.scale}"
+        criteria.begin(workdir, folder, claims, records_lib.now(), commit)
     digests = {c.id: records_lib.digest(paper.name, c.id, c.settings, c.seed) for c in cells}
     finished = _retire_stale(workdir, digests)
     kept = [cell for cell in chosen if cell.id in finished]

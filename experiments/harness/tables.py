@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tilescan import terminal
+from tilescan.experiments.harness import load
 from tilescan.experiments.harness.records import Record
 from tilescan.experiments.harness.statistics import Spread
 
 LABEL, PUBLISHED, MEASURED, STATIC = "label", "published", "measured", "static"
-KINDS = (LABEL, PUBLISHED, MEASURED, STATIC)
+# The paper's numbers are of four kinds: read in its own text or its authors', remembered by who
+# wrote them here, found in another text about it, and estimated from a drawing.
+RECALLED, SECONDARY, READ_OFF = "recalled", "from a secondary source", "read off a figure"
+QUOTED = (PUBLISHED, RECALLED, SECONDARY, READ_OFF)
+KINDS = (LABEL, *QUOTED, MEASURED, STATIC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +24,9 @@ class Column:
 
     Attributes:
       title: heading, without the unit.
-      kind: LABEL names the row; PUBLISHED stands in the paper; MEASURED comes from the records of
-        this run, computed from measurements included; STATIC was computed without running, by a
-        compiler or a formula.
+      kind: LABEL names the row; PUBLISHED stands in the paper, and so do the other kinds of QUOTED,
+        as far as is known; MEASURED comes from the records of this run, computed from measurements
+        included; STATIC was computed without running, by a compiler or a formula.
       unit: written after the heading in brackets.
       digits: significant digits of its numbers.
       of: computes the column's value from what a row shows, a `Group` of records say; see `table`.
@@ -36,6 +41,11 @@ class Column:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r} of column {self.title!r} is not one of {KINDS}")
+
+    @property
+    def style(self) -> str:
+        """The kind, without how a published number is known."""
+        return PUBLISHED if self.kind in QUOTED else self.kind
 
     @property
     def heading(self) -> str:
@@ -105,7 +115,7 @@ class Table:
             self.texts(),
             width,
             labels=[column.kind == LABEL for column in self.columns],
-            styles=[colors.get(column.kind, "") for column in self.columns],
+            styles=[colors.get(column.style, "") for column in self.columns],
         )
         title, note = (terminal.fill(text, width) for text in (self.title, self.note))
         print(terminal.paint(title, "bold"), "\n\n".join(parts), sep="\n", end="\n\n")
@@ -126,19 +136,26 @@ def table(
     """Returns the table whose columns compute their values (`Column.of`) for each of the rows.
 
     A row is a `Group`, a record, a tuple with one of them, or anything else that has no source.
+    Where times of its records were measured beside other work, the row and the note say so.
     """
     rows = list(rows)
     values = [[column.of(row) for column in columns] for row in rows]
-    sources = [_cells(row) for row in rows]
-    return Table(name, title, columns, values, note, sources if any(sources) else ())
+    sources = [_records(row) for row in rows]
+    beside = [max(filter(None, (load.share_of(r.result) for r in s)), default=0) for s in sources]
+    for row, share in zip(values, beside, strict=True):
+        row[0] = f"{row[0]} *" if share else row[0]
+    if any(beside):
+        marked = ", ".join(f"{row[0]} {s:.0%}" for row, s in zip(values, beside, strict=True) if s)
+        note += f"{note and ' '}* Measured while other work took of the machine: {marked}."
+    cells = [tuple(record.cell for record in found) for found in sources]
+    return Table(name, title, columns, values, note, cells if any(cells) else ())
 
 
-def _cells(row: Any) -> tuple[str, ...]:
-    """Returns the ids of the cells that a row of `table` shows."""
+def _records(row: Any) -> tuple[Record, ...]:
+    """Returns the records that a row of `table` shows."""
     if isinstance(row, tuple):
-        return tuple(cell for item in row for cell in _cells(item))
-    records = (row,) if isinstance(row, Record) else getattr(row, "records", ())
-    return tuple(record.cell for record in records)
+        return tuple(record for item in row for record in _records(item))
+    return (row,) if isinstance(row, Record) else tuple(getattr(row, "records", ()))
 
 
 def percent(value: Spread | float | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from tilescan.benchmarks.timing import interleaved, seconds_of
+from tilescan.experiments.harness import load
 from tilescan.experiments.harness.claims import Effect, Verdict, within
 from tilescan.experiments.harness.groups import Group, by
 from tilescan.experiments.harness.records import Record, Records
@@ -65,7 +66,8 @@ def compare(
       least_ms: shortest time that is measured at once.
 
     Returns:
-      {name: {"median_ms", "samples_ms", "compile_s", "temp_bytes"}}; a function that asks for more
+      {name: {"median_ms", "samples_ms", "compile_s", "temp_bytes", "others"}}, the last one the
+      share of the machine that other processes took meanwhile; a function that asks for more
       memory than there is has {"error": "out of memory"} instead.
     """
     calls, inner, results = {}, {}, {}
@@ -83,10 +85,15 @@ def compare(
             results[name] = {"error": OUT_OF_MEMORY}
         else:
             inner[name] = max(1, min(1000, round(least_ms / 1000 / max(once, 1e-7))))
-    # All functions in turn, a round after another.
-    for name, times in interleaved(calls, repeats=repeats, calls=inner).items():
+    # All functions in turn, a round after another, on a machine that does nothing else.
+    load.wait_for_quiet()
+    meter = load.Meter()
+    rounds = interleaved(calls, repeats=repeats, calls=inner)
+    others = meter.share()
+    for name, times in rounds.items():
         samples = [1000 * seconds for seconds in times]
         results[name] |= {"samples_ms": samples, "median_ms": statistics.median(samples)}
+        results[name] |= {"others": others}
     return results
 
 

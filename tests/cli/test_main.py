@@ -424,7 +424,7 @@ def test_list_shows_every_paper_in_one_screen(capsys):
         for text in ("title", "summary", "family", "short", "short_title", "arxiv"):
             assert getattr(about, text) == getattr(paper, text), "read as it is imported"
         (line,) = (line for line in shown if line.split()[0] == name)
-        assert re.search(r"cpu  +\d+✓ +\d+✗ +\d+○$", line), line
+        assert re.search(r"cpu  +\d+✓ +\d+≡ +\d+✗ +\d+○$", line), line
         assert (paper.short or paper.title.partition(" (arXiv")[0]) in whole
     assert list_papers.cut("four words, of text", 13) == "four words…"
 

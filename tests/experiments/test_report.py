@@ -66,7 +66,8 @@ def test_publish_writes_tables_figures_and_pages(toy, tmp_path, capsys):
     config = ml_collections.ConfigDict({"paper": "toy", "scale": "cpu"})
     workdir, root = tmp_path / "run", tmp_path / "results"
     harness.run(toy, config, workdir)
-    assert report.main(["--from", str(workdir), "--results", str(root)]) == 0
+    options = ["--allow-modified", "--from", str(workdir)]
+    assert report.main([*options, "--results", str(root)]) == 0
 
     folder = root / "toy" / "cpu"
     written = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
@@ -85,6 +86,8 @@ def test_publish_writes_tables_figures_and_pages(toy, tmp_path, capsys):
     assert page.index('id="cpu-table-values"') < page.index('id="cpu-figure-values"')
     assert "Y against x: panel." in page and "<code>tilescan run toy --scale=cpu</code>" in page
     assert 'href="toy/index.html#cpu-grows"' in (root / "index.html").read_text()
+    ledger = json.loads((root / "criteria.json").read_text())["toy/cpu"]["grows"]
+    assert ledger["criterion"] == "y > 1" and "✓†" not in overview  # written as the run began
     stale = folder / "figures" / "old.svg"
     stale.write_text("<svg/>")
     for page in (root / "index.html", root / "toy" / "index.html"):
