@@ -68,8 +68,8 @@ CASES = {
 }
 
 
-# A convolution with a long kernel; test_sequence_cells.py has a carried state.
-QUICK = ("s4d",)
+# A carried state and a border of short convolutions; long ones are in ops/sequence_parallel.
+QUICK = ("mamba, log_step",)
 
 
 @pytest.mark.parametrize(

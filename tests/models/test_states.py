@@ -197,8 +197,8 @@ def test_a_state_keeps_its_dtypes_and_follows_the_calls_positions(dtype, kind):
 
     def run():
         state = model.init_state(B, ROOM)
-        params = model.init(jax.random.key(0), tokens)
-        return state, model.apply(params, tokens, state=state, **integers)[1]
+        (_, new), _ = model.init_with_output(jax.random.key(0), tokens, state=state, **integers)
+        return state, new
 
     state, new = jax.eval_shape(run)
     shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype.name), tree)

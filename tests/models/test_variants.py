@@ -23,7 +23,7 @@ TOKENS = jax.random.randint(jax.random.key(1), (2, T), 0, V)
 
 def made(**fields):
     model = LanguageModel(LanguageModelConfig(**FIELDS, **(TWO_WINDOWS | fields)))
-    params = nn.unbox(model.init(jax.random.key(0), TOKENS))["params"]
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS))["params"]
     return model, params
 
 
@@ -64,14 +64,14 @@ def test_each_layer_has_its_own_mask():
     x = reference_layer(x, layers["attention_2"], left=T, rotate=False)
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
     want = x @ np.asarray(params["backbone"]["embed"]["embedding"], np.float64).T
-    got, _ = model.apply({"params": params}, TOKENS)
+    got, _ = jax.jit(model.apply)({"params": params}, TOKENS)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_decoding_equals_reading_at_once():
     model, params = made()
-    want, _ = model.apply({"params": params}, TOKENS)
+    want, _ = jax.jit(model.apply)({"params": params}, TOKENS)
     step = jax.jit(lambda state, tokens: model.apply({"params": params}, tokens, state=state))
     logits, state = step(model.init_state(2, T), TOKENS[:, :9])
     found = [logits]
@@ -81,16 +81,13 @@ def test_decoding_equals_reading_at_once():
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), want, atol=2e-5)
 
 
+@pytest.mark.slow  # test_language_model.py has two layers of one window
 @pytest.mark.parametrize(
     ("windows", "reach"),
     [
-        ((3, 6), 7),
-        *(
-            pytest.param(*c, marks=pytest.mark.slow)
-            for c in [((6, 3), 7), ((1, 4), 3), ((2, 2), 2)]
-        ),
+        ((3, 6), 7), ((6, 3), 7), ((1, 4), 3), ((2, 2), 2),
     ],
-)
+)  # fmt: skip
 def test_windows_add_up_and_nothing_sees_the_future(windows, reach):
     """By the gradient of one token's output: it depends on the last sum(window - 1) and itself."""
     pattern = tuple(f"local_attention:{window}" for window in windows)

@@ -117,8 +117,8 @@ def assert_same(
 
 
 def test_a_ring_by_kernels_is_attention_and_no_copy_races():
-    """Each device sees its own keys and those of one other: two of four rounds."""
-    assert_same(4, masks.SlidingWindow(100), "contiguous", 512, gradient=False)
+    """Each device sees its own keys and those of one other: two of three rounds."""
+    assert_same(3, masks.SlidingWindow(100), "contiguous", 384, gradient=False)
 
 
 CASES = [
@@ -171,8 +171,8 @@ def test_a_twin_that_does_not_wait_for_keys_is_seen_as_a_race(monkeypatch):
     monkeypatch.setattr(
         kernels.pltpu, "make_async_remote_copy", lambda *a, **k: Unwaited(real(*a, **k))
     )
-    arrays = inputs(512)
-    attend = on_devices(4, masks.SlidingWindow(100), "contiguous")
+    arrays = inputs(384)
+    attend = on_devices(3, masks.SlidingWindow(100), "contiguous")
     with pytest.raises(Exception, match="(?i)race"):
         jax.block_until_ready(results(attend, *arrays[:3], None, *arrays[3:], False))
     with contextlib.suppress(Exception):  # the failure of the other devices

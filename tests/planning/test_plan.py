@@ -32,9 +32,13 @@ SMALL = (
     "--config.model.repeats=2", "--config.model.vocab_size=64", "--config.model.mlp_dim=128",
     "--config.data.seq_len=256", "--config.data.batch_size=8",
 )  # fmt: skip
-TENSOR = (*SMALL, "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
 RING = (*SMALL, "--config.mesh.fsdp=2", "--config.mesh.sequence=4")
-PAIRS = (*SMALL, "--config.mesh.fsdp=4", "--config.mesh.sequence=2")
+ONE_LAYER = (*SMALL, "--config.model.repeats=1", "--config.model.pattern=attention")
+TENSOR = (*ONE_LAYER, "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+PAIRS = (
+    *ONE_LAYER, "--config.model.attention_sequence_parallel=all_gather",
+    "--config.data.seq_len=512", "--config.mesh.fsdp=4", "--config.mesh.sequence=2",
+)  # fmt: skip
 KERNELS = "Pallas kernels flash_attention_dkv, flash_attention_dq, flash_attention_forward\n"
 TPU = pytest.mark.skipif(not aot_tpu.available(), reason="libtpu is not installed (extra dev)")
 
@@ -74,7 +78,7 @@ def ring_bytes(B, T, R, G, D, L, size):
 
 
 @pytest.fixture(scope="module")
-def ring_plan():
+def small_plan():
     return plan(small(base=PAIRS), memory=2**24)
 
 
@@ -88,30 +92,30 @@ def test_the_ring_of_this_machine_sends_what_the_formula_says():
     assert p.sent_bytes > expected  # gradients and cut parameters meet as well
 
 
-def test_bytes_are_those_of_the_shards(ring_plan):
+def test_bytes_are_those_of_the_shards(small_plan):
     """float32; only matrices with an embedding dimension, all but the norms' scales, are cut."""
-    E, F, L, V, D = 64, 128, 2, 64, 16
-    matrices = L * (E * 4 * D + 2 * E * D + 4 * D * E + 3 * E * F) + V * E
-    norms = L * 2 * E + E
-    assert ring_plan.parameters == matrices + norms
-    assert ring_plan.bytes["parameters"] == 4 * (matrices // 4 + norms)
+    E, V, D = 64, 64, 16
+    matrices = E * 4 * D + 2 * E * D + 4 * D * E + V * E
+    norms = 2 * E
+    assert small_plan.parameters == matrices + norms
+    assert small_plan.bytes["parameters"] == 4 * (matrices // 4 + norms)
     # Two moments, and counters that every device has.
-    assert 0 <= ring_plan.bytes["optimizer"] - 2 * ring_plan.bytes["parameters"] <= 64
-    assert ring_plan.bytes["batch"] == 5 * 4 * (8 // 4) * (256 // 2)
-    assert ring_plan.needs >= ring_plan.bytes["temporaries"] + 3 * ring_plan.bytes["parameters"]
+    assert 0 <= small_plan.bytes["optimizer"] - 2 * small_plan.bytes["parameters"] <= 64
+    assert small_plan.bytes["batch"] == 5 * 4 * (8 // 4) * (512 // 2)
+    assert small_plan.needs >= small_plan.bytes["temporaries"] + 3 * small_plan.bytes["parameters"]
 
 
-def test_the_text_names_what_fits(ring_plan):
-    out = plan_text.text(ring_plan)
+def test_the_text_names_what_fits(small_plan):
+    out = plan_text.text(small_plan)
     assert "devices        8 x cpu\nmesh           fsdp 4, sequence 2\n" in out
-    assert "fits: needs 0.01 of 0.02 GiB" in out and "collective-permute, " in out
+    assert "fits: needs 0.01 of 0.02 GiB" in out and "reduce-scatter, " in out
     assert "Pallas kernels none\n" in out and "Nothing ran." in out and "bounds" not in out
     assert "parameters float32, computation float32, moments float32\n" in out
     assert "  attention: XLA (kernels are for TPUs and Hopper GPUs, not for cpu)\n" in out
-    less = dataclasses.replace(ring_plan, memory=ring_plan.needs - 1, fits=False)
+    less = dataclasses.replace(small_plan, memory=small_plan.needs - 1, fits=False)
     assert plan_text.verdict(less).startswith("does not fit: needs 0.01 of 0.01 GiB")
     bounds = plan_text.text(
-        dataclasses.replace(ring_plan, topology="v5p:2x2x2", bounds=dict(links=1))
+        dataclasses.replace(small_plan, topology="v5p:2x2x2", bounds=dict(links=1))
     )
     assert "1 s  bytes sent at 600 GB/s, all links of a chip together" in bounds
 
@@ -124,7 +128,7 @@ def test_an_op_says_why_it_has_no_kernel():
     assert found == {"attention": {"xla": why}}
 
 
-def test_a_compiler_that_spills_registers_is_named(ring_plan, monkeypatch):
+def test_a_compiler_that_spills_registers_is_named(small_plan, monkeypatch):
     def version(name):
         if name not in installed:
             raise importlib.metadata.PackageNotFoundError
@@ -136,25 +140,25 @@ def test_a_compiler_that_spills_registers_is_named(ring_plan, monkeypatch):
     installed["nvidia-nvjitlink"] = "13.5.37"
     assert compiler_warning("cpu") is compiler_warning(None) is compiler_warning("tpu") is None
     assert expected_compiler_warning() is None  # no plugin, or JAX_PLATFORMS=cpu
-    warned = plan_text.text(dataclasses.replace(ring_plan, warnings=(compiler_warning("cuda"),)))
+    warned = plan_text.text(dataclasses.replace(small_plan, warnings=(compiler_warning("cuda"),)))
     assert "\nwarning: with nvidia-nvjitlink 13.5.37 installed, kernels for Hopper GPUs" in warned
 
 
-def test_a_plan_as_json_holds_every_field(ring_plan, capsys, monkeypatch):
-    monkeypatch.setattr("tilescan.planning.plan.plan", lambda *args, **options: ring_plan)
+def test_a_plan_as_json_holds_every_field(small_plan, capsys, monkeypatch):
+    monkeypatch.setattr("tilescan.planning.plan.plan", lambda *args, **options: small_plan)
     assert cli.main(["plan", *SMALL, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told == json.loads(json.dumps(dataclasses.asdict(ring_plan)))
-    assert told["needs"] == ring_plan.needs and told["seq_len"] == ring_plan.seq_len
+    assert told == json.loads(json.dumps(dataclasses.asdict(small_plan)))
+    assert told["needs"] == small_plan.needs and told["seq_len"] == small_plan.seq_len
 
 
-def test_a_refusal_for_memory_is_told_in_words(ring_plan, capsys):
+def test_a_refusal_for_memory_is_told_in_words(small_plan, capsys):
     words = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
         "required for HLO temporaries (223.44G) exceeds available HBM (15.75G). HLO module: x.\nSee"
     )
     refused = dataclasses.replace(
-        ring_plan, needs=223.44 * 2**30, memory=15.75 * 2**30, at_least=True, fits=False,
+        small_plan, needs=223.44 * 2**30, memory=15.75 * 2**30, at_least=True, fits=False,
         refusal=words, sent=None, bytes={k: 1 for k in ("parameters", "optimizer", "batch")},
     )  # fmt: skip
     out = plan_text.text(refused)

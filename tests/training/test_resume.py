@@ -74,6 +74,8 @@ def test_killed_before_the_first_checkpoint(tmp_path, uninterrupted):
     assert metrics.read_bytes() == uninterrupted
 
 
+# Quick is test_train.py's test_a_run_goes_on_beside_a_checkpoint_that_was_not_finished.
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(tmp_path, uninterrupted):
     def saving():
         return any(int(p.name.split(".")[0]) >= 6 for p in unfinished(tmp_path))

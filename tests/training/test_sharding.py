@@ -149,11 +149,12 @@ def test_sharded_language_model_equals_the_one_on_a_single_device(name):
     assert up == P(None, fsdp, "tensor")  # layers, embed, mlp
 
 
-# The way to split time, the order of tokens, the model besides, and the mesh.
+# The way to split time, the order of tokens, the model besides, and the mesh. In the quick suite
+# models/test_sequence_cells.py has the loss and gradients of such a model.
 SEQUENCES = [
-    (
+    pytest.param(
         "ulysses", "zigzag", dict(n_heads=4, n_kv_heads=2, pattern=("attention",), repeats=1),
-        MeshConfig(data=4, sequence=2),
+        MeshConfig(data=4, sequence=2), marks=pytest.mark.slow,
     ),
     pytest.param(
         "ring", "zigzag", dict(n_heads=4, n_kv_heads=2), MeshConfig(data=4, sequence=2),

@@ -129,6 +129,16 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_numbers(finished, 
     assert (copied / "metrics.jsonl").read_bytes() == whole
 
 
+def test_a_run_goes_on_beside_a_checkpoint_that_was_not_finished(finished, copied):
+    """As a kill leaves it: a folder without its name, of which some files are missing."""
+    whole, folder = (copied / "metrics.jsonl").read_bytes(), copied / "checkpoints"
+    unfinished = (folder / "12").rename(folder / "12.orbax-checkpoint-tmp")
+    (unfinished / "_CHECKPOINT_METADATA").unlink()
+    assert run(copied, "train.keep=9") == finished[1]
+    assert (copied / "metrics.jsonl").read_bytes() == whole
+    assert sorted(p.name for p in folder.iterdir()) == ["12", "4", "8"]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(finished, copied):
     there = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")

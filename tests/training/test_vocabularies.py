@@ -64,8 +64,15 @@ def test_fewer_classes_than_labels_are_refused(documents):
         inputs.make_model(c, datasets)
 
 
-@pytest.mark.parametrize(("name", "value"), [("tokens", 32), ("tokens", -1), ("targets", -100)])
-@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize(
+    ("name", "value", "split"),
+    [
+        ("tokens", 32, "train"), ("tokens", -1, "train"), ("targets", -100, "train"),
+        ("tokens", 32, "validation"),
+        pytest.param("tokens", -1, "validation", marks=pytest.mark.slow),
+        pytest.param("targets", -100, "validation", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_batch_with_other_ids_is_named(tmp_path, name, value, split):
     datasets = tiny_datasets()
 
