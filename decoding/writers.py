@@ -66,6 +66,11 @@ def load_writer(
     The ends are the end-of-text and end-of-turn tokens that the files name; see
     `folder_tokenizers.read_ends` and `data.tokenizers.GGUFTokenizer`.
 
+    Quantized weights are dequantized once, as they are read: XLA on CPUs has fast products in
+    float32 alone. One token's products with the 106 million weights of SmolLM2-135M's layers take,
+    on two cores, 24 ms in float32, 32 from q8_0 and 49 from q4_1 dequantized in the step, and 41 in
+    bfloat16, at its best; a bfloat16 model takes 95 ms a token where float32 takes 40.
+
     Args:
       path_or_source: "smollm2", a .gguf file, or a folder with config.json, safetensors and
         tokenizer.json (a GPT-2 folder does without the last).
