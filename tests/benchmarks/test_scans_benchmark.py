@@ -14,14 +14,17 @@ SMALL = {
 }
 
 
-# Gradients of one op with heads and of one without; values of all.
-DIFFERENTIATED = ("gated_linear_attention", "linear_recurrence")
+# Gradients of one op; values of all but one, whose peers are those of gated linear attention.
+DIFFERENTIATED = ("linear_recurrence",)
+SLOW = ("gated_delta_rule",)
 
 
 @pytest.mark.parametrize(
     ("op", "direction"),
     [
-        *((op, "fwd+bwd" if op in DIFFERENTIATED else "fwd") for op in scans_cases.BY_STEPS),
+        *(pytest.param(op, "fwd+bwd" if op in DIFFERENTIATED else "fwd",
+                       marks=pytest.mark.slow if op in SLOW else ())
+          for op in scans_cases.BY_STEPS),
         *(pytest.param(op, "fwd+bwd", marks=pytest.mark.slow)
           for op in scans_cases.BY_STEPS if op not in DIFFERENTIATED),
     ],

@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilescan.data.documents import Document
@@ -20,6 +20,7 @@ from tilescan.data.tokenizers import ByteTokenizer
 
 BYTE = ByteTokenizer()
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
+FEW = settings(max_examples=40)
 
 
 def corpus_of(lengths: list[int]) -> list[Document]:
@@ -74,6 +75,7 @@ def check_batch(batch: dict[str, np.ndarray], shape: tuple[int, int], carried: b
             assert np.all((weights == 0) == (tokens == BYTE.eos_id))
 
 
+@FEW
 @given(LENGTHS, st.integers(1, 17), st.integers(1, 5), st.booleans(), st.integers(0, 3))
 def test_packed_loses_and_invents_nothing(lengths, seq_len, batch_size, shuffle, seed):
     documents = corpus_of(lengths)
@@ -107,6 +109,7 @@ def test_packed_loses_and_invents_nothing(lengths, seq_len, batch_size, shuffle,
     assert dataset.steps == -(-rows // batch_size)
 
 
+@FEW
 @given(LENGTHS, st.integers(1, 17))
 def test_packed_in_order_is_the_concatenation(lengths, seq_len):
     documents = corpus_of(lengths)
@@ -115,6 +118,7 @@ def test_packed_in_order_is_the_concatenation(lengths, seq_len):
     assert tuple(tokens.tolist()) == sum(map(stream_of, documents), ())
 
 
+@FEW
 @given(LENGTHS, st.integers(1, 17), st.integers(0, 3))
 def test_whole_keeps_documents_whole(lengths, seq_len, seed):
     documents = corpus_of(lengths)
@@ -139,6 +143,7 @@ def test_whole_wastes_little():
     assert lengths.sum() / (layout.rows_per_epoch * 256) > 0.97
 
 
+@FEW
 @given(LENGTHS, st.integers(1, 17), st.integers(1, 5), st.booleans(), st.integers(1, 3))
 def test_contiguous_lanes_carry_on(lengths, seq_len, lanes, shuffle, epochs):
     documents = corpus_of(lengths)
@@ -174,6 +179,7 @@ def test_contiguous_lanes_are_balanced():
     assert layout.steps() * 64 * 8 < 2 * lengths.sum() + 8 * (64 + 200)
 
 
+@FEW
 @given(LENGTHS, st.integers(1, 17), st.data())
 def test_strided_windows_score_every_target_once(lengths, seq_len, data):
     stride = data.draw(st.integers(1, seq_len))

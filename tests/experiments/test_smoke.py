@@ -8,14 +8,15 @@ from tilescan.experiments import report, run
 from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness import registry as papers
 
-# The trainings of the others compile for a minute; their parts have tests of their own.
-QUICK = "flash_attention_2"
-NAMES = [pytest.param(n, marks=() if n == QUICK else pytest.mark.slow) for n in papers.NAMES]
+# Trainings compile for up to a minute; their parts have tests of their own.
+QUICK = pytest.param("flash_attention_2", {"training.lengths": ()}, id="without training")
+NAMES = [QUICK, *(pytest.param(n, {}, id=n, marks=pytest.mark.slow) for n in papers.NAMES)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_paper_runs_from_config_to_tables(name, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "changes"), NAMES)
+def test_paper_runs_from_config_to_tables(name, changes, tmp_path, capsys):
     config = papers.load_config(name, "smoke")
+    config.update_from_flattened_dict(changes)
     assert run.measure(config, tmp_path / "run") == 0, capsys.readouterr().err
     planned = {cell.id for cell in papers.load(name).cells(config)}
     assert {r.cell for r in records_lib.load(tmp_path / "run")} == planned

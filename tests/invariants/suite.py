@@ -226,10 +226,13 @@ def packed_equals_separate(mixer: Mixer):
     for length in DOCUMENTS:
         places = [np.flatnonzero(ids[row] == 1 + order.index(length)) for row, order in ORDERS]
         at = np.arange(BATCH)[:, None], np.stack(places)
-        alone, (_, dx_alone) = mixer.differentiate(mixer.params, x[at], weights[at])
+        # As the beginning of a length that other checks compile, which the end does not change.
+        size = next(n for n in LENGTHS if n >= length) if mixer.causal else length
+        beginning = lambda a: np.pad(a[at], ((0, 0), (0, size - length), (0, 0)))  # noqa: B023
+        alone, (_, dx_alone) = mixer.differentiate(mixer.params, beginning(x), beginning(weights))
         what = f"packed document of length {length}"
-        assert_close(y[at], alone, f"{what}: y")
-        assert_close(dx[at], dx_alone, f"{what}: gradient of x")
+        assert_close(y[at], np.asarray(alone)[:, :length], f"{what}: y")
+        assert_close(dx[at], np.asarray(dx_alone)[:, :length], f"{what}: gradient of x")
 
 
 def packed_split_equals_whole(mixer: Mixer):

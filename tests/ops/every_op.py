@@ -32,13 +32,13 @@ class Op(NamedTuple):
 
 
 def arrays(op: Op, dtype=jnp.float32, seed=0, **sizes):
-    """({name: array}, segment ids [B, T]); sizes differ from SIZES where given."""
+    """({name: NumPy's array}, segment ids [B, T]); sizes differ from SIZES where given."""
     sizes, rng = SIZES | sizes, np.random.default_rng(seed)
     sizes |= dict(w=max(sizes["W"] - 1, 0), k=max(sizes["K"] - 1, 0), n=2 * sizes["N"])
     shapes = {name: [sizes[x] for x in letters] for name, letters in (op.own | op.shared).items()}
-    made = {name: jnp.asarray(rng.standard_normal(s), dtype) for name, s in shapes.items()}
+    made = {name: rng.standard_normal(s).astype(dtype) for name, s in shapes.items()}
     ids = np.sort(rng.integers(1, 4, (sizes["B"], sizes["T"])), axis=1)
-    return made, jnp.asarray(ids, jnp.int32)
+    return made, ids.astype(np.int32)
 
 
 def _attention(mask):

@@ -25,6 +25,8 @@ def _values_and_gradients(op, arrays, steps, with_state, segments):
 def results(op, arrays, steps=None, **segments):
     """Returns outputs `y`, the last state `h`, and the gradients `d...` of a weighted sum of both.
 
+    They are NumPy arrays.
+
     Args:
       op: a function of a module, or a partial that stays the same, since programs are kept by it.
       arrays: its arrays by name; None where it is called without.
@@ -36,7 +38,8 @@ def results(op, arrays, steps=None, **segments):
     if with_state:
         steps = np.ones(next(iter(arrays.values())).shape[1], bool)
     (y, h), gradients = _values_and_gradients(op, arrays, steps, with_state, segments)
-    return dict(y=y, h=h) | {f"d{n}": g for n, g in gradients.items() if g is not None}
+    found = dict(y=y, h=h) | {f"d{n}": g for n, g in gradients.items() if g is not None}
+    return {n: np.asarray(x) for n, x in found.items()}  # a slice of a jax.Array is a program
 
 
 def expected(op, arrays, **segments):
@@ -44,7 +47,7 @@ def expected(op, arrays, **segments):
     wide = lambda a: None if a is None else np.asarray(a, np.float64)
     with jax.enable_x64(True):
         exact = {name: wide(a) for name, a in arrays.items()}
-        return {n: np.asarray(x) for n, x in results(op, exact, **segments).items()}
+        return results(op, exact, **segments)
 
 
 def assert_close(got, want, tolerance, least=1e-6):
@@ -73,11 +76,11 @@ def piece(arrays, start, stop, time, state, **idle):
     return out
 
 
-def in_pieces(op, arrays, bounds, time, **idle):
+def in_pieces(op, arrays, bounds, time, segments=None, **idle):
     """Returns y and h of consecutive pieces between bounds, each from the last one's state."""
     ys, state = [], arrays["initial_state"]
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        out = results(op, piece(arrays, start, stop, time, state, **idle))
-        ys.append(np.asarray(out["y"])[:, : stop - start])
+        out = results(op, piece(arrays, start, stop, time, state, **idle), **(segments or {}))
+        ys.append(out["y"][:, : stop - start])
         state = out["h"]
-    return dict(y=np.concatenate(ys, 1), h=np.asarray(state))
+    return dict(y=np.concatenate(ys, 1), h=state)

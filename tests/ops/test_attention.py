@@ -20,7 +20,7 @@ GRADIENT_FACTOR = 4
 def inputs(B, T, S, H, G, D, P, dtype="float32", bias=None, seed=0):
     rng = np.random.default_rng(seed)
     shapes = [(B, T, H, D), (B, S, G, D), (B, S, G, P)] + ([bias] if bias else [])
-    arrays = [jnp.asarray(rng.standard_normal(s).astype(jnp.dtype(dtype))) for s in shapes]
+    arrays = [rng.standard_normal(s).astype(jnp.dtype(dtype)) for s in shapes]
     return arrays if bias else [*arrays, None]
 
 
@@ -30,7 +30,7 @@ def cotangents(arrays, seed=1):
     rng = np.random.default_rng(seed)
     do, dlse = (rng.integers(-3, 4, shape) for shape in ((B, T, H, P), (B, T, H)))
     lse_dtype = jnp.promote_types(dtype, jnp.float32)
-    return jnp.asarray(do.astype(dtype)), jnp.asarray(dlse.astype(lse_dtype))
+    return do.astype(dtype), dlse.astype(lse_dtype)
 
 
 def values_and_gradients(q, k, v, bias, do, dlse, *, call=attention, **options):
@@ -58,6 +58,7 @@ def definition(q, k, v, bias=None, do=None, dlse=None, **options):
     return reference.attention_and_gradients(q, k, v, do, dlse, bias=bias, **options)
 
 
+@pytest.mark.slow
 def test_works_where_float64_is_enabled():
     with jax.enable_x64(True):
         arrays = inputs(1, 300, 300, 2, 1, 16, 16, dtype="float64", bias=(1, 2, 300, 300))
@@ -144,7 +145,7 @@ def check(problem):
     assert_matches_definition(arrays, mask=mask, q_offset=offset, logit_cap=cap)
 
 
-@hypothesis.settings(max_examples=3, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=2, phases=[hypothesis.Phase.generate])
 @hypothesis.given(problems())
 def test_equals_the_definition(problem):
     check(problem)
@@ -160,7 +161,8 @@ def test_equals_the_definition_in_many_problems(problem):
 @pytest.mark.parametrize(
     "shape, mask",
     [
-        ((1, 700, 700, 4, 2, 32, 32), masks.Causal()),
+        # Also with dropout, in test_attention_dropout.py.
+        pytest.param((1, 700, 700, 4, 2, 32, 32), masks.Causal(), marks=pytest.mark.slow),
         pytest.param((2, 300, 600, 2, 1, 32, 48), masks.SlidingWindow(100), marks=pytest.mark.slow),
         ((1, 512, 512, 2, 2, 16, 16), masks.BlockSparse(masks.butterfly(16), 32)),
         pytest.param((1, 600, 600, 2, 2, 16, 16), masks.Lambda(4, 64), marks=pytest.mark.slow),
@@ -182,7 +184,7 @@ def test_equals_the_definition_over_packed_documents():
 
 
 @pytest.mark.parametrize(
-    "head_dim", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 96, 128, 256))]
+    "head_dim", [pytest.param(n, marks=pytest.mark.slow) for n in (16, 80, 96, 128, 256)]
 )
 def test_head_dims(head_dim):
     arrays = inputs(1, 70, 70, 2, 1, head_dim, head_dim)
@@ -307,6 +309,7 @@ def test_sums_over_queries_are_as_exact_as_those_of_whole_rows(scale):
     assert ours < 2 * whole and ours < 1e-5 * np.abs(want).max()
 
 
+@pytest.mark.slow
 def test_vmap_is_a_batch():
     q, k, v, _ = inputs(3, 40, 40, 2, 1, 16, 16)
     one = lambda q, k, v: attention(q[None], k[None], v[None], mask=masks.Causal())[0]
@@ -387,10 +390,8 @@ def test_memory_is_linear_in_the_length(mask, backward):
         x = jax.ShapeDtypeStruct((1, T, 2, 32), jnp.float32)
         return jax.jit(run).lower(x, x, x, x).compile().memory_analysis().temp_size_in_bytes
 
-    small, large = temporaries(16384), temporaries(32768)  # of tiles of one size
-    assert large <= 2.2 * small
-    operands = (large - small) / (16384 * 2 * 32 * 4)  # as many as grow with the length
-    assert operands <= (3.2 if backward else 0.2), f"{operands:.2f} operands"
+    operands = temporaries(32768) / (32768 * 2 * 32 * 4)
+    assert operands <= (3.6 if backward else 0.6), f"{operands:.2f} operands"
 
 
 @pytest.mark.parametrize("mask", [masks.Causal(), masks.SlidingWindow(20)], ids=repr)

@@ -21,9 +21,9 @@ MASKS = {
     "packed": masks.Causal() & masks.Segments(IDS),
     "padded": masks.Segments(IDS, np.where(IDS == 4, 9, IDS)),  # nobody sees the last document
 }
-# Static masks, whose tiles are walked as those of a causal mask are, and documents that padded
-# ones show too.
-LIKE_OTHERS = ("window", "prefix", "lambda", "blocks", "packed")
+# Static masks, whose tiles are walked as those of the causal masks below are, and documents that
+# padded ones show too.
+LIKE_OTHERS = ("causal", "window", "prefix", "lambda", "blocks", "packed")
 
 
 @functools.cache
@@ -77,7 +77,7 @@ def test_attention_to_a_longer_or_shorter_past(where):
 
 
 @WHERE
-@pytest.mark.parametrize("name", ["causal", "padded"])
+@pytest.mark.parametrize("name", [pytest.param("causal", marks=pytest.mark.slow), "padded"])
 def test_reference(name, where):
     assert_hidden(by_reference(name), MASKS[name], (2, 200, 200, 4, 2, 16), where)
 

@@ -74,6 +74,7 @@ def agree(got, want):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max()), rtol=1e-5)
 
 
+@functools.cache
 def traced(op, name, kind, split):
     """(the traced program of values and gradients, its arrays, specs of the results)."""
     case, (results, _) = CASES[op][name], shapes_of(op, name)

@@ -21,8 +21,8 @@ def inputs(dtype=np.float64, tied=False, seed=0):
     hidden, head = rng.normal(size=(B, T, E)), rng.normal(size=(V, E) if tied else (E, V))
     targets = rng.integers(0, V, (B, T))
     weights = np.where(rng.random((B, T)) < 0.3, 0.0, rng.random((B, T)))
-    real = [jnp.asarray(x.astype(dtype)) for x in (hidden, head, weights)]
-    return *real[:2], jnp.asarray(targets.astype(np.int32)), real[2]
+    real = [x.astype(dtype) for x in (hidden, head, weights)]
+    return *real[:2], targets.astype(np.int32), real[2]
 
 
 def plain(hidden, head, targets, weights, z_loss=0.0, tied=False, scale=None, cap=None):

@@ -21,7 +21,8 @@ TOLERANCE = 5e-6  # of the largest entry
 TIME = ("q", "k", "v", "beta", "log_decay")
 # B, T, H, G, D, P of tests that need none of their own: several chunks, the last one incomplete.
 SHAPE = 2, 150, 4, 2, 8, 12
-ONE_SEGMENT = np.ones((2, 151), int)
+# Of the gated rule, so that there is one program with segments, as the plain rule has none.
+ONE_SEGMENT = dict(segment_ids=np.ones((2, 151), int))
 
 
 def inputs(B, T, H, G, D, P, strength=-1.0, dtype="float32", seed=0):
@@ -35,9 +36,8 @@ def inputs(B, T, H, G, D, P, strength=-1.0, dtype="float32", seed=0):
         log_decay=-np.exp(f(B, T, H) + strength),
         initial_state=f(B, H, D, P),
     )
-    return {n: jnp.asarray(a, dtype) for n, a in arrays.items()} | {
-        n: jnp.asarray(a, jnp.float32) for n, a in rest.items()
-    }
+    arrays = {n: a.astype(jnp.dtype(dtype)) for n, a in arrays.items()}
+    return arrays | {n: np.float32(a) for n, a in rest.items()}
 
 
 def op(q, k, v, beta, log_decay, initial_state, **options):
@@ -83,7 +83,7 @@ def test_any_problem_matches_the_steps(T, heads, sizes):
 
 def test_the_plain_rule_is_the_gated_one_without_decay():
     arrays = inputs(*SHAPE)
-    got = results(plain, arrays | dict(log_decay=None), segment_ids=ONE_SEGMENT)
+    got = results(plain, arrays | dict(log_decay=None))
     want = expected(arrays | dict(log_decay=0 * np.asarray(arrays["log_decay"])))
     want.pop("dlog_decay")
     assert_close(got, want, TOLERANCE)
@@ -94,7 +94,7 @@ def test_a_key_reads_what_it_wrote_last():
     arrays = inputs(*SHAPE) | dict(log_decay=None)
     k, v = (np.repeat(arrays[n], 2, axis=2) for n in "kv")
     arrays |= dict(q=k * np.float32(8**0.5), beta=np.ones_like(arrays["beta"]))
-    np.testing.assert_allclose(results(plain, arrays, segment_ids=ONE_SEGMENT)["y"], v, atol=1e-5)
+    np.testing.assert_allclose(results(plain, arrays)["y"], v, atol=1e-5)
 
 
 solve = jax.jit(module._solve, static_argnums=2)
@@ -124,7 +124,7 @@ def test_bfloat16_keeps_its_state_in_float32():
 @pytest.mark.parametrize("strength", [-20.0, 3.0, 30.0])
 def test_extreme_decays_stay_exact(strength):
     arrays = inputs(*SHAPE, strength)
-    assert_close(results(op, arrays), expected(arrays), TOLERANCE)
+    assert_close(results(op, arrays, **ONE_SEGMENT), expected(arrays), TOLERANCE)
 
 
 def test_decays_of_all_sizes_together_stay_exact():
@@ -132,7 +132,7 @@ def test_decays_of_all_sizes_together_stay_exact():
     arrays = inputs(*SHAPE)
     sizes = np.random.default_rng(5).uniform(-6, 4, arrays["log_decay"].shape)
     arrays["log_decay"] = jnp.asarray(-(10**sizes), jnp.float32)
-    got = results(op, arrays)
+    got = results(op, arrays, **ONE_SEGMENT)
     assert all(np.isfinite(x).all() for x in got.values())
     assert_close(got, expected(arrays), TOLERANCE)
 
@@ -141,34 +141,32 @@ def test_packed_segments_equal_separate_sequences():
     arrays = inputs(*SHAPE)
     ids = np.repeat([[3, 4, 9], [1, 1, 2]], [20, 44, 86], axis=1)
     starts = np.pad(np.diff(ids) != 0, ((0, 0), (1, 0)))
-    got = results(op, arrays, segment_ids=ids)
+    got = results(op, arrays, segment_ids=np.pad(ids, ((0, 0), (1, 0)), "edge"))
     assert_close(got, expected(arrays, starts), TOLERANCE)
 
 
 def test_the_first_id_of_one_more_tells_whether_the_state_goes_on():
-    arrays = inputs(*SHAPE) | dict(log_decay=None)
+    arrays = inputs(*SHAPE)
     ids = np.repeat([[1, 1, 2], [7, 1, 1]], [1, 20, 130], axis=1)
-    got = results(plain, arrays, segment_ids=ids)
-    no_decay = dict(log_decay=0 * np.asarray(arrays["beta"]))
-    want = expected(arrays | no_decay, np.diff(ids) != 0)
-    want.pop("dlog_decay")
-    assert_close(got, want, TOLERANCE)
+    got = results(op, arrays, segment_ids=ids)
+    assert_close(got, expected(arrays, np.diff(ids) != 0), TOLERANCE)
     assert np.any(got["dinitial_state"][0]) and not np.any(got["dinitial_state"][1])
     no_state = dict(initial_state=np.array(arrays["initial_state"]))
     no_state["initial_state"][1] = 0
-    again = results(plain, arrays | no_state, segment_ids=ids)
+    again = results(op, arrays | no_state, segment_ids=ids)
     np.testing.assert_array_equal(got["y"][1], again["y"][1])
 
 
 def test_a_split_sequence_equals_the_whole():
     arrays = inputs(*SHAPE)
-    whole = results(op, arrays)
+    whole = results(op, arrays, **ONE_SEGMENT)
     for split in (1, 37, 64, 149):
-        assert_close(whole, in_pieces(op, arrays, [0, split, 150], TIME), TOLERANCE)
+        parts = in_pieces(op, arrays, [0, split, 150], TIME, ONE_SEGMENT)
+        assert_close(whole, parts, TOLERANCE)
 
 
 def test_no_step_sees_the_future():
-    got = results(op, inputs(*SHAPE), np.arange(150) == 101)
+    got = results(op, inputs(*SHAPE), np.arange(150) == 101, **ONE_SEGMENT)
     for name in TIME:
         assert not np.any(got[f"d{name}"][:, 102:])
         assert np.any(got[f"d{name}"][:, 101])

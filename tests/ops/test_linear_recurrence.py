@@ -27,8 +27,8 @@ def inputs(shape, dtype="float32", a_shape=None, seed=0):
     if dtype == "complex64":
         a = a * np.exp(1j * normal(a_shape))
         b, state = b + 1j * normal(shape), state + 1j * normal(state.shape)
-    wide = "float32" if dtype == "bfloat16" else dtype
-    return jnp.asarray(a, dtype), jnp.asarray(b, dtype), jnp.asarray(state, wide)
+    dtype, wide = jnp.dtype(dtype), "float32" if dtype == "bfloat16" else dtype
+    return a.astype(dtype), b.astype(dtype), state.astype(wide)
 
 
 SHAPE = 2, 100, 4
@@ -176,16 +176,17 @@ def test_packed_equals_separate():
     """Values, gradients, and no gradient from one document to the one before."""
     a, b, state = map(np.asarray, inputs((1, 30, 4)))
     ids = np.repeat([3, 1, 2], [11, 1, 18])[None]
-    h, last = linear_recurrence(a, b, initial_state=state, segment_ids=ids)
+    jitted = jax.jit(linear_recurrence)
+    h, last = jitted(a, b, initial_state=state, segment_ids=ids)
     alone = [
-        linear_recurrence(a[:, s], b[:, s], initial_state=first)
+        jitted(a[:, s], b[:, s], initial_state=first)
         for s, first in [(slice(0, 11), state), (slice(11, 12), None), (slice(12, 30), None)]
     ]
     np.testing.assert_array_equal(h, np.concatenate([x for x, _ in alone], axis=1))
     np.testing.assert_array_equal(last, alone[-1][1])
     run = lambda a, b, s: linear_recurrence(a, b, initial_state=s, segment_ids=ids)[0]
     late = jax.jit(jax.grad(lambda *x: run(*x)[:, 12:].sum(), (0, 1, 2)))
-    da, db, ds = late(a, b, state)
+    da, db, ds = map(np.asarray, late(a, b, state))
     assert not np.any(da[:, :13]) and not np.any(db[:, :12]) and not np.any(ds)
     assert np.all(db[:, 12:])
 
@@ -236,6 +237,7 @@ def test_bfloat16_inputs_leave_the_state_exact():
         assert np.max(np.abs(np.asarray(x, np.float64) - y)) <= 5e-6 * np.max(np.abs(y))
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     a, b, state = inputs((1, 6, 2))
     loss = lambda op: lambda a: (op(a, b, initial_state=state)[0] ** 2).sum()
@@ -245,15 +247,14 @@ def test_second_derivatives():
 
 
 def test_dtypes():
-    half = inputs((1, 9, 4), "bfloat16")
-    h, last = linear_recurrence(*half[:2])
-    assert (h.dtype, last.dtype) == (jnp.bfloat16, jnp.float32)
-    h, last = linear_recurrence(half[0].astype(jnp.float32), half[1])
-    assert (h.dtype, last.dtype) == (jnp.bfloat16, jnp.float32)
-    a, b, _ = inputs((1, 9, 4), "complex64")
-    h, last = linear_recurrence(a, b.real)
-    assert (h.dtype, last.dtype) == (jnp.complex64, jnp.complex64)
-    assert jax.grad(lambda b: linear_recurrence(a, b)[0].real.sum())(b.real).dtype == jnp.float32
+    half, single, double = (
+        jax.ShapeDtypeStruct((1, 9, 4), dtype) for dtype in ("bfloat16", "float32", "complex64")
+    )
+    dtypes = lambda a, b: [x.dtype for x in jax.eval_shape(linear_recurrence, a, b)]
+    assert dtypes(half, half) == dtypes(single, half) == [jnp.bfloat16, jnp.float32]
+    assert dtypes(double, single) == [jnp.complex64, jnp.complex64]
+    loss = lambda b, a: linear_recurrence(a, b)[0].real.sum()
+    assert jax.eval_shape(jax.grad(loss), single, double).dtype == jnp.float32
 
 
 def test_state_is_kept_in_float32():

@@ -21,7 +21,8 @@ def inputs(B, T, K, E, dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
     u = (B, T, E)
     shapes = (u, (K, E), (E,), u, u, (B, K - 1, E))
-    return {n: jnp.asarray(rng.standard_normal(s), dtype) for n, s in zip(NAMES, shapes)}  # noqa: B905
+    dtype = jnp.dtype(dtype)
+    return {n: rng.standard_normal(s).astype(dtype) for n, s in zip(NAMES, shapes, strict=True)}
 
 
 def reference(arrays, dy, dstate):
@@ -57,9 +58,7 @@ def close(x, y, tolerance):
 def assert_equals_the_definition(method, B, T, K):
     arrays = inputs(B, T, K, 3)
     rng = np.random.default_rng(1)
-    dy, dstate = (
-        jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((B, T, 3), (B, K - 1, 3))
-    )
+    dy, dstate = (np.float32(rng.standard_normal(s)) for s in ((B, T, 3), (B, K - 1, 3)))
     y, state, gradients = run(arrays, dy, dstate, method)
     want_y, want_state, want = reference(arrays, np.asarray(dy), np.asarray(dstate))
     close(y, want_y, 3e-6)

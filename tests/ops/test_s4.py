@@ -56,7 +56,7 @@ def close(x, y, tolerance):
 
 
 def single(*arrays):
-    return [jnp.asarray(x, jnp.complex64 if np.iscomplexobj(x) else jnp.float32) for x in arrays]
+    return [np.asarray(x, np.complex64 if np.iscomplexobj(x) else np.float32) for x in arrays]
 
 
 vandermonde = jax.jit(s4.s4d_kernel, static_argnums=(4, 5))
@@ -209,7 +209,8 @@ def by_steps_whole_and_split(low_rank, u, log_dt, Lambda, P, B, C):
     return jnp.moveaxis(stepped, 0, 1), whole, jnp.concatenate([first, second], 1)
 
 
-@pytest.mark.parametrize("low_rank", [slow(False), True])
+# Kernels are compared with powers here, and recurrences with chunks in test_state_space.py.
+@pytest.mark.parametrize("low_rank", [slow(False), slow(True)])
 def test_convolution_equals_recurrence(low_rank):
     """The kernel as one convolution, in pieces with state, and the system step by step."""
     u = jnp.asarray(np.random.default_rng(3).standard_normal((2, 50, 3)), jnp.float32)

@@ -70,8 +70,15 @@ def known_to(log_dt, A, discretization, dtype):
     return np.finfo(dtype).eps * (1 + np.abs(log_dt)[:, None]) * (1 + phase)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+@pytest.mark.parametrize(
+    "discretization,dtype",
+    [
+        ("zoh", "float32"),
+        ("zoh", "float64"),
+        ("bilinear", "float32"),
+        pytest.param("bilinear", "float64", marks=pytest.mark.slow),
+    ],
+)
 def test_steps_of_any_size(dtype, discretization):
     """Values and derivatives are as near to the exact ones as the rounded inputs let them be."""
     log_dt, A = grid(dtype)

@@ -41,7 +41,7 @@ def inputs(B, T, E, N, dtype="float32", optional=OPTIONAL, seed=0):
     )
     wide = ("A", "D", "dt_bias", "initial_state")
     return {
-        name: jnp.asarray(v, "float32" if name in wide else dtype)
+        name: v.astype(jnp.dtype("float32" if name in wide else dtype))
         for name, v in arrays.items()
         if name not in OPTIONAL or name in optional
     }
@@ -314,7 +314,7 @@ def test_shard_map_over_the_batch():
     jax.tree.map(close, got, want)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
+@pytest.mark.parametrize("platform", ["tpu", pytest.param("cuda", marks=pytest.mark.slow), "cpu"])
 def test_lowers_for_every_platform(platform):
     arrays = inputs(1, 100, 4, 2)
     step = jax.jit(jax.grad(lambda a: selective_scan(**a)[0].sum()))

@@ -92,8 +92,8 @@ CASES = {
         lambda u, kernel, ids: long_convolution(u, kernel)[0], ((B, T, D),), ((T, D),)
     ),
 }  # fmt: skip
-# Attention in a shard_map is also in test_attention.py.
-QUICK = ("ssd", "linear_recurrence", "long_convolution")
+# Attention in a shard_map is also in test_attention.py; JAX differentiates the long convolution.
+QUICK = ("ssd", "linear_recurrence")
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ KERNELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("platform", ["tpu", pytest.param("cuda", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", ["attention", *(pytest.param(n, marks=pytest.mark.slow) for n in list(KERNELS)[1:])]
-)
+# Kernels in a shard_map of ours: test_partitioned.py, sequence_parallel/test_on_mesh.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_kernels_lower_with_their_gradients(name, platform):
     call, shape = KERNELS[name]
     mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))

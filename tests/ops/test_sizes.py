@@ -26,7 +26,7 @@ def results_and_gradients(call, x):
 
 
 # Others show the same of their kind.
-SHOWN = ("diagonal_state_space", "attention", "attention, own bias", "attention, lambda")
+SHOWN = ("dplr_state_space", "attention", "attention, own bias", "attention, lambda")
 SHOWN += ("attention, window and prefix", "retention", "delta_rule", "selective_scan")
 
 
@@ -36,13 +36,10 @@ SHOWN += ("attention, window and prefix", "retention", "delta_rule", "selective_
 def test_an_empty_batch_goes_through_with_its_gradients(name):
     op = OPS[name]
     x, ids = arrays(op, B=0)
-    y, gradients = jax.jit(lambda x: results_and_gradients(lambda x: op.call(x, ids), x))(x)
-
-    def of_two(x):
-        x, ids = arrays(op)
-        return op.call(x, ids)
-
-    for got, want in zip(*map(jax.tree.leaves, (y, jax.eval_shape(of_two, x))), strict=True):
+    run = jax.jit(lambda x: results_and_gradients(lambda x: op.call(x, ids), x))
+    y, gradients = jax.tree.map(np.asarray, run(x))
+    of_two = jax.eval_shape(op.call, *arrays(op))
+    for got, want in zip(*map(jax.tree.leaves, (y, of_two)), strict=True):
         # A loss is a sum over the batch.
         assert (got.shape, got.dtype) == ((0, *want.shape[1:]) if want.shape else (), want.dtype)
         assert not np.any(got)

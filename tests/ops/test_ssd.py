@@ -22,9 +22,9 @@ SHAPE = 2, 150, 4, 2, 8, 12
 
 def inputs(batch, T, H, G, P, N, dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
-    f = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
-    x, B, C = (f(batch, T, *s).astype(dtype) for s in ((H, P), (G, N), (G, N)))
-    A = -jnp.exp(f(H))
+    f = lambda *s: np.float32(rng.standard_normal(s))
+    x, B, C = (f(batch, T, *s).astype(jnp.dtype(dtype)) for s in ((H, P), (G, N), (G, N)))
+    A = -np.exp(f(H))
     return dict(
         x=x, dt=f(batch, T, H), A=A, B=B, C=C, D=f(H), dt_bias=f(H) - 1,
         initial_state=f(batch, H, P, N),

@@ -41,7 +41,8 @@ def own_sum(hidden, head, targets, weights):
     return {"loss": -jnp.sum(jnp.where(weights > 0, log_p, 0))}
 
 
-LOSSES = [whole, chunked, policy, preference, own_sum]
+# DPO's targets go where the policy's do.
+LOSSES = [whole, chunked, policy, own_sum, pytest.param(preference, marks=pytest.mark.slow)]
 
 
 @functools.cache
@@ -63,7 +64,11 @@ def compiled(loss):
 
 @pytest.mark.parametrize("dtype", ["int8", pytest.param("uint8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "loss", [whole, chunked, *(pytest.param(x, marks=pytest.mark.slow) for x in LOSSES[2:])]
+    "loss",
+    [
+        whole,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (chunked, policy, preference, own_sum)),
+    ],
 )
 def test_targets_of_every_integer_dtype_are_the_same_targets(loss, dtype):
     """V = 300 is more than int8 and uint8 can count to."""
@@ -148,7 +153,7 @@ def with_last(x, value):
 
 
 @pytest.mark.parametrize(
-    "call", ["whole", "a state", pytest.param("streamed", marks=pytest.mark.slow)]
+    "call", ["whole", *(pytest.param(x, marks=pytest.mark.slow) for x in ("a state", "streamed"))]
 )
 def test_ids_outside_the_vocabulary_are_nan(call):
     """Token -1 is not the table's last row; nor is position -1."""
@@ -165,6 +170,7 @@ def test_ids_outside_the_vocabulary_are_nan(call):
         assert np.isnan(last(with_last(tokens.astype(np.int8), -1), positions)).all()
 
 
+@pytest.mark.slow
 def test_a_classifier_gives_nan_for_an_unknown_token():
     model = SequenceClassifier(LanguageModelConfig(**MODEL), 3)
     tokens = jnp.asarray([[3, 5], [3, -1]])

@@ -58,15 +58,9 @@ def leaves(trained):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A folder with the model of SETTINGS, seed 0."""
-    folder = tmp_path_factory.mktemp("models")
-    Workspace(folder, folder).trained(SETTINGS, 0, make)
-    return folder
-
-
-def test_cells_of_a_run_share_one_training(models, tmp_path):
-    calls = []
+def toy(tmp_path_factory):
+    """(run, its folder, folders that were trained): two cells read the model of SETTINGS."""
+    calls, folder = [], tmp_path_factory.mktemp("run")
 
     def counted(config, folder):
         calls.append(folder)
@@ -79,22 +73,34 @@ def test_cells_of_a_run_share_one_training(models, tmp_path):
     cells = [Cell(f"read{x}", measure, {"x": x, "model": SETTINGS}) for x in (1, 2)]
     paper = Paper("toy", "Toy", "", lambda config: cells, lambda r: [], lambda r: [])
     config = ml_collections.ConfigDict({"paper": "toy", "scale": "smoke"})
-    assert not runner.run(paper, config, tmp_path).failed
+    run = functools.partial(runner.run, paper, config, folder)
+    assert not run().failed
+    return run, folder, calls
+
+
+@pytest.fixture
+def models(toy):
+    """A folder with the model of SETTINGS, seed 0."""
+    return toy[1] / "models"
+
+
+def test_cells_of_a_run_share_one_training(toy):
+    run, folder, calls = toy
     digest = shared_models.digest(SETTINGS, 0)
-    assert calls == [tmp_path / "models" / digest]
-    assert (tmp_path / "models" / digest / "metrics.jsonl").exists()
+    assert calls == [folder / "models" / digest]
+    assert (folder / "models" / digest / "metrics.jsonl").exists()
 
     # The records say which model they read, how it was trained, and agree.
-    one, two = records.load(tmp_path)
+    one, two = records.load(folder)
     assert one.result == two.result and one.result["d"] == 4
     want = {digest: {"settings": records.plain(SETTINGS), "seed": 0}}
     assert one.models == two.models == want and one.curve["steps"][-1] == 4
-    assert runner.run(paper, config, tmp_path).kept == ("read1", "read2")
+    assert run().kept == ("read1", "read2")
 
     # A record that read another model than its settings mean today does not hold.
-    path = tmp_path / "cells" / "read1.json"
+    path = folder / "cells" / "read1.json"
     path.write_text(path.read_text().replace(digest, "0" * 16))
-    assert runner.run(paper, config, tmp_path).done == ("read1",) and len(calls) == 1
+    assert run().done == ("read1",) and len(calls) == 1
 
 
 def test_other_settings_and_seeds_are_other_models(models):

@@ -119,7 +119,6 @@ def test_training_must_gain_more_at_longer_contexts(short, long, status):
     assert claim("faster training", made[0]).evidence == "its measurements are missing"
 
 
-@pytest.mark.slow
 def test_training_steps_differ_in_attention_alone(monkeypatch):
     programs = {}
 

@@ -77,9 +77,11 @@ def a_chunk(op, n, chunk, mask, first, packed):
 
 CELLS = [
     ("ring", 4, 2, "causal", 0, True),
-    ("all_gather", 4, 1, "prefix", 0, True),
 ]
 SLOW = [
+    ("all_gather", 4, 1, "prefix", 0, True),
+    *((kind, 3, 2, "window", 1, True) for kind in ("ring", "all_gather", "ulysses")),
+] + [
     (kind, n, chunk, mask, 0, packed)
     for (kind, mask), n, chunk, packed in zip(
         itertools.product(("ring", "all_gather", "ulysses", "usp"), MASKS),
@@ -88,7 +90,7 @@ SLOW = [
         itertools.cycle((True, True, False)),
         strict=False,
     )
-] + [(kind, 3, 2, "window", 1, True) for kind in ("ring", "all_gather", "ulysses")]
+]
 
 
 @pytest.mark.parametrize("cell", CELLS + [pytest.param(c, marks=pytest.mark.slow) for c in SLOW])

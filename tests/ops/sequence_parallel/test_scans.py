@@ -105,7 +105,7 @@ def packed(T, devices):
 
 def program(op, arrays, devices=None, **options):
     """cotangents -> (what `op` gives, gradients in all floating arrays), on one device or many."""
-    arrays = {k: jnp.asarray(v) for k, v in arrays.items()}
+    # NumPy's arrays are cut on the host; a jax.Array is by a program.
     fixed = {k: v for k, v in arrays.items() if not jnp.issubdtype(v.dtype, jnp.inexact)}
     moved = {k: v for k, v in arrays.items() if k not in fixed}
     call = functools.partial(op, **options)
@@ -143,8 +143,8 @@ def assert_close(got, want, name="", tolerance=2e-5):
         np.testing.assert_allclose(g, w, atol=atol, rtol=0, err_msg=f"{name} {where}")
 
 
-# Two kinds with one op; all with all are slow.
-QUICK = [("ssd", ("all_scan", "all_gather"))]
+# One kind with one op, since affine_scan.py has tests of its own; all with all are slow.
+QUICK = [("ssd", ("all_scan",))]
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,9 @@ def packed(T, devices):
 
 def program(op, arrays, devices=None):
     """cotangents -> (what `op` gives, gradients in all floating arrays), on one device or many."""
-    fixed = {k: jnp.asarray(v) for k, v in arrays.items() if v.dtype == np.int32}
-    moved = {k: jnp.asarray(v) for k, v in arrays.items() if k not in fixed}
+    # NumPy's arrays are cut on the host; a jax.Array is by a program.
+    fixed = {k: v for k, v in arrays.items() if v.dtype == np.int32}
+    moved = {k: v for k, v in arrays.items() if k not in fixed}
     run = lambda arrays: op(**arrays)
     if devices is not None:
         specs = {k: TIME if k in ("u", "segment_ids") else WHOLE for k in arrays}
@@ -81,7 +82,7 @@ def program(op, arrays, devices=None):
 
 def cotangents_of(arrays):
     rng = np.random.default_rng(1)
-    return tuple(jnp.asarray(rng.standard_normal(arrays[k].shape)) for k in ("u", "initial_state"))
+    return tuple(rng.standard_normal(arrays[k].shape) for k in ("u", "initial_state"))
 
 
 def assert_equal(got, want, name=""):
@@ -152,7 +153,7 @@ def test_every_axis_is_cut_at_once(name):
     arrays, _ = segmented(name, 2)
     # Two of the systems, for two devices along "tensor".
     two = dict(u=np.s_[..., :2], initial_state=np.s_[:, :2], segment_ids=np.s_[:])
-    arrays = {k: jnp.asarray(v[two.get(k, np.s_[:2])]) for k, v in arrays.items()}
+    arrays = {k: v[two.get(k, np.s_[:2])] for k, v in arrays.items()}
     op = getattr(state_space, name)
     want = jax.jit(lambda arrays: op(**arrays))(arrays)
     order = [k for k in arrays if k not in ("initial_state", "segment_ids")]
