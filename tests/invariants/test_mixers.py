@@ -42,11 +42,11 @@ LATER = {
     "op-window": AT_ONCE,
     "h3-heads": AT_ONCE,
     "attention": AT_ONCE[1:],
-    "attention-window": AT_ONCE[:1],
+    "attention-window": AT_ONCE,
     "mamba": AT_ONCE,
     "s4": AT_ONCE,
     "s4d": AT_ONCE,
-    "h3": AT_ONCE[:1],
+    "h3": AT_ONCE,
     "gla": AT_ONCE,
     "gated-deltanet": AT_ONCE,
 }

@@ -69,11 +69,12 @@ def test_attention_over_several_tiles_with_a_bias(where):
     assert_hidden(run, masks.Causal(), (1, 900, 900, 2, 1, 16), where, tolerance=1e-5)
 
 
+# Of the latter the first queries see nothing.
 @WHERE
-def test_attention_to_a_longer_or_shorter_past(where):
-    for T, S in ((60, 150), (150, 110)):  # of the latter the first queries see nothing
-        run = with_gradients(attention, "causal")
-        assert_hidden(run, masks.Causal(), (1, T, S, 2, 2, 16), where)
+@pytest.mark.parametrize("T,S", [pytest.param(60, 150, marks=pytest.mark.slow), (150, 110)])
+def test_attention_to_a_longer_or_shorter_past(T, S, where):
+    run = with_gradients(attention, "causal")
+    assert_hidden(run, masks.Causal(), (1, T, S, 2, 2, 16), where)
 
 
 @WHERE
@@ -93,17 +94,23 @@ def test_reference_gradients_of_what_no_query_sees():
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-def test_what_a_bias_holds_where_the_mask_hides():
+OPS = pytest.mark.parametrize(
+    "op", [attention, pytest.param(reference.attention, marks=pytest.mark.slow)],
+    ids=["attention", "reference"],
+)  # fmt: skip
+
+
+@OPS
+def test_what_a_bias_holds_where_the_mask_hides(op):
     q, k, v = normal(0, 3, 1, 100, 2, 8)
     bias = normal(1, 1, 2, 100, 100)
     hidden = ~np.tri(100, dtype=bool)
-    for op in (attention, reference.attention):
-        f = lambda *x, op=op: (op(*x[:3], bias=x[3], mask=masks.Causal()) ** 2).sum()
-        grad = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))
-        want = grad(q, k, v, bias)
-        for poison in (np.nan, np.inf, -np.inf):
-            got = grad(q, k, v, np.where(hidden, np.float32(poison), bias))
-            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, want)
+    f = lambda *x: (op(*x[:3], bias=x[3], mask=masks.Causal()) ** 2).sum()
+    grad = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))
+    want = grad(q, k, v, bias)
+    for poison in (np.nan, np.inf, -np.inf):
+        got = grad(q, k, v, np.where(hidden, np.float32(poison), bias))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, want)
 
 
 @pytest.mark.parametrize("split", [pytest.param(16, marks=pytest.mark.slow), 1024])
@@ -149,7 +156,7 @@ def test_nan_of_any_bits_is_seen():
 @pytest.mark.parametrize(
     "bias_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("op", [attention, reference.attention], ids=["attention", "reference"])
+@OPS
 def test_a_bias_hides_keys_and_whole_rows(op, bias_dtype):
     def run(q, k, v, bias, do, dlse):
         f = lambda q, k, v, bias: op(q, k, v, bias=bias, return_lse=True)

@@ -187,8 +187,7 @@ def test_logits_are_never_whole():
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temp_bytes(32) < 5 * 32 * V * 4 + 3 * 4 * (T * E + E * V)
-    assert temp_bytes(T) > T * V * 4
+    assert temp_bytes(32) < 5 * 32 * V * 4 + 3 * 4 * (T * E + E * V) < T * V * 4 / 4
 
 
 def test_devices_share_the_head():

@@ -94,7 +94,7 @@ def test_any_problem_equals_the_definition(problem):
     [
         (SHAPE, "float32", OPTIONAL, None, True),
         (SHAPE, "bfloat16", OPTIONAL, None, True),
-        ((1, 1, 5, 3), "float32", ["z"], [[1, 2]], False),
+        pytest.param((1, 1, 5, 3), "float32", ["z"], [[1, 2]], False, marks=pytest.mark.slow),
         pytest.param(
             (2, 64, 1, 1),
             "float32",

@@ -121,7 +121,7 @@ def test_chunks_equal_the_recurrence(kind, T, chunk):
     "kind,chunk,before",
     [
         slow("zoh", None, None),
-        ("zoh", 4, 9),
+        slow("zoh", 4, 9),
         ("dplr", None, 3),
         ("dplr", None, 9),
         slow("zoh", None, 3),

@@ -22,7 +22,9 @@ def test_cells_are_unique_at_every_scale():
         assert len({cell.id for cell in made}) == len(made)
 
 
-@pytest.mark.parametrize(("P", "K"), [(2, 4), (4, 4), (8, 2)])
+@pytest.mark.parametrize(
+    ("P", "K"), [*(pytest.param(*c, marks=pytest.mark.slow) for c in ((2, 4), (4, 4))), (8, 2)]
+)
 def test_all_scan_alone_is_counted(P, K):
     settings = {"devices": P, "blocks": K, "heads": 2, "dim": 8}
     found = cells.all_scan(settings, 0)
