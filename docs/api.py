@@ -56,8 +56,8 @@ def build(folder: pathlib.Path) -> None:
             package.__all__ = names
 
 
-# Docstrings have sections "Args:", "Returns:", "Raises:"; some have formulas.
-pdoc.render.configure(docformat="google", math=True)
+# Docstrings have sections "Args:", "Returns:" and "Raises:".
+pdoc.render.configure(docformat="google")
 
 if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER

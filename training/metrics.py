@@ -160,7 +160,8 @@ class Recorder:
             self._board.add_text("sample", "    " + text.replace("\n", "\n    "), step)
         if self._bar:
             self._bar.console.print(f"step {step} writes: {text!r}", markup=False, highlight=False)
-        self._say(step, f"writes: {text!r}")
+        else:
+            self._say(step, f"writes: {text!r}")
 
     def count(self, tokens: float) -> None:
         """Counts the tokens of a finished step; the first one, which compiles, starts the clock."""

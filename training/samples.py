@@ -9,21 +9,22 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from tilescan.data import tokenizers
-from tilescan.decoding.sampling import generate
+from tilescan.decoding.sampling import Generation, generate
 from tilescan.models import LanguageModel
 from tilescan.training import sharding
 from tilescan.training.settings import ConfigError, Settings
 
-Sampler = Callable[[PyTree], str]
+# Of parameters and the step.
+Sampler = Callable[[PyTree, int], str]
 
 
 def make_sampler(
     model: nn.Module, c: Settings, dataset: Iterable, mesh: Mesh, params: PyTree
 ) -> Sampler | None:
-    """Returns a function from parameters to a text that begins with the prompt.
+    """Returns a function from parameters and a step to a text that begins with the prompt.
 
-    The random numbers are the same in every sample, so that texts differ by the parameters alone.
-    The program is compiled when the first sample is written.
+    The random numbers are those of the run's seed and the step. The program is compiled when the
+    first sample is written.
 
     Args:
         model: a `LanguageModel`.
@@ -57,29 +58,29 @@ def make_sampler(
     data, fsdp, sequence, tensor = mesh.devices.shape
     whole = Mesh(mesh.devices.reshape(data, fsdp * sequence, 1, tensor), mesh.axis_names)
 
-    def continue_prompt(params: PyTree) -> jax.Array:
+    def continue_prompt(params: PyTree, step: jax.Array) -> Generation:
         return generate(
             model,
             params,
             prompt[None],
             max_new_tokens=c.train.sample_tokens,
             temperature=c.train.sample_temperature,
-            key=jax.random.key(c.seed),
+            key=jax.random.fold_in(jax.random.key(c.seed), step),
             eos=[end for end in tokenizer.end_ids if end < model.config.vocab_size],
         )
 
     program = jax.jit(continue_prompt, out_shardings=sharding.replicated(whole))
     try:
         with sharding.use(whole):
-            program.eval_shape(params)
+            program.eval_shape(params, np.int32(0))
     except ValueError as error:
         raise ConfigError(
             f"{asked}, train.sample_tokens = {c.train.sample_tokens}: {error}"
         ) from error
 
-    def sample(params: PyTree) -> str:
+    def sample(params: PyTree, step: int) -> str:
         with sharding.use(whole):
-            written = jax.device_get(program(params))
+            written = jax.device_get(program(params, np.int32(step)))
         new = written.tokens[0, : written.lengths[0]]
         known = (new < tokenizer.vocab_size) & ~np.isin(new, tokenizer.end_ids)
         return tokenizer.decode(np.concatenate([prompt, new[known]]))

@@ -202,7 +202,7 @@ def train(
                 evaluate(step, "test")
             if sample and (last or step % c.train.sample_every == 0):
                 finish_pending()
-                recorder.sample(step, sample(state.params))
+                recorder.sample(step, sample(state.params, step))
                 recorder.restart_clock()
             # Several processes must stop at the same step, and asking all of them takes time.
             asking = jax.process_count() == 1 or step % c.train.log_every == 0

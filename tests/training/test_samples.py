@@ -12,10 +12,14 @@ from tiny_training import TinyModel, tiny_config, tiny_datasets
 from tilescan.data import sources
 from tilescan.data.documents import Document
 from tilescan.decoding.sampling import generate
-from tilescan.training import samples, trackers
-from tilescan.training.config import ConfigError
+from tilescan.training import samples, sharding, trackers
+from tilescan.training.config import ConfigError, settings
+from tilescan.training.inputs import make_model
 from tilescan.training.metrics import read_rows
-from tilescan.training.train import train
+from tilescan.training.optimizers import make_optimizer
+from tilescan.training.samples import make_sampler
+from tilescan.training.settings import MeshConfig
+from tilescan.training.train import sharded_init, train
 from tilescan.training.trained import load_run
 
 SMALL = (
@@ -42,11 +46,12 @@ def test_texts_are_written_by_one_program_and_again_when_a_run_goes_on(
     rows = read_rows(tmp_path / "samples.jsonl")
     assert [row["step"] for row in rows] == [2, 4] and len(traced) == 1
     assert all(row["text"].startswith("import ") for row in rows)
+    assert rows[0]["text"] != rows[1]["text"]
 
     # What the parameters of the last step write; ids without a token are no text.
     run = load_run(tmp_path)
     prompt = np.frombuffer(b"import ", np.uint8).astype(np.int32)
-    key = jax.random.key(0)
+    key = jax.random.fold_in(jax.random.key(0), 4)
     want = generate(
         run.model, run.params, prompt[None], max_new_tokens=6, temperature=1.0, key=key, eos=256
     )
@@ -62,21 +67,29 @@ def test_texts_are_written_by_one_program_and_again_when_a_run_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh",
+    "keys",
     [
         ("mesh.fsdp=2", "mesh.tensor=2"),
         ("mesh.sequence=2", "mesh.fsdp=4", "model.sequence_balance=zigzag"),
-        ("mesh.sequence=2", "mesh.parameters_over_sequence=true", "model.pattern=mamba2,mlp"),
+        (
+            "mesh.sequence=2", "mesh.parameters_over_sequence=true", "model.pattern=mamba2,mlp",
+            "model.mixers.mamba2.head_dim=8",
+        ),
     ],
-)
-def test_texts_are_the_same_on_any_mesh(documents, tmp_path, mesh):
-    more = ("model.mixers.mamba2.head_dim=8",) if "model.pattern=mamba2,mlp" in mesh else ()
-    pattern = [word for word in mesh if word.startswith("model.pattern")]
-    greedy = ("train.sample_temperature=0", "data.seq_len=16")
-    train(tiny_config(*SMALL, *greedy, *pattern, *more), tmp_path / "plain")
-    train(tiny_config(*SMALL, *greedy, *mesh, *more), tmp_path / "mesh")
-    plain, there = (read_rows(tmp_path / name / "samples.jsonl") for name in ("plain", "mesh"))
-    assert plain == there
+)  # fmt: skip
+def test_texts_are_the_same_on_any_mesh(keys):
+    c = settings(tiny_config(*SMALL, "data.seq_len=16", *keys))
+    model, mesh = make_model(c), sharding.make_mesh(c.mesh)
+    tx, _ = make_optimizer(c.optimizer, c.train.steps)
+    example = sharding.in_order({"tokens": np.zeros((8, 16), np.int32)}, mesh, c.balance)
+    _, abstract, initialize = sharded_init(model, tx, example, 0, mesh, sharding.rules(c.mesh))
+    params = initialize().params
+    data = types.SimpleNamespace(fingerprint={"tokenizer": "byte"})
+    one = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    there = make_sampler(model, c, data, mesh, abstract.params)(params, 3)
+    shapes = jax.eval_shape(lambda: params)
+    plain = make_sampler(model, c, data, one, shapes)(jax.device_get(params), 3)
+    assert there == plain and there.startswith("import ")
 
 
 def test_samples_that_cannot_be_are_refused_before_the_first_step(documents, tmp_path):
