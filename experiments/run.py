@@ -7,7 +7,9 @@ Any value of the config is overridden by its path, e.g. --config.runtime.repeats
 import contextlib
 import pathlib
 import sys
+from collections.abc import Iterator
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -56,6 +58,7 @@ def measure(
         with (
             contextlib.nullcontext() if smoke else locks.alone("run of experiments", say),
             load.patient(0.0 if smoke else _PATIENCE),
+            _quick_programs(smoke),
         ):
             outcome = harness.run(paper, config, workdir, only=only)
     except KeyboardInterrupt:
@@ -69,6 +72,18 @@ def measure(
     if publish:
         publish_lib.publish(paper, workdir, pathlib.Path("results"), allow_modified=allow_modified)
     return 1 if outcome.failed else 0
+
+
+@contextlib.contextmanager
+def _quick_programs(quick: bool) -> Iterator[None]:
+    """Compiles without optimizing where `quick`: programs of scale smoke run for milliseconds."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, quick or before)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
