@@ -133,7 +133,7 @@ def wrap(
 
 def style(claim: Claim) -> str:
     """Returns the style of a claim's status, one of STATUSES."""
-    if claim.by_construction and claim.status == SHOWN:
+    if claim.built:
         return "built"
     return {SHOWN: "shown", NOT_SHOWN: "refuted"}.get(claim.status, "soft")
 
