@@ -31,7 +31,6 @@ _PUBLISH = flags.DEFINE_bool("publish", False, "Copy the records to results/, re
 
 
 _ALLOW_MODIFIED = flags.DEFINE_bool("allow_modified", False, "Publish a modified tree's, too.")
-_PATIENCE = 30.0  # seconds that a comparison of times waits for a quiet machine
 
 
 def measure(
@@ -57,7 +56,7 @@ def measure(
     try:
         with (
             contextlib.nullcontext() if smoke else locks.alone("run of experiments", say),
-            load.patient(0.0 if smoke else _PATIENCE),
+            load.patient(0.0 if smoke else load.PATIENCE),
             _quick_programs(smoke),
         ):
             outcome = harness.run(paper, config, workdir, only=only)

@@ -249,7 +249,7 @@ def longer_documents(groups: list[Group]) -> Verdict:
     """
     criterion = (
         "mean micro-F1 of the longest length is above that of the shortest by more than twice the "
-        "larger standard deviation over seeds"
+        "larger standard deviation over seeds (means, not paired)"
     )
     if len(groups) < 2:
         return Verdict(criterion, None, "")

@@ -62,7 +62,7 @@ def beside(
 def runtime_table(records: Records, direction: str) -> Table:
     """Returns published and measured times against length, and their ratios."""
     runtime, (number, plain) = records.select(kind="runtime"), published.TABLES[direction]
-    dropout = f", {number} (dropout, padding)"
+    dropout = f", {number} with dropout and padding"
     of_paper = {"": published.PLAIN_MS[direction], dropout: published.MS[direction]}
     shown = beside(of_paper, "ms", t.MEASURED, "ms", attention.median_ms)
     for pair in (OVER_STANDARD, OVER_SPARSE):

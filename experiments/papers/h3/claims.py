@@ -146,7 +146,7 @@ def gap(mqar: Records) -> Verdict:
     found = {NAMES[m]: accuracy(model=m)(of_most) for m in ("h3", "s4d")}
     return c.leads(
         "multi-query recall at the most pairs: H3's accuracy is above S4D's by more than 10 "
-        "points and twice the larger standard deviation over seeds",
+        "points and twice the larger standard deviation over seeds (means, not paired)",
         found,
         points=10.0,
         head=f"{most} pairs: " if all(found.values()) else "",

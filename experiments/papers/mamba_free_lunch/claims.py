@@ -16,7 +16,7 @@ from tilescan.experiments.papers.mamba_free_lunch.tables import SOLVED, exact, m
 FEWER = 3.0  # times fewer examples
 PARITY = 0.02  # of the share of whole answers right
 FIT = 0.99  # smallest R^2 of a law
-BY_TWO_STDS = "by more than twice the larger standard deviation over seeds"
+BY_TWO_STDS = "by more than twice the larger standard deviation over seeds (means, not paired)"
 
 
 def claims(records: Records) -> list[Claim]:

@@ -142,7 +142,7 @@ def leads(
 
     One seed has none, and decides nothing.
     """
-    criterion = f"{criterion} is above by more than twice the larger standard deviation over seeds"
+    criterion += " is above by more than twice the larger standard deviation over seeds, not paired"
     verdict = c.leads(criterion, found, effect=effect)
     decided = all(value is not None and value.std is not None for value in found.values())
     return verdict if decided else verdict._replace(holds=None)

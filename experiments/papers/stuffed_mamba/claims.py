@@ -180,7 +180,7 @@ def heads_remember(readings: Records) -> Verdict:
     return Verdict(
         "with the largest state, the greatest share of the first token kept over the training "
         "length is higher at the shortest than at the longest, by more than twice the larger "
-        "standard deviation over seeds",
+        "standard deviation over seeds (means, not paired)",
         c.higher_by(*found.values(), 0.0) if found else None,
         " tokens, ".join(f"{format_value(kept)} over {n}" for n, kept in found.items()),
     )

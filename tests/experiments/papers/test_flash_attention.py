@@ -196,7 +196,7 @@ def test_runtime_table_has_published_and_measured_columns_side_by_side():
     kinds = [column.kind for column in table.columns[1:7]]
     assert kinds == 2 * [tables.PUBLISHED, tables.PUBLISHED, tables.MEASURED]
     row = dict(zip([c.heading for c in table.columns], table.rows[0], strict=True))
-    other = "Table 11 (dropout, padding)"  # like for like is Table 20
+    other = "Table 11 with dropout and padding"  # like for like is Table 20
     assert row["standard (ms), published"] == 3.67 and row["standard (ms), measured"] == 20.0
     assert row[f"standard, {other} (ms), published"] == 8.29
     assert row["standard / tiled, published"] == pytest.approx(3.67 / 2.29)
