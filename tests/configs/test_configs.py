@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from absl import app
+from absl.testing import flagsaver
 
 from tilescan.configs import flash_attention, flash_attention_2
 from tilescan.experiments import run as measuring
@@ -28,20 +29,22 @@ def test_docstring_tells_how_to_run_it(module):
     assert f"--config=configs/{name}.py:cpu" in module.__doc__
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "tilescan.experiments.run", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-
-
-def test_module_measures_with_overrides(tmp_path):
-    done = run(
-        "--config=configs/flash_attention.py:smoke",
-        f"--workdir={tmp_path}/run",
-        "--only=io-M",
-        "--config.io.on_chip=(1024,)",
-    )
-    assert done.returncode == 0, done.stderr
+@flagsaver.flagsaver
+def test_module_measures_with_overrides(tmp_path, capsys, monkeypatch):
+    words = ["run", f"--config={ROOT}/configs/flash_attention.py:smoke", "--only=io-M"]
+    words += [f"--workdir={tmp_path}/run", "--config.io.on_chip=(1024,)"]
+    monkeypatch.setattr(sys, "argv", words)  # where config_flags looks for overrides
+    assert measuring.main(measuring.parse_flags(words)) == 0
     assert [p.name for p in (tmp_path / "run" / "cells").iterdir()] == ["io-M1024.json"]
+    assert "Figure 2, middle" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_module_is_a_program(tmp_path):
+    words = ["--config=configs/flash_attention.py:smoke", "--only=io-M", f"--workdir={tmp_path}"]
+    command = [sys.executable, "-m", "tilescan.experiments.run", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
     assert "Figure 2, middle" in done.stdout
 
 

@@ -88,6 +88,13 @@ def test_several_ends_and_what_stands_after_them(free, kind):
     np.testing.assert_array_equal(streamed, ours.tokens[:, : max(lengths)])
 
 
+def test_every_step_draws_anew():
+    """Nearly uniform draws: the same noise at each step would give one token again and again."""
+    tokens = np.asarray(run(temperature=1e6, key=jax.random.key(7)).tokens)
+    assert min(len(set(row)) for row in tokens) >= N - 2  # two in 200 are the same now and then
+    assert len({tuple(row) for row in tokens}) == 3
+
+
 def test_no_ends_are_none(free):
     np.testing.assert_array_equal(run(eos=[]).tokens, free)
 

@@ -3,6 +3,7 @@ nothing in the logits."""
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -88,6 +89,11 @@ def family(request, tmp_path_factory):
     return request.param, Checkpoint(path, config, random_params(config))
 
 
+def sparsely(quick):
+    """Takes every so-manieth mutation, some of each kind; all of them in the slow suite."""
+    return pytest.mark.parametrize("every", [quick, pytest.param(1, marks=pytest.mark.slow)])
+
+
 def mutated_configs(kind, hf):
     """(what, config.json) with one wrong value, key by key, and with keys that nobody knows."""
     for key, value in hf.items():
@@ -107,19 +113,20 @@ def mutated_configs(kind, hf):
         yield from (((key, v), hf | {key: v}) for v in (1, "text", {"a": 1}))
 
 
-def test_wrong_values_of_config_json(family):
+@sparsely(5)
+def test_wrong_values_of_config_json(family, every):
     kind, checkpoint = family
     file = checkpoint.path / "config.json"
     good = file.read_text()
     refused = total = 0
-    for what, hf in mutated_configs(kind, json.loads(good)):
+    for what, hf in itertools.islice(mutated_configs(kind, json.loads(good)), None, None, every):
         file.write_text(json.dumps(hf))
         refused += checkpoint.ends_well(checkpoint.path, what)
         total += 1
     file.write_text(good)
     # null for what has a default, and bounds of the text's length, change nothing.
     print(f"{kind}: {refused} of {total} refused")
-    assert total > 150 and refused >= total - 10
+    assert total > 150 // every and refused >= total - 10
 
 
 WRONG_TENSORS = {
@@ -149,7 +156,8 @@ def names_of(file):
     return [name for name in read_raw(file)[0] if name != "__metadata__"]
 
 
-def test_wrong_tensors(family):
+@sparsely(4)
+def test_wrong_tensors(family, every):
     """All dtypes and shapes, each on another tensor; and every tensor lost or renamed."""
     _, checkpoint = family
     file = checkpoint.path / "model.safetensors"
@@ -160,11 +168,13 @@ def test_wrong_tensors(family):
         assert checkpoint.ends_well(checkpoint.path, how)
         file.write_bytes(good)
     tensors = safetensors.numpy.load_file(file)
+    changes = []
     for name in names:
         without = {n: t for n, t in tensors.items() if n != name}
-        for changed in (without, without | {name + "s": tensors[name]}, tensors | {name + "_": t0}):
-            safetensors.numpy.save_file(changed, file)
-            assert checkpoint.ends_well(checkpoint.path, name)
+        changes += [without, without | {name + "s": tensors[name]}, tensors | {name + "_": t0}]
+    for changed in changes[::every]:
+        safetensors.numpy.save_file(changed, file)
+        assert checkpoint.ends_well(checkpoint.path, set(changed) ^ set(names))
     file.write_bytes(good)
 
 
@@ -183,7 +193,8 @@ def test_wrong_tensors_everywhere(family):
             file.write_bytes(good)
 
 
-def test_damaged_headers(family):
+@sparsely(3)
+def test_damaged_headers(family, every):
     """Bytes of the header flipped, and the file truncated."""
     _, checkpoint = family
     file = checkpoint.path / "model.safetensors"
@@ -191,12 +202,12 @@ def test_damaged_headers(family):
     header, values = read_raw(file)
     text = json.dumps(header).encode()
     rng = np.random.default_rng(0)
-    for at in rng.choice(len(text), 150, replace=False):
+    for at in rng.choice(len(text), 150 // every, replace=False):
         flipped = bytearray(text)
         flipped[at] ^= int(rng.integers(1, 128))
         write_raw(file, bytes(flipped), values)
         checkpoint.ends_well(checkpoint.path, at)
-    for size in rng.choice(len(good) - 1, 40, replace=False):
+    for size in rng.choice(len(good) - 1, 40 // every, replace=False):
         file.write_bytes(good[:size])
         assert checkpoint.ends_well(checkpoint.path, size)
     file.write_bytes(good)

@@ -28,7 +28,7 @@ MASKS = {
     "prefix": masks.Causal() | masks.Prefix(7),
     "sinks": masks.Lambda(2, 5),
 }
-RECURRENT, QUICK = tuple(filter(is_recurrent, MIXERS)), ("mamba2", "h3")
+RECURRENT, QUICK = tuple(filter(is_recurrent, MIXERS)), ("mamba2",)
 IDS = {
     "none": None,
     "zero": np.zeros((B, T), np.int32),

@@ -117,7 +117,7 @@ MASKS = {
 ALIKE = (
     "full", "two-sided window", "only prefix", "coarse layout", "packed window",
     "packed or prefix", "segments", "causal layout", "lambda", "fine layout", "packed layout",
-    "prefix", "window",
+    "prefix", "window", "causal",
 )  # fmt: skip
 
 
@@ -203,12 +203,12 @@ def test_rows_without_keys():
 
 def test_extreme_logits_stay_finite():
     (q, k, v), _, (do, dlse) = problem()
-    compare((q * 19, k * 19, v), None, (do, dlse * 0), masks.Causal(), tolerance=1e-3)
+    compare((q * 19, k * 19, v), None, (do, dlse * 0), MASKS["packed"](300), tolerance=1e-3)
 
 
 def test_second_run_is_the_same():
     (q, k, v), bias, (do, dlse) = problem()
-    first, second = (ours(q, k, v, bias, masks.Causal(), do, dlse) for _ in range(2))
+    first, second = (ours(q, k, v, bias, MASKS["packed"](300), do, dlse) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
@@ -250,7 +250,7 @@ def test_a_million_tokens_need_no_tables():
 
 @pytest.mark.parametrize("where", ["keys", "queries"])
 @pytest.mark.parametrize(
-    "name", ["causal", "packed", *slowly(("window",), ("lambda",), ("fine layout",))]
+    "name", ["packed", *slowly(("causal",), ("window",), ("lambda",), ("fine layout",))]
 )
 def test_a_mask_hides_what_is_not_finite(name, where):
     mask = MASKS[name](300)

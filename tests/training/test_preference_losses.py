@@ -42,11 +42,11 @@ SOFT = {"kl_weight": 0.3, "temperature": 0.7}
     ("normalizer", "options"),
     [
         ("sequences", {}),
-        ("tokens", SOFT),
-        (6, {}),
+        (6, SOFT),
         pytest.param("sequences", SOFT, marks=pytest.mark.slow),
-        pytest.param("tokens", {}, marks=pytest.mark.slow),
-        pytest.param(6, SOFT, marks=pytest.mark.slow),
+        pytest.param("tokens", {}, marks=pytest.mark.slow),  # the next test has a sum over tokens
+        pytest.param("tokens", SOFT, marks=pytest.mark.slow),
+        pytest.param(6, {}, marks=pytest.mark.slow),
     ],
 )
 def test_grpo_is_its_formula(normalizer, options):
@@ -100,7 +100,7 @@ def test_an_unclipped_first_step_is_the_policy_gradient():
         np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
-@pytest.mark.parametrize("chunk", [2, 9])
+@pytest.mark.parametrize("chunk", [2, pytest.param(9, marks=pytest.mark.slow)])
 def test_dpo_is_its_formula(chunk):
     with jax.enable_x64(True):
         hidden, head, targets, mask, _, reference = inputs(1)

@@ -23,14 +23,20 @@ def start(dropout=0.0, clip_norm=1.0):
     """A state, and the loss and the optimizer of its model."""
     config = OptimizerConfig(warmup_steps=0, schedule="constant", clip_norm=clip_norm)
     tx, rate = make_optimizer(config, 10)
-    model = TinyModel(dropout)
+    return first_state(), steps.make_loss(TinyModel(dropout), "language_model"), tx, rate
+
+
+@functools.cache
+def first_state():
+    """The same for every dropout and norm."""
+    tx, _ = make_optimizer(OptimizerConfig(warmup_steps=0, schedule="constant"), 10)
 
     @jax.jit
     def init():
-        state = steps.init_state(model, tx, batch(), 0)
+        state = steps.init_state(TinyModel(), tx, batch(), 0)
         return state.replace(params=nn.meta.unbox(state.params))
 
-    return init(), steps.make_loss(model, "language_model"), tx, rate
+    return init()
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from tilescan.training.settings import OptimizerConfig
 
 MODELS = {
     "packed": {"packed": True},
+    "a window": {"pattern": ("local_attention:4", "mlp"), "tie_embeddings": False},
     "windows": {
         "pattern": ("local_attention:4", "mlp"),
         "qk_norm": True,
@@ -55,7 +56,7 @@ MODELS = {
 
 
 # Each is two programs, half a minute of compiling in all: these stand for the others.
-QUICK = ("windows",)
+QUICK = ("a window",)
 SLOW = pytest.mark.slow
 
 

@@ -15,5 +15,4 @@ PAPER = Paper.of(
     "activations on each.",
     short="Ring Self-Attention",
     family="sequence parallelism",
-    source="from a secondary source",
 )
