@@ -223,15 +223,19 @@ def _talk(options: argparse.Namespace, writer: "Writer", prompts: Sequence[str])
 
 
 def _turns(prompts: Sequence[str]) -> Iterator[str]:
+    """The prompt, then lines of standard input; after a prompt only those of a terminal."""
     yield from prompts
-    if sys.stdin.isatty():
-        print("(Ctrl-D ends the chat)", file=sys.stderr)
-    elif prompts:
+    terminal = sys.stdin.isatty()
+    if prompts and not terminal:
         return
+    if terminal:
+        print("(Ctrl-D ends the chat)", file=sys.stderr)
+        with contextlib.suppress(ImportError):  # keys that edit a line, where there is the library
+            import readline  # noqa: F401
     with contextlib.suppress(EOFError):
         while True:
             with interrupts.raise_exception():
-                turn = input("> " if sys.stdin.isatty() else "")
+                turn = input("> " if terminal else "")
             if turn.strip():
                 yield turn
 

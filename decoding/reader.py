@@ -90,6 +90,9 @@ class Reader:
         if needed > reading.room:
             reading = self._grown(reading, room_for(max(needed, 2 * reading.room)))
         state, start = reading.state, 0
+        if tokens.shape[1] > 1:  # each slice of a JAX array would be a program of its own
+            tokens = np.asarray(tokens)
+            segment_ids = None if segment_ids is None else np.asarray(segment_ids)
         for size in chunks(tokens.shape[1]):
             part = slice(start, start + size)
             ids = None if segment_ids is None else segment_ids[:, part]

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tilescan import terminal
+from tilescan.experiments.harness import load, registry, runner
 from tilescan.experiments.harness import records as records_lib
-from tilescan.experiments.harness import registry, runner
 from tilescan.experiments.harness.tables import format_value
 from tilescan.spelling import did_you_mean
 
@@ -33,7 +33,8 @@ def rerun(paper: str, cell: str, folder: pathlib.Path) -> int:
     digest = records_lib.digest(paper, cell, again.settings, again.seed)
     if digest != old.digest:
         print(f"The settings of {cell} changed since: the numbers are of different measurements.")
-    with tempfile.TemporaryDirectory(prefix="tilescan-rerun-") as workdir:
+    quiet = load.patient(0.0 if scale == "smoke" else load.PATIENCE)
+    with quiet, tempfile.TemporaryDirectory(prefix="tilescan-rerun-") as workdir:
         new = runner.measure(registry.load(paper), again, digest, pathlib.Path(workdir))
     show(old, new)
     return 0

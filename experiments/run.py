@@ -7,7 +7,9 @@ Any value of the config is overridden by its path, e.g. --config.runtime.repeats
 import contextlib
 import pathlib
 import sys
+from collections.abc import Iterator
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -29,7 +31,6 @@ _PUBLISH = flags.DEFINE_bool("publish", False, "Copy the records to results/, re
 
 
 _ALLOW_MODIFIED = flags.DEFINE_bool("allow_modified", False, "Publish a modified tree's, too.")
-_PATIENCE = 30.0  # seconds that a comparison of times waits for a quiet machine
 
 
 def measure(
@@ -55,7 +56,8 @@ def measure(
     try:
         with (
             contextlib.nullcontext() if smoke else locks.alone("run of experiments", say),
-            load.patient(0.0 if smoke else _PATIENCE),
+            load.patient(0.0 if smoke else load.PATIENCE),
+            _quick_programs(smoke),
         ):
             outcome = harness.run(paper, config, workdir, only=only)
     except KeyboardInterrupt:
@@ -69,6 +71,18 @@ def measure(
     if publish:
         publish_lib.publish(paper, workdir, pathlib.Path("results"), allow_modified=allow_modified)
     return 1 if outcome.failed else 0
+
+
+@contextlib.contextmanager
+def _quick_programs(quick: bool) -> Iterator[None]:
+    """Compiles without optimizing where `quick`: programs of scale smoke run for milliseconds."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, quick or before)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ metrics.jsonl and samples.jsonl hold only what the seed determines, so that a re
 the same, byte for byte, as an uninterrupted one's; how long things took is in timing.jsonl.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -194,7 +195,8 @@ class Recorder:
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
         elif self._lines:
-            print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # nobody reads on; the run goes on
+                print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
 
     def sync(self) -> None:
         """Returns when every row is on disk: to be called before a checkpoint of their step."""

@@ -65,8 +65,13 @@ class Claim:
 
     @property
     def outcome(self) -> str:
-        """The status, with a word on those that follow by construction."""
-        return f"{self.status}, by construction" if self.by_construction else self.status
+        """The status, with a word on what follows by construction."""
+        return f"{self.status}, by construction" if self.built else self.status
+
+    @property
+    def built(self) -> bool:
+        """Whether it is shown, and could not have come out otherwise."""
+        return self.by_construction and self.status == SHOWN
 
     def to_json(self) -> dict[str, Any]:
         """Returns the claim as plain values, without what it does not say."""

@@ -6,7 +6,7 @@ results/criteria.json has {PAPER/SCALE: {claim: entry}} with
                              was made on top of that commit
   reworded                   earlier texts that say the same in other words
   before                     what it was, oldest first: {criterion, since, commit} of each change
-  note                       what else is to be said, by hand
+  note                       what else is to be said of one that is younger than records, by hand
 
 A report dates whatever text it does not know; that a text says the same is declared to it. What
 it cannot notice is a criterion whose words stay while the cells or the code under them change.
@@ -145,8 +145,10 @@ def _late(entry: Mapping[str, Any], records: Sequence[Record]) -> str:
         return ""
     day = f"{since[:10]} {since[11:16]}"
     if before := entry.get("before"):
-        return f"criterion changed after measuring, {day}; before: {before[-1]['criterion']}"
-    return f"criterion written down after measuring: first kept {day}"
+        said = f"criterion changed after measuring, {day}; before: {before[-1]['criterion']}"
+    else:
+        said = f"criterion written down after measuring: first kept {day}"
+    return "; ".join(filter(None, (said, entry.get("note"))))
 
 
 def readings(

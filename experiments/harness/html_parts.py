@@ -37,21 +37,26 @@ def claims(results: Results) -> str:
     for claim in results.claims:
         anchor = f"{results.scale}-{anchor_of(claim.name)}"
         link = f'<a class="anchor" href="#{anchor}" aria-label="link to this claim">#</a>'
-        said, judged = escape(claim.said), escape(claim.judged)
-        why = f'<br /><span class="soft">{escape(claim.why)}.</span>' if claim.why else ""
+        said, judged = escape(claim.said), escape(claim.criterion) + _soft(claim.late)
         rows.append(
             f'<tr id="{anchor}" data-status="{style(claim)}" data-text="">'
             f'<td class="label">{escape(claim.name)}\N{NO-BREAK SPACE}{link}</td>'
             f'<td class="label">{said}</td>'
             f'<td class="label" data-of="criterion">{judged}</td>'
             f'<td class="label status {style(claim)}">{escape(claim.outcome)}</td>'
-            f'<td class="label" data-of="evidence">{escape(claim.evidence)}{why}</td></tr>'
+            f'<td class="label" data-of="evidence">{escape(claim.evidence)}{_soft(claim.why)}</td>'
+            "</tr>"
         )
     titles = markdown.claims_titles(results.paper.source)
     head = "".join(f'<th class="label">{title}</th>' for title in titles)
     anchor = f"{results.scale}-claims"
     form = filters(f"{anchor}-rows", ("status", STATUSES))
     return wrap("Claims", anchor, "claims", head, rows, "", form)
+
+
+def _soft(text: str) -> str:
+    """Returns a sentence on a line of its own, in a soft color."""
+    return f'<br /><span class="soft">{escape(text)}.</span>' if text else ""
 
 
 def table(table: Table, scale: str, figures: Sequence[str]) -> str:
@@ -133,7 +138,7 @@ def wrap(
 
 def style(claim: Claim) -> str:
     """Returns the style of a claim's status, one of STATUSES."""
-    if claim.by_construction and claim.status == SHOWN:
+    if claim.built:
         return "built"
     return {SHOWN: "shown", NOT_SHOWN: "refuted"}.get(claim.status, "soft")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 BOUND = 0.05  # share of the cores' time from which a time is marked
+PATIENCE = 30.0  # seconds that a comparison of times may wait for less
 _STAT = pathlib.Path("/proc/stat")
 _BUSY = (0, 1, 2, 5, 6, 7)  # of its columns: all but idle, waiting for disks, and guests in users
 _patience = contextvars.ContextVar("patience", default=0.0)

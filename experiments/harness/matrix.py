@@ -67,17 +67,15 @@ class Row:
     def shown(self) -> str:
         """How many of the claims that were decided are shown, those by construction apart."""
         decided = [claim for claim in self.claims if claim.status in SYMBOLS]
-        open_ones = [claim for claim in decided if not claim.by_construction]
-        text = f"{sum(claim.status == SHOWN for claim in open_ones)} of {len(open_ones)}"
-        built = len(decided) - len(open_ones)
+        built = sum(claim.built for claim in decided)
+        shown = sum(claim.status == SHOWN for claim in decided) - built
+        text = f"{shown} of {len(decided) - built}"
         return f"{text} + {built}{BY_CONSTRUCTION}" if built else text
 
 
 def symbol(claim: Claim) -> str:
     """Returns the sign of a claim's status, with one on a criterion younger than its records."""
-    sign = SYMBOLS.get(claim.status, NEEDS_SCALE)
-    if claim.by_construction and claim.status == SHOWN:
-        sign = BY_CONSTRUCTION
+    sign = BY_CONSTRUCTION if claim.built else SYMBOLS.get(claim.status, NEEDS_SCALE)
     return f"{sign}{LATE}" if claim.late else sign
 
 

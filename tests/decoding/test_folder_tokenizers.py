@@ -10,6 +10,7 @@ import tokenizers
 from flax import linen as nn
 
 from tilescan.data.tokenizers import GGUFTokenizer
+from tilescan.decoding.chat import turn_ids
 from tilescan.decoding.folder_tokenizers import FolderTokenizer, read_ends
 from tilescan.decoding.text import Writer, generate_text, load_writer
 from tilescan.models import LanguageModel, LanguageModelConfig
@@ -150,6 +151,17 @@ def test_a_prompt_is_never_cut_or_filled_up(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = FolderTokenizer(tmp_path, V)
     assert tokenizer.encode("w1 w2 w3 w4 w5").tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_turn_does_not_begin_as_a_text_does(tmp_path):
+    inner = word_level()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="w9 $A", special_tokens=[("w9", 9)]
+    )
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FolderTokenizer(tmp_path, V)
+    assert tokenizer.encode("w1 w2").tolist() == [9, 1, 2]
+    assert turn_ids(Writer(None, None, tokenizer), "w1 w2").tolist() == [1, 2]
 
 
 def test_special_tokens_in_plain_text_are_text(tmp_path):

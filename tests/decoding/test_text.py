@@ -1,6 +1,7 @@
 """From text to text, on a tiny random model that writes bytes."""
 
 import dataclasses
+import functools
 import warnings
 
 import jax
@@ -117,8 +118,12 @@ def test_a_folder_brings_its_tokenizer(config, params, tmp_path):
     inner = tokenizers.Tokenizer(words)
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     inner.save(str(tmp_path / "tokenizer.json"))
-    writer = load_writer(tmp_path)
-    assert writer.tokenizer.eos_id == 2
+    seen = []
+    writer = load_writer(tmp_path, prepare=lambda early: functools.partial(seen.append, early))
+    assert writer.tokenizer.eos_id == 2 and writer.template is None
+    # What is compiled meanwhile knows the shapes of the parameters.
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), (seen[0].params, writer.params))
+    assert shapes[0] == shapes[1] and seen[0].model.config == config
     np.testing.assert_array_equal(writer.tokenizer.encode("b a b"), [1, 0, 1])
     assert writer.tokenizer.decode([0, 1]) == "a b"
     tokens = np.asarray([[1, 0]])

@@ -264,7 +264,10 @@ def deterministic(mixer: Mixer):
     """A second run gives the same bits, a second compilation too."""
     arguments = mixer.params, mixer.inputs(50), mixer.inputs(50, seed=1)
     expected = jax.tree.leaves(jax.tree.map(np.asarray, mixer.differentiate(*arguments)))
-    again = jax.jit(lambda *arguments: mixer.y_and_gradients(*arguments))
+    # A function and an option of its own, of dumps that nobody asks for: JAX keeps what it traced
+    # by the function, and the suite what it compiled by program and options.
+    options = {"xla_dump_max_hlo_modules": 1}
+    again = jax.jit(lambda *a: mixer.y_and_gradients(*a), compiler_options=options)
     for what, run in (("run", mixer.differentiate), ("compilation", again)):
         for a, e in zip(jax.tree.leaves(run(*arguments)), expected, strict=True):
             assert np.array_equal(a, e), f"a second {what} gave other bits"

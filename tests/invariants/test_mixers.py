@@ -2,7 +2,7 @@
 
 import pytest
 from adapters import attention_op
-from suite import INVARIANTS, cases, linen
+from suite import cases, linen
 
 from tilescan.models.attention import Attention
 from tilescan.models.gated_delta_net import GatedDeltaNet
@@ -31,31 +31,13 @@ MIXERS = [
 ]
 
 
-# Mamba-2 is held to everything by `make test`, every other mixer to what fails first, but for
-# what another mixer with the same ops shows and for what takes longest; those ops have tests of
-# their own.
-WHOLE = ("mamba2",)
-AT_ONCE = ("packed_split_equals_whole", "causal_by_gradient")
-LATER = {
-    "mamba2": ("deterministic",),  # compiles once more, as tests of ops do
-    "op-causal": AT_ONCE,
-    "op-window": AT_ONCE,
-    "h3-heads": AT_ONCE,
-    "attention": AT_ONCE[1:],
-    "attention-window": AT_ONCE,
-    "mamba": AT_ONCE,
-    "s4": AT_ONCE,
-    "s4d": AT_ONCE,
-    "h3": AT_ONCE,
-    "gla": AT_ONCE,
-    "gated-deltanet": AT_ONCE,
-}
-
-
 def marked(mixer, check):
-    now = AT_ONCE if mixer.name not in WHOLE else [check.__name__ for check in INVARIANTS]
-    long = check.__name__ not in now or check.__name__ in LATER.get(mixer.name, ())
-    return pytest.param(mixer, check, marks=pytest.mark.slow if long else ())
+    """`make test` holds Mamba-2 to everything but what compiles once more.
+
+    Ops of the others, and what they carry from call to call, have tests of their own.
+    """
+    now = mixer.name == "mamba2" and check.__name__ != "deterministic"
+    return pytest.param(mixer, check, marks=() if now else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

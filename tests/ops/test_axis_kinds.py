@@ -37,8 +37,8 @@ QUICK_TYPES = [
     for c in TYPES
     if (c[2] == "explicit" and c[0] not in LIKE_OTHERS) or (c[2] == "manual" and c[0] in MANUAL)
 ]
+# Attention on explicit axes is also in test_attention_dropout.py.
 QUICK = [
-    ("attention", "causal, segments", "explicit", "both"),
     ("linear_recurrence", "plain", "explicit", "both"),
     ("short_convolution", "plain", "explicit", "both"),
 ]

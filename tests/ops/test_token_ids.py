@@ -142,8 +142,10 @@ CALLS = {
 @functools.cache
 def small_model():
     model = LanguageModel(LanguageModelConfig(**MODEL))
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    return model, nn.unbox(variables)["params"]
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.standard_normal(x.shape).astype(x.dtype)
+    return model, jax.tree.map(draw, nn.unbox(variables)["params"])
 
 
 def with_last(x, value):

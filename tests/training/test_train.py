@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 
 import jax
@@ -14,7 +15,7 @@ from tiny_training import Rows, TinyModel, start_process, tiny_config, tiny_data
 
 from tilescan.training import train as train_lib
 from tilescan.training.checkpoints import CheckpointError
-from tilescan.training.metrics import JsonLines, read_rows
+from tilescan.training.metrics import JsonLines, Recorder, read_rows
 from tilescan.training.train import train
 
 
@@ -287,3 +288,17 @@ def test_free_keys_exist():
     from tilescan.training.config import known_keys
 
     assert set(train_lib.FREE_ON_RESUME) <= set(known_keys())
+
+
+def test_a_run_goes_on_when_nobody_reads_its_lines(tmp_path, monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    recorder = Recorder(tmp_path, None, 3, tensorboard=False, progress=True)
+    recorder.row(1, "validation", {"loss": 2.0})
+    recorder.close()
+    assert read_rows(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "split": "validation", "loss": 2.0}
+    ]

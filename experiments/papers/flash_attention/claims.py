@@ -124,7 +124,8 @@ def faster(runtime: Records, direction: str) -> Verdict:
     """Returns whether tiled attention is faster than standard attention, in one direction."""
     timed = timing.both_timed(runtime, *OVER_STANDARD)
     return timing.gain_within(
-        f"standard / tiled >= {FASTER[direction]} at the longest length that both ran",
+        "medians over rounds, standard / tiled: at least "
+        f"{FASTER[direction]} at the longest length that both ran",
         timed[-1].first if timed else None,
         OVER_STANDARD,
         FASTER[direction],
@@ -139,7 +140,10 @@ def plain(length: int, direction: str, pair: tuple[str, str]) -> float | None:
 
 def sparse_faster(runtime: Records) -> Verdict:
     """Returns whether the time falls as tiles are left out."""
-    criterion = "tiled / block-sparse grows with length and is at least 0.5 / s at the longest one"
+    criterion = (
+        "medians over rounds, tiled / block-sparse: grows with length and is at least 0.5 / s at "
+        "the longest one"
+    )
     inverse = lambda g: 1 / attention.live_fraction(g.key, g.first.settings["block"])  # 1 / s
     timed = [g for g in timing.both_timed(runtime, *OVER_SPARSE) if inverse(g) > 1]
     if len(timed) < 2:
@@ -245,7 +249,7 @@ def longer_documents(groups: list[Group]) -> Verdict:
     """
     criterion = (
         "mean micro-F1 of the longest length is above that of the shortest by more than twice the "
-        "larger standard deviation over seeds"
+        "larger standard deviation over seeds (means, not paired)"
     )
     if len(groups) < 2:
         return Verdict(criterion, None, "")

@@ -39,18 +39,22 @@ def tables(records: Records) -> list[Table]:
 
 
 def beside(
-    of_paper: Mapping[str, tuple[float | str, ...]],
+    of_paper: Mapping[str, Mapping[str, tuple[float | str, ...]]],
     paper_unit: str,
     kind: str,
     unit: str,
     value: Callable[[Group, str], float | str | None],
 ) -> list[Column]:
-    """Returns the length and, for each variant, what is published of it and our value."""
+    """Returns the length and, for each variant, what is published of it and our value.
+
+    Of the paper are {what is added to the title: {variant: numbers}}.
+    """
     shown = [Column("length", of=lambda g: str(g.key))]
     for v, name in NAMES.items():
-        if v in of_paper:
-            of = lambda g, v=v: published.at(g.key, of_paper[v])
-            shown.append(Column(name, t.PUBLISHED, paper_unit, of=of))
+        for about, rows in of_paper.items():
+            if v in rows:
+                of = lambda g, row=rows[v]: published.at(g.key, row)
+                shown.append(Column(f"{name}{about}", t.PUBLISHED, paper_unit, of=of))
         shown.append(Column(name, kind, unit, of=lambda g, v=v: value(g, v)))
     return shown
 
@@ -58,20 +62,22 @@ def beside(
 def runtime_table(records: Records, direction: str) -> Table:
     """Returns published and measured times against length, and their ratios."""
     runtime, (number, plain) = records.select(kind="runtime"), published.TABLES[direction]
-    of_paper = published.MS[direction], published.PLAIN_MS[direction]
-    shown = beside(of_paper[0], "ms", t.MEASURED, "ms", attention.median_ms)
+    dropout = f", {number} with dropout and padding"
+    of_paper = {"": published.PLAIN_MS[direction], dropout: published.MS[direction]}
+    shown = beside(of_paper, "ms", t.MEASURED, "ms", attention.median_ms)
     for pair in (OVER_STANDARD, OVER_SPARSE):
         title = " / ".join(NAMES[v] for v in pair)
-        paper = lambda i, pair=pair: lambda g: published.over(g.key, of_paper[i], *pair)
-        shown += columns(t.PUBLISHED, {title: paper(0), f"{title}, {plain}": paper(1)})
+        paper = lambda rows, pair=pair: lambda g: published.over(g.key, rows, *pair)
+        ratios = {f"{title}{about}": paper(rows) for about, rows in of_paper.items()}
+        shown += columns(t.PUBLISHED, ratios)
         shown.append(Column(title, t.MEASURED, of=lambda g, pair=pair: gain(g.first, *pair)))
     return table(
         f"runtime-{direction}",
-        f"{number}: time of one attention call against length, {DIRECTIONS[direction]}",
+        f"{plain}: time of one attention call against length, {DIRECTIONS[direction]}",
         by(runtime.select(direction=direction), "length"),
         shown,
-        "Published: A100 40 GB, batch 16, 8 heads of 64, 16 bit, with dropout and padding; ratios "
-        f"of {plain} are without both, as here. Measured: "
+        "Published: A100 40 GB, batch 16, 8 heads of 64, 16 bit, without dropout and mask, as "
+        f"here, but for {number}, which has both. Measured: "
         + first(runtime, "batch {batch}, {heads} heads of {head_dim}, {dtype}, no dropout; ")
         + "medians of interleaved rounds; ratios are of medians, ± their standard deviation over "
         "rounds. Times of different machines and batches are not comparable. Standard is "
@@ -93,7 +99,7 @@ def memory_table(records: Records, direction: str) -> Table:
         f"memory-{direction}",
         f"Memory of one attention call against length, {DIRECTIONS[direction]}",
         rows,
-        beside(of_paper, "MB", t.STATIC, "MiB", value),
+        beside({"": of_paper}, "MB", t.STATIC, "MiB", value),
         "Temporaries beside arguments and results, by XLA's own buffer assignment for "
         f"{backends}; compiled, not run. The last row is the slope of log memory over "
         "log length from length 1024 on: 2 is quadratic, 1 linear."

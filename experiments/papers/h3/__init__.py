@@ -14,4 +14,5 @@ PAPER = Paper.of(
     summary="Two state spaces and two gates let a layer recall and compare tokens; with one layer "
     "of attention kept, it models text as well as a Transformer.",
     family="state space models",
+    source="from a secondary source",
 )

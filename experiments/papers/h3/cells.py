@@ -1,19 +1,14 @@
 """H3's measurements: two synthetic languages, multi-query recall, perplexity, time vs. length."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tilescan.configs.common import flat
 from tilescan.experiments.harness.cells import Cell, sweep
-from tilescan.experiments.measurements import timing
+from tilescan.experiments.measurements.long_convolutions import compare_convolutions
 from tilescan.experiments.measurements.training import measure_task, measure_text
-from tilescan.ops import masks
-from tilescan.ops.attention import attention
-from tilescan.ops.long_convolution import long_convolution
 
 
 def cells(config: ConfigDict) -> list[Cell]:
@@ -48,7 +43,7 @@ def cells(config: ConfigDict) -> list[Cell]:
     of_language = trained(languages, 25, **both)
     name = "-{model}-seed{seed}"
     return [
-        *sweep("speed-T{length}", measure_speed, fixed, length=speed.lengths, seconds=3),
+        *sweep("speed-T{length}", compare_convolutions, fixed, length=speed.lengths, seconds=3),
         *sweep("mqar{pairs}" + name, measure_task, recall, **trained(mqar, 30, pairs=mqar.pairs)),
         *sweep("{task}-{protocol}" + name, measure_task, language, **of_language),
         *sweep("text" + name, measure_text, language_model, **trained(text, 60)),
@@ -73,28 +68,3 @@ def model_keys(model: str, layers: int, width: int, heads: int) -> dict[str, Any
         "model.position": "rope" if model == "attention" else "none",
         **({"model.mixers.s4d.output": "linear"} if model == "s4d" else {}),
     }
-
-
-def measure_speed(settings: Mapping[str, Any], seed: int) -> dict:
-    """Times one layer's mixing, forward, interleaved; what `timing.compare` returns by name.
-
-    Settings: batch, length, channels, head_dim (attention has channels / head_dim heads), repeats.
-    """
-    B, T, E, D = (settings[k] for k in ("batch", "length", "channels", "head_dim"))
-    x, q, gate = jax.random.normal(jax.random.key(seed), (3, B, T, E))
-    kernel = jax.random.normal(jax.random.key(seed + 1), (T, E)) / T
-
-    def fft(x, q, gate, kernel):
-        n = 2 * T
-        spectrum = jnp.fft.rfft(x * gate, n, axis=1) * jnp.fft.rfft(kernel, n, axis=0)[None]
-        return q * jnp.fft.irfft(spectrum, n, axis=1)[:, :T]
-
-    def fused(x, q, gate, kernel):
-        return long_convolution(x, kernel, pre_gate=gate, post_gate=q)[0]
-
-    def attend(x, q, gate, kernel):
-        heads = [a.reshape(B, T, E // D, D) for a in (q, gate, x)]
-        return attention(*heads, mask=masks.Causal()).reshape(x.shape)
-
-    functions = {"long convolution": fused, "FFT of JAX": fft, "attention": attend}
-    return timing.compare(functions, (x, q, gate, kernel), repeats=settings["repeats"])

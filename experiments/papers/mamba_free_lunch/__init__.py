@@ -15,4 +15,5 @@ PAPER = Paper.of(
     summary="A state of fixed size copies a string only if it has room for it, and learns to with "
     "more examples than attention; problems whose steps are local need no more than it has.",
     family="state space models",
+    source="from a secondary source",
 )

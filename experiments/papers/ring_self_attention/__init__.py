@@ -15,4 +15,5 @@ PAPER = Paper.of(
     "activations on each.",
     short="Ring Self-Attention",
     family="sequence parallelism",
+    source="from a secondary source",
 )

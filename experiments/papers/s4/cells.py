@@ -6,10 +6,10 @@ from ml_collections import ConfigDict
 
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.harness.records import plain
+from tilescan.experiments.measurements import state_space_kernels as kernels
 from tilescan.experiments.measurements.generation import decode
 from tilescan.experiments.measurements.training import measure_classification
 from tilescan.experiments.measurements.words import recorded
-from tilescan.experiments.papers.s4 import kernels
 from tilescan.training.optimizers import state_space_groups
 
 # Sections of the config that train on a task: sequential MNIST, and tasks of the Long Range Arena.

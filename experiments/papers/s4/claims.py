@@ -77,8 +77,8 @@ def claims(records: Records) -> list[Claim]:
             "S4 generates faster, the more so the longer the context",
             "As a recurrence S4 generates faster than a Transformer, whose cache grows (Table 8).",
             c.rises(
-                "time of a token, Transformer / S4, grows from the shortest to the longest context "
-                "and ends above 1",
+                "medians over rounds of a token's time, Transformer / S4: grows from the shortest "
+                "to the longest context and ends above 1",
                 measured(contexts, t.speed_up),
             ),
         ),
@@ -142,7 +142,7 @@ def leads(
 
     One seed has none, and decides nothing.
     """
-    criterion = f"{criterion} is above by more than twice the larger standard deviation over seeds"
+    criterion += " is above by more than twice the larger standard deviation over seeds, not paired"
     verdict = c.leads(criterion, found, effect=effect)
     decided = all(value is not None and value.std is not None for value in found.values())
     return verdict if decided else verdict._replace(holds=None)

@@ -9,8 +9,8 @@ from tilescan.experiments.harness.groups import Group, by, first
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread, ratio, spread
 from tilescan.experiments.harness.tables import Column, Table, columns, table
+from tilescan.experiments.measurements.state_space_kernels import CAUCHY, DENSE, POWERS, VANDERMONDE
 from tilescan.experiments.measurements.timing import measured
-from tilescan.experiments.papers.s4.kernels import CAUCHY, DENSE, POWERS, VANDERMONDE
 from tilescan.experiments.papers.s4.published import ACCURACY, COST, SPEED
 
 NAMES = {"s4": "S4", "s4d": "S4D", "attention": "Transformer"}

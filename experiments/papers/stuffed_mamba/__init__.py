@@ -15,4 +15,5 @@ PAPER = Paper.of(
     "and breaks on longer ones; larger states need longer sequences; forgetting can be forced "
     "afterwards.",
     family="state space models",
+    source="from a secondary source",
 )

@@ -180,7 +180,7 @@ def heads_remember(readings: Records) -> Verdict:
     return Verdict(
         "with the largest state, the greatest share of the first token kept over the training "
         "length is higher at the shortest than at the longest, by more than twice the larger "
-        "standard deviation over seeds",
+        "standard deviation over seeds (means, not paired)",
         c.higher_by(*found.values(), 0.0) if found else None,
         " tokens, ".join(f"{format_value(kept)} over {n}" for n, kept in found.items()),
     )
@@ -191,8 +191,9 @@ def variance_explodes(readings: Records) -> Verdict:
     found = of_ends(readings, q.growth_of)
     short, long = found.values() if found else (None, None)
     return Verdict(
-        "with the largest state, it grows from the training length to the end of the rows to at "
-        f"least {COLLAPSE:g} times at the shortest training length, and to less at the longest",
+        "with the largest state, mean over seeds, it grows from the training length to the end of "
+        f"the rows to at least {COLLAPSE:g} times at the shortest training length, and to less at "
+        "the longest",
         short.mean >= COLLAPSE > long.mean if found else None,
         ", ".join(f"{format_value(x)} times trained at {n}" for n, x in found.items()),
     )

@@ -1,4 +1,4 @@
-"""What "Stuffed Mamba" publishes: the sizes of its models, and the two laws fitted to them."""
+"""What "Stuffed Mamba" publishes, by way of notes on it: sizes of models, and two laws of them."""
 
 # Parameters, layers and width of the paper's models, all with 128 state dims and heads of 64.
 SIZES = (

@@ -15,4 +15,5 @@ PAPER = Paper.of(
     "before. All-Scan passes it on in blocks, so that what a device sends does not depend on how "
     "many devices there are.",
     family="sequence parallelism",
+    source="from a secondary source",
 )

@@ -1,4 +1,4 @@
-"""What ZeCO's paper publishes: times and throughput on H100s."""
+"""What ZeCO's paper publishes, by way of a note on it: times and throughput on H100s."""
 
 # Milliseconds of the primitives by devices: 8K tokens a device, width 4,096, 32 heads.
 PRIMITIVE = {

@@ -8,7 +8,7 @@ from tilescan.experiments.harness.figures import line_chart
 from tilescan.experiments.harness.groups import by, first
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import ratio
-from tilescan.experiments.harness.tables import PUBLISHED, STATIC, Column, Table, columns, table
+from tilescan.experiments.harness.tables import SECONDARY, STATIC, Column, Table, columns, table
 from tilescan.experiments.measurements.exactness import PARTS, exactness_table
 from tilescan.experiments.measurements.sharded_training import DEVICES, DTYPE, training_table
 from tilescan.experiments.measurements.traffic import sent_bytes
@@ -187,7 +187,7 @@ def blocks_table(records: Records) -> Table:
             Column("devices P", of=lambda s: str(s.P)),
             Column("blocks K", of=lambda s: str(s.K)),
             Column("ticks", STATIC, of=lambda s: s.ticks),
-            Column("critical path, 1 + (P - 1) / K", PUBLISHED, "states", of=lambda s: s.path),
+            Column("critical path, 1 + (P - 1) / K", SECONDARY, "states", of=lambda s: s.path),
             Column("critical path, ticks / K", STATIC, "states", of=lambda s: s.ticks / s.K),
             Column("needed of a device", STATIC, "states", of=lambda s: s.needed),
             Column("moved by a device", STATIC, "states", of=lambda s: s.moved),
@@ -204,7 +204,7 @@ def time_table(records: Records, name: str, title: str, about: str) -> Table:
     shown = [Column("GPUs", of=str)]
     for kind, times in TIMES[name].items():
         model = modelled(times, steps(records, kind))
-        shown.append(Column(KINDS[kind], PUBLISHED, "ms", of=times.get))
+        shown.append(Column(KINDS[kind], SECONDARY, "ms", of=times.get))
         shown.append(Column(f"{KINDS[kind]}, modelled", STATIC, "ms", of=model.get))
     return table(
         name,
@@ -229,8 +229,8 @@ def throughput_table() -> Table:
         TRAINING,
         [
             Column("GPUs", of=str),
-            *columns(PUBLISHED, speeds, "tokens/s a GPU"),
-            *columns(PUBLISHED, shares),
+            *columns(SECONDARY, speeds, "tokens/s a GPU"),
+            *columns(SECONDARY, shares),
         ],
         "Published only: it takes as many GPUs.",
     )

@@ -1,10 +1,14 @@
 """Predicates that papers share, on made-up numbers."""
 
+import types
+
 import pytest
 
-from tilescan.experiments.harness.claims import Effect, leads, lower_every_seed, rises
+from tilescan.experiments.harness import matrix
+from tilescan.experiments.harness.claims import Effect, judge, leads, lower_every_seed, rises
 from tilescan.experiments.harness.records import Record, Records
 from tilescan.experiments.harness.statistics import Spread
+from tilescan.experiments.harness.tables import RECALLED, Column
 
 
 @pytest.mark.parametrize(
@@ -44,3 +48,29 @@ def test_an_order_of_every_seed_has_its_effect_in_each():
     assert (
         lower_every_seed(Records(made[:2]), "loss", "loss", published=1.5, **options).effect is None
     )
+
+
+def test_claims_by_construction_have_a_sign_of_their_own_and_count_apart():
+    def claim(holds, **flags):
+        return judge("n", "s", "c", holds, "e", effect=Effect(2.0, [2.0]), **flags)
+
+    made = [claim(True), claim(False), claim(True, by_construction=True)]
+    row = matrix.Row(None, "", "cpu", made, 1, 1.0, "", "", "")
+    assert row.shown == "1 of 2 + 1≡" and "".join(map(matrix.symbol, made)) == "✓✗≡"
+    assert made[2].outcome == "shown, by construction" and made[2].to_json()["by_construction"]
+    broken = claim(False, by_construction=True)  # a fault of the code is no less not shown
+    assert (
+        matrix.symbol(broken) == "✗"
+        and matrix.Row(None, "", "cpu", [broken], 1, 1.0, "", "", "").shown == "0 of 1"
+    )
+    results = types.SimpleNamespace(claims=made, paper=types.SimpleNamespace(short_title="p"))
+    assert matrix.effects([results]) == {"p": {"n": [1.0]}}
+
+
+def test_a_claim_shows_the_kind_of_the_number_it_quotes():
+    assert judge("n", "s", "c", True, "e", source=RECALLED).said == "s [recalled]"
+    assert judge("n", "s", "c", True, "e").said == "s"
+    with pytest.raises(ValueError, match="source='hearsay'"):
+        judge("n", "s", "c", True, "e", source="hearsay")
+    column = Column("x", RECALLED, "ms")
+    assert (column.heading, column.style) == ("x (ms), recalled", "published")

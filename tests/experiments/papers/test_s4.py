@@ -8,9 +8,10 @@ from tilescan.data import tasks
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness.claims import Effect
 from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.measurements import state_space_kernels as kernels
 from tilescan.experiments.measurements import training as measurements
 from tilescan.experiments.measurements.training import training_config
-from tilescan.experiments.papers.s4 import cells, claims, kernels, tables
+from tilescan.experiments.papers.s4 import cells, claims, tables
 from tilescan.ops import s4
 from tilescan.training import config as config_lib
 from tilescan.training.optimizers import group_of

@@ -112,8 +112,9 @@ def longest(way, **lengths):
 def test_longest_sequences_can_refute():
     grows = "the longest sequence grows with the devices"
     bounded = "four times longer sequences than Megatron-SP"
-    mine = longest("ulysses", P1=10, P2=80, P8=330, P64=2600)
+    mine = longest("ulysses", P1=10, P2=80, P8=330, P64=2500)
     assert status(mine, grows) == "shown"
+    assert status(longest("ulysses", P2=80, P8=420), grows) == "not shown"  # too fast
     assert status(longest("ulysses", P2=80, P8=200), grows) == "not shown"
     assert status(mine + longest("megatron_sp", P2=80, P64=500), bounded) == "shown"
     assert status(mine + longest("megatron_sp", P2=80, P64=2000), bounded) == "not shown"

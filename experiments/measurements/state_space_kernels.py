@@ -1,4 +1,4 @@
-"""S4's kernels: how exact they are, and what they cost against powers of a dense matrix.
+"""Kernels of state spaces: how exact they are, what they cost against powers of a dense matrix.
 
 Dimensions: H systems, L kernel length, N state dim (the whole of it).
 """
