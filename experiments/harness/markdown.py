@@ -12,7 +12,8 @@ from tilescan.experiments.harness.tables import MEASURED, Column, Table, table
 _HEAD = """# Results
 
 Made by `python -m tilescan.experiments.report` from the records under `{root}/`; a test holds
-that this file is exactly what they give. Every claim has a criterion, by which it is shown or not.
+that this file is exactly what they give. Every claim has a criterion, by which it is shown or not;
+[how old criteria are](#how-old-criteria-are), and what that proves, is said below the matrix.
 Measure a paper again with `tilescan run PAPER --scale=cpu --publish`, one number of it with
 `tilescan rerun PAPER CELL`. The same as a page: [{root}/index.html]({root}/index.html).
 """

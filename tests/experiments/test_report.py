@@ -1,6 +1,7 @@
 """What is shown is made of the records alone, in the same bytes every time."""
 
 import dataclasses
+import functools
 import html
 import json
 import pathlib
@@ -12,9 +13,9 @@ import ml_collections
 import pytest
 
 from tilescan import terminal
-from tilescan.experiments import report
+from tilescan.experiments import report, run
 from tilescan.experiments.harness import cells as cells_lib
-from tilescan.experiments.harness import claims, figures, layout, markdown, publish, tables
+from tilescan.experiments.harness import claims, figures, layout, locks, markdown, publish, tables
 from tilescan.experiments.harness import registry as papers
 from tilescan.experiments.harness import runner as harness
 from tilescan.experiments.harness.results import collect
@@ -99,6 +100,17 @@ def test_publish_writes_tables_figures_and_pages(toy, tmp_path, capsys):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p != stale}
     assert report.main(["--results", str(root)]) == 0
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_second_run_beside_another_one_says_so(toy, tmp_path, monkeypatch, capsys):
+    config = ml_collections.ConfigDict({"paper": "toy", "scale": "cpu"})
+    monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(run.locks, "alone", functools.partial(locks.alone, timeout=0.0))
+    with locks.alone("run of experiments", print):
+        assert run.measure(config, tmp_path / "run") == 0
+    said = capsys.readouterr().err
+    assert "another run of experiments is going on" in said and "times are marked" in said
+    assert run.measure(config, tmp_path / "run") == 0 and not capsys.readouterr().err
 
 
 def test_show_prints_tables_and_claims(toy, tmp_path, capsys):

@@ -1,10 +1,11 @@
 """What S4's paper says, as predicates on the records."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from tilescan.experiments.harness import claims as c
 from tilescan.experiments.harness.claims import Claim, Verdict, claim
-from tilescan.experiments.harness.groups import Group, by, measured
+from tilescan.experiments.harness.groups import Group, by, first, measured
 from tilescan.experiments.harness.records import Records
 from tilescan.experiments.harness.statistics import Spread
 from tilescan.experiments.papers.s4 import tables as t
@@ -158,14 +159,25 @@ def beats_transformer(tasks: Records, task: str) -> Claim:
     )
     gaps = (ours[seed] - theirs[seed] for seed in ours if seed in theirs)
     effect = c.effect_of(of_paper["s4"] - of_paper["attention"], *gaps, kind="difference")
+    verdict = leads(
+        "test accuracy with equally many parameters and examples: S4's mean", found, effect
+    )
+    seen = first(chosen, "{examples:,}", examples=_examples)
+    if verdict.evidence and seen:
+        verdict = verdict._replace(evidence=f"{verdict.evidence}, after {seen} examples")
     return claim(
         f"S4 beats a Transformer: {t.TASKS[task]}",
         f"S4 {of_paper['s4']:g}%, Transformer {of_paper['attention']:g}% "
         f"(Table {6 if task == 'digits' else 4}).",
-        leads("test accuracy with equally many parameters and examples: S4's mean", found, effect),
+        verdict,
         needs="accelerator" if task == "pathfinder" and None in found.values() else "",
         why=TASK_CAUSES.get(task, ""),
     )
+
+
+def _examples(settings: Mapping[str, Any]) -> int:
+    """Returns how many examples a training sees, those that come again included."""
+    return settings["train.steps"] * settings["data.batch_size"]
 
 
 def constant_time(contexts: list[Group]) -> Verdict:

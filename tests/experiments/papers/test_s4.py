@@ -110,8 +110,9 @@ def test_state_spaces_train_slowly_and_do_not_decay():
 
 
 def accuracies(name, model, *values, task="sequential_mnist"):
+    train = {"train.steps": 100, "data.batch_size": 32}
     return [
-        record("task", {"test_accuracy": v}, seed, name=name, model=model, task=task)
+        record("task", {"test_accuracy": v}, seed, name=name, model=model, task=task, train=train)
         for seed, v in enumerate(values)
     ]
 
@@ -125,6 +126,8 @@ def test_a_lead_must_exceed_the_spread():
     one_seed = accuracies("digits", "s4", 0.99) + attention
     assert status(one_seed, name) == "not shown"
     others = {"task": "permuted_mnist"}  # a claim on one set of images is not one on another
+    evidence = claim(accuracies("digits", "s4", 0.97, 0.98) + attention, name).evidence
+    assert evidence.endswith("after 3,200 examples")
     made = accuracies("digits", "s4", 0.97, 0.98, **others)
     assert status(made + accuracies("digits", "attention", 0.5, 0.5, **others), name) == "not shown"
     assert status([], "S4 beats a Transformer: Pathfinder") == "needs scale: accelerator"
