@@ -23,7 +23,8 @@ by the vendor's figures. Nothing runs, and no parameter is allocated.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     training_config.add_arguments(parser)
-    parser.add_argument("--topology", help="e.g. v5e:2x4, v5p:4x4x4, h100:64 [this machine]")
+    about = "e.g. v5e:2x4, v5p:4x4x4, h100:64 [this machine]"
+    parser.add_argument("--topology", type=arguments.given, help=about)
     parser.add_argument(
         "--memory", type=arguments.positive, help="GiB of a device [the vendor's figure]"
     )

@@ -1,6 +1,8 @@
 """What a language model is made of, as one frozen value that says what is wrong with it."""
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -175,6 +177,8 @@ class LanguageModelConfig:
                 f"sequence_balance={self.sequence_balance!r} moves tokens, and {recurrent[0]!r} in "
                 "pattern reads them in their order; use sequence_balance='contiguous'"
             )
+        for name in ("norm_eps", "rope_theta", "attention_scale", "embed_scale", "logit_scale"):
+            _finite(name, getattr(self, name))
         if self.logit_cap is not None and not self.logit_cap > 0:
             raise ValueError(f"logit_cap={self.logit_cap} must be positive, or None for no cap")
         # The model's own values, then those of blocks with others.
@@ -300,8 +304,15 @@ def _float_dtype(name: str, value: Any) -> jnp.dtype:
 
 
 def _positive(name: str, value: int) -> None:
-    if value is None or value < 1:
+    if not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name}={value!r} must be an integer")
+    if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
+
+
+def _finite(name: str, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be a finite number")
 
 
 def _one_of(name: str, value: str, known: Iterable[str]) -> None:

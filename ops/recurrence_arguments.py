@@ -127,7 +127,7 @@ def check_chunk(chunk: Any) -> None:
       ValueError: anything else.
     """
     if chunk is not None and (not isinstance(chunk, int) or chunk <= 0 or chunk % SUBCHUNK):
-        raise ValueError(f"chunk must be a positive multiple of {SUBCHUNK}, got {chunk}")
+        raise ValueError(f"chunk must be a positive multiple of {SUBCHUNK}, got {chunk!r}")
 
 
 def check_state(

@@ -335,6 +335,7 @@ def test_report_makes_no_folder_of_results(capsys, tmp_path):
         (["diagnose", "", "--train-length=8"], "argument checkpoint: must not be empty"),
         (["generate", "--checkpoint= ", "--prompt=a"], "--checkpoint: must not be empty"),
         (["data", "show", ""], "argument source: must not be empty"),
+        (["plan", "--topology="], "argument --topology: must not be empty"),
         (["plan", "--memory=-4"], "argument --memory: must be a number above 0, not '-4'"),
         (["plan", "--memory=nan"], "argument --memory: must be a number above 0, not 'nan'"),
         (["plan", "--memory=much"], "argument --memory: must be a number above 0, not 'much'"),

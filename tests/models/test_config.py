@@ -1,5 +1,7 @@
 """What LanguageModelConfig fills in, and what it refuses."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,9 @@ IDS = np.ones((1, 4), np.int32)
         (dict(dtype="int32"), "dtype='int32' is not a floating type"),
         (dict(dtype="float33"), "dtype='float33' is not a floating type"),
         (dict(repeats=0), "repeats=0 must be at least 1"),
+        (dict(d_model="64"), "d_model='64' must be an integer"),
+        (dict(d_model=math.nan), "d_model=nan must be an integer"),
+        (dict(rope_theta=math.nan), "rope_theta=nan must be a finite number"),
         (dict(rope_scaling=dict(kind="yarn")), "'yarn' is unknown; it can be 'linear' or 'llama3'"),
     ],
 )
