@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tilescan.benchmarks import tpu_static
-from tilescan.ops import attention_tpu
+from tilescan.ops import attention_tpu, chunked_scan_tpu
 from tilescan.planning import aot_tpu
 from tilescan.planning.aot_tpu import Job
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     not aot_tpu.available(), reason="libtpu is not installed (extra dev)"
 )
 FORWARD, DQ, DKV = "flash_attention_forward", "flash_attention_dq", "flash_attention_dkv"
-CASES = {
+ATTENTION = {
     "causal": {"gradient": True, "T": 2048, "S": 2048, "D": 128},
     "everything": {
         "gradient": True, "T": 200, "S": 300, "H": 4, "G": 2, "D": 80, "dtype": "float32",
@@ -26,27 +26,90 @@ CASES = {
     },
     "decode": {"gradient": False, "T": 1, "S": 1000, "implementation": "pallas"},
 }  # fmt: skip
+CHUNKED = {
+    "ssd": {"op": "ssd", "T": 2048, "H": 16, "G": 1, "D": 128},
+    "vector": {"op": "vector", "T": 1024, "H": 2},
+    "scalar": {"op": "scalar", "T": 1000, "H": 4, "G": 2, "D": 256, "P": 256},
+    "none": {"op": "none", "T": 63, "D": 80, "P": 96, "dtype": "float32"},
+    "a step": {"op": "vector", "T": 1, "D": 20, "P": 12, "dtype": "float32"},
+    "short chunks": {"op": "scalar", "T": 40, "chunk": 16},
+    "states of 8 MiB": {"op": "vector", "B": 2, "T": 512, "H": 32, "G": 1, "D": 256, "P": 256},
+    "wide": {"op": "vector", "T": 64, "D": 256, "P": 256, "dtype": "float32", "H": 2},
+}
+CHUNKED |= {f"{name}, forward": CHUNKED[name] | {"gradient": False} for name in ("ssd", "vector")}
+# Forward and gradient.
+LINEAR = {
+    "by time": dict(B=1, T=3000, D=256, dtype="float32"),
+    "constant": dict(B=2, T=3000, D=200, dtype="bfloat16", constant=True),
+    "complex": dict(B=1, T=1300, D=128, dtype="complex64"),
+    "one step": dict(B=2, T=1, D=64, dtype="float32"),
+    "packed": dict(B=2, T=100, D=130, dtype="bfloat16", segments=True),
+}
+SELECTIVE = {
+    "mamba": dict(B=1, T=300, E=1536, N=16, dtype="bfloat16"),
+    "packed": dict(B=2, T=100, E=200, N=4, dtype="float32", segments=True),
+    "wide": dict(B=2, T=64, E=256, N=64, dtype="float32"),
+    "one step": dict(B=1, T=1, E=128, N=16, dtype="bfloat16"),
+}
+
+
+def attention(name):
+    """(job, names of its kernels, bytes of vector memory that it may take)"""
+    case = ATTENTION[name]
+    kernels = {FORWARD, DQ, DKV} if case["gradient"] else {FORWARD}
+    return Job("tilescan.benchmarks.tpu_static:public", case), kernels, attention_tpu.VMEM_LIMIT
+
+
+def chunked(name):
+    case = {"gradient": True, "implementation": "pallas"} | CHUNKED[name]
+    parts = ("borders", "backward") if case["gradient"] else ("forward",)
+    job = Job("tilescan.benchmarks.chunked_scans_tpu_static:public", case)
+    return job, {f"chunked_scan_{part}" for part in parts}, max(chunked_scan_tpu.VMEM_LIMITS)
+
+
+def linear(name):
+    job = Job("tilescan.benchmarks.scans_tpu_static:linear_gradient", LINEAR[name])
+    return job, {"linear_scan", "linear_scan_gradient"}, 16 * 2**20
+
+
+def selective(name):
+    job = Job("tilescan.benchmarks.scans_tpu_static:selective_gradient", SELECTIVE[name])
+    return job, {"selective_scan", "selective_scan_backward"}, 16 * 2**20
 
 
 # All cases on one generation only, for time; "everything" and "lists" are all kernels and walks.
-AT_ONCE = {"v5e": ("everything", "lists")}
-SLOW = {"v5e": tuple(CASES), "v5p": ("causal", "lists"), "v6e": ("causal", "packed")}
-SLOW |= {name: ("causal",) for name in aot_tpu.TOPOLOGIES if name not in SLOW}
+AT_ONCE = {
+    attention: ("everything", "lists"), linear: ("complex",), selective: ("mamba",),
+    chunked: ("ssd", "vector, forward"),
+}  # fmt: skip
+EVERY = {attention: ATTENTION, linear: LINEAR, selective: SELECTIVE, chunked: CHUNKED}
+SOME = {
+    linear: ("by time", "complex"), selective: ("mamba",),
+    chunked: ("ssd", "vector", "none", "a step", "ssd, forward", "vector, forward"),
+}  # fmt: skip
+SLOW = {"v5e": EVERY, "v5p": {attention: ("causal", "lists")} | SOME}
+SLOW |= {"v6e": {attention: ("causal", "packed")} | SOME}
+SLOW |= {name: {attention: ("causal",)} for name in aot_tpu.TOPOLOGIES if name not in SLOW}
 
 
 @pytest.mark.parametrize(
-    ("generation", "names"),
-    [*AT_ONCE.items(), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW.items())],
+    ("generation", "cases"),
+    [
+        pytest.param("v5e", AT_ONCE, id="v5e"),
+        *(
+            pytest.param(*item, marks=pytest.mark.slow, id=f"{item[0]}, more")
+            for item in SLOW.items()
+        ),
+    ],
 )
-def test_public_op_compiles_to_the_kernels(generation, names):
-    """Forward and gradient of `ops.attention`; the compiler is a process of its own."""
-    jobs = [Job("tilescan.benchmarks.tpu_static:public", CASES[name]) for name in names]
-    results = aot_tpu.compile_jobs(jobs, generation, profile=False)
-    for name, result in zip(names, results, strict=True):
-        assert "custom_calls" in result, (name, result)
-        calls = {call.split(".")[0] for call in result["custom_calls"]}
-        assert calls >= ({FORWARD, DQ, DKV} if CASES[name]["gradient"] else {FORWARD}), name
-        assert 0 < result["vmem"] <= attention_tpu.VMEM_LIMIT, name
+def test_public_ops_compile_to_the_kernels(generation, cases):
+    """The compiler is a process of its own, which takes a second to start: one for all ops."""
+    named = [(op.__name__, name, *op(name)) for op, names in cases.items() for name in names]
+    results = aot_tpu.compile_jobs([job for _, _, job, *_ in named], generation, profile=False)
+    for (op, name, _, kernels, limit), result in zip(named, results, strict=True):
+        assert "custom_calls" in result, (op, name, result)
+        assert {call.split(".")[0] for call in result["custom_calls"]} >= kernels, (op, name)
+        assert 0 < result["vmem"] <= limit, (op, name)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
-"""The TPU kernels of chunked scans: interpreted on a CPU against the steps in float64, and compiled
-ahead of time for TPUs that are not attached.
+"""The TPU kernels of chunked scans, interpreted on a CPU against the steps in float64.
+
+test_tpu_aot.py compiles them.
 """
 
 import functools
@@ -15,7 +16,6 @@ from tilescan.ops import chunked_scan, chunked_scan_tpu, reference
 from tilescan.ops.gated_linear_attention import gated_linear_attention
 from tilescan.ops.ssd import ssd
 from tilescan.planning import aot_tpu
-from tilescan.planning.aot_tpu import Job
 
 # Largest accepted errors, relative to the largest entry of the reference; bfloat16 has 8 bits.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
@@ -240,18 +240,6 @@ def test_what_has_no_kernel_is_said():
     assert "tpu_custom_call" not in lower(implementation="xla").as_text()
 
 
-CASES = {
-    "ssd": {"op": "ssd", "T": 2048, "H": 16, "G": 1, "D": 128},
-    "vector": {"op": "vector", "T": 1024, "H": 2},
-    "scalar": {"op": "scalar", "T": 1000, "H": 4, "G": 2, "D": 256, "P": 256},
-    "none": {"op": "none", "T": 63, "D": 80, "P": 96, "dtype": "float32"},
-    "a step": {"op": "vector", "T": 1, "D": 20, "P": 12, "dtype": "float32"},
-    "short chunks": {"op": "scalar", "T": 40, "chunk": 16},
-    "states of 8 MiB": {"op": "vector", "B": 2, "T": 512, "H": 32, "G": 1, "D": 256, "P": 256},
-    "wide": {"op": "vector", "T": 64, "D": 256, "P": 256, "dtype": "float32", "H": 2},
-}
-
-
 def test_loops_are_counted():
     """As often as they run, also one within another."""
     text = """%inner_cond (p: (s32[])) -> pred[] {
@@ -272,28 +260,3 @@ ENTRY %main (p: s32[]) -> s32[] {
   %copy.2 = f32[] copy(%p)
 }"""
     assert aot_tpu._trips(text) == {"fusion.1": 15, "while.1": 5, "copy.1": 5}
-
-
-# Cases by whether their gradient is compiled or their forward pass.
-AT_ONCE = (("ssd", True), ("vector", False))
-FORWARD = (("ssd", False), ("vector", False))
-SOME = (*((name, True) for name in ("ssd", "vector", "none", "a step")), *FORWARD)
-EVERY = (*((name, True) for name in CASES), *FORWARD)
-
-
-@pytest.mark.skipif(not aot_tpu.available(), reason="libtpu is not installed (extra dev)")
-@pytest.mark.parametrize(
-    ("generation", "runs"),
-    [("v5e", AT_ONCE), *slowly(("v5e", EVERY), ("v5p", SOME), ("v6e", SOME))],
-)
-def test_public_ops_compile_to_the_kernels(generation, runs):
-    """Gradients of all cases on one generation, of some on the others, and forward passes."""
-    target = "tilescan.benchmarks.chunked_scans_tpu_static:public"
-    cases = [CASES[name] | {"implementation": "pallas", "gradient": g} for name, g in runs]
-    results = aot_tpu.compile_jobs([Job(target, c) for c in cases], generation, profile=False)
-    for case, result in zip(cases, results, strict=True):
-        assert "custom_calls" in result, (case, result)
-        calls = {call.split(".")[0] for call in result["custom_calls"]}
-        wanted = ("borders", "backward") if case["gradient"] else ("forward",)
-        assert calls >= {f"chunked_scan_{name}" for name in wanted}, case
-        assert 0 < result["vmem"] <= max(chunked_scan_tpu.VMEM_LIMITS), case

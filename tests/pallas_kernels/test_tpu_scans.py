@@ -1,5 +1,6 @@
-"""The TPU kernels of diagonal scans: interpreted on a CPU against their definition in float64, and
-compiled ahead of time for TPUs that are not attached.
+"""The TPU kernels of diagonal scans, interpreted on a CPU against their definition in float64.
+
+test_tpu_aot.py compiles them.
 """
 
 import functools
@@ -19,11 +20,7 @@ from tilescan.ops.linear_recurrence import linear_recurrence
 from tilescan.ops.selective_scan import selective_scan
 from tilescan.pallas_kernels.tpu import linear_scan
 from tilescan.planning import aot_tpu
-from tilescan.planning.aot_tpu import Job
 
-needs_libtpu = pytest.mark.skipif(
-    not aot_tpu.available(), reason="libtpu is not installed (extra dev)"
-)
 # Largest accepted errors, relative to the largest entry of the reference.
 TOLERANCE = {"float32": 1e-5, "complex64": 1e-5, "bfloat16": 2e-2}
 
@@ -346,55 +343,6 @@ def test_what_the_selective_kernel_cannot_do_is_named_and_none_takes_xla():
         assert "tpu_custom_call" not in lowered(selective_loss, *shapes)
         with pytest.raises(ValueError, match=words):
             lowered(functools.partial(selective_loss, implementation="pallas"), *shapes)
-
-
-# Compiled for TPUs.
-
-
-CASES = {
-    "by time": dict(B=1, T=3000, D=256, dtype="float32"),
-    "constant": dict(B=2, T=3000, D=200, dtype="bfloat16", constant=True),
-    "complex": dict(B=1, T=1300, D=128, dtype="complex64"),
-    "one step": dict(B=2, T=1, D=64, dtype="float32"),
-    "packed": dict(B=2, T=100, D=130, dtype="bfloat16", segments=True),
-}
-
-
-SELECTIVE_CASES = {
-    "mamba": dict(B=1, T=300, E=1536, N=16, dtype="bfloat16"),
-    "packed": dict(B=2, T=100, E=200, N=4, dtype="float32", segments=True),
-    "wide": dict(B=2, T=64, E=256, N=64, dtype="float32"),
-    "one step": dict(B=1, T=1, E=128, N=16, dtype="bfloat16"),
-}
-
-
-# Cases of the two ops; all of them on one generation only, for time.
-AT_ONCE = ("complex",), ("mamba",)
-SOME = ("by time", "complex"), ("mamba",)
-EVERY = tuple(CASES), tuple(SELECTIVE_CASES)
-
-
-@needs_libtpu
-@pytest.mark.parametrize(
-    ("generation", "names"),
-    [
-        ("v5e", AT_ONCE),
-        *(pytest.param(*case, marks=pytest.mark.slow)
-          for case in (("v5e", EVERY), ("v5p", SOME), ("v6e", SOME))),
-    ],
-)  # fmt: skip
-def test_both_ops_compile(generation, names):
-    """Forward and gradient."""
-    module = "tilescan.benchmarks.scans_tpu_static"
-    jobs = [Job(f"{module}:linear_gradient", CASES[name]) for name in names[0]]
-    jobs += [Job(f"{module}:selective_gradient", SELECTIVE_CASES[name]) for name in names[1]]
-    wanted = [{"linear_scan", "linear_scan_gradient"}] * len(names[0])
-    wanted += [{"selective_scan", "selective_scan_backward"}] * len(names[1])
-    results = aot_tpu.compile_jobs(jobs, generation, profile=False)
-    for job, kernels, result in zip(jobs, wanted, results, strict=True):
-        assert "custom_calls" in result, (job, result)
-        assert {call.split(".")[0] for call in result["custom_calls"]} >= kernels, job
-        assert 0 < result["vmem"] <= 16 * 2**20, job
 
 
 def test_committed_table_beats_xla():
