@@ -61,7 +61,7 @@ def test_each_row_has_its_own_temperature_and_top_p():
     logits = np.random.default_rng(1).normal(size=(3, 9)).astype(np.float32)
     one = jax.jit(lambda x, t, p: filter_logits(x, t, 5, p))
     t, p = np.asarray([0.5, 0.0, 2.0]), np.asarray([0.6, 0.9, 1.0])
-    whole = filter_logits(logits, t, 5, p)
+    whole = jax.jit(lambda x: filter_logits(x, t, 5, p))(logits)
     traced = jax.jit(lambda t, p: filter_logits(logits, t, 5, p))(t, p)
     for row in range(3):
         alone = one(logits[row], t[row], p[row])

@@ -149,16 +149,16 @@ def test_filtered_distribution(temperature, top_k, top_p):
 
 
 def test_ties_and_extremes_of_the_nucleus():
-    logits = jnp.log(jnp.asarray([[0.25, 0.25, 0.25, 0.25]]))
-    np.testing.assert_array_equal(filter_logits(logits, 1.0, 2)[0] > -jnp.inf, [1, 1, 0, 0])
+    run = lambda x, *settings: jax.jit(lambda x: filter_logits(x, 1.0, *settings))(np.float32(x))
+    logits = np.log([[0.25, 0.25, 0.25, 0.25]])
+    np.testing.assert_array_equal(run(logits, 2)[0] > -np.inf, [1, 1, 0, 0])
     # A p smaller than any probability leaves the most probable token.
-    tiny = filter_logits(jnp.asarray([[0.0, 3.0, 1.0, 2.0]]), 1.0, None, 1e-9)
+    tiny = run([[0.0, 3.0, 1.0, 2.0]], None, 1e-9)
     np.testing.assert_array_equal(tiny, [[-np.inf, 0.0, -np.inf, -np.inf]])
     # Of two halves the first one reaches a half.
-    halves = jnp.asarray([[0.0, 0.0, -np.inf, -np.inf]])
-    half = filter_logits(halves, 1.0, None, 0.5)
+    half = run([[0.0, 0.0, -np.inf, -np.inf]], None, 0.5)
     np.testing.assert_array_equal(half, [[0.0, -np.inf, -np.inf, -np.inf]])
-    whole = filter_logits(logits, 1.0, None, 1.0)
+    whole = run(logits, None, 1.0)
     np.testing.assert_allclose(whole, logits, atol=1e-6)
 
 
