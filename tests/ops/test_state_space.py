@@ -95,7 +95,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
         slow("dplr", 60, None),
         slow("zoh", 60, 1),
         slow("zoh", 64, 16),
-        ("dplr", 100, 8),
+        slow("dplr", 100, 8),
         slow("bilinear", 1, None),
         slow("zoh", 2, 2),
         slow("dplr", 2, 2),
