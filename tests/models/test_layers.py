@@ -77,7 +77,7 @@ def test_mlp(kind, activation, gated):
 def test_embedding_looks_up_and_scores():
     module = Embedding(7, 4)
     tokens = jnp.asarray([[0, 6, 3]])
-    params = nn.unbox(module.init(jax.random.key(0), tokens))
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), tokens))
     table = params["params"]["embedding"]
     vectors = module.apply(params, tokens)
     np.testing.assert_array_equal(vectors, table[tokens])

@@ -108,12 +108,16 @@ def test_mamba_is_its_definition(options):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         dict(expand=4, n_groups=1, conv_width=3, conv_bias=False, use_bias=True, norm_eps=0.1),
-        dict(dt_limit=(0.5, 0.9)),
-        dict(decay_scale=0.8, b_scale=0.75, dt_scale=0.5),
+        dict(dt_limit=(0.5, 0.9), decay_scale=0.8, b_scale=0.75, dt_scale=0.5),
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {}, dict(dt_limit=(0.5, 0.9)), dict(decay_scale=0.8, b_scale=0.75, dt_scale=0.5),
+            )
+        ),
     ],
-)
+)  # fmt: skip
 def test_mamba2_is_its_definition(options):
     mixer = Mamba2(**MAMBA2 | options)
     want = np.stack([mamba2(random_params(mixer), x, mixer) for x in X.astype(np.float64)])
