@@ -12,12 +12,13 @@ from tilescan.models.layers import MLP, Embedding, LayerNorm, RMSNorm
 X = np.random.default_rng(0).normal(size=(2, 5, 12)) * 3 + 1
 
 
-def apply(module, x=X, **noise):
-    x32 = jnp.asarray(x, jnp.float32)
-    params = nn.unbox(module.init(jax.random.key(0), x32))["params"]
-    keys = iter(jax.random.split(jax.random.key(1), 20))
-    params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(keys), p.shape), params)
-    out = module.apply({"params": params}, x32)
+def apply(module, x=X):
+    """Random parameters, in float64, and what the module makes of x."""
+    x32, rng = np.float32(x), np.random.default_rng(1)
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x32))["params"]
+    draw = lambda p: np.float32((p.ndim == 1) + 0.4 * rng.standard_normal(p.shape))
+    params = jax.tree.map(draw, shapes)
+    out = jax.jit(module.apply)({"params": params}, x32)
     return jax.tree.map(lambda p: np.asarray(p, np.float64), params), out
 
 
