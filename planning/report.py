@@ -159,9 +159,14 @@ def report(config: Config, topology: str | None, memory: float | None = None) ->
 def pallas_kernels(hlo: str) -> list[str]:
     """Returns the names of the Pallas kernels that a compiled program calls, each once."""
     calls = re.findall(
-        r'^ *(?:ROOT )?%(\S+) = .*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"', hlo, re.M
+        r'^ *(?:ROOT )?%(\S+) = (.*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)".*)',
+        hlo,
+        re.M,
     )
-    return sorted({re.sub(r"(\.\d+|\.refs_\d+_)+$", "", name) for name in calls})
+    # Mosaic GPU's calls are all named mpmd_map; the kernel is the scope around it.
+    scopes = ((name, re.search(r'op_name="[^"]*?(\w+)/mpmd_map"', call)) for name, call in calls)
+    names = (scope[1] if scope else name for name, scope in scopes)
+    return sorted({re.sub(r"(\.\d+|\.refs_\d+_)+$", "", name) for name in names})
 
 
 def _dtypes(tree: Any) -> str:

@@ -23,6 +23,7 @@ from tilescan.planning import counts as plan_counts
 from tilescan.planning import longest as plan_longest
 from tilescan.planning import text as plan_text
 from tilescan.planning.plan import plan
+from tilescan.planning.report import pallas_kernels
 from tilescan.training import config as config_lib
 from tilescan.training.environment import compiler_warning, expected_compiler_warning
 
@@ -142,6 +143,16 @@ def test_a_compiler_that_spills_registers_is_named(small_plan, monkeypatch):
     assert expected_compiler_warning() is None  # no plugin, or JAX_PLATFORMS=cpu
     warned = plan_text.text(dataclasses.replace(small_plan, warnings=(compiler_warning("cuda"),)))
     assert "\nwarning: with nvidia-nvjitlink 13.5.37 installed, kernels for Hopper GPUs" in warned
+
+
+def test_kernels_are_named_as_in_their_source():
+    calls = (
+        '  %flash_attention_dq.3 = (f32[1]) custom-call(%x), custom_call_target="tpu_custom_call"',
+        '  ROOT %mpmd_map.7 = bf16[1] custom-call(%x), custom_call_target="mosaic_gpu_v2", '
+        'metadata={op_name="jit(f)/jvp(jit(_attention))/flash_dkv/mpmd_map" stack_frame_id=1}',
+        '  %other = f32[1] custom-call(%x), custom_call_target="topk"',
+    )
+    assert pallas_kernels("\n".join(calls)) == ["flash_attention_dq", "flash_dkv"]
 
 
 def test_a_plan_as_json_holds_every_field(small_plan, capsys, monkeypatch):
