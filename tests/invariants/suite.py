@@ -232,7 +232,10 @@ def packed_equals_separate(mixer: Mixer):
         alone, (_, dx_alone) = mixer.differentiate(mixer.params, beginning(x), beginning(weights))
         what = f"packed document of length {length}"
         assert_close(y[at], np.asarray(alone)[:, :length], f"{what}: y")
-        assert_close(dx[at], np.asarray(dx_alone)[:, :length], f"{what}: gradient of x")
+        # Of one token, o = (q k) v: after a norm of o the gradients of q and k cancel, and leave
+        # the rounding of their terms over q k.
+        bound = F32_ERROR if length > 1 else 4 * F32_ERROR
+        assert_close(dx[at], np.asarray(dx_alone)[:, :length], f"{what}: gradient of x", bound)
 
 
 def packed_split_equals_whole(mixer: Mixer):
