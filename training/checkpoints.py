@@ -9,6 +9,8 @@ that damage is found when it is read and is named.
 
 import contextlib
 import errno
+import functools
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -26,6 +28,8 @@ from tilescan.training.paths import writable_path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_DISK_WORDS = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
+
+_LEAST_SLICE = 2**22  # bytes of an array that one of its replicas writes
 
 
 @runtime_checkable
@@ -49,6 +53,20 @@ class CheckpointError(RuntimeError):
 
 class UnusableCheckpoint(CheckpointError):
     """A checkpoint that is damaged, or of another model or configuration: not to be continued."""
+
+
+@functools.cache
+def _write_small_arrays_whole() -> None:
+    """Lets replicas share the writing of large arrays alone.
+
+    What a replica writes is sliced by a program for each shape and device: seconds of compiling.
+    """
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE)
+    log = logging.getLogger("absl")  # where Orbax warns of every handler that takes another's place
+    level = log.level
+    log.setLevel(logging.ERROR)
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    log.setLevel(level)
 
 
 def is_full_disk(error: BaseException | None) -> bool:
@@ -114,6 +132,7 @@ class Checkpoints:
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()
+        _write_small_arrays_whole()
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "meta"),

@@ -323,11 +323,11 @@ def test_classifier_ignores_padding(pooling):
 @pytest.mark.parametrize(
     "inputs,message",
     [
-        (dict(tokens=jnp.zeros((19,), int)), r"tokens must be integers \[batch, time\]"),
-        (dict(tokens=jnp.zeros((2, 3))), "got float32"),
-        (dict(segment_ids=jnp.ones((19, 2), int)), r"segment_ids must be \[batch, time\] = \(2, 1"),
-        (dict(positions=jnp.ones((2, 18), int)), r"positions must be .*got \(2, 18\)"),
-        (dict(tokens=jnp.zeros((1, 65), int)), "learned positions for max_len=64"),
+        (dict(tokens=np.zeros((19,), int)), r"tokens must be integers \[batch, time\]"),
+        (dict(tokens=np.zeros((2, 3), np.float32)), "got float32"),
+        (dict(segment_ids=np.ones((19, 2), int)), r"segment_ids must be \[batch, time\] = \(2, 1"),
+        (dict(positions=np.ones((2, 18), int)), r"positions must be .*got \(2, 18\)"),
+        (dict(tokens=np.zeros((1, 65), int)), "learned positions for max_len=64"),
     ],
 )
 def test_wrong_inputs_are_named(inputs, message):

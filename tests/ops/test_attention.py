@@ -406,18 +406,18 @@ def test_decode_attention_equals_attention(mask):
         np.testing.assert_allclose(got[b : b + 1], want, atol=1e-5)
 
 
-Q = jnp.zeros((2, 8, 4, 16), jnp.float32)
-KV = jnp.zeros((2, 8, 2, 16), jnp.float32)
+Q = np.zeros((2, 8, 4, 16), jnp.float32)
+KV = np.zeros((2, 8, 2, 16), jnp.float32)
 
 
 @pytest.mark.parametrize(
     "arrays, options, error, words",
     [
         ((Q, KV[:, :, :1].repeat(3, 2), KV[:, :, :1].repeat(3, 2)), {}, ValueError, "4 heads"),
-        ((jnp.zeros((2, 4, 100, 16)), *[jnp.zeros((2, 2, 60, 16))] * 2), {}, ValueError, "do not"),
+        ((np.zeros((2, 4, 100, 16)), *[np.zeros((2, 2, 60, 16))] * 2), {}, ValueError, "do not"),
         ((Q, KV, KV), {"implementation": "triton"}, ValueError, "implementation='triton'"),
-        ((Q, KV, KV), {"bias": jnp.zeros((4, 3, 8))}, ValueError, "bias"),
-        ((Q, KV, KV), {"bias": jnp.zeros((8, 8), bool)}, TypeError, "mask="),
+        ((Q, KV, KV), {"bias": np.zeros((4, 3, 8))}, ValueError, "bias"),
+        ((Q, KV, KV), {"bias": np.zeros((8, 8), bool)}, TypeError, "mask="),
         ((Q, KV, KV), {"logit_cap": -1.0}, ValueError, "logit_cap"),
         ((Q, KV, KV), {"mask": "causal"}, TypeError, "mask"),
         ((Q.astype(int), KV, KV), {}, TypeError, "floating"),
@@ -432,12 +432,12 @@ KV = jnp.zeros((2, 8, 2, 16), jnp.float32)
         ((Q, KV, KV), {"scale": jnp.float32(np.inf)}, ValueError, "scale must be finite, got inf"),
         ((Q, KV, KV), {"scale": "x"}, TypeError, "scale must be a number or None, got 'x'"),
         ((Q, KV, KV), {"scale": True}, TypeError, "scale must be a number or None, got True"),
-        ((Q, KV, KV), {"scale": jnp.ones(3)}, ValueError, r"scale must be one number, got .*\(3,"),
+        ((Q, KV, KV), {"scale": np.ones(3)}, ValueError, r"scale must be one number, got .*\(3,"),
         (([1.0], KV, KV), {}, TypeError, r"q is of type list: give jnp.asarray\(q\)"),
         ((Q, KV, [[2]]), {}, TypeError, "attention takes arrays, and v is of type list"),
-        ((jnp.zeros((2, 128, 7, 16)), *[jnp.zeros((2, 128, 2, 16))] * 2), {}, ValueError, "P]$"),
-        ((jnp.zeros((2, 4, 99, 16)), *[jnp.zeros((2, 2, 60, 16))] * 2), {}, ValueError, "swapaxes"),
-        ((Q, KV, KV), {"q_offset": jnp.zeros(2, int)}, ValueError, "q_offset must be a scalar"),
+        ((np.zeros((2, 128, 7, 16)), *[np.zeros((2, 128, 2, 16))] * 2), {}, ValueError, "P]$"),
+        ((np.zeros((2, 4, 99, 16)), *[np.zeros((2, 2, 60, 16))] * 2), {}, ValueError, "swapaxes"),
+        ((Q, KV, KV), {"q_offset": np.zeros(2, int)}, ValueError, "q_offset must be a scalar"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(arrays, options, error, words):

@@ -213,9 +213,9 @@ def test_devices_share_the_head():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": jnp.zeros((T, E))}, r"hidden must be \[B, T, E\]"),
-        ({"head": jnp.zeros((V, E))}, r"head must be \[E, V\] with E = 6 \(tied=False\)"),
-        ({"targets": jnp.zeros((B, T + 1), jnp.int32)}, r"targets must be \[B, T\] = \(2, 11\)"),
+        ({"hidden": np.zeros((T, E))}, r"hidden must be \[B, T, E\]"),
+        ({"head": np.zeros((V, E))}, r"head must be \[E, V\] with E = 6 \(tied=False\)"),
+        ({"targets": np.zeros((B, T + 1), jnp.int32)}, r"targets must be \[B, T\] = \(2, 11\)"),
         ({"chunk": 0}, "chunk=0 must be at least 1"),
     ],
 )

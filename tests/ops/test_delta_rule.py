@@ -81,6 +81,7 @@ def test_any_problem_matches_the_steps(T, heads, sizes):
     assert_close(results(in_small_chunks, arrays), expected(arrays), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_plain_rule_is_the_gated_one_without_decay():
     arrays = inputs(*SHAPE)
     got = results(plain, arrays | dict(log_decay=None))

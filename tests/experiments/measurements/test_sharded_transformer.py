@@ -19,7 +19,11 @@ SHAPE = Shape(2, 16, 2, 16, 4, vocab=32, rows=4)
 SHARDED = [
     pytest.param("tensor", dict(stored=True), marks=pytest.mark.slow),
     pytest.param("megatron_sp", dict(head_chunk=2, remat=True), marks=pytest.mark.slow),
-    ("ring_self_attention", dict(sharded_weights=True, causal=True, layers=1)),
+    pytest.param(
+        "ring_self_attention",
+        dict(sharded_weights=True, causal=True, layers=1),
+        marks=pytest.mark.slow,
+    ),
     pytest.param("linformer", dict(vocab=0), marks=pytest.mark.slow),
 ]
 MORE = [
