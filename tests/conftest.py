@@ -1,5 +1,6 @@
 """What every test shares: eight virtual CPU devices, strict ranks, checked shapes, executables."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -37,3 +38,10 @@ def pytest_configure(config):
     jax.config.update("jax_disable_most_optimizations", quick)
     # JAX starts here, with eight devices: measurements ask for 256 where it has not started yet.
     jax.devices()
+
+
+def pytest_collection_finish():
+    """Programs that JAX traces are millions of objects, few of which die: looked at less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
