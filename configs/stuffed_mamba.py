@@ -14,9 +14,9 @@ with the cell that reads it.
 
 What to expect at scale cpu: a Mamba-2 with a large state that was trained on rows of 16 tokens
 recalls worse and worse beyond them, until its loss is two to three times that within; one trained
-on longer rows, or with a smaller state, has learned to forget. A window on the state takes half of
-the excess away, carrying the state over rows in training most of it; faster decay does not help
-here, and on plain text nothing collapses at this size.
+on longer rows, or with a smaller state, has learned to forget. A window on the state or faster
+decay takes half of the excess away, carrying the state over rows in training most of it; half the
+step does not help here, and on plain text nothing collapses at this size.
 """
 
 from ml_collections import ConfigDict

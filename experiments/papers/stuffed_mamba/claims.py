@@ -26,7 +26,8 @@ COLLAPSES = (
 MITIGATIONS = {
     FORGET: (
         "Faster decay and smaller inputs mitigate collapse without training.",
-        "every candidate also has the paper's smaller inputs, which only cost at this size",
+        "it misses the bound by less than seeds differ, and every candidate also has the paper's "
+        "smaller inputs, with which the loss is higher at T already",
     ),
     WINDOW: (
         "A sliding window on the state, by the difference of two, mitigates collapse.",

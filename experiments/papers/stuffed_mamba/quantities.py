@@ -122,15 +122,15 @@ def _trained(records: Records, mitigated: Record, name: str) -> list[Losses]:
 def excess_cuts(records: Records) -> dict[str, Spread]:
     """Returns {mitigation: share of the excess loss at four training lengths that it takes away}.
 
-    The excess is the loss in the last half training length before 4 T, above that before T, of the
-    model without mitigation.
+    The excess is a model's loss in the last half training length before 4 T, above its own before
+    T; the share is of that of the model without mitigation.
     """
     found = mitigations(records)
     plain, cuts = found.pop("none", []), {}
     for name, losses in found.items():
         pairs = zip(losses, plain, strict=True) if len(losses) == len(plain) else ()
         cuts[name] = spread(
-            1 - (m["beyond"] - base["within"]) / (base["beyond"] - base["within"])
+            1 - (m["beyond"] - m["within"]) / (base["beyond"] - base["within"])
             for m, base in pairs
             if base["beyond"] != base["within"]
         )

@@ -143,7 +143,8 @@ def _mitigations(records: Records) -> Table:
         "model with longer rows, over half of those). The paper multiplies decays by 0.9999 at 8K "
         "tokens, which keeps 0.44 of a state over them; decay_scale here keeps such a share, or "
         "less, over T, and b_scale is the paper's 0.75. State normalization bounds each head's "
-        "norm by its mean at T, after every chunk instead of every token.",
+        "norm by its mean at T, after every chunk instead of every token. The excess is over a "
+        "model's own loss before T.",
     )
 
 

@@ -24,7 +24,14 @@ from tilescan.experiments.papers.stuffed_mamba import (
     tables,
     training,
 )
-from tilescan.experiments.papers.stuffed_mamba.cells import FORGET, HALF_STEP, NONE, NORM, WINDOW
+from tilescan.experiments.papers.stuffed_mamba.cells import (
+    FORGET,
+    HALF_STEP,
+    MITIGATE,
+    NONE,
+    NORM,
+    WINDOW,
+)
 from tilescan.experiments.papers.stuffed_mamba.quantities import CARRIED, LONGER
 from tilescan.experiments.papers.stuffed_mamba.tables import NAMES
 from tilescan.models import LanguageModel, LanguageModelConfig
@@ -303,6 +310,14 @@ def test_mitigations_are_shares_of_the_excess():
     cuts = quantities.excess_cuts(Records(made(by_size)))
     want = {FORGET: 0.9, WINDOW: 0.8, NORM: 0.55, HALF_STEP: 0.7, CARRIED: 0.85, LONGER: 1.0}
     assert {name: cut.mean for name, cut in cuts.items()} == pytest.approx(want)
+
+
+def test_an_excess_is_over_a_models_own_loss():
+    """A model whose loss is high everywhere, and the same beyond T, has none."""
+    records = Records(made(by_size))
+    for record in records.select(measure=MITIGATE):
+        record.result[FORGET].update(within=2.0, beyond=2.0)
+    assert quantities.excess_cuts(records)[FORGET].mean == 1
 
 
 @pytest.mark.slow
