@@ -11,7 +11,8 @@ import hashlib
 
 from jax._src import cache_key, compiler
 
-KEPT = 1000  # programs, of a megabyte or so each
+# Programs. Each holds pages of machine code, of which a process may map 65,530.
+KEPT = 200
 
 
 def install():
