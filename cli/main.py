@@ -30,7 +30,7 @@ _DESCRIPTION = """\
 Reproduce the tables of papers on long-sequence models, and use their parts.
 
   tilescan list                                   which papers there are, what was measured
-  tilescan run flash_attention --scale=smoke      the real code on tiny sizes, in seconds
+  tilescan run flash_attention --scale=smoke      the real code on tiny sizes, in half a minute
   tilescan run flash_attention --scale=cpu        the table, on a laptop, in minutes
   tilescan run flash_attention --scale=accelerator   the paper's own sizes, on a GPU or a TPU
 """

@@ -41,6 +41,7 @@ class Mixer:
       reach: how many of the latest tokens y_t depends on, itself included; None: all.
       bf16_error: bound of the relative RMS error of y in bfloat16 (2^-8 is one rounding); four
         times as much is granted to gradients.
+      token_error: bound of the relative RMS error of the gradient of a document of one token.
       leak: what rounding may leave of the largest gradient past t: 0, but for Fourier transforms.
     """
 
@@ -52,6 +53,7 @@ class Mixer:
     causal: bool = True
     reach: int | None = None
     bf16_error: float = 4 * 2**-8
+    token_error: float = F32_ERROR
     leak: float = 0.0
 
     def __repr__(self):
@@ -232,9 +234,7 @@ def packed_equals_separate(mixer: Mixer):
         alone, (_, dx_alone) = mixer.differentiate(mixer.params, beginning(x), beginning(weights))
         what = f"packed document of length {length}"
         assert_close(y[at], np.asarray(alone)[:, :length], f"{what}: y")
-        # Of one token, o = (q k) v: after a norm of o the gradients of q and k cancel, and leave
-        # the rounding of their terms over q k.
-        bound = F32_ERROR if length > 1 else 4 * F32_ERROR
+        bound = F32_ERROR if length > 1 else mixer.token_error
         assert_close(dx[at], np.asarray(dx_alone)[:, :length], f"{what}: gradient of x", bound)
 
 

@@ -223,3 +223,14 @@ def test_a_save_under_way_is_not_called_good_before_it_is(opened, tmp_path):
     told = saver.standing()
     good = max(int(p.name) for p in saver.directory.iterdir() if p.name.isdigit())
     assert f"The last good checkpoint is {saver.path(good)}:" in told
+
+
+def test_small_arrays_that_devices_share_are_written_by_no_program(opened, tmp_path, caplog):
+    """Not in slices, each of which a program would cut for each shape and device."""
+    shared = NamedSharding(sharding.make_mesh(MeshConfig(data=8)), P())
+    state = {"w": jax.device_put(np.ones((48, 7), np.float32), shared)}
+    saver = opened(tmp_path / "ckpt")
+    with jax.log_compiles():
+        saver.save(1, state, rows_at(0))
+        saver.wait()
+    assert "_fingerprints" in caplog.text and "jit(slice)" not in caplog.text

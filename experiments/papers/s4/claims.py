@@ -20,8 +20,8 @@ PAIRS = {
 }
 # Why a task is not shown at scale cpu.
 TASK_CAUSES = {
-    "listops": "400 steps are too few: after 3,000, tried with one seed, S4 has 51.1% and the "
-    "Transformer 43.8%",
+    "listops": "400 steps are too few: after 3,000, tried with one seed and not recorded, S4 "
+    "has 51.1% and the Transformer 43.8%",
     "image": "both models saw 4,000 images, less than a tenth of an epoch",
 }
 INIT_CAUSE = (
