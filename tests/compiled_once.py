@@ -8,11 +8,14 @@ interpreter on CPUs.
 
 import functools
 import hashlib
+import pathlib
 
+import jax
 from jax._src import cache_key, compiler
 
 # Programs. Each holds pages of machine code, of which a process may map 65,530.
 KEPT = 200
+_MAPS, _MANY = pathlib.Path("/proc/self/maps"), 30_000
 
 
 def install():
@@ -20,9 +23,19 @@ def install():
     compiler.backend_compile_and_load = once(compiler.backend_compile_and_load)
 
 
+def forget_if_many():
+    """Lets go of all that is compiled, JAX's too, before the process has no page to map."""
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY:
+        _known.clear()
+        jax.clear_caches()
+
+
+_known = {}
+
+
 def once(compile_program):
     """Returns JAX's function from a program to an executable, which remembers its results."""
-    known = {}
+    known = _known
 
     @functools.wraps(compile_program)
     def call(backend, module, devices, options, host_callbacks):

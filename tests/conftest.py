@@ -12,6 +12,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -26,6 +27,12 @@ shape_checks.install()
 # Deadlines measure the machine, not the code: a first call compiles.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    yield
+    compiled_once.forget_if_many()
 
 
 def pytest_configure(config):
