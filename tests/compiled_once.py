@@ -16,6 +16,7 @@ from jax._src import cache_key, compiler
 # Programs. Each holds pages of machine code, of which a process may map 65,530.
 KEPT = 200
 _MAPS, _MANY = pathlib.Path("/proc/self/maps"), 30_000
+_EVERY = 100  # programs after which to count the pages: one for eight devices maps about 90
 
 
 def install():
@@ -24,13 +25,20 @@ def install():
 
 
 def forget_if_many():
-    """Lets go of all that is compiled, JAX's too, before the process has no page to map."""
+    """Lets go of all that is compiled, JAX's too, before the process has no page to map.
+
+    Between tests: programs that run are not let go of.
+    """
+    global _new
+    if _new < _EVERY:
+        return
+    _new = 0
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY:
         _known.clear()
         jax.clear_caches()
 
 
-_known = {}
+_known, _new = {}, 0  # programs; how many were compiled since the pages were counted
 
 
 def once(compile_program):
@@ -39,9 +47,11 @@ def once(compile_program):
 
     @functools.wraps(compile_program)
     def call(backend, module, devices, options, host_callbacks):
-        compiled = functools.partial(
-            compile_program, backend, module, devices, options, host_callbacks
-        )
+        def compiled():
+            global _new
+            _new += 1
+            return compile_program(backend, module, devices, options, host_callbacks)
+
         if host_callbacks:  # they are this call's own
             return compiled()
         digest = hashlib.sha256(options.SerializeAsString())

@@ -12,7 +12,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
-import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -29,9 +28,7 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("default")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_programs():
-    yield
+def pytest_runtest_logfinish():
     compiled_once.forget_if_many()
 
 
