@@ -114,6 +114,8 @@ def log_ticks(axis: Axis) -> None:
         ticks = sorted({t for t in ticks if low <= t <= high})
         if len(ticks) > 2:
             break
+    if not ticks:  # values that hardly differ: a line is as good as a logarithm
+        ticks = [t for t in ticker.MaxNLocator(4).tick_values(low, high) if low <= t <= high]
     ticks = ticks[:: -(-len(ticks) // 7)]
     plain = 1e-4 <= ticks[0] and ticks[-1] < 1e7
     axis.set_ticks(

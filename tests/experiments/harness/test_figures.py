@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import matplotlib
+import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -110,6 +111,16 @@ def test_lines_are_told_apart_and_captions_say_how_to_read_them(laid_out):
 
     plain, _ = laid_out({"": {"a": same, "b": other}}, markers=False)
     assert len({line.get_linestyle() for line in plain.axes[0].lines}) == 2
+
+
+def test_values_that_hardly_differ_have_ticks():
+    figure = matplotlib.figure.Figure()
+    axis = figure.add_subplot()
+    axis.set_yscale("log")
+    axis.set_ylim(4.011, 4.019)
+    layout.log_ticks(axis.yaxis)
+    ticks = axis.get_yticks()
+    assert len(ticks) >= 2 and all(4.011 <= tick <= 4.019 for tick in ticks)
 
 
 def test_a_figure_carries_its_caption_and_its_width():
