@@ -4,7 +4,7 @@
     python -m tilescan.experiments.run --config=configs/flash_attention.py:cpu
 
 Scales:
-  smoke        seconds; the whole code path on sizes that show nothing
+  smoke        half a minute; the whole code path on sizes that show nothing
   cpu          15 to 45 minutes on 2 cores, as free as they are, most of it training; about 35 MB
                of text is downloaded on first use
   accelerator  the paper's own grid of lengths and heads, and longer training; one GPU or TPU
@@ -131,9 +131,9 @@ def _training(
 def _shrink(config: ConfigDict) -> None:
     """Sets sizes that show nothing and need no download."""
     config.runtime.update(
-        lengths=(64, 128), standard_up_to=64, heads=2, head_dim=16, window=32, block=32, repeats=1
+        lengths=(64,), standard_up_to=64, heads=2, head_dim=16, window=32, block=32, repeats=1
     )
-    config.memory.lengths = (64, 128)
+    config.memory.lengths = (64,)
     config.exactness.update(length=40, head_dim=16, masks=("causal",), dtypes=("float32",))
     config.exactness.update(tiles=("16x32",), kernel_tiles=())
     config.io.update(length=128, head_dim=16, on_chip=(1024, 2048), lengths=(64, 128), block=32)
@@ -146,5 +146,5 @@ def _shrink(config: ConfigDict) -> None:
         part.train.train.update(steps=2, eval_batches=2)
         part.train.optimizer.warmup_steps = 0
     config.curves.train.data.seq_len = 32
-    config.context.update(contexts=(16, 32), compare_position="")
+    config.context.update(contexts=(16,), compare_position="")
     config.documents.lengths = ()  # no labeled text without a download
