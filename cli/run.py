@@ -13,6 +13,7 @@ Each finished cell is kept in the workdir, so the same command goes on after an 
   tilescan run flash_attention                                      scale cpu
   tilescan run flash_attention --scale=smoke --only=runtime         some cells only
   tilescan run flash_attention --config.runtime.repeats=9           any value of the config
+  tilescan run h3 --jobs=2                                          two cells at once
   tilescan run flash_attention --publish                            also rebuild RESULTS.md
 
 The values that can be set are in configs/PAPER.py. `python -m tilescan.experiments.run
@@ -28,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", type=arguments.given, help="folder of the records [runs/PAPER/SCALE]"
     )
     parser.add_argument("--only", default="", help="measure the cells whose id contains this")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="measure N cells at once, timed ones after them [1]"
+    )
     parser.add_argument("--publish", action="store_true", help="copy the records to results/")
     options_lib.add_allow_modified(parser)
     parser.set_defaults(config_keys=_config_keys)
@@ -40,7 +44,12 @@ def run(options: argparse.Namespace) -> int:
 
     config = papers.load_config(options.paper, options.scale, options.overrides)
     return run.measure(
-        config, options.workdir, options.only, options.publish, options.allow_modified
+        config,
+        options.workdir,
+        options.only,
+        options.publish,
+        options.allow_modified,
+        options.jobs,
     )
 
 

@@ -35,7 +35,7 @@ def rerun(paper: str, cell: str, folder: pathlib.Path) -> int:
         print(f"The settings of {cell} changed since: the numbers are of different measurements.")
     quiet = load.patient(0.0 if scale == "smoke" else load.PATIENCE)
     with quiet, tempfile.TemporaryDirectory(prefix="tilescan-rerun-") as workdir:
-        new = runner.measure(registry.load(paper), again, digest, pathlib.Path(workdir))
+        new = runner.measure(paper, again, digest, pathlib.Path(workdir))
     show(old, new)
     return 0
 

@@ -27,6 +27,7 @@ from tilescan.training.environment import expected_compiler_warning
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/PAPER.py:SCALE")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records [runs/PAPER/SCALE].")
 _ONLY = flags.DEFINE_string("only", "", "Measure only the cells whose id contains this.")
+_JOBS = flags.DEFINE_integer("jobs", 1, "How many cells to measure at once, e.g. one a core.")
 _PUBLISH = flags.DEFINE_bool("publish", False, "Copy the records to results/, rebuild RESULTS.md.")
 
 
@@ -39,6 +40,7 @@ def measure(
     only: str = "",
     publish: bool = False,
     allow_modified: bool = False,
+    jobs: int = 1,
 ) -> int:
     """Runs the paper of `config`, prints its tables; the exit status is 1 if a cell failed.
 
@@ -59,7 +61,7 @@ def measure(
             load.patient(0.0 if smoke else load.PATIENCE),
             _quick_programs(smoke),
         ):
-            outcome = harness.run(paper, config, workdir, only=only)
+            outcome = harness.run(paper, config, workdir, only=only, jobs=jobs)
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished cells are in {workdir}; the same command goes on there.")
         return 130
@@ -124,7 +126,8 @@ def main(argv: list[str]) -> int:
         raise app.UsageError("--config is missing, e.g. --config=configs/flash_attention.py:cpu")
     try:
         allow = _ALLOW_MODIFIED.value
-        return measure(_CONFIG.value, _WORKDIR.value, _ONLY.value, _PUBLISH.value, allow)
+        workdir, only, publish = _WORKDIR.value, _ONLY.value, _PUBLISH.value
+        return measure(_CONFIG.value, workdir, only, publish, allow, _JOBS.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

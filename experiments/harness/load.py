@@ -13,6 +13,23 @@ PATIENCE = 30.0  # seconds that a comparison of times may wait for less
 _STAT = pathlib.Path("/proc/stat")
 _BUSY = (0, 1, 2, 5, 6, 7)  # of its columns: all but idle, waiting for disks, and guests in users
 _patience = contextvars.ContextVar("patience", default=0.0)
+_shared = False  # whether this process measures beside others of the same run
+
+
+class NotAlone(RuntimeError):
+    """A time was to be measured while other cells of the run are."""
+
+
+def share_machine() -> None:
+    """Says that this process measures cells beside others, so that it can take no times."""
+    global _shared
+    _shared = True
+
+
+def check_alone() -> None:
+    """Raises NotAlone in a process that shares the machine with others of its run."""
+    if _shared:
+        raise NotAlone("times are measured when no other cell is: this one comes after the others")
 
 
 def others_seconds() -> float | None:

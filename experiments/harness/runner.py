@@ -6,11 +6,11 @@ whose settings changed is measured again.
 """
 
 import dataclasses
+import functools
 import inspect
 import pathlib
 import shutil
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ import ml_collections
 import rich.console
 import rich.progress
 
-from tilescan.experiments.harness import criteria, provenance, shared_models
+from tilescan.experiments.harness import criteria, locks, parallel, provenance, shared_models
 from tilescan.experiments.harness import records as records_lib
 from tilescan.experiments.harness.cells import Cell, Paper
 from tilescan.experiments.harness.records import Record
@@ -42,6 +42,7 @@ def run(
     workdir: str | pathlib.Path,
     *,
     only: str = "",
+    jobs: int = 1,
     console: rich.console.Console | None = None,
 ) -> Outcome:
     """Measures the cells of `paper` that have no valid record in `workdir` yet.
@@ -51,6 +52,7 @@ def run(
       config: the paper's config; kept beside the records as config.json.
       workdir: folder of the records; made if absent.
       only: measure just the cells whose id contains this.
+      jobs: how many cells are measured at once; those that take times have the machine alone.
       console: where progress goes; the terminal by default.
 
     Returns:
@@ -58,7 +60,8 @@ def run(
       under `workdir`/errors and its reason is in the outcome.
 
     Raises:
-      ValueError: two cells share an id, nothing matches `only`, or `workdir` holds another paper.
+      ValueError: two cells share an id, nothing matches `only`, `workdir` holds another paper, or
+        jobs is below 1.
       OSError: `workdir` cannot be written.
     """
     console = console or rich.console.Console()
@@ -66,6 +69,8 @@ def run(
     cells = _cells(paper, config)
     _check_unique(paper, cells)
     chosen = [cell for cell in cells if only in cell.id]
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs} must be at least 1")
     if not chosen:
         raise ValueError(f"only={only!r} is in no cell's id; they are {[c.id for c in cells]}")
     _prepare(workdir, paper, config)
@@ -81,21 +86,19 @@ def run(
         console.print(f"{len(kept)} of {len(chosen)} cells are finished already and are kept.")
 
     done, failed = [], {}
+    one = functools.partial(_measure_cell, paper.name, digests, workdir)
     with _progress(console) as progress:
         total = sum(cell.seconds for cell in pending)
-        bar = progress.add_task(paper.name, total=total, cell="")
-        for cell in pending:
-            progress.update(bar, cell=cell.id)
-            try:
-                record = measure(paper, cell, digests[cell.id], workdir)
-            except Exception as error:  # one bad cell must not cost the others
-                reason = _shortened(f"{type(error).__name__}: {error}")
+        bar = progress.add_task(paper.name, total=total, cell=f"{jobs} at once" if jobs > 1 else "")
+        begin = lambda cell: progress.update(bar, cell=cell.id)
+        for cell, record, trace in parallel.measured(one, pending, jobs, begin):
+            if isinstance(record, Exception):
+                reason = _shortened(f"{type(record).__name__}: {record}")
                 failed[cell.id] = reason
-                _keep_error(workdir, cell.id, traceback.format_exc())
+                _keep_error(workdir, cell.id, trace)
                 console.print(f"[red]failed[/red] {cell.id}: {reason}", highlight=False)
             else:
-                # Outside the try: a disk that is full stops the run instead of failing each cell.
-                _keep(workdir, cell.id, record)
+                _keep(workdir, cell.id, record)  # a full disk stops the run
                 (workdir / "errors" / f"{cell.id}.txt").unlink(missing_ok=True)
                 shutil.rmtree(_scratch(workdir, cell, digests[cell.id]), ignore_errors=True)
                 done.append(cell.id)
@@ -104,8 +107,14 @@ def run(
     return Outcome(tuple(done), tuple(cell.id for cell in kept), failed)
 
 
-def measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Record:
-    """Measures one cell; its scratch folder is under `workdir`.
+def _measure_cell(
+    paper: str, digests: Mapping[str, str], workdir: pathlib.Path, cell: Cell
+) -> Record:
+    return measure(paper, cell, digests[cell.id], workdir)
+
+
+def measure(paper: str, cell: Cell, digest: str, workdir: pathlib.Path) -> Record:
+    """Measures one cell of the paper of this name; its scratch folder is under `workdir`.
 
     Raises:
       FloatingPointError: a measured number is not finite.
@@ -120,7 +129,7 @@ def measure(paper: Paper, cell: Cell, digest: str, workdir: pathlib.Path) -> Rec
     if not records_lib.is_finite(result):
         raise FloatingPointError(f"a measured number is not finite: {result}")
     return Record(
-        paper=paper.name,
+        paper=paper,
         cell=cell.id,
         digest=digest,
         settings=records_lib.plain(cell.settings),
@@ -166,9 +175,10 @@ def _keep(workdir: pathlib.Path, cell_id: str, record: Record) -> None:
 def _keep_code(workdir: pathlib.Path, code: Mapping[str, str]) -> str:
     """Adds the files that a measurement hangs on to `workdir`/code.json; returns their digest."""
     path, digest = workdir / "code.json", provenance.digest(code)
-    known = records_lib.json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if digest not in known:
-        write_atomically(path, records_lib.dumps({**known, digest: code}))
+    with locks.locked(workdir / "code.lock", timeout=60, every=0.05):  # of cells side by side
+        known = records_lib.json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if digest not in known:
+            write_atomically(path, records_lib.dumps({**known, digest: code}))
     return digest
 
 

@@ -69,7 +69,11 @@ def compare(
       {name: {"median_ms", "samples_ms", "compile_s", "temp_bytes", "others"}}, the last one the
       share of the machine that other processes took meanwhile; a function that asks for more
       memory than there is has {"error": "out of memory"} instead.
+
+    Raises:
+      NotAlone: in a process that measures cells beside others; the run measures it after them.
     """
+    load.check_alone()
     calls, inner, results = {}, {}, {}
     # Compile, warm and count the calls that fill a round.
     for name, function in functions.items():

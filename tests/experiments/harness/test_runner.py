@@ -1,13 +1,14 @@
 """Cells are kept, resumed, measured again when they change, and reported when they fail."""
 
 import json
+import os
 
 import ml_collections
 import pytest
 
 from tilescan import files
 from tilescan.experiments.harness import cells as cells_lib
-from tilescan.experiments.harness import records
+from tilescan.experiments.harness import load, records
 from tilescan.experiments.harness import runner as harness
 
 
@@ -223,3 +224,28 @@ def test_values_that_json_cannot_hold_are_refused():
         records.plain({"a": object()})
     with pytest.raises(ValueError):
         records.dumps({"a": float("inf")})
+
+
+def of_process(settings, seed):
+    if settings["x"] == 1:
+        raise ArithmeticError("no such number")
+    if settings["x"] == 2:
+        load.check_alone()
+    return {"value": settings["x"] ** settings["power"], "process": os.getpid()}
+
+
+def test_cells_of_two_jobs_are_measured_in_other_processes_and_timed_ones_alone(tmp_path):
+    outcome = harness.run(make_paper(of_process), config(), tmp_path, jobs=2)
+    assert sorted(outcome.done) == ["x0", "x2"]
+    assert outcome.failed == {"x1": "ArithmeticError: no such number"}
+    assert "of_process" in (tmp_path / "errors" / "x1.txt").read_text()
+    found = {r.settings["x"]: r.result for r in records.load(tmp_path)}
+    assert found[0]["value"] == 0 and found[0]["process"] != os.getpid()
+    assert found[2] == {"value": 4, "process": os.getpid()}
+    # The same command goes on, and none is measured twice.
+    assert harness.run(make_paper(power_of), config(), tmp_path, jobs=2).kept == ("x0", "x2")
+
+
+def test_jobs_must_be_at_least_one(tmp_path):
+    with pytest.raises(ValueError, match="jobs=0 must be at least 1"):
+        harness.run(make_paper(power_of), config(), tmp_path, jobs=0)
