@@ -133,7 +133,7 @@ def _times(records: Records) -> Table:
             "of a gradient, forward pass included, of {shape}, one sequence, {chunks} chunks. "
             "Ratio of median times ± its standard deviation over rounds. Here checkpointing does "
             "not compute the masked half of the scores either, which is where the published times "
-            "differ. While these were timed another paper's cells ran on the same cores.",
+            "differ.",
             shape=shape,
         ),
     )

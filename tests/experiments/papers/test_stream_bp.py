@@ -29,7 +29,9 @@ def test_cells_are_unique_and_the_model_is_qwen3s():
     for scale in SCALES:
         made = cells.cells(papers.load_config("stream_bp", scale))
         assert len({cell.id for cell in made}) == len(made)
-    made = cells.cells(papers.load_config("stream_bp", "cpu"))
+    config = papers.load_config("stream_bp", "cpu")
+    assert config.times.chunks == config.memory.chunks  # speed and memory are of one method
+    made = cells.cells(config)
     (model,) = {str(c.settings["model"]): c.settings["model"] for c in made[:12]}.values()
     count = count_params(abstract_params(LanguageModelConfig(**model)))
     assert count == pytest.approx(4.02e9, rel=0.01)
@@ -129,7 +131,7 @@ def test_lengths_are_judged_by_their_ratio():
 def timed(length, checkpoint, stream):
     times = lambda ms: {"median_ms": ms, "samples_ms": [ms, ms]}
     result = {"checkpoint": times(checkpoint), "stream": times(stream)}
-    return record("times", result, length=length)
+    return record("times", result, length=length, chunks=8)
 
 
 def test_time_counts_at_the_longest_sequence():
