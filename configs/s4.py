@@ -1,21 +1,20 @@
-"""S4 (Gu et al., ICLR 2022, arXiv 2111.00396): tables 2, 4, 6 and 8, and the ablation of figure 3.
+"""S4 (Gu et al., ICLR 2022, arXiv 2111.00396): tables 2, 4, 6 and 8, figures 3 and 4a.
 
     tilescan run s4 --scale=cpu
     python -m tilescan.experiments.run --config=configs/s4.py:cpu
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing
-  cpu          about 25 minutes on 2 cores; two layers of width 32, less than an epoch of MNIST
+  cpu          about an hour on one core; two layers of width 32, less than an epoch of MNIST
   accelerator  the paper's lengths and widths: days on one GPU or TPU
 
 Sequential MNIST and the gray images are the real ones, fetched at first use. Test splits are looked
 at once, at the end. S4 has the rate of the paper's configs. The Transformer's is as good as the
 best of 0.002, 0.004 and 0.01 by MNIST's validation images (31.5, 31.3, 25.4% right with one seed).
 
-What to expect at scale cpu: exact kernels and recurrences; S4 far above the Transformer on
-sequential MNIST (86 and 30% right), tokens at the same speed after 8,192 others as after 256, where
-attention takes 33 times as long. Not shown at this scale: ListOps and the images (both models are
-near chance after so few steps) and the order of the initializations (200 steps of small images).
+What to expect at scale cpu: exact kernels and recurrences, and tokens at the same speed after 8,192
+others as after 256. Accuracies are those of short trainings, after as many examples as their tables
+and claims say.
 """
 
 from typing import Any
@@ -42,17 +41,18 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.digits = _task("sequential_mnist", batch_size=16, test_batches=0, seconds=80.0)
     config.digits.update(models=("s4", "s4d", "attention"), attention_mlp_dim=44)
     # Table 4: tasks of the Long Range Arena, at reduced sizes.
-    config.listops = _task("listops", bidirectional=True, seconds=45.0)
+    config.listops = _task("listops", bidirectional=True, steps=3000, test_batches=0, seconds=100.0)
     config.listops.options = section(
-        examples=(20_000, 1000, 1000), max_depth=4, max_args=5, min_length=8, max_length=64
+        examples=(20_000, 1000, 4000), max_depth=4, max_args=5, min_length=8, max_length=64
     )
-    config.image = _task("lra_image", bidirectional=True, batch_size=16, steps=250, seconds=90.0)
+    config.image = _task("lra_image", bidirectional=True, pool=2, steps=1500, seconds=140.0)
+    config.image.test_batches = 0
     config.pathfinder = _task("pathfinder", bidirectional=True, models=())
     config.pathfinder.options = section(examples=20_000, segments=14)
-    # Figure 3: initializations of A, on images of averaged pixels.
-    config.inits = _task("sequential_mnist", pool=2, steps=200, validation_batches=16)
-    config.inits.update(seeds=(0, 1, 2), frozen=(False, True), seconds=13.0)
-    config.inits.inits = ("hippo", "lin", "random_nplr", "random_diagonal")
+    # Figures 3 and 4a: what A starts from, trained on few images until these are known by heart.
+    config.inits = _task("sequential_mnist", pool=2, steps=2000, train_examples=200)
+    config.inits.update(weight_decay=0.0, frozen=(False,), seconds=80.0)
+    config.inits.inits = ("hippo", "random_nplr", "dense_hippo", "dense_random", "random_diagonal")
     if scale == "smoke":
         _shrink(config)
     elif scale == "accelerator":
@@ -84,7 +84,7 @@ def _task(task: str, **changes: Any) -> ConfigDict:
         evaluations=2,  # validations, beside the one at the start
         validation_batches=64,
         test_batches=128,  # 0: all
-        seeds=(0, 1),
+        seeds=(0, 1, 2),
         seconds=60.0,  # rough duration of a cell
     )
     return section(**values | changes)
@@ -103,7 +103,7 @@ def _shrink(config: ConfigDict) -> None:
     config.listops.update(models=("s4",), **trained)
     config.listops.options.examples = (40, 8, 8)
     config.image.models = ()
-    config.inits.update(inits=("random_nplr",), frozen=(True,), **images, **trained)
+    config.inits.update(inits=("dense_random",), **images, **trained)
 
 
 def _enlarge(config: ConfigDict) -> None:
@@ -127,11 +127,13 @@ def _enlarge(config: ConfigDict) -> None:
     config.image.update(
         d_model=512, attention_d_model=288, attention_mlp_dim=453, **_epochs(45_000, 50, 200)
     )
+    config.image.pool = 1
     config.pathfinder.update(models=("s4", "attention"), learning_rate=4e-3)
     config.pathfinder.update(**_epochs(160_000, 64, 200))
     config.pathfinder.options.examples = 200_000
     # Color, 1,024 steps, as in figure 3.
     config.inits.update(task="sequential_cifar10", pool=1, seconds=2000.0, **everything)
+    config.inits.update(train_examples=0, frozen=(False, True))
     config.inits.update(n_layers=4, d_model=64, state_dim=64, **_epochs(45_000, 50, 50))
 
 

@@ -1,7 +1,8 @@
 """S4 (arXiv 2111.00396) and S4D (2206.11893): a linear state space per channel, then GELU and GLU.
 
 In `OptimizerConfig.groups`, the parameters that S4 trains with a smaller rate and without decay
-are "(log_dt|log_A_real|A_imag|/[PB]_(real|imag))$"; C and D are trained like other weights.
+are "(log_dt|log_A_real|A_imag|/[PB]_(real|imag))$"; C and D are trained like other weights. A dense
+matrix is "/[AB]$".
 
 Dimensions: B batch, T time, E embedding (channels), G systems (n_ssm), N half of the state dim,
 S state dim.
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Complex, Float, Integer
+from jaxtyping import Array, Complex, Float, Inexact, Integer
 
 from tilescan.models.layers import exact_gelu, linear
 from tilescan.models.module import Module
@@ -165,8 +166,8 @@ class _StateSpaceLayer(Module):
     def _systems(self) -> int:
         return self.d_model if self.n_ssm is None else self.n_ssm
 
-    def _per_system(self, x: Complex[Array, "G N"]) -> Complex[Array, "E N"]:
-        """[G, N] with a row for each channel."""
+    def _per_system(self, x: Inexact[Array, "G *N"]) -> Inexact[Array, "E *N"]:
+        """[G, ...] with a row for each channel."""
         return jnp.repeat(x, self.d_model // x.shape[0], axis=0)
 
     def _shape(self):
@@ -190,8 +191,8 @@ class S4D(_StateSpaceLayer):
     """S4 with a diagonal state matrix; B is 1, as C can take its place.
 
     Attributes, besides those of every state space layer:
-      init_A: initial A: "lin", "inv" and "legs" as of `ops.s4.s4d_init`; "random", with normal
-        frequencies of the same mean square as "lin" and random decays about 1/2.
+      init_A: initial A: "lin", "inv" and "legs" as of `ops.s4.s4d_init`; "random", with standard
+        normal frequencies and decays of 1/2.
       discretization: "zoh" or "bilinear".
     """
 
@@ -216,18 +217,23 @@ class S4(_StateSpaceLayer):
     Attributes, besides those of every state space layer:
       n_ssm: 1 by default: all channels share Lambda, P and B, and differ in C and the step.
       init_A: "legs", HiPPO-LegS; "random", normal P and B, and poles as S4D's "random".
+      dense: whether A is any real matrix [S, S], as in the paper's ablation (section 4.4), from
+        HiPPO-LegS itself or, "random", of normal numbers / S; B is real, too. Then there is no
+        state, and there are no segments.
     """
 
     n_ssm: int | None = 1
     init_A: str = "legs"
+    dense: bool = False
 
     def _matrices(self, wide):
+        if self.init_A not in ("legs", "random"):
+            raise ValueError(f'init_A must be "legs" or "random" for S4, got {self.init_A!r}')
+        if self.dense:
+            return self._dense_matrices(wide)
+        Lambda = P = B = None
         if self.init_A == "legs":
             Lambda, P, B, _ = s4.hippo_legs_nplr(self.state_dim)
-        elif self.init_A == "random":
-            Lambda = P = B = None
-        else:
-            raise ValueError(f'init_A must be "legs" or "random" for S4, got {self.init_A!r}')
         A = poles(self, Lambda, *self._shape(), wide)
         P, B = (self._vector(*named, wide) for named in (("P", P), ("B", B)))
         return tuple(map(self._per_system, (A, P, B)))
@@ -239,10 +245,33 @@ class S4(_StateSpaceLayer):
             inits = constant(values.real), constant(values.imag)
         return complex_param(self, name, inits, *self._shape(), exact_dtype(self.param_dtype), wide)
 
+    def _dense_matrices(self, wide):
+        S, (groups, _) = self.state_dim, self._shape()[1]
+        inits = nn.initializers.normal(1 / S), nn.initializers.normal(1.0)
+        if self.init_A == "legs":
+            inits = tuple(map(constant, s4.hippo_legs(S)))
+        dtype, G = exact_dtype(self.param_dtype), self._systems()
+        named = (("A", (G, S, S), (groups, None, "state")), ("B", (G, S), (groups, "state")))
+        return tuple(
+            self._per_system(
+                self.param(name, nn.with_logical_partitioning(init, axes), shape, dtype).astype(
+                    wide
+                )
+            )
+            for (name, shape, axes), init in zip(named, inits, strict=True)
+        )
+
     def _kernel(self, system, length):
-        return state_space.dplr_kernel(*system, length)
+        if not self.dense:
+            return state_space.dplr_kernel(*system, length)
+        C = system[-1]
+        return state_space.dense_kernel(
+            *system[:-1], jnp.concatenate([C.real, C.imag], axis=-1), length
+        )
 
     def _chunks(self):
+        if self.dense:
+            raise ValueError("dense=True has no state and no segments, and needs fft=True")
         return state_space.dplr_state_space, {}
 
 
@@ -257,14 +286,12 @@ def poles(
 
     Args:
       module: whose parameters log_A_real and A_imag they become.
-      Lambda: [N]; None draws decays about 1/2, and frequencies of the mean square of "lin".
+      Lambda: [N]; None samples normal frequencies, with decays of 1/2.
       shape, axes: (G, N) and their logical names.
       wide: dtype of the real parts of the result.
     """
     if Lambda is None:
-        # sqrt of the mean of (pi n)^2 over n < N
-        frequency = math.pi * shape[1] / math.sqrt(3)
-        inits = _log_half, nn.initializers.normal(frequency)
+        inits = nn.initializers.constant(math.log(0.5)), nn.initializers.normal(1.0)
     else:
         inits = constant(np.log(-Lambda.real)), constant(Lambda.imag)
     dtype = exact_dtype(module.param_dtype)
@@ -325,14 +352,10 @@ def log_steps(
     return module.param("log_dt", init, (features,), dtype).astype(wide)
 
 
-def constant(row: Float[np.ndarray, " N"]) -> Callable:
-    """Returns an initializer of equal rows."""
+def constant(row: Float[np.ndarray, "*N"]) -> Callable:
+    """Returns an initializer of equal rows, or of equal matrices."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Array:
         return jnp.broadcast_to(jnp.asarray(row, dtype), shape)
 
     return init
-
-
-def _log_half(key, shape, dtype):
-    return math.log(0.5) + jax.random.normal(key, shape, dtype)

@@ -38,6 +38,7 @@ from tilescan.ops.state_space_chunks import (
 )
 
 __all__ = [
+    "dense_kernel",
     "diagonal_state_space",
     "diagonal_tables",
     "dplr_kernel",
@@ -200,17 +201,44 @@ def dplr_kernel(
     With c A^i for i < r, about the root of L, and as many A^(r j) b it takes O(H S^3 log L) real
     FLOPs, fewer than the truncation of C that Cauchy products need.
     """
-    if not isinstance(length, (int, np.integer)) or length < 1:
-        raise ValueError(f"length must be a positive integer, got {length!r}")
-    A, b, c = _dplr_real(log_dt, Lambda, P, B, C)
-    r = 2 ** ((int(length) - 1).bit_length() // 2)
-    columns = -(-length // r)
-    squares = repeated_squares(A, r)
-    rows = _orbit(c, squares, r)
-    squares = [A.swapaxes(1, 2) for A in repeated_squares(squares[-1], columns)]
-    columns = _orbit(b, squares, columns)
-    kernel = jnp.einsum("his,hjs->jih", rows, columns, precision=_HIGHEST)
-    return kernel.reshape(-1, log_dt.shape[0])[:length]
+    return _kernel(*_dplr_real(log_dt, Lambda, P, B, C), length)
+
+
+@partitioned_by_dimensions("LH", log_dt="H", A="HSS", B="HS", C="HS")
+def dense_kernel(
+    log_dt: Float[AnyArray, " H"],
+    A: Float[AnyArray, "#H S S"],
+    B: Float[AnyArray, "#H S"],
+    C: Float[AnyArray, "#H S"],
+    length: int,
+) -> Float[Array, "{length} H"]:
+    """Computes K_l = C Abar^l Bbar of any real A, bilinear, by powers as `dplr_kernel` does.
+
+    Args:
+      log_dt: log of each channel's step [H].
+      A: [H, S, S] or [1, S, S], real. Its modes may grow: no more is certain of them.
+      B, C: [H, S] or [1, S].
+      length: L.
+
+    Returns:
+      [L, H], in O(H S^3 log L) FLOPs.
+
+    Raises:
+      ValueError: shapes or a length that do not fit.
+      TypeError: dtypes that do not fit.
+    """
+    H, S = log_dt.shape[0], A.shape[-1]
+    for name, x, shape in (("A", A, (S, S)), ("B", B, (S,)), ("C", C, (S,))):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {x.dtype}")
+        if x.shape not in ((H, *shape), (1, *shape)):
+            raise ValueError(
+                f"{name} must be [H, ...] or [1, ...] of {(H, *shape)}, got shape {x.shape}"
+            )
+    half, eye = jnp.exp(log_dt)[:, None, None] / 2, jnp.eye(S, dtype=A.dtype)[None]
+    right = jnp.broadcast_to(2 * half * B[..., None], (H, S, 1))
+    solved = _solve(eye - half * A, jnp.concatenate([eye + half * A, right], 2))
+    return _kernel(solved[..., :-1], solved[..., -1], jnp.broadcast_to(C, (H, S)), length)
 
 
 def _dplr_step(u, system, initial_state, segment_ids):
@@ -247,6 +275,51 @@ def _dplr_real(log_dt, Lambda, P, B, C):
     b = dt * (_real_and_imaginary(g * B, axis=1) - low_rank * (pG * b).sum(-1, keepdims=True))
     eye = jnp.eye(2 * shape[1], dtype=inverse.dtype)[None]
     return 2 * inverse - eye, b, _real_and_imaginary(2 * C.conj(), axis=1)
+
+
+def _solve(M, right):
+    """Returns M^-1 right, [H, S, R].
+
+    Not by LAPACK: of matrices so small, its threads take a hundred times as long where other
+    processes hold the cores.
+    """
+    inverse = jax.vmap(_inverse)(jax.lax.stop_gradient(M))
+    return jax.lax.custom_linear_solve(
+        lambda x: system_matmul(M, x),
+        right,
+        solve=lambda _, b: system_matmul(inverse, b),
+        transpose_solve=lambda _, b: system_matmul(inverse.swapaxes(1, 2), b),
+    )
+
+
+def _inverse(M):
+    """Returns M^-1 by Gauss and Jordan, with the largest pivot of each column."""
+    S = M.shape[0]
+    rows = jnp.arange(S)
+
+    def eliminate(k, both):
+        pivot = jnp.argmax(jnp.where(rows < k, -1, jnp.abs(both[:, k])))
+        both = both[jnp.where(rows == k, pivot, jnp.where(rows == pivot, k, rows))]
+        row = both[k] / both[k, k]
+        return jnp.where((rows == k)[:, None], row, both - both[:, k, None] * row)
+
+    return jax.lax.fori_loop(0, S, eliminate, jnp.concatenate([M, jnp.eye(S, dtype=M.dtype)], 1))[
+        :, S:
+    ]
+
+
+def _kernel(A, b, c, length):
+    """Returns K_(i + r j) = (c A^i) (A^(r j) b), [length, H], of a discrete system."""
+    if not isinstance(length, (int, np.integer)) or length < 1:
+        raise ValueError(f"length must be a positive integer, got {length!r}")
+    r = 2 ** ((int(length) - 1).bit_length() // 2)
+    columns = -(-length // r)
+    squares = repeated_squares(A, r)
+    rows = _orbit(c, squares, r)
+    squares = [A.swapaxes(1, 2) for A in repeated_squares(squares[-1], columns)]
+    columns = _orbit(b, squares, columns)
+    kernel = jnp.einsum("his,hjs->jih", rows, columns, precision=_HIGHEST)
+    return kernel.reshape(-1, A.shape[0])[:length]
 
 
 def _orbit(x, squares, count):

@@ -32,7 +32,11 @@ RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
 _STATE_MATRICES = {
     "s4": r"(log_A_real|A_imag|/[PB]_(real|imag))$",
     "s4d": r"(log_A_real|A_imag)$",
+    "h3": r"(log_A_real|A_imag)$",
+    "dense s4": r"/[AB]$",
 }
+# Other parameters of a state space, which don't decay where its paper says so.
+_UNDECAYED = {"h3": r"(^|/)(C_real|C_imag|D|shift|D_shift)$"}
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable:
@@ -134,10 +138,10 @@ def state_space_groups(
     """Returns entries of `optimizer.groups`: a state space trains slowly and does not decay.
 
     As S4's paper trains (arXiv 2111.00396): A, B, P and the step of time at a rate of at most
-    `slowest`; C and D are like all other parameters.
+    `slowest`; C and D are like all other parameters, but for H3's (2212.14052), which don't decay.
 
     Args:
-      mixer: "s4" or "s4d".
+      mixer: "s4", "s4d", "h3", or "dense s4" for S4 with a dense matrix.
       learning_rate: of the other parameters.
       slowest: the rate of the state space, unless the others' is smaller.
       frozen: whether A, B and P stay what they were at the start.
@@ -150,6 +154,7 @@ def state_space_groups(
         raise ValueError(f"mixer={mixer!r} has no group of its own; known: {known}")
     factor = min(1.0, slowest / learning_rate)
     factors = {_STATE_MATRICES[mixer]: 0.0 if frozen else factor, r"log_dt$": factor}
+    factors |= {_UNDECAYED[mixer]: 1.0} if mixer in _UNDECAYED else {}
     return tuple(
         {"pattern": pattern, "lr_multiplier": lr_multiplier, "weight_decay": 0.0}
         for pattern, lr_multiplier in factors.items()

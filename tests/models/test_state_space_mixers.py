@@ -148,6 +148,28 @@ def test_s4_is_its_definition(options):
         close(y[row], after_ssm(p, ssm, u, "glu"))
 
 
+def test_a_dense_s4_is_its_recurrence():
+    """From HiPPO itself, and what it does not do."""
+    mixer = S4(E, state_dim=4, dense=True, output="none")
+    start, p = initial(mixer), wide(params_of(mixer))
+    A, B = s4.hippo_legs(4)
+    close(start["A"], A[None])
+    close(start["B"], B[None])
+    y, _ = run(mixer)
+    C, ys = np.concatenate([p["C_real"], p["C_imag"]], 1), np.zeros((T, E))
+    u, eye = X[0].astype(np.float64), np.eye(4)
+    for e, dt in enumerate(np.exp(p["log_dt"])):
+        h = np.zeros(4)
+        for t in range(T):
+            right = (eye + dt / 2 * p["A"][0]) @ h + dt * p["B"][0] * u[t, e]
+            h = np.linalg.solve(eye - dt / 2 * p["A"][0], right)
+            ys[t, e] = C[e] @ h
+    close(y[0], after_ssm(p, ys, u, "none"))
+    for inputs in (dict(state=mixer.init_state(2, T)), dict(segment_ids=np.zeros((2, T), int))):
+        with pytest.raises(ValueError, match="no state and no segments"):
+            mixer.apply({"params": params_of(mixer)}, X, **inputs)
+
+
 @pytest.mark.slow
 def test_bidirectional_segments_are_separate():
     mixer = S4D(E, state_dim=6, bidirectional=True, output="none")
@@ -201,12 +223,13 @@ def test_initial_values():
     close(poles(wide(p)), np.broadcast_to(-0.5 + 1j * np.pi * np.arange(4), (E, 4)), 1e-6)
 
 
-def test_random_poles_have_the_frequencies_of_lin():
-    mixer = S4D(64, state_dim=64, init_A="random")
-    p = initial(mixer)
-    lin = s4.s4d_init(64, "lin").imag
-    assert 0.9 < np.sqrt(np.mean(p["A_imag"] ** 2) / np.mean(lin**2)) < 1.1
-    assert 0.4 < np.median(-poles(wide(p)).real) < 0.6
+def test_random_matrices():
+    """Standard normal frequencies; a dense matrix of normal numbers over its size."""
+    p = initial(S4D(64, state_dim=64, init_A="random"))
+    assert 0.9 < np.std(p["A_imag"]) < 1.1 and abs(np.mean(p["A_imag"])) < 0.1
+    close(-poles(wide(p)).real, np.full((64, 32), 0.5))
+    p = initial(S4(E, state_dim=64, init_A="random", dense=True))
+    assert 0.9 < 64 * np.std(p["A"]) < 1.1 and p["A"].shape == (1, 64, 64)
 
 
 def test_real_parts_stay_negative():

@@ -325,6 +325,11 @@ CASES: dict[str, dict[str, Case]] = {
         ),
     },
     "dplr_kernel": {"plain": _system(state_space.dplr_kernel, _DPLR, ("LH",), dict(length=6))},
+    "dense_kernel": {
+        "plain": case(
+            state_space.dense_kernel, ("LH",), dict(length=6), log_dt="H", A="HNN", B="HN", C="HN"
+        )
+    },
     "s4d_kernel": {
         "plain": _system(s4.s4d_kernel, _SYSTEM, ("LH",), dict(length=6)),
         "bilinear": _system(

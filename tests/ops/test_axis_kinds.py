@@ -32,6 +32,7 @@ TYPES = [(op, next(iter(cases)), kind, "both") for op, cases in CASES.items() fo
 MANUAL = ("decode_attention", "diagonal_state_space", "s4d_kernel", "chunked_log_probabilities")
 # Their rules are those of gated_delta_rule, diagonal_state_space and s4d_kernel.
 LIKE_OTHERS = ("delta_rule", "dplr_state_space", "s4_dplr_kernel", "dplr_kernel", "dplr_discretize")
+LIKE_OTHERS += ("dense_kernel",)
 QUICK_TYPES = [
     c
     for c in TYPES

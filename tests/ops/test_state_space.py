@@ -7,8 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tilescan.ops import s4
-from tilescan.ops.state_space import diagonal_state_space, dplr_kernel, dplr_state_space
+from tilescan.ops import reference, s4
+from tilescan.ops.state_space import (
+    dense_kernel,
+    diagonal_state_space,
+    dplr_kernel,
+    dplr_state_space,
+)
 
 H, N = 3, 4
 RNG = np.random.default_rng(0)
@@ -242,6 +247,45 @@ def test_dplr_kernel_by_powers_equals_that_by_cauchy_products(length):
         actual, expected = dplr_kernels(jax.tree.map(jnp.asarray, system), length)
         close(actual, expected, 1e-9)
     close(dplr_kernel_alone(single(system), length), expected)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def kernel_and_gradients(kernel, system, length):
+    weight = np.cos(np.arange(length * H)).reshape(length, H)
+    found = kernel(*system, length)
+    return found, jax.vjp(lambda system: kernel(*system, length), system)[1](weight)
+
+
+def test_dense_kernel_equals_powers_and_their_gradients():
+    """Of a matrix that needs other pivots than its diagonal, in which modes grow."""
+    rng = np.random.default_rng(3)
+    A = 4 * rng.standard_normal((5, 5))
+    A[0, 0] = 2 / np.exp(LOG_DT[1])  # the first pivot of the second channel is 0
+    shared = LOG_DT, A, rng.standard_normal(5), rng.standard_normal((H, 5))
+    by_powers = lambda log_dt, A, B, C, length: reference.state_space_kernel_by_powers(
+        log_dt, A[0], B[0], C, length
+    )
+    with jax.enable_x64(True):
+        system = tuple(map(jnp.asarray, (LOG_DT, A[None], shared[2][None], shared[3])))
+        actual = kernel_and_gradients(dense_kernel, system, 19)
+        expected = kernel_and_gradients(by_powers, system, 19)
+        jax.tree.map(lambda x, y: close(x, y, 1e-9), actual, expected)
+        close(actual[0], reference.state_space_kernel(*shared, 19), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "error,message,change",
+    [
+        (ValueError, r"A must be .* of \(3, 5, 5\)", dict(A=jnp.ones((2, 5, 5)))),
+        (ValueError, "B must be", dict(B=jnp.ones((3, 4)))),
+        (TypeError, "C must be floating", dict(C=jnp.ones((3, 5), jnp.int32))),
+        (ValueError, "length must be a positive integer", dict(length=0)),
+    ],
+)  # fmt: skip
+def test_errors_of_the_dense_kernel(error, message, change):
+    good = dict(A=jnp.ones((1, 5, 5)), B=jnp.ones((1, 5)), C=jnp.ones((3, 5)), length=4)
+    with pytest.raises(error, match=message):
+        dense_kernel(jnp.zeros(3), **good | change)
 
 
 @pytest.mark.parametrize(

@@ -185,5 +185,14 @@ def test_a_state_space_trains_slowly_and_does_not_decay():
     assert (found("C_real").lr_multiplier, found("C_real").weight_decay) == (1.0, 0.1)
     factors = [g["lr_multiplier"] for g in state_space_groups("s4d", 5e-4, frozen=True)]
     assert factors == [0.0, 1.0]  # never faster than the others
-    with pytest.raises(ValueError, match="mixer='h3'"):
-        state_space_groups("h3", 1e-3)
+    with pytest.raises(ValueError, match="mixer='mamba'"):
+        state_space_groups("mamba", 1e-3)
+    groups = tuple(ParamGroup(**g) for g in state_space_groups("h3", 2e-3))
+    config = OptimizerConfig(weight_decay=0.1, groups=groups)
+    for name, factor in (("log_dt", 0.5), ("A_imag", 0.5), ("shift", 1.0), ("D_shift", 1.0)):
+        assert (found(name).lr_multiplier, found(name).weight_decay) == (factor, 0.0)
+    assert found("query/kernel").weight_decay == 0.1
+    dense = tuple(ParamGroup(**g) for g in state_space_groups("dense s4", 1e-2))
+    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, groups=dense)
+    factors = {name: found(name).lr_multiplier for name in ("A", "B", "log_dt", "C_real", "D")}
+    assert factors == {"A": 0.1, "B": 0.1, "log_dt": 0.1, "C_real": 1.0, "D": 1.0}

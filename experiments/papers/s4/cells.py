@@ -1,5 +1,6 @@
 """S4's measurements: kernels, generation, sequences to classify, and what A starts from."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,12 +15,13 @@ from tilescan.training.optimizers import state_space_groups
 
 # Sections of the config that train on a task: sequential MNIST, and tasks of the Long Range Arena.
 TASKS = ("digits", "listops", "image", "pathfinder")
-# {initialization: (mixer, initial A)}.
+# {initialization: (mixer, its options)}: one A for all channels in each of them.
 INITS = {
-    "hippo": ("s4", "legs"),
-    "random_nplr": ("s4", "random"),
-    "lin": ("s4d", "lin"),
-    "random_diagonal": ("s4d", "random"),
+    "hippo": ("s4", {"init_A": "legs"}),
+    "random_nplr": ("s4", {"init_A": "random"}),
+    "dense_hippo": ("s4", {"init_A": "legs", "dense": True}),
+    "dense_random": ("s4", {"init_A": "random", "dense": True}),
+    "random_diagonal": ("s4d", {"init_A": "random", "n_ssm": 1}),
 }
 MODELS = ("s4", "s4d", "attention")
 
@@ -75,7 +77,7 @@ def task_cells(section: ConfigDict, name: str) -> list[Cell]:
 
 
 def init_cells(section: ConfigDict) -> list[Cell]:
-    """Returns what A starts from, and whether it is trained (figure 3)."""
+    """Returns what A starts from, and whether it is trained (figures 3 and 4a)."""
     state = lambda frozen: "frozen" if frozen else "trained"
     return sweep(
         lambda init, frozen, seed: f"init-{init}-{state(frozen)}-seed{seed}",
@@ -89,7 +91,7 @@ def init_cells(section: ConfigDict) -> list[Cell]:
 
 
 def classification(
-    section: ConfigDict, model: str, init: str | None = None, frozen: bool = False
+    section: ConfigDict, model: str, init: Mapping[str, Any] | None = None, frozen: bool = False
 ) -> dict[str, Any]:
     """Returns the settings of `measure_classification`; see `model_keys` and `optimizer_keys`."""
     return {
@@ -98,7 +100,7 @@ def classification(
         "train_examples": section.train_examples or None,
         "train": {
             **model_keys(model, section, init),
-            **optimizer_keys(model, section, frozen),
+            **optimizer_keys(model, section, frozen, dense="dense" in (init or {})),
             "data.batch_size": section.batch_size,
             "train.steps": section.steps,
             "train.log_every": max(1, section.steps // 50),
@@ -107,14 +109,16 @@ def classification(
     }
 
 
-def model_keys(model: str, section: ConfigDict, init: str | None = None) -> dict[str, Any]:
+def model_keys(
+    model: str, section: ConfigDict, init: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Returns the training keys of S4's mixers alone, or of attention and MLPs.
 
     Args:
       model: one of MODELS.
       section: of the config; S4's width is d_model, the Transformer's attention_d_model with MLPs
         of attention_mlp_dim, so that their parameters are about as many.
-      init: of A ("legs", "lin", "random"); None: the mixer's own.
+      init: options of S4's mixer that say what A starts from; none: its own.
 
     Raises:
       ValueError: an unknown model.
@@ -139,19 +143,23 @@ def model_keys(model: str, section: ConfigDict, init: str | None = None) -> dict
         f"model.mixers.{model}.state_dim": section.state_dim,
         f"model.mixers.{model}.bidirectional": section.bidirectional,
     }
-    return keys if init is None else keys | {f"model.mixers.{model}.init_A": init}
+    return keys | {f"model.mixers.{model}.{key}": value for key, value in (init or {}).items()}
 
 
-def optimizer_keys(model: str, section: ConfigDict, frozen: bool = False) -> dict[str, Any]:
+def optimizer_keys(
+    model: str, section: ConfigDict, frozen: bool = False, dense: bool = False
+) -> dict[str, Any]:
     """Returns the keys of AdamW, with the state spaces' own rate; see `state_space_groups`.
 
     Args:
       model: one of MODELS; groups of parameters that it lacks would be refused.
       section: of the config.
       frozen: whether A, B and P stay what they were at the start.
+      dense: whether S4's A is a dense matrix.
     """
     rate = section.attention_learning_rate if model == "attention" else section.learning_rate
-    slow = () if model == "attention" else state_space_groups(model, rate, frozen=frozen)
+    mixer = f"dense {model}" if dense else model
+    slow = () if model == "attention" else state_space_groups(mixer, rate, frozen=frozen)
     fixed = {"pattern": r"(^|/)(scale|bias|D)$", "lr_multiplier": 1.0, "weight_decay": 0.0}
     return {
         "optimizer.learning_rate": rate,
