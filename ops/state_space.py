@@ -301,11 +301,10 @@ def _inverse(M):
         pivot = jnp.argmax(jnp.where(rows < k, -1, jnp.abs(both[:, k])))
         both = both[jnp.where(rows == k, pivot, jnp.where(rows == pivot, k, rows))]
         row = both[k] / both[k, k]
-        return jnp.where((rows == k)[:, None], row, both - both[:, k, None] * row)
+        return jnp.where((rows == k)[:, None], row[None], both - both[:, k, None] * row[None])
 
-    return jax.lax.fori_loop(0, S, eliminate, jnp.concatenate([M, jnp.eye(S, dtype=M.dtype)], 1))[
-        :, S:
-    ]
+    both = jnp.concatenate([M, jnp.eye(S, dtype=M.dtype)], 1)
+    return jax.lax.fori_loop(0, S, eliminate, both)[:, S:]
 
 
 def _kernel(A, b, c, length):
