@@ -174,7 +174,7 @@ class Mamba2(Module):
             A,
             B,
             C,
-            initial_state=carried.ssm,
+            initial_state=None if state is None else carried.ssm,
             segment_ids=ids,
             **options,
         )

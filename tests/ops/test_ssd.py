@@ -56,6 +56,7 @@ def op(x, dt, A, B, C, D, dt_bias, initial_state, **options):
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 in_small_chunks = functools.partial(op, chunk=32)
+quadratic = functools.partial(op, implementation="quadratic")
 
 
 # A single step and small chunks of the same scan: test_gated_linear_attention.py.
@@ -63,6 +64,24 @@ in_small_chunks = functools.partial(op, chunk=32)
 def test_matches_the_steps(shape):
     arrays = inputs(*shape)
     assert_close(results(in_small_chunks, arrays), expected(by_steps, arrays), TOLERANCE)
+
+
+def test_the_quadratic_form_matches_the_steps():
+    arrays = inputs(2, 30, 4, 2, 8, 12)
+    assert_close(results(quadratic, arrays), expected(by_steps, arrays), 2 * TOLERANCE)
+
+
+def test_the_quadratic_form_forgets_where_segments_start():
+    """The first segment goes on with the initial state, the others begin with none."""
+    arrays, ids = inputs(2, 30, 4, 2, 8, 12), np.repeat(np.arange(3), [5, 10, 15])
+    whole = quadratic(**arrays, segment_ids=np.stack([ids, ids]))
+    parts = []
+    for start, end in ((0, 5), (5, 15), (15, 30)):
+        own = {n: x[:, start:end] if n in TIME else x for n, x in arrays.items()}
+        parts.append(quadratic(**own | ({"initial_state": None} if start else {})))
+    y = np.concatenate([y for y, _ in parts], axis=1)
+    np.testing.assert_allclose(whole[0], y, atol=1e-4)
+    np.testing.assert_allclose(whole[1], parts[-1][1], atol=1e-4)
 
 
 @pytest.mark.slow
