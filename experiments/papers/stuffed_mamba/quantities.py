@@ -83,6 +83,6 @@ def excess_cuts(records: Records) -> dict[str, Spread]:
     plain, cuts = found.pop(NONE, {}), {}
     excess = lambda losses: losses["beyond"] - losses["within"]
     for name, of_seeds in found.items():
-        known = [s for s in sorted(of_seeds) if s in plain and excess(plain[s])]
+        known = [s for s in sorted(of_seeds) if s in plain and excess(plain[s]) > 0]
         cuts[name] = spread(1 - excess(of_seeds[s]) / excess(plain[s]) for s in known)
     return {name: cut for name, cut in cuts.items() if cut}
