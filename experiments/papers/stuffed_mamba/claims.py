@@ -152,7 +152,7 @@ def cuts_excess(cut: Spread | None) -> Verdict:
     """Returns whether a mitigation takes at least CUT of the excess loss away."""
     return Verdict(
         f"the loss at 4 T exceeds that at T by at most {CUT:.0%} of what it does without, mean "
-        "over seeds (paired by seed: the same rows)",
+        "over seeds with an excess (paired by seed: the same rows)",
         cut.mean >= CUT if cut else None,
         f"{format_value(scaled(cut, 100))}% of the excess taken away" if cut else "",
     )
