@@ -18,8 +18,9 @@ LEGEND = (
     f"{SYMBOLS[SHOWN]} shown, {SYMBOLS[NOT_SHOWN]} not shown, {NEEDS_SCALE} needs a larger scale, "
     f"{BY_CONSTRUCTION} by construction: only a fault of the code could refute it, and it counts "
     f"apart; {LATE} the criterion is younger than a record it reads; in the order of the paper's "
-    "page. Code: whether the code under the records changed since they were measured, and in which "
-    "files (unknown: measured before records kept that)."
+    "page. Minutes: of all cells one after another; of those measured side by side (`--jobs`) each "
+    "counts whole. Code: whether the code under the records changed since they were measured, and "
+    "in which files (unknown: measured before records kept that)."
 )
 # What the ledger of criteria can prove.
 LEDGER = (
