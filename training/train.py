@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from tilescan.training import config as config_lib
-from tilescan.training import inputs, sharding, steps, stream_bp, trackers
+from tilescan.training import inputs, programs, sharding, steps, stream_bp, trackers
 from tilescan.training import workdir as work
 from tilescan.training.checkpoints import (
     CheckpointError,
@@ -124,14 +124,19 @@ def train(
     check_groups(c.optimizer, abstract_state.params)
     sample = make_sampler(model, c, datasets["train"], mesh, abstract_state.params)
 
-    # Step.
+    # Steps.
     everywhere = sharding.replicated(mesh)
-    train_step = jax.jit(
-        steps.make_train_step(loss, tx, rate, c.train.microbatches),
-        out_shardings=(state_shardings, everywhere),
-        donate_argnums=0,
-    )
-    eval_step = jax.jit(steps.make_eval_step(loss), out_shardings=everywhere)
+
+    def jitted() -> tuple[Callable, Callable]:
+        step = steps.make_train_step(loss, tx, rate, c.train.microbatches)
+        outputs = (state_shardings, everywhere)
+        evaluation = steps.make_eval_step(loss)
+        return (
+            jax.jit(step, out_shardings=outputs, donate_argnums=0),
+            jax.jit(evaluation, out_shardings=everywhere),
+        )
+
+    train_step, eval_step = programs.kept(model, c, mesh, jitted)
 
     with contextlib.ExitStack() as stack:
         # Restore.
