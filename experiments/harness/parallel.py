@@ -1,16 +1,18 @@
 """Measures cells one after another or several at once; those that take times have the machine."""
 
+import collections
 import concurrent.futures
+import json
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 import jax
 from absl import logging
 
-from tilescan.experiments.harness import load
+from tilescan.experiments.harness import load, records
 from tilescan.experiments.harness.cells import Cell
 from tilescan.experiments.harness.records import Record
 
@@ -51,23 +53,63 @@ def measured(
 
 
 def _side_by_side(measure: Measure, cells: Sequence[Cell], jobs: int) -> Iterator[Outcome]:
-    context = multiprocessing.get_context("spawn")  # JAX has threads, which forks don't survive
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(jobs, len(cells)),
-        context,
-        initializer=_begin_worker,
-        initargs=(jax.config.read(_QUICK),),
-    )
-    futures = {pool.submit(measure, cell): cell for cell in cells}
+    """Measures cells in workers, each of which takes those that differ in their seeds in turn.
+
+    These have programs in common, which a process compiles once.
+    """
+    waiting = collections.deque(_groups(cells))
+    running: dict[concurrent.futures.Future, tuple] = {}  # of a worker's cell: it, what comes next
+
+    def begin(worker: concurrent.futures.Executor, group: list[Cell]) -> None:
+        running[worker.submit(measure, group[0])] = (worker, group[0], group[1:])
+
     try:
-        for future in concurrent.futures.as_completed(futures):
-            yield _tried(futures[future], future.result)
+        for _ in range(min(jobs, len(cells))):
+            if group := _next(waiting, running):
+                begin(_worker(), group)
+        while running:
+            done, _ = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                worker, cell, group = running.pop(future)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    worker = _worker()
+                if group := group or _next(waiting, running):
+                    begin(worker, group)
+                else:
+                    worker.shutdown(wait=False)
+                yield _tried(cell, future.result)
     except BaseException:  # an interrupt, or a full disk: no cell may go on unseen
-        pool.shutdown(wait=False, cancel_futures=True)
+        for worker, _, _ in running.values():
+            worker.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
         raise
-    pool.shutdown()
+
+
+def _groups(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Returns cells of the same settings together, in the order of the first of each."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(json.dumps(records.plain(cell.settings), sort_keys=True), []).append(cell)
+    return list(found.values())
+
+
+def _next(waiting: collections.deque, running: Mapping) -> list[Cell]:
+    """Returns the next group, or a cell of the longest that a worker still has before it."""
+    if waiting:
+        return waiting.popleft()
+    longest = max((group for _, _, group in running.values()), key=len, default=[])
+    return [longest.pop()] if longest else []
+
+
+def _worker() -> concurrent.futures.Executor:
+    context = multiprocessing.get_context("spawn")  # JAX has threads, which forks don't survive
+    options = (jax.config.read(_QUICK),)
+    return concurrent.futures.ProcessPoolExecutor(
+        1, context, initializer=_begin_worker, initargs=options
+    )
 
 
 def _tried(cell: Cell, give: Callable[[], Record]) -> Outcome:

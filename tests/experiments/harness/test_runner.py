@@ -1,5 +1,6 @@
 """Cells are kept, resumed, measured again when they change, and reported when they fail."""
 
+import collections
 import json
 import os
 
@@ -8,7 +9,7 @@ import pytest
 
 from tilescan import files
 from tilescan.experiments.harness import cells as cells_lib
-from tilescan.experiments.harness import load, records
+from tilescan.experiments.harness import load, parallel, records
 from tilescan.experiments.harness import runner as harness
 
 
@@ -231,19 +232,35 @@ def of_process(settings, seed):
         raise ArithmeticError("no such number")
     if settings["x"] == 2:
         load.check_alone()
+    if settings["x"] == 3:
+        os._exit(1)
     return {"value": settings["x"] ** settings["power"], "process": os.getpid()}
 
 
 def test_cells_of_two_jobs_are_measured_in_other_processes_and_timed_ones_alone(tmp_path):
-    outcome = harness.run(make_paper(of_process), config(), tmp_path, jobs=2)
+    outcome = harness.run(make_paper(of_process, 4), config(), tmp_path, jobs=2)
     assert sorted(outcome.done) == ["x0", "x2"]
-    assert outcome.failed == {"x1": "ArithmeticError: no such number"}
+    assert outcome.failed["x1"] == "ArithmeticError: no such number"
+    assert "fewer --jobs" in outcome.failed["x3"]  # its process died, the others did not
     assert "of_process" in (tmp_path / "errors" / "x1.txt").read_text()
     found = {r.settings["x"]: r.result for r in records.load(tmp_path)}
     assert found[0]["value"] == 0 and found[0]["process"] != os.getpid()
     assert found[2] == {"value": 4, "process": os.getpid()}
     # The same command goes on, and none is measured twice.
     assert harness.run(make_paper(power_of), config(), tmp_path, jobs=2).kept == ("x0", "x2")
+
+
+def test_cells_of_one_model_are_a_workers_and_the_last_are_shared():
+    made = [cells_lib.Cell(f"{x}-{s}", power_of, {"x": x}, s) for x in "ab" for s in (0, 1, 2)]
+    groups = parallel._groups(made)
+    assert [[cell.id for cell in group] for group in groups] == [
+        ["a-0", "a-1", "a-2"],
+        ["b-0", "b-1", "b-2"],
+    ]
+    running = {0: (None, groups[0][0], groups[0][1:])}
+    assert [c.id for c in parallel._next(collections.deque(), running)] == ["a-2"]
+    assert [c.id for c in running[0][2]] == ["a-1"]
+    assert parallel._next(collections.deque(), {}) == []
 
 
 def test_jobs_must_be_at_least_one(tmp_path):
