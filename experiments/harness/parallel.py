@@ -4,7 +4,9 @@ import collections
 import concurrent.futures
 import json
 import multiprocessing
+import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -128,6 +130,13 @@ def _tried(cell: Cell, give: Callable[[], Record]) -> Outcome:
 
 def _begin_worker(quick: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.set_verbosity(logging.WARNING)
     jax.config.update(_QUICK, quick)
     load.share_machine()
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as its parent has, however that was: nobody reads its results."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
