@@ -194,20 +194,21 @@ TASKS = {
 
 
 def pooled(task: FixedTask, by: int) -> FixedTask:
-    """Returns a task of gray images with pixels averaged `by` x `by`, values 0..1, in rows.
+    """Returns a task of images whose pixels, as `task` shows them, are averaged `by` x `by`.
 
     Raises:
-      ValueError: the images' sides are not multiples of `by`.
+      ValueError: the images' sides are not multiples of `by`, or the task shows integers.
     """
-    side = round(task.seq_len**0.5)
+    side, features = round(task.seq_len**0.5), task.n_features
+    if features is None:
+        raise ValueError(f"pool={by} needs values: {task.name} shows integers")
     if side % by:
         raise ValueError(f"pool={by} must divide the images' side, {side}")
 
     def present(arrays: Batch) -> Batch:
-        images = arrays["images"].astype(np.float32) / 255
-        images = images.reshape(-1, side // by, by, side // by, by).mean((2, 4))
-        tokens = images.reshape(len(images), -1, 1)
-        return {"tokens": tokens, "labels": arrays["labels"].astype(np.int32)}
+        shown = task.present(arrays)
+        squares = shown["tokens"].reshape(-1, side // by, by, side // by, by, features)
+        return {**shown, "tokens": squares.mean((2, 4)).reshape(len(squares), -1, features)}
 
     options, length = {**task.options, "pool": by}, (side // by) ** 2
-    return dataclasses.replace(task, present=present, seq_len=length, n_features=1, options=options)
+    return dataclasses.replace(task, present=present, seq_len=length, options=options)

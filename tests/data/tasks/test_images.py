@@ -165,6 +165,19 @@ def test_pooled_images_are_means_of_squares():
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32)).astype(np.uint8)
     shown = small.present({"images": image, "labels": np.array([1])})
     assert shown["tokens"].shape == (1, 16, 1)
-    np.testing.assert_allclose(shown["tokens"][0, 6, 0], image[0, 8:16, 16:24].mean() / 255, 1e-5)
+    square = image[0, 8:16, 16:24].mean() / 255
+    np.testing.assert_allclose(shown["tokens"][0, 6, 0], 2 * square - 1, 1e-4)
     with pytest.raises(ValueError, match="pool=5"):
         images.pooled(task, 5)
+
+
+def test_color_is_made_gray_before_it_is_pooled():
+    task = tasks.get("lra_image")
+    image = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    arrays = {"images": image, "labels": np.array([1, 2])}
+    shown = images.pooled(task, 2).present(arrays)["tokens"]
+    whole = task.present(arrays)["tokens"].reshape(2, 32, 32)
+    assert shown.shape == (2, 256, 1)
+    np.testing.assert_allclose(shown[1, 17, 0], whole[1, 2:4, 2:4].mean(), 1e-5)
+    with pytest.raises(ValueError, match="lra_image shows integers"):
+        images.pooled(tasks.get("lra_image", integers=True), 2)
