@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Integer, Num, PyTree
 from tilescan.ops import masks
 from tilescan.ops.arrays import AnyArray
 from tilescan.ops.attention import attention, dropout_seeds
-from tilescan.ops.attention_operands import Bias
 from tilescan.ops.cross_entropy import chunked_cross_entropy
 from tilescan.ops.dimensions import repeated, repeats, spec_of
 from tilescan.ops.explicit_axes import (
@@ -47,7 +46,7 @@ def partitioned(
     v: Float[AnyArray, "B S G P"],
     *,
     mask: masks.Mask = masks.Full(),  # noqa: B008 (frozen)
-    bias: Bias | None = None,
+    bias: Float[AnyArray, "..."] | None = None,
     q_offset: int | np.integer | Integer[AnyArray, ""] | None = None,
     sequence_parallel: str | None = None,
     balance: str = "contiguous",
@@ -64,7 +63,8 @@ def partitioned(
 
     Args:
       op: `ops.attention.attention` or a function like it.
-      q, k, v, mask, bias, q_offset: as there.
+      q, k, v, mask, bias, q_offset: as there; where `op` is of devices that share time already, the
+        bias has the keys of all of them.
       sequence_parallel: a setting of `ops.sequence_parallel.kinds`, by which time is sharded over
         TIME_AXIS; None does not shard time. Only for self-attention of whole sequences (q_offset is
         0 or None), and only with `ops.attention.attention` as op.

@@ -265,7 +265,7 @@ CASES: dict[str, dict[str, Case]] = {
             case(linear_recurrence, ("BTEN", "BEN"), a="EN", b="BTEN", initial_state="BEN")
         ),
         "backwards": case(
-            linear_recurrence, ("BTE", "BE"), dict(reverse=True), a="TE", b="BTE"
+            linear_recurrence, ("BTE", "BE"), dict(reverse=True), a="E", b="BTE"
         ),
     },
     "short_convolution": {

@@ -369,7 +369,7 @@ from tilescan.planning.plan import plan
 from tilescan.training import config as config_lib
 def planned(*more):
     config = config_lib.default_config()
-    for word in RING + more:
+    for word in RING + ("precision.compute_dtype=float32",) + more:
         config_lib.override(config, word)
     print(json.dumps(dataclasses.asdict(plan(config, "v5e:2x4"))))
 planned()
