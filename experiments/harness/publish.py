@@ -77,12 +77,15 @@ def rebuild(
       reworded, begun: as of `criteria.updated`.
     """
     found = gather(root)
-    claims = {results.folder: results.paper.claims(results.records) for results in found}
+    chosen = [results for results in found if only in (None, results.paper.name)]
+    claims = {results.folder: results.paper.claims(results.records) for results in chosen}
     head, now = git("rev-parse", "HEAD"), records_lib.now()
     ledger = criteria.updated(
         criteria.load(root), claims, now, head, reworded=reworded, begun=begun
     )
-    found = [dataclasses.replace(results, entries=ledger[results.folder]) for results in found]
+    found = [
+        dataclasses.replace(results, entries=ledger.get(results.folder, {})) for results in found
+    ]
     code = staleness.code_since(found, root) if code is None else code
     made = {root / criteria.FILE: records_lib.dumps(ledger)}
     for name in [only] if only else dict.fromkeys(results.paper.name for results in found):

@@ -161,15 +161,18 @@ def generalizes(inits: Records, pair: tuple[str, str], other: str, points: float
 def beats_transformer(tasks: Records, task: str) -> Claim:
     """Returns whether S4 is ahead of a Transformer on one task."""
     chosen, of_paper = tasks.select(name=task, task=t.SOURCES[task]), ACCURACY[task]
-    seen = first(chosen, "{examples:,}", examples=_examples) or "as many"
+    seen = first(chosen, "{examples:,}", examples=_examples)
     small = any(r.settings.get("pool", 1) > 1 for r in chosen)
     shown = " of averaged pixels" if small else ""
     found = [(t.NAMES[model], chosen.select(model=model)) for model in ("s4", "attention")]
     verdict = leads(
-        f"after {seen} training examples{shown} each, with parameters equal within 5%, S4's",
+        "after as many training examples each, with parameters equal within 5%, S4's",
         *found,
         published=of_paper["s4"] - of_paper["attention"],
     )
+    if verdict.evidence and seen:
+        evidence = f"{verdict.evidence}, after {seen} examples{shown}"
+        verdict = verdict._replace(evidence=evidence)
     name = f"S4 beats a Transformer: {t.TASKS[task]}"
     return claim(
         name,
