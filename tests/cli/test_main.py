@@ -78,7 +78,7 @@ def test_unknown_scale_names_the_nearest(capsys):
         ("runtme.repeats=3", "unknown key 'runtme.repeats'; did you mean 'runtime.repeats'?"),
         ("runtime=3", "'runtime' is a section: set one of its keys, e.g. runtime.batch"),
         ("runtime.repeats=many", "runtime.repeats must be of type int like 1, not 'many'"),
-        ("runtime.lengths=(64,'a')", "must be of type tuple like (64, 128), not \"(64,'a')\""),
+        ("runtime.lengths=(64,'a')", "must be of type tuple like (64,), not \"(64,'a')\""),
         ("runtime.repeats=0", "repeats=0 must be a positive number, e.g. 1"),
         ("memory.lengths=(64,-1)", "lengths=-1 must be a positive number"),
         ("scale=cpu", "would misname the records: choose the paper and the scale by"),

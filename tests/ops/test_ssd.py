@@ -71,6 +71,7 @@ def test_the_quadratic_form_matches_the_steps():
     assert_close(results(quadratic, arrays), expected(by_steps, arrays), 2 * TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_quadratic_form_forgets_where_segments_start():
     """The first segment goes on with the initial state, the others begin with none."""
     arrays, ids = inputs(2, 30, 4, 2, 8, 12), np.repeat(np.arange(3), [5, 10, 15])
