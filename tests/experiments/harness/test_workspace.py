@@ -139,10 +139,8 @@ def test_a_damaged_model_is_named_and_trained_again(models, tmp_path):
     workspace = Workspace(tmp_path, tmp_path / "models")
     before = leaves(workspace.trained(SETTINGS, 0, never))
     folder = tmp_path / "models" / shared_models.digest(SETTINGS, 0)
-    largest = max(
-        (p for p in (folder / "checkpoints").rglob("d/*")), key=lambda p: p.stat().st_size
-    )
-    largest.write_bytes(b"\0" * largest.stat().st_size)
+    for path in (folder / "checkpoints").rglob("d/*"):  # some of them are copies that nobody reads
+        path.write_bytes(b"\0" * path.stat().st_size)
     with pytest.warns(UserWarning, match=rf"{folder}.*damaged.*trained again"):
         after = leaves(workspace.trained(SETTINGS, 0, make))
     assert folder.with_name(f"{folder.name}.damaged").exists()
