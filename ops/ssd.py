@@ -69,8 +69,8 @@ def ssd(
       chunk: steps that are computed by matrix products, a multiple of 16; by platform when None.
       implementation: "xla", "pallas" (TPUs and Hopper GPUs), or None, which takes the Pallas
         kernels where the platform the program is lowered for has them for these arguments, and
-        "xla" elsewhere. Or "quadratic": all T steps as one masked product, in memory of B H T^2,
-        which is several times as fast on CPUs where T is below about 100 and N is large.
+        "xla" elsewhere. Or "quadratic", for short rows: all T steps as one masked product, in
+        memory of B H T^2.
 
     Returns:
       y [B, T, H, P] in x's dtype, and the state after the last step [B, H, P, N], float32

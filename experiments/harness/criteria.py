@@ -164,9 +164,8 @@ def readings(
     found: dict[str, list[Record]] = {name: [] for name in whole}
     kinds: dict[tuple, list[Record]] = {}
     for record in records:
-        kinds.setdefault(tuple(map(record.settings.get, ("kind", "measure", "name"))), []).append(
-            record
-        )
+        kind = tuple(map(record.settings.get, ("kind", "measure", "name")))
+        kinds.setdefault(kind, []).append(record)
     for kind, of_kind in kinds.items():
         others = [record for other, rs in kinds.items() if other != kind for record in rs]
         without = {claim.name: claim for claim in judge(Records(others))}

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
@@ -44,11 +45,12 @@ def measured(
     alone = list(cells)
     if jobs > 1 and len(alone) > 1:
         alone = []
-        for outcome in _side_by_side(measure, cells, jobs):
-            if isinstance(outcome[1], load.NotAlone):
-                alone.append(outcome[0])
-            else:
-                yield outcome
+        with contextlib.closing(_side_by_side(measure, cells, jobs)) as outcomes:
+            for outcome in outcomes:
+                if isinstance(outcome[1], load.NotAlone):
+                    alone.append(outcome[0])
+                else:
+                    yield outcome
     for cell in alone:
         begin(cell)
         yield _tried(cell, lambda cell=cell: measure(cell))

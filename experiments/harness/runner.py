@@ -5,6 +5,7 @@ interrupted, by Ctrl-C or a loss of power, goes on with the first cell that has 
 whose settings changed is measured again.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -87,11 +88,16 @@ def run(
 
     done, failed = [], {}
     one = functools.partial(_measure_cell, paper.name, digests, workdir)
-    with _progress(console) as progress:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(_progress(console))
         total = sum(cell.seconds for cell in pending)
         bar = progress.add_task(paper.name, total=total, cell=f"{jobs} at once" if jobs > 1 else "")
         begin = lambda cell: progress.update(bar, cell=cell.id)
-        for cell, record, trace in parallel.measured(one, pending, jobs, begin):
+        # Closed at once: on a full disk, or an interrupt here, no worker goes on.
+        outcomes = stack.enter_context(
+            contextlib.closing(parallel.measured(one, pending, jobs, begin))
+        )
+        for cell, record, trace in outcomes:
             if isinstance(record, Exception):
                 reason = _shortened(f"{type(record).__name__}: {record}")
                 failed[cell.id] = reason

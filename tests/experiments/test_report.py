@@ -102,6 +102,23 @@ def test_publish_writes_tables_figures_and_pages(toy, tmp_path, capsys):
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
+def test_publishing_a_paper_leaves_the_criteria_of_others(toy, tmp_path, monkeypatch):
+    twin = dataclasses.replace(toy, name="twin", title="Twin")
+    module = types.SimpleNamespace(PAPER=twin)
+    monkeypatch.setitem(sys.modules, "tilescan.experiments.papers.twin", module)
+    monkeypatch.setitem(sys.modules, "tilescan.configs.twin", sys.modules["tilescan.configs.toy"])
+    monkeypatch.setattr(papers, "NAMES", ("toy", "twin"))
+    root = tmp_path / "results"
+    for paper in (toy, twin):
+        config = ml_collections.ConfigDict({"paper": paper.name, "scale": "cpu"})
+        harness.run(paper, config, root / paper.name / "cpu")
+    ledger = lambda: json.loads((root / "criteria.json").read_text())
+    publish.write_all(root, only="twin")
+    assert set(ledger()) == {"twin/cpu"}
+    publish.write_all(root)
+    assert set(ledger()) == {"toy/cpu", "twin/cpu"}
+
+
 def test_a_second_run_beside_another_one_says_so(toy, tmp_path, monkeypatch, capsys):
     config = ml_collections.ConfigDict({"paper": "toy", "scale": "cpu"})
     monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))

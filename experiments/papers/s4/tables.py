@@ -135,7 +135,8 @@ def task_table(records: Records, tasks: tuple[str, ...], name: str, title: str) 
         ],
         f"{about} All models see the same batches. Training: the last batches that "
         "were logged. S4 reads forward on MNIST and in both directions elsewhere, the Transformer "
-        "always in both, with rotary positions. Not as published: layer norm for batch norm, no "
+        "always in both, with rotary positions. Learning rates were chosen on MNIST alone. Not as "
+        "published: layer norm for batch norm, no "
         "dropout, and widths, depths, lengths and epochs as above.",
     )
 

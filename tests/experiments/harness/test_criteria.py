@@ -104,3 +104,10 @@ def test_a_claim_reads_the_kinds_of_records_without_which_it_is_another():
         "b": ["b0", "b1"],
         "none": [],
     }
+
+
+def test_a_claim_on_one_task_does_not_read_the_others():
+    made = [Record("toy", n, "", {"kind": "task", "name": n}, 0, {}, 1.0, {}) for n in "ab"]
+    claims = lambda found: [judge(n, "", "", True, str(len(found.select(name=n)))) for n in "ab"]
+    found = criteria.readings(claims, Records(made))
+    assert {name: [r.cell for r in of] for name, of in found.items()} == {"a": ["a"], "b": ["b"]}

@@ -266,3 +266,22 @@ def test_cells_of_one_model_are_a_workers_and_the_last_are_shared():
 def test_jobs_must_be_at_least_one(tmp_path):
     with pytest.raises(ValueError, match="jobs=0 must be at least 1"):
         harness.run(make_paper(power_of), config(), tmp_path, jobs=0)
+
+
+def test_a_full_disk_ends_the_other_cells_at_once(tmp_path, monkeypatch):
+    ended = []
+
+    def outcomes(measure, cells, jobs, begin):
+        try:
+            yield from ((cell, measure(cell), "") for cell in cells)
+        finally:
+            ended.append(len(list((tmp_path / "cells").iterdir())))
+
+    def full(*record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parallel, "measured", outcomes)
+    monkeypatch.setattr(harness, "_keep", full)
+    with pytest.raises(OSError) as error:
+        harness.run(make_paper(power_of), config(), tmp_path, jobs=2)
+    assert ended == [0] and error.value.errno == 28  # though the error still holds its frames

@@ -123,10 +123,11 @@ def test_initializations_are_options_of_the_mixers():
     assert made["init-random_diagonal-trained-seed0"]["model.mixers.s4d.n_ssm"] == 1
 
 
-def accuracies(name, model, *values, task="sequential_mnist"):
-    train = {"train.steps": 100, "data.batch_size": 32}
+def accuracies(name, model, *values, task="sequential_mnist", params=1000):
+    settings = dict(name=name, model=model, task=task)
+    settings["train"] = {"train.steps": 100, "data.batch_size": 32}
     return [
-        record("task", {"test_accuracy": v}, seed, name=name, model=model, task=task, train=train)
+        record("task", {"test_accuracy": v, "params": params}, seed, **settings)
         for seed, v in enumerate(values)
     ]
 
@@ -142,6 +143,8 @@ def test_a_lead_must_exceed_the_spread_of_the_gap():
     assert status(accuracies("digits", "s4", 0.97, 0.98, 0.80) + attention, name) == "not shown"
     two_seeds = accuracies("digits", "s4", 0.99, 0.99) + attention
     assert status(two_seeds, name) == "not shown" and claim(two_seeds, name).effect is None
+    larger = accuracies("digits", "s4", 0.97, 0.98, 0.96, params=1051)
+    assert status(larger + attention, name) == "not shown"
     found = claim(ahead, name)
     assert found.criterion == claim([], name).criterion  # no number of a record is part of it
     assert found.evidence.endswith("gap 7.0 ± 1.0 points, after 3,200 examples")
