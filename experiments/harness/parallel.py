@@ -88,7 +88,7 @@ def _side_by_side(measure: Measure, cells: Sequence[Cell], jobs: int) -> Iterato
         for worker, _, _ in running.values():
             worker.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
-            process.terminate()
+            process.kill()  # at once: records are whole, models go on from their checkpoints
         raise
 
 
