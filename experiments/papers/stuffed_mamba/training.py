@@ -54,10 +54,11 @@ def make_rows(kind: str, options: Mapping[str, Any]) -> Rows:
 
 
 def _stream_rows(**options: Any) -> Rows:
-    """Returns rows of `data.tasks.recall_stream`; the rows themselves differ between splits."""
+    """Returns rows of `data.tasks.recall_stream`: in training, lags are as long as the row is."""
 
     def rows(split: str, count: int, length: int, key: tuple[int, ...]) -> Batch:
-        return recall_stream.recall_stream(length, **options).rows(split, count, key, hard=True)
+        task = recall_stream.recall_stream(length, **options)
+        return task.rows(split, count, key, hard=split != "train")
 
     return rows
 

@@ -1,0 +1,87 @@
+"""What records of readings say of state collapse, of its heads and of recall.
+
+A record is of a model that was read `times` its "train_length", in buckets of "width" positions;
+its result has "loss" by bucket, "first_token", "untrained" and "state_variance" by head, as
+`papers.stuffed_mamba.cells.read` makes them.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.measurements import state_collapse
+from tilescan.experiments.measurements.state_collapse import COLLAPSE
+
+RECALLED = 0.95  # share of right answers that counts as recalled, as in the paper
+
+
+def within_of(record: Record) -> float:
+    """Returns the mean loss within the training length."""
+    within = record.settings["train_length"] // record.settings["width"]
+    return float(np.mean(record.result["loss"][:within]))
+
+
+def ratio_of(record: Record, length: int | None = None) -> float:
+    """Returns the mean loss beyond a training length, by default its own, over that within.
+
+    Buckets count as far as a model with this training length is read: of any model the same ones.
+    """
+    s = record.settings
+    within = (length or s["train_length"]) // s["width"]
+    return state_collapse.loss_ratio(record.result["loss"], within, s["times"] * within)
+
+
+def over_control(readings: Records) -> Callable[[Record], float]:
+    """Returns the function of a record: its `ratio_of` over the control's in the same buckets.
+
+    The control has the same size and seed, and is trained at the longest of the lengths; NaN where
+    it is missing.
+    """
+    longest = max(readings.values("train_length"), default=0)
+    controls = {
+        (r.settings["state_elements"], r.seed): r for r in readings.select(train_length=longest)
+    }
+
+    def of(record: Record) -> float:
+        control = controls.get((record.settings["state_elements"], record.seed))
+        same = record.settings["train_length"]
+        return ratio_of(record) / ratio_of(control, same) if control else math.nan
+
+    return of
+
+
+def kept_of(record: Record) -> float:
+    """Returns the share of the first token that the tenth of the heads that keeps most keeps."""
+    return state_collapse.kept_by_top(record.result["first_token"][0])
+
+
+def untrained_of(record: Record) -> float:
+    """Returns the same of the model before its training, on the same rows."""
+    return state_collapse.kept_by_top(record.result["untrained"])
+
+
+def growth_of(record: Record) -> float:
+    """Returns how much the variance of the 95% head's states grows beyond the training length."""
+    return state_collapse.growth_of_outliers(record.result["state_variance"])
+
+
+def recall_length(record: Record) -> int:
+    """Returns the longest prompt that, as all shorter ones, has RECALLED of its answers right."""
+    longest = 0
+    for length, share in sorted((int(n), share) for n, share in record.result.items()):
+        if share < RECALLED:
+            break
+        longest = length
+    return longest
+
+
+def safe_length(readings: list[Record], judged: Callable[[Record], float]) -> float:
+    """Returns the least length from which on no reading collapses; the longest by its own ratio."""
+    ranked = sorted(readings, key=lambda r: -r.settings["train_length"])
+    ratios = [ratio_of(ranked[0]), *map(judged, ranked[1:])]
+    pairs = zip(ranked, ratios, strict=True)
+    safe = itertools.takewhile(lambda pair: pair[1] < COLLAPSE, pairs)
+    return min((r.settings["train_length"] for r, _ in safe), default=math.inf)
