@@ -56,8 +56,9 @@ def measure_text(settings: Mapping[str, Any], seed: int, workspace: Workspace) -
     in which alone two programs of the same keys differ.
 
     Returns:
-      {"train_loss": [every logged step], "steps": [which they are], and the last test metrics
-      "test_loss", "test_perplexity", "test_accuracy", "test_weight"}.
+      {"train_loss": [every logged step], "steps": [which they are], "params", "validation_loss",
+      the last one, and the last test metrics "test_loss", "test_perplexity", "test_accuracy",
+      "test_weight"}.
 
     Raises:
       ValueError: an unknown attention.
@@ -66,10 +67,17 @@ def measure_text(settings: Mapping[str, Any], seed: int, workspace: Workspace) -
     if kind not in _ATTENTION:
         raise ValueError(f"attention={kind!r} is unknown; it must be {STANDARD!r} or {TILED!r}")
     keys = {**settings["train"], **_ATTENTION[kind]}
-    final = train(training_config(keys, seed), workspace.folder)
+    config = training_config(keys, seed)
+    final = train(config, workspace.folder)
     rows = metrics(workspace.folder, "train")
     tested = {f"test_{k}": final[f"test/{k}"] for k in ("loss", "perplexity", "accuracy", "weight")}
-    return {"steps": [r["step"] for r in rows], "train_loss": [r["loss"] for r in rows], **tested}
+    return {
+        "steps": [r["step"] for r in rows],
+        "train_loss": [r["loss"] for r in rows],
+        "params": parameters(config),
+        "validation_loss": final["validation/loss"],
+        **tested,
+    }
 
 
 def measure_task(settings: Mapping[str, Any], seed: int, workspace: Workspace) -> dict[str, Any]:
