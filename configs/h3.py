@@ -35,11 +35,11 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         train=training(steps=40 * (5000 // 32), learning_rate=2e-3, batch_size=32, eval_batches=16),
     )
     # Multi-query associative recall, new examples at every step.
-    config.mqar = section(models=("attention", "s4d", "h3"), pairs=(4,), length=32, vocab_size=64)
+    config.mqar = section(models=("attention", "s4d", "h3"), pairs=(4,), length=16, vocab_size=64)
     config.mqar.update(
         d_model=64,
         seeds=(2, 3, 4),
-        train=training(steps=6000, learning_rate=1e-3, batch_size=64, eval_batches=8),
+        train=training(steps=6000, learning_rate=1e-3, batch_size=32, eval_batches=16),
     )
     # Table 3: language models of equal steps on real text, each at the rate that was better for it
     # in trials by validation with a seed of their own.
