@@ -226,6 +226,7 @@ def leads(
     points: float = 0.0,
     head: str = "",
     effect: Effect | None = None,
+    least: float | None = None,
 ) -> Verdict:
     """Returns whether the first of two means is above the second, by `higher_by`.
 
@@ -235,9 +236,14 @@ def leads(
       points: least difference.
       head: of the evidence.
       effect: its size, published and measured.
+      least: what the first mean must come to as well.
     """
     listed = ", ".join(f"{name} {percent(value)}" for name, value in found.items() if value)
-    return Verdict(criterion, higher_by(*found.values(), points), head + listed, effect)
+    high, low = found.values()
+    holds = higher_by(high, low, points)
+    if holds and least is not None:
+        holds = high.mean >= least
+    return Verdict(criterion, holds, head + listed, effect)
 
 
 def rises(

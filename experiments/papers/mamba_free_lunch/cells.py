@@ -15,7 +15,8 @@ TRANSFORMER = "Transformer (rotary)"
 def cells(config: ConfigDict) -> list[Cell]:
     """Returns all measurements of the config, cheap ones first."""
     theorems = theory_cells(config.score, config.recall)
-    return [*theorems, *copy_cells(config.copy), *dp_cells(config.dp)]
+    copies = [*copy_cells(config.short_copy), *copy_cells(config.copy)]
+    return [*theorems, *copies, *dp_cells(config.dp)]
 
 
 def theory_cells(score: ConfigDict, recall: ConfigDict) -> list[Cell]:
@@ -36,7 +37,7 @@ def copy_cells(c: ConfigDict) -> list[Cell]:
     models = {
         TRANSFORMER: transformer(c),
         **{f"Mamba, N={n}": mamba(c, "mamba", n) for n in c.mamba_state_dims},
-        **{f"Mamba-2, N={n}": mamba(c, "mamba2", n) for n in c.mamba2_state_dims},
+        **{f"Mamba-2, N={n}": mamba(c, "mamba2", n, width) for n, width in c.mamba2_sizes},
     }
 
     def settings(n_max: int, model: str) -> dict[str, Any]:
@@ -86,25 +87,27 @@ def transformer(section: ConfigDict) -> dict[str, Any]:
     return {"model.pattern": ("attention", "mlp"), **sizes}
 
 
-def mamba(section: ConfigDict, kind: str, state_dim: int) -> dict[str, Any]:
+def mamba(section: ConfigDict, kind: str, state_dim: int, width: int = 0) -> dict[str, Any]:
     """Returns the keys of a Mamba with about as many parameters: two layers for one of attention.
 
-    A Mamba layer has about 6 E^2 parameters, attention with its MLP 12 E^2.
+    A Mamba layer has about 6 E^2 parameters, attention with its MLP 12 E^2; E is `width`, if given.
     """
+    width = width or section.d_model
     keys = {
         "model.pattern": (kind,),
         "model.repeats": 2 * section.repeats,
-        "model.d_model": section.d_model,
+        "model.d_model": width,
         f"model.mixers.{kind}.state_dim": state_dim,
     }
-    heads = {"model.mixers.mamba2.head_dim": section.mamba2_head_dim}
+    heads = {"model.mixers.mamba2.head_dim": 2 * width // section.mamba2_heads}
     return keys | heads if kind == "mamba2" else keys
 
 
 def trained(keys: dict[str, Any], section: ConfigDict) -> dict[str, Any]:
-    """Returns the settings of a training, and the size of the recurrent state of all layers.
+    """Returns the settings of a model's training, and the size of the state of all its layers.
 
     The size is None for attention, whose cache grows.
     """
-    size = None if "attention" in keys["model.pattern"] else state_size(keys)
-    return {"state_numbers": size, "train": {**keys, **flat(section.train)}}
+    mixer = keys["model.pattern"][0]
+    size = None if mixer == "attention" else state_size(keys)
+    return {"state_numbers": size, "train": {**keys, **flat(section.train[mixer])}}
