@@ -25,6 +25,15 @@ def test_a_mean_leads_by_more_than_its_deviation(first, second, points, holds):
     assert found.holds is holds and found.evidence.startswith("both: a 90.0")
 
 
+@pytest.mark.parametrize(("least", "holds"), [(None, True), (80, True), (81, False)])
+def test_a_mean_that_leads_must_come_to_the_least_as_well(least, holds):
+    found = {"a": Spread(80.0, 1.0, 3), "b": Spread(20.0, 1.0, 3)}
+    assert leads("leads", found, least=least).holds is holds
+    behind = dict(reversed(found.items()))
+    assert leads("leads", behind, least=0).holds is False
+    assert leads("leads", {"a": None, "b": None}, least=least).holds is None
+
+
 def test_a_ratio_rises_if_it_grows_and_ends_above_one():
     assert rises("rises", {1: 0.5, 2: 1.5}).holds
     assert (
