@@ -234,7 +234,9 @@ def of_process(settings, seed):
         load.check_alone()
     if settings["x"] == 3:
         os._exit(1)
-    return {"value": settings["x"] ** settings["power"], "process": os.getpid()}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    value = settings["x"] ** settings["power"]
+    return {"value": value, "process": os.getpid(), "cores": cores}
 
 
 def test_cells_of_two_jobs_are_measured_in_other_processes_and_timed_ones_alone(tmp_path):
@@ -245,7 +247,9 @@ def test_cells_of_two_jobs_are_measured_in_other_processes_and_timed_ones_alone(
     assert "of_process" in (tmp_path / "errors" / "x1.txt").read_text()
     found = {r.settings["x"]: r.result for r in records.load(tmp_path)}
     assert found[0]["value"] == 0 and found[0]["process"] != os.getpid()
-    assert found[2] == {"value": 4, "process": os.getpid()}
+    assert found[2]["value"] == 4 and found[2]["process"] == os.getpid()
+    cores = found[2]["cores"]
+    assert found[0]["cores"] == (-(-cores // 2) if cores > 1 else cores)  # a share of its own
     # The same command goes on, and none is measured twice.
     assert harness.run(make_paper(power_of), config(), tmp_path, jobs=2).kept == ("x0", "x2")
 
