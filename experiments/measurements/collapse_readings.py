@@ -18,27 +18,33 @@ from tilescan.experiments.measurements.state_collapse import COLLAPSE
 RECALLED = 0.95  # share of right answers that counts as recalled, as in the paper
 
 
-def within_of(record: Record) -> float:
-    """Returns the mean loss within the training length."""
+def before_of(record: Record) -> float:
+    """Returns the mean loss in the second half of the training length."""
     within = record.settings["train_length"] // record.settings["width"]
-    return float(np.mean(record.result["loss"][:within]))
+    return float(np.mean(record.result["loss"][within // 2 : within]))
 
 
-def ratio_of(record: Record, length: int | None = None) -> float:
-    """Returns the mean loss beyond a training length, by default its own, over that within.
+def beyond_of(record: Record, length: int | None = None) -> float:
+    """Returns the mean loss beyond a training length, by default the record's own.
 
     Buckets count as far as a model with this training length is read: of any model the same ones.
     """
     s = record.settings
     within = (length or s["train_length"]) // s["width"]
-    return state_collapse.loss_ratio(record.result["loss"], within, s["times"] * within)
+    return float(np.mean(record.result["loss"][within : s["times"] * within]))
+
+
+def rise_of(record: Record) -> float:
+    """Returns `beyond_of` over `before_of`."""
+    within = record.settings["train_length"] // record.settings["width"]
+    return state_collapse.loss_ratio(record.result["loss"], within)
 
 
 def over_control(readings: Records) -> Callable[[Record], float]:
-    """Returns the function of a record: its `ratio_of` over the control's in the same buckets.
+    """Returns the function of a record: its loss beyond its training length over the control's.
 
-    The control has the same size and seed, and is trained at the longest of the lengths; NaN where
-    it is missing.
+    The control has the same size and seed, and is trained at the longest of the lengths; it is read
+    in the same buckets. NaN where it is missing.
     """
     longest = max(readings.values("train_length"), default=0)
     controls = {
@@ -48,7 +54,7 @@ def over_control(readings: Records) -> Callable[[Record], float]:
     def of(record: Record) -> float:
         control = controls.get((record.settings["state_elements"], record.seed))
         same = record.settings["train_length"]
-        return ratio_of(record) / ratio_of(control, same) if control else math.nan
+        return beyond_of(record) / beyond_of(control, same) if control else math.nan
 
     return of
 
@@ -78,10 +84,17 @@ def recall_length(record: Record) -> int:
     return longest
 
 
-def safe_length(readings: list[Record], judged: Callable[[Record], float]) -> float:
-    """Returns the least length from which on no reading collapses; the longest by its own ratio."""
+def safe_length(readings: list[Record], over: Callable[[Record], float]) -> float:
+    """Returns the least length from which on no reading collapses; the longest by its own rise.
+
+    A reading collapses where its loss rises COLLAPSE times and is as many times the control's.
+
+    Args:
+      readings: of one model, a record for each training length.
+      over: see `over_control`.
+    """
     ranked = sorted(readings, key=lambda r: -r.settings["train_length"])
-    ratios = [ratio_of(ranked[0]), *map(judged, ranked[1:])]
-    pairs = zip(ranked, ratios, strict=True)
+    times = [rise_of(ranked[0]), *(min(rise_of(r), over(r)) for r in ranked[1:])]
+    pairs = zip(ranked, times, strict=True)
     safe = itertools.takewhile(lambda pair: pair[1] < COLLAPSE, pairs)
     return min((r.settings["train_length"] for r, _ in safe), default=math.inf)

@@ -204,11 +204,11 @@ def judge_collapse(losses: list[float], width: int, train_length: int) -> Collap
 
 
 def loss_ratio(losses: Sequence[float], within: int, read: int | None = None) -> float:
-    """Returns the mean loss of the buckets beyond the first `within` over the mean of those.
+    """Returns the mean loss beyond the first `within` buckets over that in their second half.
 
     A mean over buckets, where `judge_collapse` takes the greatest one: of many buckets with few
-    tokens each that is the noisiest. The same buckets of a model that was trained on longer rows
-    say how much of the ratio is the position's doing.
+    tokens each that is the noisiest. The first half is left out: with little to recall its loss is
+    nearly 0, whatever the model.
 
     Args:
       losses: by position, means over buckets.
@@ -220,7 +220,7 @@ def loss_ratio(losses: Sequence[float], within: int, read: int | None = None) ->
     """
     if not 0 < within < len(losses[:read]):
         raise ValueError(f"{len(losses[:read])} buckets have none beyond the first {within}")
-    return float(np.mean(losses[within:read]) / np.mean(losses[:within]))
+    return float(np.mean(losses[within:read]) / np.mean(losses[within // 2 : within]))
 
 
 def kept_by_top(first_token: Sequence[float]) -> float:

@@ -103,18 +103,23 @@ def short_collapses(readings: Records) -> Verdict:
     holds, evidence = None, ""
     if found := ends(readings):
         short, long = found
-        judged = [of_record.over_control(readings)(record) for record in short.records]
-        least, most = min(judged), max(map(of_record.ratio_of, long.records))
-        holds = least >= COLLAPSE > most
+        over = min(map(of_record.over_control(readings), short.records))
+        rise, most = (
+            min(map(of_record.rise_of, short.records)),
+            max(map(of_record.rise_of, long.records)),
+        )
+        holds = min(over, rise) >= COLLAPSE > most
         evidence = (
-            f"{q.name_of(short)}, {len(judged)} seeds: trained at {short.key}, at least "
-            f"{least:.2f} times the control's; trained at {long.key}, at most {most:.2f}"
+            f"{q.name_of(short)}, {len(short)} seeds: trained at {short.key}, at least {over:.2f} "
+            f"times the control's and {rise:.2f} times its own; trained at {long.key}, at most "
+            f"{most:.2f} times its own"
         )
     return Verdict(
-        "with the largest state and every seed, mean loss beyond the training length / mean loss "
-        f"within it is, at the shortest training length, at least {COLLAPSE:g} times what it is in "
-        "the same buckets of positions for the control (same seed, trained at the longest length), "
-        f"and for the control at its own length below {COLLAPSE:g}",
+        "with the largest state and every seed, the mean loss beyond the training length is, at "
+        f"the shortest one, at least {COLLAPSE:g} times the control's in the same buckets of "
+        "positions (same seed, trained at the longest length) and at least "
+        f"{COLLAPSE:g} times its own in the second half of the training length; the control's, "
+        "beyond its own length, is less",
         holds,
         evidence,
     )

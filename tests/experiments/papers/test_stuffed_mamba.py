@@ -187,7 +187,7 @@ def test_the_untrained_model_is_that_of_the_seed():
 
 
 def test_means_judge_a_loss_and_the_tenth_of_the_heads():
-    assert state_collapse.loss_ratio([1.0, 3.0, 2.0, 8.0, 99.0], 2, 4) == 2.5
+    assert state_collapse.loss_ratio([1.0, 2.0, 2.0, 8.0, 99.0], 2, 4) == 2.5
     with pytest.raises(ValueError, match="none beyond the first 2"):
         state_collapse.loss_ratio([1.0, 1.0, 5.0], 2, 2)
     shares = np.arange(1, 21) / 20
