@@ -12,9 +12,11 @@ from collections.abc import Callable
 import numpy as np
 
 from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.statistics import Spread, spread
 from tilescan.experiments.measurements import state_collapse
-from tilescan.experiments.measurements.state_collapse import COLLAPSE
+from tilescan.experiments.measurements.state_collapse import COLLAPSE, NONE
 
+Losses = dict[str, float]  # {"within", "beyond": the mean loss before T and before 4 T}
 RECALLED = 0.95  # share of right answers that counts as recalled, as in the paper
 
 
@@ -98,3 +100,36 @@ def safe_length(readings: list[Record], over: Callable[[Record], float]) -> floa
     pairs = zip(ranked, times, strict=True)
     safe = itertools.takewhile(lambda pair: pair[1] < COLLAPSE, pairs)
     return min((r.settings["train_length"] for r, _ in safe), default=math.inf)
+
+
+def recall_lengths(answers: Records) -> dict[int, list[int]]:
+    """Returns {state elements: the longest `recall_length` over training lengths, of each seed}."""
+    best: dict[int, dict[int, int]] = {}
+    for r in answers:
+        seeds = best.setdefault(r.settings["state_elements"], {})
+        seeds[r.seed] = max(seeds.get(r.seed, 0), recall_length(r))
+    return {n: [seeds[seed] for seed in sorted(seeds)] for n, seeds in sorted(best.items())}
+
+
+def mitigations(records: Records) -> dict[str, dict[int, Losses]]:
+    """Returns {mitigation: {seed: losses}}, those by training last."""
+    found: dict[str, dict[int, Losses]] = {}
+    for record in records.select(measure="mitigate"):
+        for name, losses in record.result.items():
+            found.setdefault(name, {})[record.seed] = losses
+    return found
+
+
+def excess_cuts(records: Records) -> dict[str, Spread]:
+    """Returns {mitigation: share of the excess loss at four training lengths that it takes away}.
+
+    The excess is a model's loss in the last half training length before 4 T, above its own before
+    T; the share is of that of the model of the same seed without mitigation.
+    """
+    found = mitigations(records)
+    plain, cuts = found.pop(NONE, {}), {}
+    excess = lambda losses: losses["beyond"] - losses["within"]
+    for name, of_seeds in found.items():
+        known = [s for s in sorted(of_seeds) if s in plain and excess(plain[s]) > 0]
+        cuts[name] = spread(1 - excess(of_seeds[s]) / excess(plain[s]) for s in known)
+    return {name: cut for name, cut in cuts.items() if cut}

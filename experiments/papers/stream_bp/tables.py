@@ -218,8 +218,8 @@ def _parity(records: Records) -> Table:
         first(
             parity,
             "{shape}, {batch_size} walks of {length} tokens a step, Adam; the synthetic task of "
-            "experiments/papers/stream_bp/training.py. First and last: means of ten steps; the largest "
-            "difference: of all seeds.",
+            "experiments/papers/stream_bp/training.py. First and last: means of ten steps; the "
+            "largest difference: of all seeds.",
             shape=shape,
         ),
     )

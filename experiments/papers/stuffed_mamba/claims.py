@@ -43,7 +43,7 @@ MITIGATIONS = {
 
 def claims(records: Records) -> list[Claim]:
     """Returns what the paper says, each claim with its verdict."""
-    stream, cuts = q.read(records, STREAM), q.excess_cuts(records)
+    stream, cuts = q.read(records, STREAM), of_record.excess_cuts(records)
     return [
         claim("state collapse on a stream of recalls", COLLAPSES, short_collapses(stream)),
         *(
@@ -197,7 +197,7 @@ def variance_explodes(readings: Records) -> Verdict:
 
 def recall_grows(answers: Records) -> Verdict:
     """Returns whether larger states recall from farther, at the best training length."""
-    means = {n: float(np.mean(found)) for n, found in q.recall_lengths(answers).items()}
+    means = {n: float(np.mean(found)) for n, found in of_record.recall_lengths(answers).items()}
     sizes, found = np.array(list(means)), list(means.values())
     evidence = f"tokens by state elements: {_listed(means)}" if len(means) > 1 else ""
     if len(means) > 3:

@@ -86,7 +86,7 @@ def _laws(records: Records) -> Table:
     stream, safe = records.select(kind=STREAM, carry=1), q.safe_lengths(records)
     longest, recalled = (
         max(stream.values("train_length"), default=0),
-        q.recall_lengths(q.recalls(records)),
+        of_record.recall_lengths(q.recalls(records)),
     )
 
     def listed(group: Group) -> str | None:
@@ -135,7 +135,7 @@ def _recall(answers: Records) -> Table:
 
 
 def _mitigations(records: Records) -> Table:
-    found, cuts = q.mitigations(records), q.excess_cuts(records)
+    found, cuts = of_record.mitigations(records), of_record.excess_cuts(records)
     mitigated = by(records.select(measure=cells.MITIGATE), "kind")
     where = (f": {q.name_of(g)}, trained at T = {g.first.settings['at']}" for g in mitigated)
 

@@ -383,7 +383,7 @@ def test_recall_is_that_of_the_best_training_length():
     records = Records(made(by_size))
     for record in records.select(measure="recall", train_length=64):
         record.result["16"] = 0.5
-    assert quantities.recall_lengths(quantities.recalls(records))[4000] == [32, 32]
+    assert collapse_readings.recall_lengths(quantities.recalls(records))[4000] == [32, 32]
 
 
 def test_training_asks_for_the_whole_row_and_reading_within_the_window():
@@ -408,7 +408,7 @@ def test_an_incomplete_seed_has_no_safe_length():
 
 
 def test_mitigations_are_shares_of_the_excess():
-    cuts = quantities.excess_cuts(Records(made(by_size)))
+    cuts = collapse_readings.excess_cuts(Records(made(by_size)))
     want = {FORGET: 0.9, WINDOW: 0.8, NORM: 0.55, HALF_STEP: 0.7, CARRIED: 0.85, LONGER: 1.0}
     assert {name: cut.mean for name, cut in cuts.items()} == pytest.approx(want)
 
@@ -418,7 +418,7 @@ def test_an_excess_is_over_a_models_own_loss():
     records = Records(made(by_size))
     for record in records.select(measure=MITIGATE, train_length=16, carry=1):
         record.result[FORGET].update(within=2.0, beyond=2.0)
-    assert quantities.excess_cuts(records)[FORGET].mean == 1
+    assert collapse_readings.excess_cuts(records)[FORGET].mean == 1
 
 
 @pytest.mark.slow
