@@ -39,6 +39,29 @@ MITIGATIONS = {
     CARRIED: "Training with the state carried over rows mitigates collapse.",
     LONGER: "Training on longer rows removes collapse.",
 }
+# Why claims are not shown.
+WHY_TEXT = (
+    "bytes of text ask for little from beyond the window: the loss stays where it is, and near the "
+    "control's; the largest model tried has 35,072 state elements and read half a million bytes, "
+    "the paper's smallest 0.8M"
+)
+WHY_LARGER = (
+    "the line rises, but not from each state to the next: the two largest differ by less than the "
+    "grid of lengths tells; the largest tried has 69,376 elements, an eleventh of the paper's "
+    "smallest"
+)
+WHY_HEADS = (
+    "rows of 8 tokens teach heads to forget: those that keep most keep less than before training"
+)
+WHY_EXPLODE = (
+    "it grows after training on the longest rows, too: one token again and again is unlike the "
+    "stream for every model here, however long its rows of up to 48 tokens were"
+)
+WHY_MITIGATIONS = {
+    HALF_STEP: "half a step forgets half as fast, and what is read longer than in training is more",
+    CARRIED: "gradients end where a row does, after 12 tokens: what a state of many rows costs is "
+    "seen in training, and hardly learned",
+}
 
 
 def claims(records: Records) -> list[Claim]:
@@ -47,16 +70,27 @@ def claims(records: Records) -> list[Claim]:
     return [
         claim("state collapse on a stream of recalls", COLLAPSES, short_collapses(stream)),
         *(
-            claim(f"state collapse on {name}", COLLAPSES, short_collapses(q.read(records, kind)))
+            claim(
+                f"state collapse on {name}",
+                COLLAPSES,
+                short_collapses(q.read(records, kind)),
+                why=WHY_TEXT,
+            )
             for kind, name in TEXTS.items()
         ),
         claim(
             "larger states need longer training",
             "The smallest training length without collapse grows linearly with the state.",
             larger_needs_longer(records),
+            why=WHY_LARGER,
         ),
         *(
-            claim(NAMES[name], statement, cuts_excess(cuts.get(name)))
+            claim(
+                NAMES[name],
+                statement,
+                cuts_excess(cuts.get(name)),
+                why=WHY_MITIGATIONS.get(name, ""),
+            )
             for name, statement in MITIGATIONS.items()
         ),
         claim(
@@ -64,12 +98,14 @@ def claims(records: Records) -> list[Claim]:
             "After short training some heads keep nearly all of the first token over the whole "
             "length.",
             heads_remember(stream),
+            why=WHY_HEADS,
         ),
         claim(
             "states that explode",
             "The variance of some heads' states explodes beyond the training length, on a prompt "
             "of one repeated token.",
             variance_explodes(stream),
+            why=WHY_EXPLODE,
         ),
         claim(
             "larger states recall from farther",
