@@ -89,7 +89,8 @@ def provenance(records: Records) -> str:
         return ", ".join(sorted({str(text(e)) for e in environments}))
 
     seconds = sum(record.seconds for record in records)
-    device = every(lambda e: f"{e['device']} ({e['cpu_count']} cores)")
+    cores = lambda n: f"{n} core" + "s" * (n != 1)
+    device = every(lambda e: f"{e['device']} ({cores(e['cpu_count'])})")
     versions = every(lambda e: f"JAX {e['packages']['jax']}, Python {e['python']}")
     commits = every(
         lambda e: (e["commit"] or "unknown")[:10] + (" with changes" if e["modified"] else "")
