@@ -166,6 +166,7 @@ class Unwaited:
         pass
 
 
+@pytest.mark.slow  # test_tpu_all_scan.py has such a twin as well
 def test_a_twin_that_does_not_wait_for_keys_is_seen_as_a_race(monkeypatch):
     real = kernels.pltpu.make_async_remote_copy
     monkeypatch.setattr(
