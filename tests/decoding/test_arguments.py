@@ -174,7 +174,7 @@ BAD = [
     (dict(prompt=np.asarray([[2**40]])), ValueError, r"prompt\[0, 0\]=1099511627776 is outside"),
     (dict(prompt=[[1, 2], [V, V]], lengths=[2, 1]), ValueError, r"prompt\[1, 0\]=200"),
     (dict(prompt=[[1.0, 2.0]]), TypeError, "prompt must hold token ids, .* integers, got float64"),
-    (dict(prompt=jnp.ones((1, 2))), TypeError, "prompt must hold .* got float32"),
+    (dict(prompt=np.ones((1, 2), np.float32)), TypeError, "prompt must hold .* got float32"),
     (dict(prompt=[[True, False]]), TypeError, "prompt must hold .* got bool"),
     (dict(prompt=[["a"]]), TypeError, "prompt must hold token ids"),
     (dict(prompt=[[1, 2], [3]]), ValueError, "rows differ in length: pad them"),

@@ -63,7 +63,7 @@ OF_TOKENS = ("embedding", "language model", "classifier")
 PACKED = {n: m for n, m in MODULES.items() if n not in ("mlp", "rmsnorm", "layernorm", "embedding")}
 CUT = ("heads", "kv_heads", "mlp", "inner", "vocab")
 # Of the ops in them, ops/test_axis_kinds.py and test_shard_map.py have every kind of axes.
-QUICK = [(name, "explicit", "both") for name in ("mamba2", "embedding")]
+QUICK = [(name, "explicit", "both") for name in ("mamba", "embedding")]
 QUICK += [("mlp", "manual", "rows")]
 
 

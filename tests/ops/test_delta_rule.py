@@ -90,6 +90,7 @@ def test_the_plain_rule_is_the_gated_one_without_decay():
     assert_close(got, want, TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_key_reads_what_it_wrote_last():
     """With beta = 1 and unit keys the state maps a key to its last value exactly."""
     arrays = inputs(*SHAPE) | dict(log_decay=None)

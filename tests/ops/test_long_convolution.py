@@ -231,13 +231,13 @@ def test_matmuls_are_lowered_for_tpus_and_ffts_elsewhere():
     [
         (dict(implementation="pallas"), ValueError, '"xla" or None'),
         (dict(method="dft"), ValueError, "method='dft' is unknown.*'fft'"),
-        (dict(kernel=jnp.ones((5, 2))), ValueError, "kernel must be"),
-        (dict(D=jnp.ones(2)), ValueError, "D must be"),
-        (dict(pre_gate=jnp.ones((2, 9, 1))), ValueError, "pre_gate must be"),
-        (dict(post_gate=jnp.ones((2, 8, 3))), ValueError, "post_gate must be"),
-        (dict(initial_state=jnp.ones((2, 5, 3))), ValueError, "initial_state must be"),
-        (dict(u=jnp.ones((2, 9, 3), int)), TypeError, "u must be floating"),
-        (dict(u=jnp.ones((9, 3))), ValueError, "u must be"),
+        (dict(kernel=np.ones((5, 2), np.float32)), ValueError, "kernel must be"),
+        (dict(D=np.ones(2, np.float32)), ValueError, "D must be"),
+        (dict(pre_gate=np.ones((2, 9, 1), np.float32)), ValueError, "pre_gate must be"),
+        (dict(post_gate=np.ones((2, 8, 3), np.float32)), ValueError, "post_gate must be"),
+        (dict(initial_state=np.ones((2, 5, 3), np.float32)), ValueError, "initial_state must be"),
+        (dict(u=np.ones((2, 9, 3), np.int32)), TypeError, "u must be floating"),
+        (dict(u=np.ones((9, 3), np.float32)), ValueError, "u must be"),
     ],
 )
 def test_errors_name_the_argument(change, error, words):

@@ -193,13 +193,13 @@ def test_bfloat16_is_summed_in_float32_and_runs_repeat():
     [
         (dict(implementation="pallas"), ValueError, '"xla" or None'),
         (dict(activation="gelu"), ValueError, "silu"),
-        (dict(weight=jnp.ones((4, 2))), ValueError, "weight must be"),
-        (dict(bias=jnp.ones(4)), ValueError, "bias must be"),
-        (dict(initial_state=jnp.ones((2, 4, 3))), ValueError, "initial_state must be"),
-        (dict(segment_ids=jnp.ones((2, 4), int)), ValueError, "segment_ids must be"),
-        (dict(segment_ids=jnp.ones((2, 9))), TypeError, "segment_ids must be integers"),
-        (dict(x=jnp.ones((2, 9, 3), int)), TypeError, "x must be floating"),
-        (dict(x=jnp.ones((2, 0, 3))), ValueError, "x must be"),
+        (dict(weight=np.ones((4, 2), np.float32)), ValueError, "weight must be"),
+        (dict(bias=np.ones(4, np.float32)), ValueError, "bias must be"),
+        (dict(initial_state=np.ones((2, 4, 3), np.float32)), ValueError, "initial_state must be"),
+        (dict(segment_ids=np.ones((2, 4), np.int32)), ValueError, "segment_ids must be"),
+        (dict(segment_ids=np.ones((2, 9), np.float32)), TypeError, "segment_ids must be integers"),
+        (dict(x=np.ones((2, 9, 3), np.int32)), TypeError, "x must be floating"),
+        (dict(x=np.ones((2, 0, 3), np.float32)), ValueError, "x must be"),
     ],
 )
 def test_errors_name_the_argument(change, error, words):

@@ -276,9 +276,9 @@ def test_dense_kernel_equals_powers_and_their_gradients():
 @pytest.mark.parametrize(
     "error,message,change",
     [
-        (ValueError, r"A must be .* of \(3, 5, 5\)", dict(A=jnp.ones((2, 5, 5)))),
-        (ValueError, "B must be", dict(B=jnp.ones((3, 4)))),
-        (TypeError, "C must be floating", dict(C=jnp.ones((3, 5), jnp.int32))),
+        (ValueError, r"A must be .* of \(3, 5, 5\)", dict(A=np.ones((2, 5, 5), np.float32))),
+        (ValueError, "B must be", dict(B=np.ones((3, 4), np.float32))),
+        (TypeError, "C must be floating", dict(C=np.ones((3, 5), np.int32))),
         (ValueError, "length must be a positive integer", dict(length=0)),
     ],
 )  # fmt: skip
@@ -292,12 +292,13 @@ def test_errors_of_the_dense_kernel(error, message, change):
     "error,message,change",
     [
         (ValueError, "chunk must be a power of 2, got 24", dict(chunk=24)),
-        (ValueError, r"u must be \[B, T, H\].*log_dt's H = 3", dict(u=jnp.zeros((2, 5, 4)))),
-        (TypeError, "u must be floating", dict(u=jnp.zeros((2, 5, 3), jnp.int32))),
+        (ValueError, r"u must be \[B, T, H\].*log_dt's H = 3",
+         dict(u=np.zeros((2, 5, 4), np.float32))),
+        (TypeError, "u must be floating", dict(u=np.zeros((2, 5, 3), np.int32))),
         (ValueError, r"initial_state must be \[B, H, S\] = \(2, 3, 8\)",
-         dict(initial_state=jnp.zeros((2, 3, 4)))),
+         dict(initial_state=np.zeros((2, 3, 4), np.float32))),
         (ValueError, "discretization must be", dict(discretization="euler")),
-        (ValueError, "segment_ids must be", dict(segment_ids=jnp.zeros((2, 3), jnp.int32))),
+        (ValueError, "segment_ids must be", dict(segment_ids=np.zeros((2, 3), np.int32))),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(error, message, change):

@@ -166,6 +166,7 @@ class Unwaited:
         pass
 
 
+@pytest.mark.slow  # test_tpu_all_scan.py has such a twin as well
 def test_a_twin_that_does_not_wait_for_keys_is_seen_as_a_race(monkeypatch):
     real = kernels.pltpu.make_async_remote_copy
     monkeypatch.setattr(
@@ -217,7 +218,7 @@ def test_a_twin_without_the_barrier_is_refused(monkeypatch):
         (dict(D=8), "head dim D=8; 16 to 256"),
         (dict(T=192, balance="zigzag"), "multiples of 128 have a kernel: pad"),
         (dict(dtype=jnp.float16), "bfloat16 and float32"),
-        (dict(bias=jnp.zeros((1, 1, 1, 1024))), "bias has no kernel"),
+        (dict(bias=np.zeros((1, 1, 1, 1024), np.float32)), "bias has no kernel"),
         (dict(mask=masks.BlockSparse(np.ones((8, 8), bool), 128)), "BlockSparse has no kernel"),
         (dict(implementation="xla"), '"pallas" or None'),
         (dict(), "lowered for cpu"),

@@ -316,6 +316,7 @@ def test_gpus_need_an_interpreter_with_the_plugin(monkeypatch, capsys):
     assert "TILESCAN_CUDA_PYTHON" in err and "--python" not in err  # which `plan` does not take
 
 
+@pytest.mark.slow
 def test_another_interpreter_answers_a_request():
     """The process that plans for GPUs, started with this interpreter and a mesh that is wrong."""
     wrong = config_lib.as_dict(config_lib.settings(small("mesh.sequence=3", "data.seq_len=255")))

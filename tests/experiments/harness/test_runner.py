@@ -251,7 +251,7 @@ def test_cells_of_two_jobs_are_measured_in_other_processes_and_timed_ones_alone(
     cores = found[2]["cores"]
     assert found[0]["cores"] == (-(-cores // 2) if cores > 1 else cores)  # a share of its own
     # The same command goes on, and none is measured twice.
-    assert harness.run(make_paper(power_of), config(), tmp_path, jobs=2).kept == ("x0", "x2")
+    assert harness.run(make_paper(power_of), config(), tmp_path).kept == ("x0", "x2")
 
 
 def test_cells_of_one_model_are_a_workers_and_the_last_are_shared():

@@ -236,7 +236,7 @@ def test_a_ring_is_a_loop_whose_memory_does_not_grow_with_the_devices():
         (ring_self_attention, dict(logit_cap=5.0), "sequence_parallel='ring' does"),
         (ring_self_attention, dict(reduction="sum"), "reduce_scatter, all_reduce"),
         (usp_attention, dict(group_size=3), "must divide the 4 devices"),
-        (ring_attention, dict(bias=jnp.zeros((1, 1, 1, 7))), "does not broadcast"),
+        (ring_attention, dict(bias=np.zeros((1, 1, 1, 7), np.float32)), "does not broadcast"),
         (ulysses_attention, dict(mask=masks.Causal() | masks.Prefix(3), ids=True), "under |"),
     ],
 )  # fmt: skip
