@@ -56,9 +56,9 @@ def measure_text(settings: Mapping[str, Any], seed: int, workspace: Workspace) -
     in which alone two programs of the same keys differ.
 
     Returns:
-      {"train_loss": [every logged step], "steps": [which they are], "params", "validation_loss",
-      the last one, and the last test metrics "test_loss", "test_perplexity", "test_accuracy",
-      "test_weight"}.
+      {"train_loss": [every logged step], "steps": [which they are], "params", the last test metrics
+      "test_loss", "test_perplexity", "test_accuracy", "test_weight", and, where there is
+      validation, its last loss "validation_loss"}.
 
     Raises:
       ValueError: an unknown attention.
@@ -71,11 +71,12 @@ def measure_text(settings: Mapping[str, Any], seed: int, workspace: Workspace) -
     final = train(config, workspace.folder)
     rows = metrics(workspace.folder, "train")
     tested = {f"test_{k}": final[f"test/{k}"] for k in ("loss", "perplexity", "accuracy", "weight")}
+    if "validation/loss" in final:
+        tested["validation_loss"] = final["validation/loss"]
     return {
         "steps": [r["step"] for r in rows],
         "train_loss": [r["loss"] for r in rows],
         "params": parameters(config),
-        "validation_loss": final["validation/loss"],
         **tested,
     }
 
