@@ -71,11 +71,20 @@ def training(
 def sharded_training(**changes: Any) -> ConfigDict:
     """Returns the section of a small model that trains on one device and over several.
 
-    Data and seed are the same, sequences are sharded. The keys that a paper must add are devices,
+    Data and seeds are the same, sequences are sharded. The keys that a paper must add are devices,
     seq_len, and those that differ.
     """
     model = dict(n_layers=2, d_model=64, n_heads=4, vocab_size=65, dtypes=("float64", "float32"))
-    return section(**{**model, "batch_size": 4, "steps": 150, "learning_rate": 3e-3, **changes})
+    return section(
+        **{
+            **model,
+            "seeds": (0, 1, 2),
+            "batch_size": 4,
+            "steps": 150,
+            "learning_rate": 3e-3,
+            **changes,
+        }
+    )
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
@@ -86,7 +95,7 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 def smoke_sharded_training(part: ConfigDict, **changes: Any) -> None:
     """Shrinks a `sharded_training` to a model that shows nothing."""
     part.update(n_layers=1, d_model=16, n_heads=2, vocab_size=17, dtypes=("float64",))
-    part.update(batch_size=1, seq_len=32, steps=3, **changes)
+    part.update(batch_size=1, seq_len=32, steps=3, seeds=(0,), **changes)
 
 
 def smoke(config: ConfigDict, *, models: Sequence[str], seeds: Sequence[int] = (0,)) -> None:

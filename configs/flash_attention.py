@@ -57,7 +57,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     )
     # The same small GPT trained with standard and with tiled attention.
     config.curves = section(
-        seeds=(0, 1),
+        seeds=(0, 1, 2),
         train=_training(fractions=(0.97, 0.0, 0.03), batch_size=8, seq_len=256),
     )
     config.curves.train.train.log_every = 1

@@ -48,6 +48,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         model=_model(vocab_size=32, d_model=64, repeats=2, mlp_dim=128),
         losses=LOSSES,
         learning_rates=(3e-3, 3e-4, 3e-4),
+        seeds=(0, 1, 2),
     )
     config.parity.update(length=64, batch_size=16, steps=300, chunks=4, logit_chunk=24)
     config.parity.update(sft_steps=200, sft_learning_rate=3e-3)
@@ -63,7 +64,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         config.counts.update(length=16, counts=(1, 2), repeats=1)
         config.precision.update(length=16, seeds=(0,), chunks=2)
         config.parity.update(losses=("dpo",), learning_rates=(1e-3,), length=16, batch_size=8)
-        config.parity.update(steps=12, sft_steps=12, chunks=2)
+        config.parity.update(steps=12, sft_steps=12, chunks=2, seeds=(0,))
     elif scale == "accelerator":
         large = dict(vocab_size=32_000, d_model=1280, repeats=24, mlp_dim=3456)
         for part in (config.times, config.counts, config.precision):

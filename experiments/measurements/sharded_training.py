@@ -1,6 +1,6 @@
 """Trainings of one small model on one device and with the sequence sharded over several."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,9 @@ import optax
 from ml_collections import ConfigDict
 
 from tilescan.experiments.harness.claims import Verdict, every, listed
-from tilescan.experiments.harness.groups import first
-from tilescan.experiments.harness.records import Record, Records
+from tilescan.experiments.harness.groups import Group, by, first
+from tilescan.experiments.harness.records import Records
+from tilescan.experiments.harness.statistics import Spread, spread
 from tilescan.experiments.harness.tables import MEASURED, Column, Table, columns, table
 from tilescan.experiments.measurements.devices import devices
 from tilescan.experiments.measurements.words import recorded
@@ -22,8 +23,9 @@ from tilescan.training.train import sharded_init
 
 PARITY = 1e-4  # how far losses over devices may be from those of one
 ALL_STEPS = {"max abs. difference from one device": None}
-DEVICES = Column("devices", of=lambda r: str(r.settings["parts"]))
-DTYPE = Column("dtype", of=lambda r: r.settings["dtype"])
+# Of a group of records that differ in their seeds.
+DEVICES = Column("devices", of=lambda group: str(group.first.settings["parts"]))
+DTYPE = Column("dtype", of=lambda group: group.first.settings["dtype"])
 
 
 def training_settings(section: ConfigDict, *, masked: bool = False, **model: Any) -> dict[str, Any]:
@@ -110,6 +112,8 @@ def parity(
 ) -> dict[Any, float]:
     """Returns {value of a setting: max abs. difference of its losses from those of one device}.
 
+    The largest of all seeds.
+
     Args:
       records: of all kinds.
       dtype: of the trainings to compare.
@@ -117,13 +121,14 @@ def parity(
       steps: the first so many alone; None: all.
     """
     found = records.select(kind="training", dtype=dtype)
-    alone = found.one(parts=1)
     curve = lambda r: r.result["losses"][:steps]
-    return {
-        r.settings[setting]: max(abs(a - b) for a, b in zip(curve(r), curve(alone), strict=True))
-        for r in sorted(found, key=lambda r: r.settings[setting])
-        if alone is not None and r is not alone
-    }
+    alone = {r.seed: curve(r) for r in found.select(parts=1)}
+    apart: dict[Any, float] = {}
+    for r in sorted(found, key=lambda r: r.settings[setting]):
+        if r.settings["parts"] != 1 and r.seed in alone:
+            most = max(abs(a - b) for a, b in zip(curve(r), alone[r.seed], strict=True))
+            apart[r.settings[setting]] = max(most, apart.get(r.settings[setting], 0.0))
+    return apart
 
 
 def same_losses(records: Records) -> Verdict:
@@ -132,7 +137,7 @@ def same_losses(records: Records) -> Verdict:
     evidence = listed(double, "{1:.1e} on {0}"), listed(single, "{1:.1e} on {0} in float32")
     return Verdict(
         f"with a float64 model the losses of all steps are within {PARITY:g} of those of one "
-        "device, on every number of devices",
+        "device, on every number of devices, for every seed",
         every(error <= PARITY for error in double.values()),
         ", ".join(text for text in evidence if text),
     )
@@ -148,7 +153,7 @@ def training_table(
     differences: Mapping[str, int | None] = ALL_STEPS,
     setting: str = "parts",
 ) -> Table:
-    """Returns the table of first and last losses, and of differences from one device.
+    """Returns the table of first and last losses, and of the largest differences from one device.
 
     Args:
       records: of all kinds.
@@ -159,19 +164,20 @@ def training_table(
       setting: see `parity`.
     """
 
-    def difference(r: Record, steps: int | None) -> float | None:
-        return parity(records, r.settings["dtype"], setting, steps).get(r.settings[setting])
+    def difference(group: Group, steps: int | None) -> float | None:
+        dtype, value = group.key
+        return parity(records, dtype, setting, steps).get(value)
+
+    def loss(step: int) -> Callable[[Group], Spread | None]:
+        return lambda group: spread([r.result["losses"][step] for r in group.records])
 
     trained = records.select(kind="training")
-    losses = {
-        "first loss": lambda r: r.result["losses"][0],
-        "last loss": lambda r: r.result["losses"][-1],
-    }
-    off = {name: lambda r, n=n: difference(r, n) for name, n in differences.items()}
+    losses = {"first loss": loss(0), "last loss": loss(-1)}
+    off = {name: lambda group, n=n: difference(group, n) for name, n in differences.items()}
     shown = [*labels, *columns(MEASURED, losses, digits=5), *columns(MEASURED, off)]
     about = first(
         trained,
         "{model[repeats]} layers of width {model[d_model]}" + details + "; {batch} sequences of "
-        "{length} tokens of a Markov chain, {steps} steps. ",
+        "{length} tokens of a Markov chain, {steps} steps; differences: the largest of all seeds. ",
     )
-    return table("training", title, trained, shown, about + note)
+    return table("training", title, by(trained, "dtype", setting), shown, about + note)

@@ -71,7 +71,7 @@ def cells(config: ConfigDict) -> list[Cell]:
     linformer = {"way": ("linformer", "ring_self_attention"), "devices": c.linformer.devices}
     crossed = {"devices": c.crossover.devices, "tokens": c.crossover.tokens}
     trained = {"dtype": c.training.dtypes, "parts": (1, c.training.devices)}
-    seconds = 5 + c.training.steps / 10
+    each = {"seconds": 5 + c.training.steps / 10, "seeds": c.training.seeds}
     return [
         *sweep("exactness-N{devices}", exactness, exact, seconds=10, devices=c.exactness.devices),
         *sweep("traffic-N{devices}", traffic, sent | width, seconds=12, devices=c.traffic.devices),
@@ -90,7 +90,7 @@ def cells(config: ConfigDict) -> list[Cell]:
         *sweep(
             "crossover-N{devices}-BL{tokens}", crossover, {"kind": "crossover", **width}, **crossed
         ),
-        *sweep("training-{dtype}-N{parts}", train, guess, seconds=seconds, **trained),
+        *sweep("training-{dtype}-N{parts}-seed{seed}", train, guess, **each, **trained),
     ]
 
 

@@ -42,9 +42,10 @@ def cells(config: ConfigDict) -> list[Cell]:
             "precision-seed{seed}", precision, precise, seeds=config.precision.seeds, seconds=25
         ),
         *sweep(  # table 7: losses of trainings by plain and by streamed gradients
-            "parity-{loss}",
+            "parity-{loss}-seed{seed}",
             parity,
             lambda loss: {**training, "learning_rate": rates[loss]},
+            seeds=trained.seeds,
             seconds=30,
             loss=trained.losses,
         ),

@@ -39,7 +39,8 @@ def cells(config: ConfigDict) -> list[Cell]:
     gpt = recorded(c.memory, "n_layers", "d_model", "n_heads", "vocab_size", "unit")
     fits = recorded(c.memory, "gib", "tolerance", kind="longest", **gpt)
     model = {"n_heads": c.training.n_heads, "sequence_parallel": "ulysses"}
-    same, seconds = training_settings(c.training, **model), 5 + c.training.steps / 10
+    same = training_settings(c.training, **model)
+    each = {"seconds": 5 + c.training.steps / 10, "seeds": c.training.seeds}
     kinds = {"attention": c.exactness.kinds, "devices": c.exactness.devices}
     sizes = {"devices": sorted({n for n, _ in points}), "length": sorted({x for _, x in points})}
     listed = lambda devices, length: (devices, length) in points
@@ -49,7 +50,7 @@ def cells(config: ConfigDict) -> list[Cell]:
         *sweep("exactness-{attention}-P{devices}", exactness, exact, seconds=4, **kinds),
         *sweep("traffic-P{devices}-N{length}", traffic, layer, seconds=10, where=listed, **sizes),
         *sweep("longest-{way}-P{devices}", longest, fits, seconds=25, **ways),
-        *sweep("training-{dtype}-P{parts}", train, same, seconds=seconds, where=trained, **runs),
+        *sweep("training-{dtype}-P{parts}-seed{seed}", train, same, where=trained, **each, **runs),
     ]
 
 

@@ -45,7 +45,7 @@ def cells(config: ConfigDict) -> list[Cell]:
     shared = lambda dtype, schedule: model(schedule, c.training.devices)
     # Schedules differ in their rounding alone, which float64 hides; one shows its growth.
     trained = lambda dtype, schedule: dtype == dtypes[0] or schedule == kinds[0]
-    seconds = 5 + c.training.steps / 10
+    each = {"seconds": 5 + c.training.steps / 10, "seeds": c.training.seeds}
 
     # Settings that all points of a sweep share, and the axes.
     shape = ("seq_len", "n_heads", "head_dim")
@@ -58,9 +58,9 @@ def cells(config: ConfigDict) -> list[Cell]:
         *sweep("exactness-P{devices}", exactness, exact, seconds=cost, devices=c.exactness.devices),
         *sweep("traffic-P{devices}", traffic, sent, seconds=20, devices=c.traffic.devices),
         *sweep("blocks-P{devices}-K{blocks}", all_scan, state, seconds=0.5, **c.blocks),
-        *sweep("training-{dtype}-one-device", train, alone, seconds=seconds, dtype=dtypes),
+        *sweep("training-{dtype}-one-device-seed{seed}", train, alone, dtype=dtypes, **each),
         *sweep(
-            "training-{dtype}-{schedule}", train, shared, seconds=seconds, where=trained, **runs
+            "training-{dtype}-{schedule}-seed{seed}", train, shared, where=trained, **each, **runs
         ),
     ]
 

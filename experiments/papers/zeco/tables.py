@@ -22,7 +22,9 @@ KINDS = {
 }
 SOFTMAX = {"ring": "ring attention", "ulysses": "Ulysses"}
 TIMES = {"primitive": PRIMITIVE, "operator": OPERATOR}
-SCHEDULE = Column("schedule", of=lambda r: KINDS.get(r.settings["schedule"], "one device"))
+SCHEDULE = Column(
+    "schedule", of=lambda group: KINDS.get(group.first.settings["schedule"], "one device")
+)
 EARLY = 20  # steps before rounding has grown much
 
 

@@ -102,7 +102,7 @@ def test_preference_losses_start_from_one_model():
     for cell in cells.cells(papers.load_config("stream_bp", "cpu")):
         if cell.settings.get("loss") in ("grpo", "dpo") and cell.settings["kind"] == "parity":
             training.sft_model(cell.settings, cell.seed, Asked())
-    assert len(asked) == 2 and len(set(asked)) == 1
+    assert len(asked) == 6 and len(set(asked)) == 3  # one for both losses of each seed
 
 
 def lengths(loss, **found):
@@ -167,8 +167,9 @@ def test_errors_and_losses_can_refute():
     assert status(precise(1e-6, 0.03), "no worse in bfloat16") == "not shown"
 
     def trained(largest):
-        result = {"plain": [1.0], "largest_difference": largest}
-        return [record("parity", result, loss="dpo")]
+        """Of two seeds, whose first is worse."""
+        seeds = [{"plain": [1.0], "largest_difference": x} for x in (largest, largest / 2)]
+        return [record("parity", result, loss="dpo") for result in seeds]
 
     assert status(trained(0.003), "same training losses, DPO") == "shown"
     assert status(trained(0.005), "same training losses, DPO") == "not shown"

@@ -1,5 +1,7 @@
 """Ulysses' experiments: what its cells count, and what its claims say of numbers."""
 
+import dataclasses
+
 import pytest
 
 from tilescan.experiments.harness import registry as papers
@@ -124,9 +126,19 @@ def test_exactness_and_training_can_refute():
     exact = lambda e: [record("exactness", {"output": e, "gradients": 0.0}, attention="full")]
     assert status(exact(1e-6), "any attention is exact") == "shown"
     assert status(exact(1e-4), "any attention is exact") == "not shown"
-    trained = lambda apart: [
-        record("training", {"losses": [2.0, 1.0]}, parts=1, dtype="float64"),
-        record("training", {"losses": [2.0, 1.0 + apart]}, parts=8, dtype="float64"),
-    ]
-    assert status(trained(1e-6), "training is the same") == "shown"
-    assert status(trained(1e-3), "training is the same") == "not shown"
+
+    def trained(*apart):
+        """Of seeds whose losses over devices are so far apart from one device's."""
+        runs = [(seed, parts) for seed in range(len(apart)) for parts in (1, 8)]
+        losses = lambda seed, parts: [2.0 + seed, 1.0 + (parts > 1) * apart[seed]]
+        return [
+            dataclasses.replace(
+                record("training", {"losses": losses(*run)}, parts=run[1], dtype="float64"),
+                seed=run[0],
+            )
+            for run in runs
+        ]
+
+    assert status(trained(1e-6, 1e-6), "training is the same") == "shown"
+    assert status(trained(1e-6, 1e-3), "training is the same") == "not shown"
+    assert status(trained(1e-3, 1e-6), "training is the same") == "not shown"
