@@ -45,7 +45,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     # in trials by validation with a seed of their own.
     config.text = section(models=MODELS, layers=4, d_model=96, n_heads=4, seeds=(2, 3, 4))
     config.text.trials = section(rates=(1e-3, 3e-3, 1e-2), seeds=(0,), steps=300)
-    config.text.learning_rates = dict.fromkeys(MODELS, 3e-3)
+    config.text.learning_rates = {"attention": 3e-3, "s4d": 1e-2, "h3": 1e-2, "hybrid": 1e-2}
     schedule = dict(steps=1000, learning_rate=3e-3, batch_size=8, eval_batches=32, seq_len=256)
     shakespeare = dict(sources=("shakespeare",), tokenizer="byte", fractions=(0.8, 0.1, 0.1))
     config.text.train = training(**schedule, **shakespeare)
