@@ -42,7 +42,12 @@ def copy_cells(c: ConfigDict) -> list[Cell]:
 
     def settings(n_max: int, model: str) -> dict[str, Any]:
         options = {"max_length": n_max}
-        return {"kind": "copy", "task": "copy", "options": options, **trained(models[model], c)}
+        return {
+            "kind": "copy",
+            "task": "copy",
+            "options": options,
+            **trained(models[model], c.train),
+        }
 
     def name(n_max: int, model: str, seed: int) -> str:
         label = model.replace(" ", "").replace(",", "-").replace("(", "-").replace(")", "")
@@ -70,7 +75,7 @@ def dp_cells(c: ConfigDict) -> list[Cell]:
             "label": f"{title}, {'with steps' if steps_written else 'direct'}",
             "local": local,
             "options": {**options, "steps": steps_written},
-            **trained(models[model], c),
+            **trained(models[model], c.train[task]),
         }
 
     def name(task: str, steps_written: bool, model: str, seed: int) -> str:
@@ -103,11 +108,11 @@ def mamba(section: ConfigDict, kind: str, state_dim: int, width: int = 0) -> dic
     return keys | heads if kind == "mamba2" else keys
 
 
-def trained(keys: dict[str, Any], section: ConfigDict) -> dict[str, Any]:
+def trained(keys: dict[str, Any], training: ConfigDict) -> dict[str, Any]:
     """Returns the settings of a model's training, and the size of the state of all its layers.
 
     The size is None for attention, whose cache grows.
     """
     mixer = keys["model.pattern"][0]
     size = None if mixer == "attention" else state_size(keys)
-    return {"state_numbers": size, "train": {**keys, **flat(section.train[mixer])}}
+    return {"state_numbers": size, "train": {**keys, **flat(training[mixer])}}
