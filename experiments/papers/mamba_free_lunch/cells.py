@@ -82,8 +82,20 @@ def dp_cells(c: ConfigDict) -> list[Cell]:
         short = model.split()[0].rstrip(",")
         return f"{task}-{'steps' if steps_written else 'direct'}-{short}-seed{seed}"
 
-    axes = {"task": c.problems, "steps_written": c.steps_written, "model": tuple(models)}
-    return sweep(name, measure_task, settings, seeds=c.seeds, seconds=30, **axes)
+    axes = {"steps_written": c.steps_written, "model": tuple(models)}
+    return [
+        cell
+        for task in c.problems
+        for cell in sweep(
+            name,
+            measure_task,
+            settings,
+            seeds=c.seeds if problems[task][2] else (*c.seeds, *c.more_seeds),
+            seconds=30,
+            task=(task,),
+            **axes,
+        )
+    ]
 
 
 def transformer(section: ConfigDict) -> dict[str, Any]:
