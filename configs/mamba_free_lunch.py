@@ -13,8 +13,8 @@ on strings of 16, local steps and an LIS of 10 (half solved in 1,200 steps; here
 of Mamba-2 on strings of 6 (2e-3) and of 16 (4e-3: nothing learned in 300 steps).
 
 What to expect at scale cpu: both solve a problem whose steps are local; the Transformer copies 16
-letters, a small state does not, a larger one with most seeds, all later. What needs a look far back
-is not solved within these steps.
+letters, a small state does not, a larger one with most seeds, all later. Steps that look far back
+are right more often with the Transformer.
 """
 
 from ml_collections import ConfigDict

@@ -60,7 +60,6 @@ def claims(records: Records) -> list[Claim]:
                 {family: exact(_family(far, family)) for family in ("Transformer", "Mamba")},
                 least=100 * SOLVED,
             ),
-            why="the Transformer's validation still rises as its 1,500 steps, the most tried, end",
         ),
         *map(law, records.kind("score")),
         not_run(
