@@ -98,7 +98,9 @@ def _after(entry: Mapping[str, Any], old: Mapping[str, Any] | None) -> dict[str,
     if old is None:
         return dict(entry)
     then = {key: old[key] for key in ("criterion", "since", "commit")}
-    return {**entry, "before": [*old.get("before", ()), then]}
+    # What stood in between, in the folder of a run that went on after a change.
+    later = [e for e in entry.get("before", ()) if e["criterion"] != old["criterion"]]
+    return {**entry, "before": [*old.get("before", ()), then, *later]}
 
 
 def begin(

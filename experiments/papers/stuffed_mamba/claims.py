@@ -180,9 +180,9 @@ def larger_needs_longer(records: Records) -> Verdict:
             f"{slope:.0f} tokens per million (95% interval {low:.0f} to {high:.0f}), R^2 {r2:.2f}"
         )
     return Verdict(
-        "its mean over seeds (by the criterion of collapse, each seed against its control) does "
-        "not fall with the state, and the slope of the straight line "
-        "through all seeds has a 95% interval above 0",
+        "its mean over seeds (by the criterion of collapse on the stream, of losses beyond the "
+        "training length) does not fall with the state, and the slope of the straight line through "
+        "all seeds has a 95% interval above 0",
         holds,
         evidence,
         effect,

@@ -74,6 +74,15 @@ def test_a_criterion_is_as_old_as_the_run_that_began_with_it(ledger, tmp_path):
     assert dated({}, [claim("y > 5")], LATE, begun=begun)[FOLDER]["grows"]["since"] == LATE
 
 
+def test_what_stood_while_a_run_measured_is_kept(ledger, tmp_path):
+    """Between what was published before and what is published now."""
+    for now, text in ((EARLY, "y > 1"), (EARLY, "y > 2"), (LATE, "y > 3")):
+        criteria.begin(tmp_path, FOLDER, [claim(text)], now, "c")
+    begun = criteria.load(tmp_path)
+    new = dated(ledger, [claim("y > 3")], LATE, begun=begun)[FOLDER]["grows"]
+    assert [entry["criterion"] for entry in new["before"]] == ["y > 1", "y > 2"]
+
+
 def test_a_claim_is_marked_if_its_criterion_is_younger_than_a_record(ledger):
     before, between, after = (f"2026-01-0{day}T09:00:00+00:00" for day in (1, 2, 3))
     assert late(ledger, between, "y > 1") == ""
