@@ -84,8 +84,8 @@ def _dynamic_programming(dp: Records) -> Table:
         [Column("task", of=lambda g: g.key), *columns(MEASURED, of_models, "%")],
         f"All steps and the answer must be right{'; direct, the answer alone' * direct}. The rate "
         "is the model's of copying (the paper's a sweep each). At scale cpu the LIS first had "
-        "1,500 steps and three seeds, by which the Transformer did not solve it; 3,000 steps, then two "
-        "seeds more, were decided on after these.",
+        "1,500 steps and three seeds, by which the Transformer did not solve it; 3,000 steps, then "
+        "two seeds more, were decided on after these.",
     )
 
 
