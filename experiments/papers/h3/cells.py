@@ -5,22 +5,26 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tilescan.configs.common import flat
+from tilescan.configs.common import flat, set_steps
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.measurements.long_convolutions import compare_convolutions
 from tilescan.experiments.measurements.training import measure_task, measure_text
+from tilescan.training.optimizers import state_space_groups
 
 
 def cells(config: ConfigDict) -> list[Cell]:
     """Returns all measurements of the config."""
     languages, mqar, text, speed = config.languages, config.mqar, config.text, config.speed
 
-    def language(task: str, protocol: str, model: str) -> dict[str, Any]:
+    def language(task: str, model: str) -> dict[str, Any]:
+        options = languages.tasks[task].to_dict()
+        keys = model_keys(model, 2, languages.d_model, 1, position=languages.position)
         return {
             "kind": "language",
-            "options": {**languages.tasks[task].to_dict(), "answer_only": protocol == "answer"},
+            "options": options,
+            "protocol": "answer" if options["answer_only"] else "all",
             "train_examples": languages.train_examples,
-            "train": {**model_keys(model, 2, languages.d_model, 1), **flat(languages.train)},
+            "train": {**keys, **optimized(model, languages.train)},
         }
 
     def recall(pairs: int, model: str) -> dict[str, Any]:
@@ -28,30 +32,53 @@ def cells(config: ConfigDict) -> list[Cell]:
             "kind": "mqar",
             "task": "multi_query_recall",
             "options": {"length": mqar.length, "pairs": pairs, "vocab_size": mqar.vocab_size},
-            "train": {**model_keys(model, 2, mqar.d_model, 1), **flat(mqar.train)},
+            "train": {**model_keys(model, 2, mqar.d_model, 1), **optimized(model, mqar.train)},
         }
 
-    def language_model(model: str) -> dict[str, Any]:
+    def language_model(model: str, rate: float, **train: int) -> dict[str, Any]:
         keys = model_keys(model, text.layers, text.d_model, text.n_heads)
-        return {"kind": "text", "train": {**keys, **flat(text.train)}}
+        schedule = text.train.copy_and_resolve_references()
+        schedule.optimizer.learning_rate = rate
+        if train:
+            set_steps(schedule, **train)
+        return {"kind": "text", "train": {**keys, **optimized(model, schedule)}}
+
+    def trial(model: str, rate: float) -> dict[str, Any]:
+        return {**language_model(model, rate, steps=text.trials.steps), "kind": "rate"}
 
     def trained(part: ConfigDict, seconds: float, **axes: Sequence[Any]) -> dict[str, Any]:
         return {"seeds": part.seeds, "seconds": seconds, **axes, "model": part.models}
 
     fixed = {k: v for k, v in speed.items() if k != "lengths"} | {"kind": "speed"}
-    both = {"task": tuple(languages.tasks), "protocol": languages.protocols}
-    of_language = trained(languages, 25, **both)
+    of_language = trained(languages, 130, task=tuple(languages.tasks))
+    chosen = lambda model: language_model(model, text.learning_rates[model])
+    rates = {"model": text.models, "rate": text.trials.rates, "seeds": text.trials.seeds}
     name = "-{model}-seed{seed}"
     return [
         *sweep("speed-T{length}", compare_convolutions, fixed, length=speed.lengths, seconds=3),
-        *sweep("mqar{pairs}" + name, measure_task, recall, **trained(mqar, 30, pairs=mqar.pairs)),
-        *sweep("{task}-{protocol}" + name, measure_task, language, **of_language),
-        *sweep("text" + name, measure_text, language_model, **trained(text, 60)),
+        *sweep("{task}" + name, measure_task, language, **of_language),
+        *sweep("mqar{pairs}" + name, measure_task, recall, **trained(mqar, 200, pairs=mqar.pairs)),
+        *sweep("rate-{model}-{rate:g}-seed{seed}", measure_text, trial, seconds=60, **rates),
+        *sweep("text" + name, measure_text, chosen, **trained(text, 200)),
     ]
 
 
-def model_keys(model: str, layers: int, width: int, heads: int) -> dict[str, Any]:
+def optimized(model: str, train: ConfigDict) -> dict[str, Any]:
+    """Returns the training keys of a section, with state spaces in groups of their own."""
+    mixer = {"hybrid": "h3"}.get(model, model)
+    if mixer == "attention":
+        return flat(train)
+    fixed = {"pattern": r"(^|/)(scale|bias)$", "lr_multiplier": 1.0, "weight_decay": 0.0}
+    groups = state_space_groups(mixer, train.optimizer.learning_rate)
+    return {**flat(train), "optimizer.groups": (fixed, *groups)}
+
+
+def model_keys(
+    model: str, layers: int, width: int, heads: int, position: str = "rope"
+) -> dict[str, Any]:
     """Returns the training keys of a model of so many layers, each a mixer and an MLP.
+
+    Attention alone has positions, of that kind.
 
     A hybrid's second layer attends; it learns of positions through the state spaces. The S4D of
     table 2 has no gate.
@@ -65,6 +92,6 @@ def model_keys(model: str, layers: int, width: int, heads: int) -> dict[str, Any
         "model.n_heads": heads,
         "model.mlp": "gelu",
         "model.norm": "layernorm",
-        "model.position": "rope" if model == "attention" else "none",
+        "model.position": position if model == "attention" else "none",
         **({"model.mixers.s4d.output": "linear"} if model == "s4d" else {}),
     }
