@@ -5,7 +5,7 @@
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing
-  cpu          about 17 minutes on 2 cores; memory at the shapes of Qwen3-4B, times of a small model
+  cpu          about 20 minutes on 2 cores; memory at the shapes of Qwen3-4B, times of a small model
   accelerator  half a billion parameters on one GPU or TPU of 80 GB: about an hour
 
 Memory is what the compiler plans, so that lengths that would need 40 GB are searched on a laptop.

@@ -5,7 +5,7 @@
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing
-  cpu          about an hour on 2 cores
+  cpu          a bit over an hour on 2 cores with --jobs=2
   accelerator  the paper's six sizes at its training lengths: days on one GPU or TPU
 
 Each model is trained once; cells read it, ask it for a passkey, and try mitigations on it. Training

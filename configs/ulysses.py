@@ -5,7 +5,7 @@
 
 Scales:
   smoke        seconds; a few devices, tiny sizes
-  cpu          about eight minutes on 2 cores; programs are compiled, not run, for up to 64 devices
+  cpu          about ten minutes on 2 cores; programs are compiled, not run, for up to 64 devices
                at the width of a GPT of 1.2B; what runs, on up to 8 virtual devices, is small
   accelerator  as cpu, with longer trainings
 

@@ -5,7 +5,7 @@
 
 Scales:
   smoke        seconds; a few devices, tiny sizes
-  cpu          about five minutes on 2 cores; programs are compiled, not run, for up to the paper's
+  cpu          about ten minutes on 2 cores; programs are compiled, not run, for up to the paper's
                256 devices at its shapes (8,192 tokens a device, 32 heads of 128); what runs, on up
                to 8 virtual devices, is small
   accelerator  as cpu, with longer trainings

@@ -203,26 +203,6 @@ def judge_collapse(losses: list[float], width: int, train_length: int) -> Collap
     return Collapse(max(ratios), bool(over), position)
 
 
-def loss_ratio(losses: Sequence[float], within: int, read: int | None = None) -> float:
-    """Returns the mean loss beyond the first `within` buckets over that in their second half.
-
-    A mean over buckets, where `judge_collapse` takes the greatest one: of many buckets with few
-    tokens each that is the noisiest. The first half is left out: with little to recall its loss is
-    nearly 0, whatever the model.
-
-    Args:
-      losses: by position, means over buckets.
-      within: buckets within the training length.
-      read: buckets that count in all; None: every one.
-
-    Raises:
-      ValueError: none of the losses lies within, or none beyond.
-    """
-    if not 0 < within < len(losses[:read]):
-        raise ValueError(f"{len(losses[:read])} buckets have none beyond the first {within}")
-    return float(np.mean(losses[within:read]) / np.mean(losses[within // 2 : within]))
-
-
 def kept_by_top(first_token: Sequence[float]) -> float:
     """Returns the mean share of the first token that the TOP of the heads keep, by its logarithm.
 

@@ -77,17 +77,14 @@ def _collapse(readings: Records, name: str, title: str) -> Table:
         f"same buckets of positions. From {COLLAPSE:g} times the control's and as many times the "
         "loss before T on a model collapses; the paper's factor is the same, of the greatest "
         "losses. All training lengths see as many tokens. The rate was chosen after a pilot of "
-        "seeds 0 and 1 with an earlier version of the "
-        "task, which was not kept.",
+        "seeds 0 and 1 with an earlier version of the task, which was not kept.",
     )
 
 
 def _laws(records: Records) -> Table:
     stream, safe = records.select(kind=STREAM, carry=1), q.safe_lengths(records)
-    longest, recalled = (
-        max(stream.values("train_length"), default=0),
-        of_record.recall_lengths(q.recalls(records)),
-    )
+    longest = max(stream.values("train_length"), default=0)
+    recalled = of_record.recall_lengths(q.recalls(records))
 
     def listed(group: Group) -> str | None:
         found = [f"> {longest}" if math.isinf(x) else str(x) for x in safe.get(group.key, ())]

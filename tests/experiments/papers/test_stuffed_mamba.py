@@ -186,10 +186,13 @@ def test_the_untrained_model_is_that_of_the_seed():
     assert any((a != b).any() for a, b in leaves)
 
 
-def test_means_judge_a_loss_and_the_tenth_of_the_heads():
-    assert state_collapse.loss_ratio([1.0, 2.0, 2.0, 8.0, 99.0], 2, 4) == 2.5
-    with pytest.raises(ValueError, match="none beyond the first 2"):
-        state_collapse.loss_ratio([1.0, 1.0, 5.0], 2, 2)
+def test_a_loss_rises_from_the_second_half_of_the_training_length():
+    settings = dict(train_length=8, width=4, times=2)
+    reading = Record("", "", "", settings, 0, {"loss": [1.0, 2.0, 2.0, 8.0, 99.0]}, 1.0, {})
+    assert collapse_readings.rise_of(reading) == 2.5
+
+
+def test_means_judge_the_tenth_of_the_heads():
     shares = np.arange(1, 21) / 20
     assert state_collapse.kept_by_top(np.log(shares)) == pytest.approx(0.975)
     assert state_collapse.kept_by_top(np.log(shares[:4])) == pytest.approx(0.2)
