@@ -80,8 +80,7 @@ def _cells_of(config: ConfigDict, kind: str) -> list[Cell]:
     ):
         point = dict(size=size, state_dim=m.state_dim, train_length=length, carry=carry)
         of_point = lambda point=point, **other: point == other
-        seeds = (*section.seeds, *section.more_seeds)
-        made += make(mitigate, 60, of_point, seeds, candidates=tried, **options)
+        made += make(mitigate, 60, of_point, section.mitigated_seeds, candidates=tried, **options)
     return made
 
 
