@@ -46,6 +46,9 @@ def cells(config: ConfigDict) -> list[Cell]:
     def trial(model: str, rate: float) -> dict[str, Any]:
         return {**language_model(model, rate, steps=text.trials.steps), "kind": "rate"}
 
+    def final(model: str, rate: float) -> dict[str, Any]:
+        return {**language_model(model, rate), "kind": "final"}
+
     def trained(part: ConfigDict, seconds: float, **axes: Sequence[Any]) -> dict[str, Any]:
         return {"seeds": part.seeds, "seconds": seconds, **axes, "model": part.models}
 
@@ -53,12 +56,16 @@ def cells(config: ConfigDict) -> list[Cell]:
     of_language = trained(languages, 130, task=tuple(languages.tasks))
     chosen = lambda model: language_model(model, text.learning_rates[model])
     rates = {"model": text.models, "rate": text.trials.rates, "seeds": text.trials.seeds}
+    pairs = [(model, rate) for model in text.models for rate in text.finals.rates.get(model, ())]
+    finals = dict(seeds=text.finals.seeds, where=lambda model, rate: (model, rate) in pairs)
+    finals |= {"model": text.models, "rate": sorted({rate for _, rate in pairs})}
     name = "-{model}-seed{seed}"
     return [
         *sweep("speed-T{length}", compare_convolutions, fixed, length=speed.lengths, seconds=3),
         *sweep("{task}" + name, measure_task, language, **of_language),
         *sweep("mqar{pairs}" + name, measure_task, recall, **trained(mqar, 200, pairs=mqar.pairs)),
         *sweep("rate-{model}-{rate:g}-seed{seed}", measure_text, trial, seconds=60, **rates),
+        *sweep("final-{model}-{rate:g}-seed{seed}", measure_text, final, seconds=200, **finals),
         *sweep("text" + name, measure_text, chosen, **trained(text, 200)),
     ]
 

@@ -98,7 +98,7 @@ def test_state_spaces_train_in_groups_of_their_own_and_attention_has_learned_pos
 def test_rates_of_text_are_those_that_were_better_in_trials():
     found = records.load(pathlib.Path("results/h3/cpu"))
     trials = {}
-    for record in found.kind("rate"):
+    for record in found.kind("final"):
         key = record.settings["model"]
         trials.setdefault(key, {})[record.settings["rate"]] = record.result["validation_loss"]
     for record in found.kind("text"):
