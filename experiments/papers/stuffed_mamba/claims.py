@@ -45,11 +45,6 @@ WHY_TEXT = (
     "control's; the largest model tried has 35,072 state elements and read half a million bytes, "
     "the paper's smallest 0.8M"
 )
-WHY_LARGER = (
-    "the line rises, but not from each state to the next: the two largest differ by less than the "
-    "grid of lengths tells; the largest tried has 69,376 elements, an eleventh of the paper's "
-    "smallest"
-)
 WHY_HEADS = (
     "rows of 8 tokens teach heads to forget: those that keep most keep less than before training"
 )
@@ -82,7 +77,6 @@ def claims(records: Records) -> list[Claim]:
             "larger states need longer training",
             "The smallest training length without collapse grows linearly with the state.",
             larger_needs_longer(records),
-            why=WHY_LARGER,
         ),
         *(
             claim(
