@@ -16,10 +16,10 @@ articles, read byte by byte.
 
 What to expect at scale cpu: models of the largest state that were trained on 8 tokens collapse
 beyond them, those of 48 do not; the safe length grows with the state, as does the distance of
-recall; all mitigations but half a step and the carried state take most of the excess away. Text does
-not collapse at these sizes, and no head keeps more of the first token than before. With the seeds 5
-to 7, read before the criterion was what it is, the safe length did not grow from each state to the
-next (8, 8, 21 and 16 tokens).
+recall; all mitigations but half a step and the carried state take most of the excess away. Text
+does not collapse at these sizes, and no head keeps more of the first token than before. With the
+seeds 5 to 7, read before the criterion was what it is, the safe length did not grow from each state
+to the next (8, 8, 21 and 16 tokens).
 """
 
 from ml_collections import ConfigDict
