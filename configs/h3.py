@@ -21,18 +21,21 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config = paper("h3", scale)
     # Table 2: two synthetic languages, two layers of width 32, 5000 examples again and again. The
     # induction head is trained on the answer alone: on all tokens the paper takes 400 epochs.
-    # Seeds 0 and 1 were pilots.
+    # Seeds 0 and 1 were pilots. Associative recall first had 40 epochs of seeds 2 to 4.
     config.languages = section(
         models=("attention", "s4d", "h3"),
         tasks={
             "induction": {"length": 30, "vocab_size": 20, "answer_only": True},
             "associative_recall": {"length": 20, "vocab_size": 10, "answer_only": False},
         },
+        runs={
+            "induction": {"epochs": 40, "seeds": (2, 3, 4)},
+            "associative_recall": {"epochs": 120, "seeds": (5, 6, 7)},
+        },
         d_model=32,
         position="learned",  # of attention
         train_examples=5000,
-        seeds=(2, 3, 4),
-        train=training(steps=40 * (5000 // 32), learning_rate=2e-3, batch_size=32, eval_batches=16),
+        train=training(steps=1, learning_rate=2e-3, batch_size=32, eval_batches=16),
     )
     # Multi-query associative recall, new examples at every step.
     config.mqar = section(models=("attention", "s4d", "h3"), pairs=(4,), length=16, vocab_size=64)
@@ -41,13 +44,13 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         seeds=(2, 3, 4),
         train=training(steps=6000, learning_rate=1e-3, batch_size=32, eval_batches=16),
     )
-    # Table 3: language models of equal steps on real text, each at the rate that was best for it by
-    # validation, with a seed of its own: short trials of all, and of the two best as long as runs.
+    # Table 3: language models of equal steps on real text, each at the rate that was better for it
+    # by validation, of two, with a seed of their own. Of three in pilots of 300 steps the third was
+    # worst: 1e-2 of attention, 1e-3 of the others.
     config.text = section(models=MODELS, layers=4, d_model=96, n_heads=4, seeds=(2, 3, 4))
-    config.text.trials = section(rates=(1e-3, 3e-3, 1e-2), seeds=(0,), steps=300)
     slow, fast = (1e-3, 3e-3), (3e-3, 1e-2)
-    config.text.finals = section(seeds=(0,))
-    config.text.finals.rates = {"attention": slow, "s4d": fast, "h3": fast, "hybrid": fast}
+    config.text.trials = section(seeds=(0,))
+    config.text.trials.rates = {"attention": slow, "s4d": fast, "h3": fast, "hybrid": fast}
     config.text.learning_rates = {"attention": 3e-3, "s4d": 1e-2, "h3": 1e-2, "hybrid": 1e-2}
     schedule = dict(steps=1000, learning_rate=3e-3, batch_size=8, eval_batches=32, seq_len=256)
     shakespeare = dict(sources=("shakespeare",), tokenizer="byte", fractions=(0.8, 0.1, 0.1))
@@ -59,15 +62,17 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     if scale == "smoke":
         smoke(config, models=("h3",))
         config.languages.train_examples = 16
+        for run in config.languages.runs.values():
+            run.update(epochs=4, seeds=(0,))
         config.mqar.update(pairs=(2,), length=16, vocab_size=32)
         config.text.update(layers=2, n_heads=2)
-        config.text.trials.update(rates=(1e-3,), steps=2)
-        config.text.finals.rates = {"h3": (1e-3,)}
+        config.text.trials.rates = {"h3": (1e-3,)}
         config.speed.update(lengths=(64,), channels=8, head_dim=4, repeats=1)
     elif scale == "accelerator":
         for task in config.languages.tasks.values():
             task.answer_only = False
-        set_steps(config.languages.train, 400 * (5000 // 32))
+        config.languages.runs.induction.epochs = 400
+        config.languages.runs.associative_recall.epochs = 200
         config.languages.train.optimizer.learning_rate = 5e-4
         config.mqar.update(length=256, pairs=(8, 16, 32, 64), vocab_size=8192, d_model=128)
         set_steps(config.mqar.train, 20_000)
@@ -75,8 +80,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         config.text.train.data.update(sources=("shakespeare", "factbook", "wikipedia"))
         config.text.train.data.update(tokenizer="gpt2", seq_len=1024, batch_size=64)
         set_steps(config.text.train, 20_000)
-        config.text.trials.update(rates=(3e-4, 6e-4, 1e-3), steps=2000)
-        config.text.finals.rates = dict.fromkeys(MODELS, (6e-4, 1e-3))
+        config.text.trials.rates = dict.fromkeys(MODELS, (6e-4, 1e-3))
         config.text.learning_rates = dict.fromkeys(MODELS, 6e-4)
         config.speed.update(lengths=tuple(2**k for k in range(8, 16)), batch=8)
         config.speed.update(channels=1024, repeats=30)

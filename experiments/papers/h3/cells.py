@@ -18,13 +18,16 @@ def cells(config: ConfigDict) -> list[Cell]:
 
     def language(task: str, model: str) -> dict[str, Any]:
         options = languages.tasks[task].to_dict()
+        train = languages.train.copy_and_resolve_references()
+        batches = languages.train_examples // train.data.batch_size
+        set_steps(train, languages.runs[task].epochs * max(1, batches))
         keys = model_keys(model, 2, languages.d_model, 1, position=languages.position)
         return {
             "kind": "language",
             "options": options,
             "protocol": "answer" if options["answer_only"] else "all",
             "train_examples": languages.train_examples,
-            "train": {**keys, **optimized(model, languages.train)},
+            "train": {**keys, **optimized(model, train)},
         }
 
     def recall(pairs: int, model: str) -> dict[str, Any]:
@@ -35,37 +38,36 @@ def cells(config: ConfigDict) -> list[Cell]:
             "train": {**model_keys(model, 2, mqar.d_model, 1), **optimized(model, mqar.train)},
         }
 
-    def language_model(model: str, rate: float, **train: int) -> dict[str, Any]:
+    def language_model(model: str, rate: float) -> dict[str, Any]:
         keys = model_keys(model, text.layers, text.d_model, text.n_heads)
         schedule = text.train.copy_and_resolve_references()
         schedule.optimizer.learning_rate = rate
-        if train:
-            set_steps(schedule, **train)
         return {"kind": "text", "train": {**keys, **optimized(model, schedule)}}
 
     def trial(model: str, rate: float) -> dict[str, Any]:
-        return {**language_model(model, rate, steps=text.trials.steps), "kind": "rate"}
-
-    def final(model: str, rate: float) -> dict[str, Any]:
         return {**language_model(model, rate), "kind": "final"}
 
     def trained(part: ConfigDict, seconds: float, **axes: Sequence[Any]) -> dict[str, Any]:
         return {"seeds": part.seeds, "seconds": seconds, **axes, "model": part.models}
 
     fixed = {k: v for k, v in speed.items() if k != "lengths"} | {"kind": "speed"}
-    of_language = trained(languages, 130, task=tuple(languages.tasks))
+    of_language = lambda task: dict(
+        seeds=languages.runs[task].seeds, seconds=130, task=(task,), model=languages.models
+    )
     chosen = lambda model: language_model(model, text.learning_rates[model])
-    rates = {"model": text.models, "rate": text.trials.rates, "seeds": text.trials.seeds}
-    pairs = [(model, rate) for model in text.models for rate in text.finals.rates.get(model, ())]
-    finals = dict(seeds=text.finals.seeds, where=lambda model, rate: (model, rate) in pairs)
-    finals |= {"model": text.models, "rate": sorted({rate for _, rate in pairs})}
+    pairs = [(model, rate) for model in text.models for rate in text.trials.rates.get(model, ())]
+    trials = dict(seeds=text.trials.seeds, where=lambda model, rate: (model, rate) in pairs)
+    trials |= {"model": text.models, "rate": sorted({rate for _, rate in pairs})}
     name = "-{model}-seed{seed}"
     return [
         *sweep("speed-T{length}", compare_convolutions, fixed, length=speed.lengths, seconds=3),
-        *sweep("{task}" + name, measure_task, language, **of_language),
+        *(
+            cell
+            for task in languages.tasks
+            for cell in sweep("{task}" + name, measure_task, language, **of_language(task))
+        ),
         *sweep("mqar{pairs}" + name, measure_task, recall, **trained(mqar, 200, pairs=mqar.pairs)),
-        *sweep("rate-{model}-{rate:g}-seed{seed}", measure_text, trial, seconds=60, **rates),
-        *sweep("final-{model}-{rate:g}-seed{seed}", measure_text, final, seconds=200, **finals),
+        *sweep("final-{model}-{rate:g}-seed{seed}", measure_text, trial, seconds=200, **trials),
         *sweep("text" + name, measure_text, chosen, **trained(text, 200)),
     ]
 
