@@ -37,12 +37,13 @@ def get_config(scale: str = "cpu") -> ConfigDict:
         train_examples=5000,
         train=training(steps=1, learning_rate=2e-3, batch_size=32, eval_batches=16),
     )
-    # Multi-query associative recall, new examples at every step.
+    # Multi-query associative recall, new examples at every step. Of two rates, for all models: 1e-3
+    # with seeds 2 to 4 left H3 at 51, S4D at 66 and attention at 50%; 3e-3 was tried with seed 0.
     config.mqar = section(models=("attention", "s4d", "h3"), pairs=(4,), length=16, vocab_size=64)
     config.mqar.update(
         d_model=64,
-        seeds=(2, 3, 4),
-        train=training(steps=6000, learning_rate=1e-3, batch_size=32, eval_batches=16),
+        seeds=(5, 6, 7),
+        train=training(steps=6000, learning_rate=3e-3, batch_size=32, eval_batches=16),
     )
     # Table 3: language models of equal steps on real text, each at the rate that was better for it
     # by validation, of two, with a seed of their own. Of three in pilots of 300 steps the third was
