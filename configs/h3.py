@@ -5,8 +5,12 @@
 
 Scales:
   smoke        seconds; the whole code path on sizes that show nothing
-  cpu          about an hour on 2 cores with --jobs=2; the languages for a tenth of the epochs
+  cpu          75 minutes on 2 cores with --jobs=2; the languages for a tenth of the epochs
   accelerator  table 2's own protocol, and 125M parameters on text: a day on one GPU or TPU
+
+What to expect at scale cpu: attention and H3 find the induction head; S4D, trained on the answer
+alone, does so too; H3 stays just below the bound in associative recall, and is far ahead of S4D in
+multi-query recall. On text all four models end alike. Long convolutions outrun attention.
 """
 
 from ml_collections import ConfigDict
@@ -21,21 +25,18 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config = paper("h3", scale)
     # Table 2: two synthetic languages, two layers of width 32, 5000 examples again and again. The
     # induction head is trained on the answer alone: on all tokens the paper takes 400 epochs.
-    # Seeds 0 and 1 were pilots. Associative recall first had 40 epochs of seeds 2 to 4.
+    # Seeds 0 and 1 were pilots.
     config.languages = section(
         models=("attention", "s4d", "h3"),
         tasks={
             "induction": {"length": 30, "vocab_size": 20, "answer_only": True},
             "associative_recall": {"length": 20, "vocab_size": 10, "answer_only": False},
         },
-        runs={
-            "induction": {"epochs": 40, "seeds": (2, 3, 4)},
-            "associative_recall": {"epochs": 120, "seeds": (5, 6, 7)},
-        },
         d_model=32,
         position="learned",  # of attention
         train_examples=5000,
-        train=training(steps=1, learning_rate=2e-3, batch_size=32, eval_batches=16),
+        seeds=(2, 3, 4),
+        train=training(steps=40 * (5000 // 32), learning_rate=2e-3, batch_size=32, eval_batches=16),
     )
     # Multi-query associative recall, new examples at every step. Of two rates, for all models: 1e-3
     # with seeds 2 to 4 left H3 at 51, S4D at 66 and attention at 50%; 3e-3 was tried with seed 0.
@@ -63,8 +64,6 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     if scale == "smoke":
         smoke(config, models=("h3",))
         config.languages.train_examples = 16
-        for run in config.languages.runs.values():
-            run.update(epochs=4, seeds=(0,))
         config.mqar.update(pairs=(2,), length=16, vocab_size=32)
         config.text.update(layers=2, n_heads=2)
         config.text.trials.rates = {"h3": (1e-3,)}
@@ -72,8 +71,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     elif scale == "accelerator":
         for task in config.languages.tasks.values():
             task.answer_only = False
-        config.languages.runs.induction.epochs = 400
-        config.languages.runs.associative_recall.epochs = 200
+        set_steps(config.languages.train, 400 * (5000 // 32))
         config.languages.train.optimizer.learning_rate = 5e-4
         config.mqar.update(length=256, pairs=(8, 16, 32, 64), vocab_size=8192, d_model=128)
         set_steps(config.mqar.train, 20_000)

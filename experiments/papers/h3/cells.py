@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tilescan.configs.common import flat, set_steps
+from tilescan.configs.common import flat
 from tilescan.experiments.harness.cells import Cell, sweep
 from tilescan.experiments.measurements.long_convolutions import compare_convolutions
 from tilescan.experiments.measurements.training import measure_task, measure_text
@@ -18,16 +18,13 @@ def cells(config: ConfigDict) -> list[Cell]:
 
     def language(task: str, model: str) -> dict[str, Any]:
         options = languages.tasks[task].to_dict()
-        train = languages.train.copy_and_resolve_references()
-        batches = languages.train_examples // train.data.batch_size
-        set_steps(train, languages.runs[task].epochs * max(1, batches))
         keys = model_keys(model, 2, languages.d_model, 1, position=languages.position)
         return {
             "kind": "language",
             "options": options,
             "protocol": "answer" if options["answer_only"] else "all",
             "train_examples": languages.train_examples,
-            "train": {**keys, **optimized(model, train)},
+            "train": {**keys, **optimized(model, languages.train)},
         }
 
     def recall(pairs: int, model: str) -> dict[str, Any]:
@@ -51,9 +48,7 @@ def cells(config: ConfigDict) -> list[Cell]:
         return {"seeds": part.seeds, "seconds": seconds, **axes, "model": part.models}
 
     fixed = {k: v for k, v in speed.items() if k != "lengths"} | {"kind": "speed"}
-    of_language = lambda task: dict(
-        seeds=languages.runs[task].seeds, seconds=130, task=(task,), model=languages.models
-    )
+    of_language = trained(languages, 130, task=tuple(languages.tasks))
     chosen = lambda model: language_model(model, text.learning_rates[model])
     pairs = [(model, rate) for model in text.models for rate in text.trials.rates.get(model, ())]
     trials = dict(seeds=text.trials.seeds, where=lambda model, rate: (model, rate) in pairs)
@@ -61,11 +56,7 @@ def cells(config: ConfigDict) -> list[Cell]:
     name = "-{model}-seed{seed}"
     return [
         *sweep("speed-T{length}", compare_convolutions, fixed, length=speed.lengths, seconds=3),
-        *(
-            cell
-            for task in languages.tasks
-            for cell in sweep("{task}" + name, measure_task, language, **of_language(task))
-        ),
+        *sweep("{task}" + name, measure_task, language, **of_language),
         *sweep("mqar{pairs}" + name, measure_task, recall, **trained(mqar, 200, pairs=mqar.pairs)),
         *sweep("final-{model}-{rate:g}-seed{seed}", measure_text, trial, seconds=200, **trials),
         *sweep("text" + name, measure_text, chosen, **trained(text, 200)),
