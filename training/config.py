@@ -26,6 +26,7 @@ from tilescan.models.earlier_configs import current_fields
 from tilescan.models.mixers import MIXERS, MODEL_FIELDS, base_name
 from tilescan.ops import masks
 from tilescan.spelling import nearest, synonym
+from tilescan.training.schedule_config import ScheduleConfig, warmup_steps
 from tilescan.training.settings import (
     SECTIONS,
     TASKS,
@@ -34,7 +35,6 @@ from tilescan.training.settings import (
     ParamGroup,
     Settings,
     default_max_len,
-    warmup_steps,
 )
 
 # What people edit, or the same as a plain mapping: what `as_dict` gives and JSON holds.
@@ -371,9 +371,9 @@ def differing_keys(ours: dict, theirs: dict) -> dict[str, tuple]:
 
 
 def _warmup(flat: dict) -> int:
-    names = ("schedule", "decay_steps")
+    names = (field.name for field in dataclasses.fields(ScheduleConfig))
     options = {name: flat[f"optimizer.{name}"] for name in names}
-    return warmup_steps(OptimizerConfig(**options), flat["train.steps"])
+    return warmup_steps(ScheduleConfig(**options), flat["train.steps"])
 
 
 def _heads(flat: dict) -> int:

@@ -55,7 +55,8 @@ def meanings() -> dict[str, str]:
 def comments(cls: type) -> dict[str, str]:
     """Returns the comment of each field: that of its line, or else the lines above it."""
     found, above = {}, []
-    for line in inspect.getsource(cls).splitlines():
+    sources = (inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
+    for line in "\n".join(sources).splitlines():
         field = re.match(r"    (\w+): [^#]*(?:# (.*))?$", line)
         if field:
             found[field[1]] = field[2] or " ".join(above)

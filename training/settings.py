@@ -14,33 +14,15 @@ import jax
 from tilescan.models import LanguageModelConfig
 from tilescan.models.stream_bp import check_streamed
 from tilescan.ops.sequence_parallel import layouts
-from tilescan.spelling import did_you_mean
+from tilescan.training.config_errors import ConfigError, at_least, one_of
+from tilescan.training.schedule_config import ScheduleConfig, check_phases, in_steps
 
 TASKS = ("language_model", "classification")
 OPTIMIZERS = ("adamw", "adam", "lion", "sgd")
-SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
-ENDLESS = ("constant", "inverse_sqrt")  # schedules that don't look at a run's end
 PACKINGS = ("packed", "whole", "contiguous")
 DTYPES = ("float32", "bfloat16")
 AUTO = "auto"  # a compute dtype that the devices decide
 TRACKERS = ("none", "wandb")
-
-
-class ConfigError(ValueError):
-    """A key that does not exist, or a value that makes no sense."""
-
-
-def _one_of(name: str, value, known) -> None:
-    if value not in known:
-        hint = did_you_mean(value, known, cutoff=0)
-        raise ConfigError(f"{name} = {value!r} is unknown; {hint}Known: {', '.join(known)}")
-
-
-def _at_least(section: str, config, low: int | float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise ConfigError(f"{section}.{name} = {value} must be at least {low}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +40,9 @@ class DataConfig:
     eval_stride: int | None = None  # slide windows by so many tokens in evaluations; None: packed
 
     def __post_init__(self):
-        _one_of("data.packing", self.packing, PACKINGS)
-        _at_least("data", self, 1, "seq_len", "batch_size")
-        _at_least("data", self, 1, "max_documents", "eval_stride")
+        one_of("data.packing", self.packing, PACKINGS)
+        at_least("data", self, 1, "seq_len", "batch_size")
+        at_least("data", self, 1, "max_documents", "eval_stride")
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one source of data.sources")
         parts = self.fractions
@@ -93,14 +75,8 @@ RECURRENCE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(ScheduleConfig):
     name: str = "adamw"  # adamw, adam (adamw that must not decay), sgd, lion
-    learning_rate: float = 3e-4  # the peak
-    schedule: str = "cosine"  # constant, linear, cosine, wsd, inverse_sqrt
-    # Updates until the peak; None: a tenth of train.steps, 100 where the schedule has no end.
-    warmup_steps: int | None = None
-    decay_steps: int = 0  # wsd alone: length of the decay that ends the run, in updates
-    final_fraction: float = 0.1  # of the peak, where linear, cosine and wsd end
     b1: float = 0.9  # decay of the first moment; sgd's momentum
     b2: float = 0.95  # decay of the second moment: language models' habit; optax has 0.999
     eps: float = 1e-8  # added to the root of the second moment
@@ -115,12 +91,11 @@ class OptimizerConfig:
     )
 
     def __post_init__(self):
-        _one_of("optimizer.name", self.name, OPTIMIZERS)
-        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        super().__post_init__()
+        one_of("optimizer.name", self.name, OPTIMIZERS)
         if self.weight_decay is None:
             object.__setattr__(self, "weight_decay", 0.0 if self.name == "adam" else 0.1)
-        positive = ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_norm")
-        _at_least("optimizer", self, 0, *positive, "final_fraction", "eps")
+        at_least("optimizer", self, 0, "weight_decay", "clip_norm", "eps")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name} = {getattr(self, name)} must be in [0, 1)")
@@ -137,35 +112,6 @@ class OptimizerConfig:
                 "optimizer.name = 'adam' does not decay weights: set weight_decay to 0, or name "
                 "to 'adamw'"
             )
-        if self.schedule == "wsd" and not self.decay_steps:
-            raise ConfigError("optimizer.schedule = 'wsd' needs optimizer.decay_steps > 0")
-
-
-def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    """Returns the updates until the peak in a run of `steps` updates.
-
-    Where the schedule has no end, the default is not a share of the steps: a run that is continued
-    for longer is the same run.
-
-    Raises:
-        ConfigError: the warm-up that was set, or the decay, does not fit into the steps.
-    """
-    w, decay = config.warmup_steps, config.decay_steps if config.schedule == "wsd" else 0
-    if decay > steps:
-        raise ConfigError(f"optimizer.decay_steps = {decay} exceeds train.steps = {steps}")
-    if w is None:
-        return 100 if config.schedule in ENDLESS else min(steps // 10, steps - decay)
-    if w >= steps and config.schedule in ("linear", "cosine"):
-        raise ConfigError(
-            f"optimizer.warmup_steps = {w} leaves nothing of train.steps = {steps} for the "
-            f"{config.schedule!r} schedule: warm up for fewer than {steps} steps"
-        )
-    if w + decay > steps and config.schedule == "wsd":
-        raise ConfigError(
-            f"optimizer.warmup_steps = {w} and optimizer.decay_steps = {decay} together exceed "
-            f"train.steps = {steps}"
-        )
-    return w
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,14 +137,14 @@ class TrainConfig:
     sample_temperature: float = 1.0  # 0 takes the likeliest token
 
     def __post_init__(self):
-        _one_of("train.tracker", self.tracker, TRACKERS)
-        _at_least("train", self, 0, "sample_every", "sample_temperature")
-        _at_least("train", self, 1, "sample_tokens")
+        one_of("train.tracker", self.tracker, TRACKERS)
+        at_least("train", self, 0, "sample_every", "sample_temperature")
+        at_least("train", self, 1, "sample_tokens")
         if not self.sample_prompt:
             raise ConfigError("train.sample_prompt is empty; give it a word at least")
-        _at_least("train", self, 1, "logit_chunk", "stream_chunks")
-        _at_least("train", self, 1, "steps", "microbatches", "log_every", "eval_every", "keep")
-        _at_least("train", self, 0, "z_loss", "eval_batches", "checkpoint_every", "resume_step")
+        at_least("train", self, 1, "logit_chunk", "stream_chunks")
+        at_least("train", self, 1, "steps", "microbatches", "log_every", "eval_every", "keep")
+        at_least("train", self, 0, "z_loss", "eval_batches", "checkpoint_every", "resume_step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +156,8 @@ class PrecisionConfig:
     compute_dtype: str = AUTO
 
     def __post_init__(self):
-        _one_of("precision.param_dtype", self.param_dtype, DTYPES)
-        _one_of("precision.compute_dtype", self.compute_dtype, (*DTYPES, AUTO))
+        one_of("precision.param_dtype", self.param_dtype, DTYPES)
+        one_of("precision.compute_dtype", self.compute_dtype, (*DTYPES, AUTO))
 
     def on(self, platform: str) -> "PrecisionConfig":
         """Returns it with what "auto" is on a platform: "cpu", or that of an accelerator."""
@@ -227,8 +173,8 @@ class ClassifierConfig:
     pooling: str = "mean"  # of all real tokens; "last": the last one alone
 
     def __post_init__(self):
-        _one_of("classifier.pooling", self.pooling, ("mean", "last"))
-        _at_least("classifier", self, 2, "n_classes")
+        one_of("classifier.pooling", self.pooling, ("mean", "last"))
+        at_least("classifier", self, 2, "n_classes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,10 +232,12 @@ class Settings:
 
     def __post_init__(self):
         # Fields that one look at the value decides.
-        _one_of("task", self.task, TASKS)
+        one_of("task", self.task, TASKS)
         if self.seed < 0:
             raise ConfigError(f"seed = {self.seed} must be at least 0")
-        warmup_steps(self.optimizer, self.train.steps)
+        tokens = self.data.batch_size * self.data.seq_len
+        object.__setattr__(self, "optimizer", in_steps(self.optimizer, tokens))
+        check_phases(self.optimizer, self.train.steps)
         for name in ("logit_chunk", "stream_chunks", "sample_every"):
             if getattr(self.train, name) and self.task != "language_model":
                 raise ConfigError(f"train.{name} is for task = 'language_model', not {self.task!r}")

@@ -12,7 +12,8 @@ config file for a command line is a Python file whose `get_config()` returns suc
 `default_config()`, edited.
 
 In the work folder: config.json, environment.json, metrics.jsonl and, where samples are asked for,
-samples.jsonl (see training.metrics), tensorboard/, checkpoints/.
+samples.jsonl (see training.metrics), tensorboard/, checkpoints/; schedule.txt where a file holds
+the learning rates.
 """
 
 import contextlib
@@ -143,6 +144,7 @@ def train(
         saver = Checkpoints(workdir / "checkpoints", c.train.keep, config_lib.as_dict(c))
         stack.callback(saver.close)
         restored = step_to_restore(saver, c)
+        work.keep_schedule(c.optimizer, c.train.steps, workdir, restored)
         if restored is None:
             state = initialize()
             if params is not None:
@@ -309,8 +311,8 @@ def step_to_restore(saver: Checkpoints, c: Settings) -> int | None:
 
     # Its configuration, but for what does not change the numbers.
     free = set(FREE_ON_RESUME)
-    if c.optimizer.schedule in ("constant", "inverse_sqrt"):
-        free.add("train.steps")  # they do not look at the end: training longer is the same run
+    if c.optimizer.endless:
+        free.add("train.steps")  # it does not look at the end: training longer is the same run
     differing = config_lib.differing_keys(config_lib.as_dict(c), saver.config_at(step))
     listed = "; ".join(
         f"{key} = {ours!r}, was {theirs!r}"

@@ -12,7 +12,8 @@ from tilescan.training import inputs, sharding, steps, train
 from tilescan.training.checkpoints import CheckpointError, Checkpoints
 from tilescan.training.config import ConfigError, default_config, override, settings
 from tilescan.training.optimizers import make_optimizer
-from tilescan.training.settings import OptimizerConfig, warmup_steps
+from tilescan.training.schedule_config import warmup_steps
+from tilescan.training.settings import OptimizerConfig
 
 # Values of keys of the default configuration that work alone.
 WORK = {
@@ -56,6 +57,16 @@ WORK = {
     "data.max_documents": (1, 10**6),
     "data.eval_stride": (1, 256),
     "precision.param_dtype": ("float32",),
+    "optimizer.end_step": (500, 1000),
+    "optimizer.milestones": ("(10,20)",),
+    "optimizer.cycle_steps": (10,),
+    "optimizer.cycle_peak": (0.5,),
+    "optimizer.milestone_factor": (0.5,),
+    "optimizer.rewarm_start": (10,),
+    "optimizer.rewarm_steps": (10,),
+    "optimizer.rewarm_fraction": (0.5,),
+    "optimizer.cooldown_steps": (10,),
+    "optimizer.constant_fraction": (0.3,),
     "precision.compute_dtype": ("bfloat16", "float32"),
     "classifier.n_classes": (2,),
     "classifier.pooling": ("last",),
@@ -109,6 +120,13 @@ REFUSED = {
     "optimizer.warmup_steps=1000": "optimizer.warmup_steps = 1000 .*train.steps = 1000",
     "optimizer.warmup_steps=-1": "optimizer.warmup_steps = -1",
     "optimizer.schedule=wsd": "optimizer.schedule = 'wsd' needs optimizer.decay_steps",
+    "optimizer.end_step=1001": "end_step = 1001 exceeds train.steps = 1000: end_step = 1000 or tr",
+    "optimizer.phases_in=token": "phases_in = 'token' is unknown; did you mean 'tokens'",
+    "optimizer.decay_shape=sqr": "decay_shape = 'sqr' is unknown; did you mean 'sqrt'",
+    "optimizer.cooldown_shape=cos": "cooldown_shape = 'cos' is unknown; did you mean 'cosine'",
+    "optimizer.cooldown_alpha=0.0": "cooldown_alpha = 0.0 must be above 0",
+    "optimizer.cycle_growth=0.5": "cycle_growth = 0.5 must be at least 1",
+    "optimizer.milestones=(20,10)": r"milestones = \(20, 10\) must rise, from above 0: \(10, 20\)",
     "data.eval_stride=257": "data.eval_stride = 257 .*data.seq_len = 256",
     "data.fractions=(0,0.5,0.5)": r"data.fractions = \(0, 0.5, 0.5\) leaves no documents to train",
     "mesh.sequence=3": "mesh.sequence = 3 with data.seq_len = 256",
@@ -214,7 +232,7 @@ def test_the_warm_up_follows_the_steps(options, steps, expected):
 
 
 def test_only_what_was_set_is_refused():
-    with pytest.raises(ConfigError, match=r"^optimizer.decay_steps = 51 exceeds train.steps = 50$"):
+    with pytest.raises(ConfigError, match=r"^optimizer.decay_steps = 51 exceeds train.steps = 50"):
         warmup_steps(OptimizerConfig(schedule="wsd", decay_steps=51), 50)
     config = default_config()
     config.optimizer.name, config.optimizer.weight_decay = "adam", 0.1
