@@ -144,8 +144,8 @@ def bootstrap(
 ) -> list[Law]:
     """Returns laws of resampled curves, whose quantiles are intervals of the law's parameters.
 
-    Residuals of neighboring losses are alike, so blocks of them are drawn, with replacement, and
-    put on the fitted curve (Kuensch 1989). The decay stays the law's.
+    Neighboring losses err alike, so blocks of them are drawn with replacement (Kuensch 1989), as if
+    a curve's last were followed by its first. The decay stays the law's.
 
     Args:
       curves: those that the law was fitted to.
@@ -158,21 +158,18 @@ def bootstrap(
     parts = [_joined([curve], law.decay, law.by_steps) for curve in curves]
     start, laws = np.array(law[:4]), []
     for _ in range(samples):
-        drawn = [_redrawn(part, start, rng, block) for part in parts]
+        chosen = [_blocks(rng, len(part[0]), block) for part in parts]
+        drawn = [[x[at] for x in part] for part, at in zip(parts, chosen, strict=True)]
         data = tuple(map(np.concatenate, zip(*drawn, strict=True)))
         values, _ = _minimum(start, data, law.C > 0)
         laws.append(Law(*map(float, values), law.decay, law.by_steps))
     return laws
 
 
-def _redrawn(part, parameters, rng, block):
-    """One curve's coordinates, and the fitted losses with blocks of its residuals."""
-    S1, S2, L = part
-    fitted = _losses(parameters, S1, S2)
-    residuals, block = np.log(L / fitted), min(block, len(L))
-    starts = rng.integers(0, len(L) - block + 1, -(-len(L) // block))
-    drawn = np.concatenate([residuals[i : i + block] for i in starts])[: len(L)]
-    return S1, S2, fitted * np.exp(drawn)
+def _blocks(rng: np.random.Generator, count: int, block: int) -> np.ndarray:
+    """Returns `count` indices in blocks of neighbors."""
+    starts = rng.integers(0, count, -(-count // block))
+    return (starts[:, None] + np.arange(block)).ravel()[:count] % count
 
 
 def _check(curves: Sequence[Curve]) -> None:
