@@ -280,3 +280,18 @@ def _parquet_rows(
     for file in files:
         table = parquet.read_table(file, columns=["text", "label"]).to_pydict()
         yield from zip(table["text"], table["label"], strict=True)
+
+
+def loss_curves(path: pathlib.Path) -> list[Document]:
+    """Parses tables of step, lr and loss in folders named by millions of parameters, csv_400 say.
+
+    A document is a table, its id "400/cosine_24000".
+    """
+    documents = []
+    for name, content in members(path, "*.csv"):
+        folder, file = pathlib.PurePosixPath(name).parts[-2:] if "/" in name else ("", name)
+        size = folder.removeprefix("csv_")
+        if size.isdigit():
+            identity = f"{size}/{file.removesuffix('.csv')}"
+            documents.append(Document(identity, content.decode("utf-8")))
+    return documents

@@ -143,6 +143,17 @@ _ROWS = (
         sha256="141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
     ),
     Source(
+        "loss_curves",
+        "file",
+        "thu-yao-01-luo/MultiPowerLaw",
+        "loss_curves.*",
+        170_000,
+        "MIT",
+        "27 loss curves of language models of 25M, 100M and 400M parameters under nine "
+        "learning-rate schedules; takes that repository as a .zip or .tar.gz file",
+        parsers.loss_curves,
+    ),
+    Source(
         "gpt_tokenizer",
         "npm",
         "gpt-tokenizer",

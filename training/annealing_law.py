@@ -222,8 +222,9 @@ def _fit(data, annealing: bool):
         (L0, A, C), residual = scipy.optimize.nnls(linear, L)
         starts.append((residual, (L0, A, C, alpha)))
     starts.sort(key=lambda start: start[0])
-    found = [_minimum(np.array(start), data, annealing, polish=True) for _, start in starts[:3]]
-    return min(found, key=lambda result: result[1])
+    found = [_minimum(np.array(start), data, annealing) for _, start in starts[:3]]
+    best, _ = min(found, key=lambda result: result[1])
+    return _minimum(best, data, annealing, polish=True)
 
 
 def _minimum(start, data, annealing: bool, polish: bool = False):

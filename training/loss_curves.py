@@ -43,7 +43,8 @@ def read_curve(
         return _of_run(epath.Path(path), split, warmup)
     if epath.Path(path).is_dir() or not epath.Path(path).exists():
         raise ValueError(f"{path} is neither the work folder of a run nor a CSV file")
-    return _of_table(epath.Path(path), warmup)
+    text = epath.Path(path).read_text(encoding="utf-8")
+    return parse_table(text, str(path), warmup)._replace(name=epath.Path(path).stem)
 
 
 def _of_run(workdir: epath.Path, split: str | None, warmup: int | None) -> Curve:
@@ -77,17 +78,26 @@ def _of_run(workdir: epath.Path, split: str | None, warmup: int | None) -> Curve
     return Curve(learning_rates, steps, losses, warmup, workdir.name)
 
 
-def _of_table(path: epath.Path, warmup: int | None) -> Curve:
-    with path.open("r") as file:
-        rows = list(csv.DictReader(file))
+def parse_table(text: str, name: str, warmup: int | None = None) -> Curve:
+    """Parses a table as `read_curve` reads it from a CSV file.
+
+    Args:
+      text: of the table.
+      name: of the curve, and in errors.
+      warmup: as of `read_curve`.
+
+    Raises:
+      ValueError: no such table.
+    """
+    rows = list(csv.DictReader(text.splitlines()))
     if not rows:
-        raise ValueError(f"{path} holds no rows; it needs a header and columns step, lr and loss")
+        raise ValueError(f"{name} holds no rows; it needs a header and columns step, lr and loss")
     columns = {}
     for column, names in COLUMNS.items():
-        known = [name for name in names if name in rows[0]]
+        known = [title for title in names if title in rows[0]]
         if not known:
             raise ValueError(
-                f"{path} has no column {column!r}; it has {', '.join(map(str, rows[0]))}"
+                f"{name} has no column {column!r}; it has {', '.join(map(str, rows[0]))}"
             )
         columns[column] = known[0]
     try:
@@ -95,11 +105,11 @@ def _of_table(path: epath.Path, warmup: int | None) -> Curve:
             column: np.array([float(row[name]) for row in rows]) for column, name in columns.items()
         }
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: a row is not of numbers: {error}") from error
+        raise ValueError(f"{name}: a row is not of numbers: {error}") from error
     steps = table["step"].astype(int)
     if np.any(np.diff(steps) <= 0) or steps[0] < 1:
-        raise ValueError(f"{path}: column {columns['step']!r} must rise, from 1 on")
+        raise ValueError(f"{name}: column {columns['step']!r} must rise, from 1 on")
     learning_rates = np.interp(np.arange(1, steps[-1] + 1), steps, table["lr"])
     if warmup is None:
         warmup = int(steps[np.argmax(table["lr"])]) - 1
-    return Curve(learning_rates, steps, table["loss"], warmup, path.stem)
+    return Curve(learning_rates, steps, table["loss"], warmup, name)
