@@ -7,6 +7,8 @@ import typing
 from tilescan.cli import arguments
 
 if typing.TYPE_CHECKING:
+    import numpy as np
+
     from tilescan.training.annealing_law import Curve, Law
     from tilescan.training.schedule_config import ScheduleConfig
 
@@ -160,7 +162,7 @@ def interval(values: list[float]) -> str:
     return f" [{low:.4g}, {high:.4g}]"
 
 
-def beyond(learning_rates, seen: "list[Curve]") -> list[str]:
+def beyond(learning_rates: "np.ndarray", seen: "list[Curve]") -> list[str]:
     """Returns notes where a schedule leaves what the law was fitted to, or can be fitted to."""
     import numpy as np
 
@@ -178,7 +180,14 @@ def beyond(learning_rates, seen: "list[Curve]") -> list[str]:
     return notes
 
 
-def write(folder: pathlib.Path, law, seen, checked, learning_rates, predicted) -> None:
+def write(
+    folder: pathlib.Path,
+    law: "Law",
+    seen: "list[Curve]",
+    checked: "list[Curve]",
+    learning_rates: "dict[str, np.ndarray]",
+    predicted: "dict[str, np.ndarray]",
+) -> None:
     """Writes forecast.csv, a row an update of each schedule, and forecast.svg."""
     import numpy as np
 

@@ -131,6 +131,9 @@ class TrainConfig:
     progress: bool = True  # a bar on a terminal, a line per row of metrics elsewhere
     tensorboard: bool = True  # event files beside metrics.jsonl, not in buckets
     tracker: str = "none"  # or "wandb", Weights & Biases: see training.trackers
+    # Each step's norms of the gradient, l1 and l2, before clipping, in gradient_norms.jsonl: for
+    # `tilescan refine`.
+    gradient_norms: bool = False
     sample_every: int = 0  # steps between texts that the model writes into samples.jsonl; 0: none
     sample_prompt: str = "\n"  # what they begin with
     sample_tokens: int = 64  # that follow the prompt, at most

@@ -12,8 +12,8 @@ config file for a command line is a Python file whose `get_config()` returns suc
 `default_config()`, edited.
 
 In the work folder: config.json, environment.json, metrics.jsonl and, where samples are asked for,
-samples.jsonl (see training.metrics), tensorboard/, checkpoints/; schedule.txt where a file holds
-the learning rates.
+samples.jsonl and gradient_norms.jsonl (see training.metrics), tensorboard/, checkpoints/;
+schedule.txt where a file holds the learning rates.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ FREE_ON_RESUME = (
     "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
     "train.keep", "train.resume_step", "train.progress", "train.tensorboard",
     "train.tracker", "train.sample_every", "train.sample_prompt", "train.sample_tokens",
-    "train.sample_temperature", "train.logit_chunk", "train.stream_chunks",
+    "train.sample_temperature", "train.gradient_norms", "train.logit_chunk", "train.stream_chunks",
     "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.parameters_over_sequence",
     "model.attention_sequence_parallel", "model.scan_sequence_parallel", "model.sequence_balance",
 )  # fmt: skip
@@ -129,7 +129,7 @@ def train(
     everywhere = sharding.replicated(mesh)
 
     def jitted() -> tuple[Callable, Callable]:
-        step = steps.make_train_step(loss, tx, rate, c.train.microbatches)
+        step = steps.make_train_step(loss, tx, rate, c.train.microbatches, c.train.gradient_norms)
         outputs = (state_shardings, everywhere)
         evaluation = steps.make_eval_step(loss)
         return (
@@ -185,6 +185,9 @@ def train(
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             check_finite(step, values, saver)
             recorder.count(values["weight"])
+            if recorder.gradient_norms is not None:
+                norms = {"l2": values["grad_norm"], "l1": values.pop("grad_l1")}
+                recorder.gradient_norms.write({"step": step, **norms})
             if step % c.train.log_every == 0 or step == c.train.steps:
                 recorder.row(step, "train", values)
                 recorder.speed(step, values["loss"])

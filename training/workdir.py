@@ -142,6 +142,7 @@ def records(
             tensorboard=c.train.tensorboard and first,
             progress=c.train.progress and first,
             samples=c.train.sample_every > 0,
+            gradient_norms=c.train.gradient_norms,
             trackers=told,
         )
         stack.callback(recorder.close)

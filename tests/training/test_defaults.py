@@ -31,6 +31,7 @@ WORK = {
     "train.progress": (False,),
     "train.tensorboard": (False,),
     "train.tracker": ("wandb",),
+    "train.gradient_norms": (True,),
     "train.sample_every": (1, 5000),
     "train.sample_prompt": ("import",),
     "train.sample_tokens": (1, 1000),
