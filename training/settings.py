@@ -38,6 +38,14 @@ class DataConfig:
     split_seed: int = 0  # which documents are held out; not the run's seed, so that seeds compare
     max_documents: int | None = None  # use only the first so many; None: all
     eval_stride: int | None = None  # slide windows by so many tokens in evaluations; None: packed
+    eval_sources: tuple[str, ...] = ()  # whose validation documents are also evaluated apart
+    # A weight of each source, shares of rows or tokens in all: a mixture, in which each source
+    # keeps an order of its own. (): the sources are one corpus.
+    weights: tuple[float, ...] = ()
+    replay: float = 0.0  # share of rows that are of replay_sources, instead of new ones
+    replay_sources: tuple[str, ...] = ()  # old data, in their own order from the first
+    replay_seed: int | None = None  # of that order; None: the run's. That of the run before: its
+    first_batch: int = 0  # of the training data: those before are left out
 
     def __post_init__(self):
         one_of("data.packing", self.packing, PACKINGS)
@@ -53,6 +61,28 @@ class DataConfig:
             )
         if not parts[0]:
             raise ConfigError(f"data.fractions = {parts} leaves no documents to train on")
+        at_least("data", self, 0, "first_batch", "replay_seed")
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ConfigError(
+                f"data.weights = {self.weights} must be as many as data.sources, "
+                f"{len(self.sources)}"
+            )
+        if self.weights and not min(self.weights) > 0:
+            raise ConfigError(
+                f"data.weights = {self.weights} must be above 0: leave out a source that has none"
+            )
+        if not 0 <= self.replay < 1:
+            raise ConfigError(f"data.replay = {self.replay} must be a share, in [0, 1)")
+        if bool(self.replay) != bool(self.replay_sources):
+            raise ConfigError(
+                f"data.replay = {self.replay} and data.replay_sources = {self.replay_sources}: "
+                "replay needs both a share above 0 and sources"
+            )
+        if (self.weights or self.replay) and self.packing == "contiguous":
+            raise ConfigError(
+                "data.packing = 'contiguous' goes on from row to row of a source, which a mixture "
+                "(data.weights, data.replay) would interrupt: packing must be packed or whole"
+            )
         if self.eval_stride is not None and self.eval_stride > self.seq_len:
             raise ConfigError(
                 f"data.eval_stride = {self.eval_stride} must be at most data.seq_len = "
@@ -124,6 +154,7 @@ class TrainConfig:
     z_loss: float = 0.0  # times log(Z)^2 per token; 1e-4 keeps bf16 logits near 0 (PaLM, section 5)
     log_every: int = 10  # steps between rows of metrics.jsonl
     eval_every: int = 200  # steps between evaluations; step 0 and the last have one too
+    eval_early: bool = False  # evaluate after 1, 2, 4, 8, ... steps as well, up to eval_every
     eval_batches: int = 16  # batches per evaluation; 0: all of the validation documents
     checkpoint_every: int = 200  # steps between checkpoints; the last has one too. 0: none
     keep: int = 2  # how many checkpoints stay on disk
@@ -244,6 +275,9 @@ class Settings:
         for name in ("logit_chunk", "stream_chunks", "sample_every"):
             if getattr(self.train, name) and self.task != "language_model":
                 raise ConfigError(f"train.{name} is for task = 'language_model', not {self.task!r}")
+        for name in ("weights", "replay", "eval_sources", "first_batch"):
+            if getattr(self.data, name) and self.task != "language_model":
+                raise ConfigError(f"data.{name} is for task = 'language_model', not {self.task!r}")
         if self.data.batch_size % self.train.microbatches:
             raise ConfigError(
                 f"train.microbatches = {self.train.microbatches} must divide "

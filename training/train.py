@@ -45,10 +45,11 @@ from tilescan.training.settings import Settings
 
 # Keys that may change when a run is continued: they do not change what is computed.
 FREE_ON_RESUME = (
-    "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
-    "train.keep", "train.resume_step", "train.progress", "train.tensorboard",
-    "train.tracker", "train.sample_every", "train.sample_prompt", "train.sample_tokens",
-    "train.sample_temperature", "train.gradient_norms", "train.logit_chunk", "train.stream_chunks",
+    "train.log_every", "train.eval_every", "train.eval_early", "train.eval_batches",
+    "train.checkpoint_every", "train.keep", "train.resume_step", "train.progress",
+    "train.tensorboard", "train.tracker", "train.sample_every", "train.sample_prompt",
+    "train.sample_tokens", "train.sample_temperature", "train.gradient_norms", "train.logit_chunk",
+    "train.stream_chunks",
     "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.parameters_over_sequence",
     "model.attention_sequence_parallel", "model.scan_sequence_parallel", "model.sequence_balance",
 )  # fmt: skip
@@ -160,10 +161,13 @@ def train(
                 print(f"warning: {warning}", file=sys.stderr)
             sys.stderr.flush()
 
-        # Evaluations.
+        # Evaluations: of "test" once, of all others again and again.
+        def validate(step: int) -> None:
+            for split in datasets:
+                if split.partition("/")[0] == "validation":
+                    evaluate(step, split)
+
         def evaluate(step: int, split: str) -> None:
-            if split not in datasets:
-                return
             sums: dict[str, float] = {}
             for batch in inputs.eval_batches(datasets[split], rows, c.train.eval_batches):
                 inputs.check_ids(batch, limits)
@@ -196,7 +200,7 @@ def train(
         stack.enter_context(sharding.use(mesh))
         stop = stack.enter_context(Interrupts())
         if restored is None:
-            evaluate(0, "validation")
+            validate(0)
         for step in range((restored or 0) + 1, c.train.steps + 1):
             batch = _next(iterator, step, c.train.steps)
             inputs.check_ids(batch, limits)
@@ -205,10 +209,11 @@ def train(
             finish_pending()
             pending = (step, metrics)
             last = step == c.train.steps
-            if last or step % c.train.eval_every == 0:
+            early = c.train.eval_early and step < c.train.eval_every and step & (step - 1) == 0
+            if last or early or step % c.train.eval_every == 0:
                 finish_pending()
-                evaluate(step, "validation")
-            if last:
+                validate(step)
+            if last and "test" in datasets:
                 evaluate(step, "test")
             if sample and (last or step % c.train.sample_every == 0):
                 finish_pending()
