@@ -159,6 +159,11 @@ class TrainConfig:
     checkpoint_every: int = 200  # steps between checkpoints; the last has one too. 0: none
     keep: int = 2  # how many checkpoints stay on disk
     resume_step: int | None = None  # go back to this checkpoint, drop later ones; None: newest
+    # A run's work folder, a published checkpoint or "smollm2", whose model and parameters the run
+    # starts from.
+    start_from: str = ""
+    start_step: int | None = None  # which of its checkpoints; None: the newest
+    start_optimizer: bool = False  # take its moments as well, while the schedule begins anew
     progress: bool = True  # a bar on a terminal, a line per row of metrics elsewhere
     tensorboard: bool = True  # event files beside metrics.jsonl, not in buckets
     tracker: str = "none"  # or "wandb", Weights & Biases: see training.trackers
@@ -174,6 +179,9 @@ class TrainConfig:
         one_of("train.tracker", self.tracker, TRACKERS)
         at_least("train", self, 0, "sample_every", "sample_temperature")
         at_least("train", self, 1, "sample_tokens")
+        at_least("train", self, 0, "start_step")
+        if (self.start_step is not None or self.start_optimizer) and not self.start_from:
+            raise ConfigError("train.start_step and train.start_optimizer need train.start_from")
         if not self.sample_prompt:
             raise ConfigError("train.sample_prompt is empty; give it a word at least")
         at_least("train", self, 1, "logit_chunk", "stream_chunks")

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from tilescan.training import config as config_lib
-from tilescan.training import inputs, programs, sharding, steps, stream_bp, trackers
+from tilescan.training import inputs, programs, sharding, starts, steps, stream_bp, trackers
 from tilescan.training import workdir as work
 from tilescan.training.checkpoints import (
     CheckpointError,
@@ -97,6 +97,8 @@ def train(
     asked = config_lib.settings(config)
     trackers.check_installed(asked.train.tracker)
     workdir = work.prepare(workdir)
+    if params is None:
+        asked = starts.with_start(asked, workdir)
 
     # Mesh, and the dtype that its devices compute in.
     mesh = sharding.make_mesh(asked.mesh)
@@ -150,6 +152,8 @@ def train(
             state = initialize()
             if params is not None:
                 state = steps.start_from(state, params, state_shardings)
+            elif c.train.start_from:
+                state = starts.started(c, state, abstract_state, state_shardings)
         else:
             state = saver.restore(restored, abstract_state, iterator)
             saver.drop_after(restored)

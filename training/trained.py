@@ -1,5 +1,6 @@
 """Reads the model that a training run left in its work folder."""
 
+import dataclasses
 import json
 import os
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ def load_trained(
             "with train.checkpoint_every above 0"
         )
 
-    return model, _read_params(c, model, workdir, c.train.steps)
+    return model, read_params(c, workdir, c.train.steps, model)
 
 
 class Run(NamedTuple):
@@ -92,12 +93,28 @@ def load_run(workdir: str | os.PathLike) -> Run:
             "train.checkpoint_every is above 0"
         )
     model = inputs.make_model(c)
-    return Run(c, model, _read_params(c, model, workdir, max(saved)), max(saved))
+    return Run(c, model, read_params(c, workdir, max(saved), model), max(saved))
 
 
-def _read_params(c: Settings, model: nn.Module, workdir: str | os.PathLike, step: int) -> Any:
-    # What is to be read: shapes of the whole state, for checkpoints hold the optimizer's too.
-    tx, _ = make_optimizer(c.optimizer, c.train.steps)
+def read_params(
+    c: Settings, workdir: str | os.PathLike, step: int, model: nn.Module | None = None
+) -> Any:
+    """Returns the parameters of a run's checkpoint, on the first device.
+
+    Args:
+      c: the run's settings.
+      workdir: its work folder.
+      step: of a checkpoint that is there.
+      model: as it was given to `train`, None where the settings describe it.
+
+    Raises:
+      UnusableCheckpoint: it is damaged or of another model.
+    """
+    model = inputs.make_model(c) if model is None else model
+    # What is to be read: shapes of the whole state, for checkpoints hold the optimizer's too. They
+    # don't depend on the schedule, which may be a file that is gone.
+    optimizer = dataclasses.replace(c.optimizer, schedule="constant")
+    tx, _ = make_optimizer(optimizer, c.train.steps)
     example = {"tokens": abstract_tokens(c)}
     boxed = jax.eval_shape(lambda tokens: steps.init_state(model, tx, tokens, c.seed), example)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -113,6 +113,7 @@ def test_a_source_without_validation_is_named(texts, tmp_path):
         datasets_of(texts, f"data.eval_sources={one}")
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_each_domain_and_early(texts, tmp_path):
     config = config_of(texts, *REPLAY, "model.d_model=16", "model.n_heads=2", "model.repeats=1")
     config.train.update(steps=6, eval_every=6, eval_early=True, eval_batches=1, progress=False)

@@ -15,6 +15,7 @@ from tilescan.training import programs, steps
 from tilescan.training.metrics import read_rows
 from tilescan.training.optimizers import make_optimizer
 from tilescan.training.refinement import norm_for, read_norms, refined_schedule, smoothed
+from tilescan.training.schedules import read_schedule
 from tilescan.training.settings import OptimizerConfig
 from tilescan.training.train import train
 
@@ -150,27 +151,21 @@ def run(workdir, *assignments):
     return train(config, workdir, model=TinyModel(0.1), datasets=tiny_datasets())
 
 
-def test_a_run_records_norms_of_every_step_and_is_refined(tmp_path, capsys, monkeypatch):
-    """From recording through the command to a run by the file."""
-    workdir = tmp_path / "run"
-    run(workdir, "train.gradient_norms=True")
-    rows = read_rows(workdir / "gradient_norms.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 13))
-    logged = {r["step"]: r for r in read_rows(workdir / "metrics.jsonl") if r["split"] == "train"}
-    assert set(logged) == {4, 8, 12}
-    assert all(rows[step - 1]["l2"] == logged[step]["grad_norm"] for step in logged)
-    assert "grad_l1" not in logged[4] and all(row["l1"] > row["l2"] for row in rows)
-
-    # The command, and its file as a schedule.
+def test_the_command_writes_a_schedule_of_a_runs_norms(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    norms = np.linspace(3, 1, 12)
+    rows = [{"step": i + 1, "l2": g, "l1": 2 * g} for i, g in enumerate(norms)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"optimizer": {"name": "sgd"}}))
+    path = tmp_path / "run" / "gradient_norms.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main.main(["refine", "run"]) == 0
     assert "refined.txt: 12 updates; peak at update" in capsys.readouterr().out
-    numbers = [float(x) for x in (tmp_path / "refined.txt").read_text().split("\n")[1:-1]]
-    want = refined_schedule(read_norms(workdir, "l1"), 1)
-    np.testing.assert_allclose(numbers, want, rtol=1e-8)
+    want = refined_schedule(norms, 2)
+    np.testing.assert_allclose(read_schedule("refined.txt", 12), want, rtol=1e-8)
     assert (tmp_path / "refined.svg").read_text().count("<svg") == 1
-    assert main.main(["refine", "run", "--steps=30", "--output=long.txt", "--norm=l2"]) == 0
-    assert len((tmp_path / "long.txt").read_text().splitlines()) == 31
+    assert main.main(["refine", "run", "--steps=30", "--output=long.txt", "--norm=l1"]) == 0
+    assert len(read_schedule("long.txt", 30)) == 30
     assert main.main(["refine", "nothing"]) == 1
     assert "is nothing a run?" in capsys.readouterr().err
 
@@ -180,12 +175,17 @@ def test_recording_changes_nothing_else_and_a_run_follows_the_file(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     workdir, plain = tmp_path / "run", tmp_path / "plain"
     run(workdir, "train.gradient_norms=True")
+    rows = read_rows(workdir / "gradient_norms.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    logged = {r["step"]: r for r in read_rows(workdir / "metrics.jsonl") if r["split"] == "train"}
+    assert set(logged) == {4, 8, 12}
+    assert all(rows[step - 1]["l2"] == logged[step]["grad_norm"] for step in logged)
+    assert "grad_l1" not in logged[4] and all(row["l1"] > row["l2"] for row in rows)
     run(plain)
     assert not (plain / "gradient_norms.jsonl").exists()
     assert (plain / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match="holds no norms: train with --config.train.gradient_norm"):
         read_norms(plain, "l1")
-
     assert main.main(["refine", "run"]) == 0
     want = refined_schedule(read_norms(workdir, "l1"), 1)
     run("second", "optimizer.schedule=file:refined.txt", "optimizer.warmup_steps=None")
