@@ -112,6 +112,7 @@ def default_config() -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "task": "language_model",
+            "stages": (),
             "model": model | {"max_len": config_dict.placeholder(int), "mixers": mixers},
             **{name: _section(cls) for name, cls in SECTIONS.items()},
         }
@@ -166,7 +167,7 @@ def nearest_key(key: str, known: list[str]) -> str:
     last = key.rsplit(".", 1)[-1]
     named = {k: k.rsplit(".", 1)[-1] for k in known}
     last = synonym(last, named.values()) or last
-    same_name = [k for k in known if named[k] == last]
+    same_name = [k for k in known if named[k] in (last, f"{last}s")]
     alike = [k for k in known if named[k].endswith(f"_{last}")]  # dtype, compute_dtype
     return nearest(key, same_name or alike or known, cutoff=0)
 
@@ -329,6 +330,7 @@ def settings(config: Config) -> Settings:
         seed=plain.get("seed", 0),
         task=plain.get("task", TASKS[0]),
         model=_tuples(plain.get("model", {})),
+        stages=tuple(plain.get("stages", ())),
         **sections,
     )
 

@@ -43,7 +43,11 @@ def leaves() -> dict[str, Any]:
 
 def meanings() -> dict[str, str]:
     """Returns what the keys mean: comments and docstrings of the classes that hold them."""
-    found = {name: text for name, text in comments(Settings).items() if name in ("seed", "task")}
+    found = {
+        name: text
+        for name, text in comments(Settings).items()
+        if name in ("seed", "task", "stages")
+    }
     for section, cls in SECTIONS.items():
         found |= {f"{section}.{name}": text for name, text in comments(cls).items()}
     found |= {f"model.{name}": text for name, text in attributes(LanguageModelConfig).items()}

@@ -271,6 +271,9 @@ class Settings:
     precision: PrecisionConfig
     classifier: ClassifierConfig
     mesh: MeshConfig
+    # Runs one after another, each a mapping of "name" and the keys that are its own, e.g.
+    # {"data.sources": ("mine.txt",), "train.steps": 500}: see training.stages.
+    stages: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self):
         # Fields that one look at the value decides.

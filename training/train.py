@@ -95,6 +95,8 @@ def train(
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after saving.
     """
     asked = config_lib.settings(config)
+    if asked.stages:
+        raise config_lib.ConfigError("stages are runs of their own: training.stages trains them")
     trackers.check_installed(asked.train.tracker)
     workdir = work.prepare(workdir)
     if params is None:

@@ -175,7 +175,8 @@ def test_every_key_is_tried():
     sections = {key.rpartition(".")[0] for key in known}
     tried = set(WORK) | {refused.partition("=")[0] for refused in REFUSED}
     plain = {
-        "task", "data.tokenizer", "train.resume_step", "mesh.fsdp", "mesh.tensor", "model.causal",
+        "task", "stages", "data.tokenizer", "train.resume_step", "mesh.fsdp", "mesh.tensor",
+        "model.causal",
         "model.input_features", "model.attention_bias", "model.mlp_bias",
         "model.norm_eps", "model.embed_scale", "model.logit_scale", "model.sequence_balance",
         "model.attention_sequence_parallel", "model.scan_sequence_parallel",
