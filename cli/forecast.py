@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     # What it says of other schedules.
     predicted = {}
     for text, found in learning_rates.items():
-        warmup = schedules.warmup_steps(asked[text], steps)
+        warmup = schedules.first_peak(asked[text], steps)
         predicted[text] = annealing_law.predict(law, found, warmup)
         ends = [annealing_law.predict(other, found, warmup)[-1] for other in resampled]
         print(f"  {text:40} loss {predicted[text][-1]:.4f}{interval(ends)} after {steps:,} updates")

@@ -22,28 +22,33 @@ from tilescan.data.batches import Batch, BatchDataset, check_sizes, host_rows
 from tilescan.data.pipelines import LmRows
 
 
+def exact(weight: float | fractions.Fraction) -> fractions.Fraction:
+    """Returns a number as it is written: 0.1 is a tenth."""
+    return weight if isinstance(weight, fractions.Fraction) else fractions.Fraction(str(weight))
+
+
 class Shares:
     """Which source a row is of, by shares of rows.
 
     Args:
       weights: {source: its weight}, above 0; shares of rows, or tokens of each source, in any unit.
+        The first is spread most evenly.
 
     Raises:
       ValueError: no weights, or one that is not above 0 and finite.
     """
 
-    def __init__(self, weights: Mapping[str, float]):
+    def __init__(self, weights: Mapping[str, float | fractions.Fraction]):
         if not weights:
             raise ValueError("weights is empty: a mixture needs at least one source")
         for name, weight in weights.items():
             if not 0 < weight < np.inf:
                 raise ValueError(f"weights[{name!r}]={weight} must be above 0 and finite")
-        # Exact, as they are written: 0.1 is a tenth.
-        exact = [fractions.Fraction(str(weight)) for weight in weights.values()]
+        found = [exact(weight) for weight in weights.values()]
         self.names = list(weights)
-        self.shares = {n: float(w / sum(exact)) for n, w in zip(weights, exact, strict=True)}
+        self.shares = {n: float(w / sum(found)) for n, w in zip(weights, found, strict=True)}
         # Of the rows that no earlier source has, the share that is each source's.
-        self._of_rest = [w / sum(exact[i:]) for i, w in enumerate(exact)]
+        self._of_rest = [w / sum(found[i:]) for i, w in enumerate(found)]
 
     def place(self, row: int) -> tuple[str, int]:
         """Returns the source of a row, and how many rows of that source came before."""
@@ -57,7 +62,7 @@ class Shares:
 
 def mixture_dataset(
     parts: Mapping[str, LmRows],
-    weights: Mapping[str, float],
+    weights: Mapping[str, float | fractions.Fraction],
     *,
     batch_size: int,
     shard_index: int = 0,

@@ -44,10 +44,14 @@ def make_datasets(c: Settings, shard_index: int = 0, shard_count: int = 1) -> di
     as do "validation/SOURCE" of sources that are evaluated by themselves.
     """
     # Documents of the three splits.
-    documents = sources.load_all(c.data.sources)[: c.data.max_documents]
-    parts = pipelines.split_documents(
-        documents, c.data.split_seed, c.data.fractions, balanced=c.task == "classification"
-    )
+    if mixed_inputs.is_split_apart(c):
+        parts = mixed_inputs.split_apart(c, c.data.sources)
+        documents = [document for part in parts.values() for document in part]
+    else:
+        documents = sources.load_all(c.data.sources)[: c.data.max_documents]
+        parts = pipelines.split_documents(
+            documents, c.data.split_seed, c.data.fractions, balanced=c.task == "classification"
+        )
     if c.task == "classification" and not labels(documents):
         raise ConfigError(
             f"task = 'classification' needs documents with labels; data.sources = "

@@ -11,8 +11,8 @@ from etils import epath
 from tilescan.training import config as config_lib
 from tilescan.training.annealing_law import Curve
 from tilescan.training.metrics import read_rows
-from tilescan.training.schedule_config import FILE, warmup_steps
-from tilescan.training.schedules import rates
+from tilescan.training.schedule_config import FILE
+from tilescan.training.schedules import first_peak, rates
 from tilescan.training.trained import is_run
 
 # Names of the columns of a table, the first of them that is there.
@@ -72,9 +72,7 @@ def _of_run(workdir: epath.Path, split: str | None, warmup: int | None) -> Curve
         )
     steps, losses = map(np.array, zip(*found[split], strict=True))
     if warmup is None:
-        warmup = warmup_steps(optimizer, c.train.steps)
-        if optimizer.schedule.startswith(FILE):
-            warmup = int(np.argmax(learning_rates))
+        warmup = first_peak(optimizer, c.train.steps)
     return Curve(learning_rates, steps, losses, warmup, workdir.name)
 
 

@@ -114,7 +114,11 @@ class Recorder:
         self.metrics = JsonLines(workdir / "metrics.jsonl", step)
         self.timing = JsonLines(workdir / "timing.jsonl", step)
         self.samples = JsonLines(workdir / "samples.jsonl", step) if samples else None
-        norms = JsonLines(workdir / "gradient_norms.jsonl", step) if gradient_norms else None
+        path = workdir / "gradient_norms.jsonl"
+        norms = JsonLines(path, step) if gradient_norms or path.exists() else None
+        if norms and not gradient_norms:  # later ones are of steps that are taken again
+            norms.close()
+            norms = None
         self.gradient_norms, optional = norms, (self.samples, norms)
         self._files = [self.metrics, self.timing, *(f for f in optional if f is not None)]
         self._trackers = tuple(trackers)

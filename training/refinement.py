@@ -86,6 +86,12 @@ def read_norms(workdir: str | os.PathLike, norm: str) -> Float[np.ndarray, " T"]
             f"{path} begins with step {steps[0]} and has {len(steps)} up to {steps[-1]}: norms of "
             "all steps are needed, so train.gradient_norms must be on from the first"
         )
+    config = epath.Path(workdir) / "config.json"
+    asked = json.loads(config.read_text())["train"]["steps"] if config.exists() else len(steps)
+    if len(steps) < asked:
+        raise ValueError(
+            f"{path} has norms of {len(steps)} of the run's {asked} updates: let it finish"
+        )
     return np.array([row[norm] for row in rows])
 
 

@@ -75,15 +75,13 @@ class ScheduleConfig:
             raise ConfigError(
                 f"optimizer.milestones = {self.milestones} must rise, from above 0: {(*rising,)}"
             )
-        if self._decays_to_zero():
-            raise ConfigError(
-                "optimizer.final_fraction = 0 is never reached by an exponential decay: set it "
-                "above 0, or optimizer.decay_shape to 'linear', 'cosine' or 'sqrt'"
-            )
-
-    def _decays_to_zero(self) -> bool:
-        decays = self.schedule in ("wsd", "infinite") and self.decay_steps
-        return bool(decays) and not self.final_fraction and self.decay == "exponential"
+        ends = {"wsd": ("final_fraction",), "infinite": ("final_fraction", "constant_fraction")}
+        for name in ends.get(self.schedule, ()) if self.decay_steps else ():
+            if self.decay == "exponential" and not getattr(self, name):
+                raise ConfigError(
+                    f"optimizer.{name} = 0 is no end of an exponential decay: set it above 0, or "
+                    "optimizer.decay_shape to 'linear', 'cosine' or 'sqrt'"
+                )
 
     @property
     def decay(self) -> str:
@@ -151,7 +149,9 @@ def check_phases(config: ScheduleConfig, steps: int) -> None:
     if config.schedule in ("linear", "cosine", "rewarmed"):
         _must_fit({"end_step": end}, steps)
     phases = _phases(config)
-    _must_fit(phases, end if config.schedule == "rewarmed" else steps)
+    if config.schedule == "rewarmed" and end < steps:
+        _must_fit(phases, end, "optimizer.end_step")
+    _must_fit(phases, steps)
     late = [m for m in config.milestones if m >= steps]
     if config.schedule == "multi_step" and late:
         raise ConfigError(
@@ -175,7 +175,7 @@ def check_phases(config: ScheduleConfig, steps: int) -> None:
         )
 
 
-def _must_fit(phases: dict[str, int], steps: int) -> None:
+def _must_fit(phases: dict[str, int], steps: int, limit: str = "train.steps") -> None:
     """Raises ConfigError, with the nearest lengths that do, if phases are longer than a run."""
     over = sum(phases.values()) - steps
     if over <= 0:
@@ -183,8 +183,8 @@ def _must_fit(phases: dict[str, int], steps: int) -> None:
     listed = " and ".join(f"optimizer.{name} = {value}" for name, value in phases.items())
     fit = [f"{name} = {value - over}" for name, value in phases.items() if value >= over]
     raise ConfigError(
-        f"{listed} {'together exceed' if len(phases) > 1 else 'exceeds'} train.steps = {steps}: "
-        f"{' or '.join([*fit, f'train.steps = {steps + over}'])} would fit"
+        f"{listed} {'together exceed' if len(phases) > 1 else 'exceeds'} {limit} = {steps}: "
+        f"{' or '.join([*fit, f'{limit} = {steps + over}'])} would fit"
     )
 
 

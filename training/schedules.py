@@ -47,7 +47,14 @@ from jaxtyping import Float
 from tilescan.training.config_errors import ConfigError
 from tilescan.training.schedule_config import FILE, ScheduleConfig, check_phases, warmup_steps
 
-__all__ = ["ScheduleConfig", "make_schedule", "rates", "read_schedule", "warmup_steps"]
+__all__ = [
+    "ScheduleConfig",
+    "first_peak",
+    "make_schedule",
+    "rates",
+    "read_schedule",
+    "warmup_steps",
+]
 
 
 def make_schedule(config: ScheduleConfig, steps: int) -> Callable[[Any], jax.Array]:
@@ -67,6 +74,17 @@ def rates(config: ScheduleConfig, steps: int) -> Float[np.ndarray, " steps"]:
         ConfigError: as `make_schedule`.
     """
     return np.broadcast_to(_rate_at(config, steps)(np.arange(steps, dtype=np.float64)), steps)
+
+
+def first_peak(config: ScheduleConfig, steps: int) -> int:
+    """Returns the updates until the rate first stops to rise: the warm-up, whatever makes it.
+
+    Raises:
+        ConfigError: as `make_schedule`.
+    """
+    if config.schedule == "cyclical" or config.schedule.startswith(FILE):
+        return int(np.argmax(rates(config, steps)))
+    return warmup_steps(config, steps)
 
 
 def read_schedule(path: str | os.PathLike, steps: int) -> Float[np.ndarray, " steps"]:
@@ -154,27 +172,32 @@ def _cosine(t, c, steps, w):
     return _fall(_progress(t, w, c.end_step or steps), "cosine", 1.0, c.final_fraction)
 
 
-def _cycle(t, c, w, growth):
+def _cycle(t, c, steps, w, growth):
     """Returns which cycle t is in, and how far into it, in [0, 1)."""
-    xp = t.__array_namespace__()
-    into = xp.maximum(t - w, 0.0) / c.cycle_steps  # in lengths of the first cycle
+    xp, n = t.__array_namespace__(), c.cycle_steps
+    into = xp.maximum(t - w, 0.0)
     if growth == 1:
-        index = xp.floor(into)
-        return index, into - index
-    # Cycle i starts at (g^i - 1) / (g - 1); a rounded logarithm may miss the integer by one.
-    start = lambda i: (growth**i - 1) / (growth - 1)
-    index = xp.floor(xp.log1p(into * (growth - 1)) / math.log(growth) + 0.5)
-    index = xp.where(start(index) > into, index - 1, index)
-    return index, (into - start(index)) / growth**index
+        # A rounded quotient may miss the integer by one; whole multiples of n are exact.
+        index = xp.floor(into / n)
+        index = index + (into - index * n >= n) - (into - index * n < 0)
+        return index, (into - index * n) / n
+    # Few cycles, whose first updates are known: cycle i starts after n (g^i - 1) / (g - 1).
+    count = 2 + math.ceil(math.log1p(steps * (growth - 1) / n) / math.log(growth))
+    starts = n * (growth ** np.arange(count, dtype=np.float64) - 1) / (growth - 1)
+    first = xp.asarray(np.ceil(starts - 1e-9), dtype=t.dtype)
+    index = xp.searchsorted(first, into, side="right") - 1
+    lengths = xp.asarray(n * growth ** np.arange(count, dtype=np.float64), dtype=t.dtype)
+    u = (into - xp.asarray(starts, dtype=t.dtype)[index]) / lengths[index]
+    return index.astype(t.dtype), xp.clip(u, 0.0, 1.0)
 
 
 def _cosine_cycles(t, c, steps, w):
-    index, u = _cycle(t, c, w, c.cycle_growth)
+    index, u = _cycle(t, c, steps, w, c.cycle_growth)
     return _fall(u, "cosine", _peak(index, c), c.final_fraction)
 
 
 def _cyclical(t, c, steps, w):
-    index, u = _cycle(t, c, w, 1)
+    index, u = _cycle(t, c, steps, w, 1)
     up = 1 - abs(2 * u - 1)
     return c.final_fraction + (_peak(index, c) - c.final_fraction) * up
 

@@ -36,9 +36,11 @@ class DataConfig:
     shuffle: bool = True  # another order of documents in each epoch, from the seed
     fractions: tuple[float, ...] = (0.9, 0.05, 0.05)  # of the documents: train, validation, test
     split_seed: int = 0  # which documents are held out; not the run's seed, so that seeds compare
-    max_documents: int | None = None  # use only the first so many; None: all
+    # Use only the first so many, of all sources together, or of each where they are split apart.
+    max_documents: int | None = None
     eval_stride: int | None = None  # slide windows by so many tokens in evaluations; None: packed
-    eval_sources: tuple[str, ...] = ()  # whose validation documents are also evaluated apart
+    # Whose validation documents are also evaluated apart; each source is then split by itself.
+    eval_sources: tuple[str, ...] = ()
     # A weight of each source, shares of rows or tokens in all: a mixture, in which each source
     # keeps an order of its own. (): the sources are one corpus.
     weights: tuple[float, ...] = ()
@@ -281,8 +283,16 @@ class Settings:
         if self.seed < 0:
             raise ConfigError(f"seed = {self.seed} must be at least 0")
         tokens = self.data.batch_size * self.data.seq_len
+        in_tokens = self.optimizer.phases_in == "tokens"
         object.__setattr__(self, "optimizer", in_steps(self.optimizer, tokens))
-        check_phases(self.optimizer, self.train.steps)
+        try:
+            check_phases(self.optimizer, self.train.steps)
+        except ConfigError as error:
+            if not in_tokens:
+                raise
+            raise ConfigError(
+                f"{error} (in updates; optimizer.phases_in = 'tokens' are {tokens:,} each)"
+            ) from error
         for name in ("logit_chunk", "stream_chunks", "sample_every"):
             if getattr(self.train, name) and self.task != "language_model":
                 raise ConfigError(f"train.{name} is for task = 'language_model', not {self.task!r}")

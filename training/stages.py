@@ -55,8 +55,9 @@ def stage_configs(
         own.stages = ()
         if made:
             own.train.start_from = str(epath.Path(workdir) / list(made)[-1])
+            own.train.update(start_step=None, start_optimizer=False, resume_step=None)
         own.lock()
-        known = config_lib.known_keys(own)
+        known = [key for key in config_lib.known_keys(own) if key != "stages"]
         for key in keys:
             if key not in known:
                 raise ConfigError(
@@ -68,6 +69,12 @@ def stage_configs(
             config_lib.settings(own)
         except (ConfigError, TypeError) as error:
             raise ConfigError(f"stages: stage {name!r}: {error}") from error
+        last = number == len(config.stages)
+        if not last and not own.train.checkpoint_every:
+            raise ConfigError(
+                f"stages: stage {name!r}: train.checkpoint_every = 0 leaves nothing for the next "
+                "stage to start from"
+            )
         made[name] = own
     return made
 

@@ -4,7 +4,7 @@
     config.train.start_step = 500                # of its checkpoints; None: the newest
     config.train.start_optimizer = True          # moments too; the schedule begins anew
 
-The new run's model is the one that it starts from.
+The new run's model is the one that it starts from, and so is the tokenizer, but that of a folder.
 """
 
 import dataclasses
@@ -21,12 +21,14 @@ from etils import epath
 from jaxtyping import PyTree
 
 from tilescan.data import sources
+from tilescan.data.tokenizers import get_tokenizer
 from tilescan.models.checkpoints import open_pretrained
 from tilescan.training import config as config_lib
 from tilescan.training import steps as steps_lib
 from tilescan.training.checkpoints import CheckpointError, Checkpoints
+from tilescan.training.optimizers import make_optimizer
 from tilescan.training.settings import ConfigError, Settings
-from tilescan.training.trained import is_run, read_params
+from tilescan.training.trained import is_run, read_params, saved_settings
 from tilescan.training.workdir import saved_steps
 
 PUBLISHED = ("smollm2",)  # sources that hold a checkpoint and its tokenizer
@@ -79,6 +81,13 @@ def with_start(c: Settings, workdir: str | os.PathLike) -> Settings:
     data = c.data
     if start.tokenizer and data.tokenizer == default.data.tokenizer:
         data = dataclasses.replace(data, tokenizer=start.tokenizer)
+    have, need = get_tokenizer(data.tokenizer).vocab_size, model["vocab_size"]
+    if not start.tokenizer and need and have < need / 2:
+        raise ConfigError(
+            f"data.tokenizer = {data.tokenizer!r} has {have} tokens, and the model of "
+            f"train.start_from = {c.train.start_from!r} {need}: name the tokenizer that it was "
+            "trained with, for a folder does not bring it"
+        )
     return dataclasses.replace(c, model=model, data=data)
 
 
@@ -112,9 +121,9 @@ def opened(c: Settings) -> Start:
 
 def _of_run(workdir: epath.Path, step: int | None) -> Start:
     try:
-        c = config_lib.settings(json.loads((workdir / "config.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{workdir / 'config.json'} cannot be read: {error}") from error
+        c = saved_settings(workdir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     step = _step_of(workdir, step)
     return Start(dict(c.model), c.data.tokenizer, lambda: read_params(c, workdir, step))
 
@@ -134,31 +143,43 @@ def _step_of(workdir: epath.Path, step: int | None) -> int:
 def started(
     c: Settings,
     state: steps_lib.TrainState,
-    abstract: steps_lib.TrainState,
+    abstract_of: Callable[[optax.GradientTransformation], steps_lib.TrainState],
     shardings: steps_lib.TrainState,
 ) -> steps_lib.TrainState:
     """Returns a state just initialized with what the start has: parameters, or moments as well.
 
     Args:
       c: the settings, `with_start`.
-      state, abstract, shardings: as `train.sharded_init` makes them.
+      state: as `train.sharded_init` initializes it.
+      abstract_of: an optimizer -> the abstract state with it, on the run's mesh.
+      shardings: of the state.
 
     Raises:
       CheckpointError: moments of another optimizer.
       ValueError: parameters of another model.
     """
-    if not c.train.start_optimizer:
-        return steps_lib.start_from(state, opened(c).read_params(), shardings)
     workdir = epath.Path(c.train.start_from)
+    before = saved_settings(workdir) if is_run(workdir) else None
+    other = before is None or before.precision.param_dtype != c.precision.param_dtype
+    if other and not c.train.start_optimizer:
+        return steps_lib.start_from(state, opened(c).read_params(), shardings)
+
+    # Every process reads its shards of the run's state, whose optimizer may be another one.
+    optimizer = c.optimizer if c.train.start_optimizer else before.optimizer
+    tx, _ = make_optimizer(dataclasses.replace(optimizer, schedule="constant"), c.train.steps)
     saver = Checkpoints(workdir / "checkpoints", read_only=True)
     try:
-        old = saver.restore(_step_of(workdir, c.train.start_step), abstract)
+        old = saver.restore(_step_of(workdir, c.train.start_step), abstract_of(tx))
     except CheckpointError as error:
+        if not c.train.start_optimizer:
+            raise
         raise CheckpointError(
             f"train.start_optimizer needs the same model, optimizer.name and clipping: {error}"
         ) from error
     finally:
         saver.close()
+    if not c.train.start_optimizer:
+        return state.replace(params=old.params, masters=old.masters)
 
     # Moments go on, the schedule begins anew.
     begin = lambda x: x._replace(count=jnp.zeros_like(x.count))

@@ -49,7 +49,7 @@ FREE_ON_RESUME = (
     "train.checkpoint_every", "train.keep", "train.resume_step", "train.progress",
     "train.tensorboard", "train.tracker", "train.sample_every", "train.sample_prompt",
     "train.sample_tokens", "train.sample_temperature", "train.gradient_norms", "train.logit_chunk",
-    "train.stream_chunks",
+    "train.stream_chunks", "train.start_from", "train.start_step", "train.start_optimizer",
     "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.parameters_over_sequence",
     "model.attention_sequence_parallel", "model.scan_sequence_parallel", "model.sequence_balance",
 )  # fmt: skip
@@ -99,8 +99,9 @@ def train(
         raise config_lib.ConfigError("stages are runs of their own: training.stages trains them")
     trackers.check_installed(asked.train.tracker)
     workdir = work.prepare(workdir)
-    if params is None:
-        asked = starts.with_start(asked, workdir)
+    if params is not None and asked.train.start_from:
+        raise config_lib.ConfigError("params and train.start_from both say what to start from")
+    asked = starts.with_start(asked, workdir)
 
     # Mesh, and the dtype that its devices compute in.
     mesh = sharding.make_mesh(asked.mesh)
@@ -127,6 +128,9 @@ def train(
     state_shardings, abstract_state, initialize = sharded_init(
         model, tx, example, c.seed, mesh, sharding.rules(c.mesh)
     )
+    abstract_of = lambda tx: sharded_init(model, tx, example, c.seed, mesh, sharding.rules(c.mesh))[
+        1
+    ]
     check_groups(c.optimizer, abstract_state.params)
     sample = make_sampler(model, c, datasets["train"], mesh, abstract_state.params)
 
@@ -155,7 +159,7 @@ def train(
             if params is not None:
                 state = steps.start_from(state, params, state_shardings)
             elif c.train.start_from:
-                state = starts.started(c, state, abstract_state, state_shardings)
+                state = starts.started(c, state, abstract_of, state_shardings)
         else:
             state = saver.restore(restored, abstract_state, iterator)
             saver.drop_after(restored)

@@ -41,6 +41,8 @@ def load_trained(
         another model.
     """
     c = with_compute_dtype(config_lib.settings(config), workdir)
+    if c.train.start_from:  # the model is the start's, which the run wrote down
+        c = saved_settings(workdir)
     model = inputs.make_model(c) if model is None else model
     if finished_step(config, workdir) is None:
         raise UnusableCheckpoint(
@@ -77,12 +79,7 @@ def load_run(workdir: str | os.PathLike) -> Run:
         describes.
       ValueError: the run trained a classifier, or its config.json cannot be read.
     """
-    workdir = epath.Path(workdir)
-    try:
-        config = json.loads((workdir / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{workdir / 'config.json'} cannot be read: {error}") from error
-    c = config_lib.settings(config)
+    c = saved_settings(workdir)
     if c.task != "language_model":
         raise ValueError(f"{workdir} is a run of task {c.task!r}; a language model is needed")
     saved = saved_steps(workdir)
@@ -94,6 +91,19 @@ def load_run(workdir: str | os.PathLike) -> Run:
         )
     model = inputs.make_model(c)
     return Run(c, model, read_params(c, workdir, max(saved), model), max(saved))
+
+
+def saved_settings(workdir: str | os.PathLike) -> Settings:
+    """Returns the settings that a run wrote down in its work folder.
+
+    Raises:
+      ValueError: its config.json cannot be read.
+    """
+    path = epath.Path(workdir) / "config.json"
+    try:
+        return config_lib.settings(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def read_params(

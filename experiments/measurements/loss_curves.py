@@ -13,8 +13,7 @@ from tilescan.experiments.harness.workspace import Workspace
 from tilescan.experiments.measurements.training import metrics, parameters, training_config
 from tilescan.training.annealing_law import Curve, Law, errors, fit, predict
 from tilescan.training.loss_curves import parse_table
-from tilescan.training.schedule_config import ScheduleConfig, warmup_steps
-from tilescan.training.schedules import rates
+from tilescan.training.schedules import ScheduleConfig, first_peak, rates
 from tilescan.training.train import train
 
 # Laws that are compared, and the options of their fits.
@@ -52,7 +51,7 @@ def curve_of(record: Record) -> Curve:
     schedule = ScheduleConfig(**given | {"milestones": tuple(given["milestones"])})
     steps, losses = (np.array(record.result[name]) for name in ("steps", "losses"))
     count = train["train.steps"]
-    warmup = warmup_steps(schedule, count)
+    warmup = first_peak(schedule, count)
     return Curve(rates(schedule, count), steps, losses, warmup, record.settings["schedule"])
 
 

@@ -1,5 +1,6 @@
 """Mixtures: whose row each is, rows as without the others, hosts and resuming."""
 
+import fractions
 import json
 
 import numpy as np
@@ -68,6 +69,10 @@ def test_a_batch_has_its_share_of_each():
     # Tokens in all are weights as well, and shares may be odd.
     as_tokens, as_shares = mixed({"old": 1e6, "new": 3e6}), mixed({"old": 0.25, "new": 0.75})
     np.testing.assert_array_equal(as_tokens.batch(5)["tokens"], as_shares.batch(5)["tokens"])
+    halves = Shares({"replay": fractions.Fraction(1, 2), **dict.fromkeys("abc", 1 / 6)})
+    for batch in range(9):
+        rows_ = range(20 * batch, 20 * batch + 20)
+        assert sum(halves.place(row)[0] == "replay" for row in rows_) == 10
     third = Shares({"a": 0.05, "b": 0.95})
     assert [row for row in range(100) if third.place(row)[0] == "a"] == [19, 39, 59, 79, 99]
 

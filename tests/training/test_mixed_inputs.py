@@ -109,8 +109,41 @@ def test_what_cannot_be_combined_is_refused(texts, assignments, message):
 def test_a_source_without_validation_is_named(texts, tmp_path):
     one = tmp_path / "one.txt"
     one.write_text("alone")
-    with pytest.raises(ConfigError, match="of .*one.txt none is for validation: data.fractions"):
+    with pytest.raises(ConfigError, match="eval_sources: .*one.txt has no document for validation"):
         datasets_of(texts, f"data.eval_sources={one}")
+    # Of a mixture it is left out: there may be none at all.
+    found = datasets_of(texts, *REPLAY, "data.fractions=(1.0,0.0,0.0)")
+    assert set(found) == {"train"}
+
+
+def rows_of(dataset, count=40):
+    """Returns the rows of some batches, as bytes: of documents, since each fits into a row."""
+    batches = (dataset.batch(step % (dataset.steps or count)) for step in range(count))
+    return {row.tobytes() for batch in batches for row in batch["tokens"]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("data.sources={o},{n}", "data.weights=(1,1)"),
+        ("data.sources={o},{n}", "data.eval_sources={o}"),
+        ("data.sources={n}", "data.replay=0.3", "data.replay_sources={o}"),
+    ],
+)
+def test_no_document_is_trained_on_and_evaluated(texts, options):
+    """Though both sources name their documents alike."""
+    found = datasets_of(texts, *options, "data.seq_len=64", "data.packing=whole")
+    names = [name for name in found if name != "train"]
+    assert len(names) > 1
+    trained = rows_of(found["train"])
+    for name in names:
+        assert not trained & (rows_of(found[name]) - {rows_of_padding(found[name])})
+
+
+def rows_of_padding(dataset):
+    """Returns a row without a document."""
+    batch = dataset.batch(0)["tokens"]
+    return np.full_like(batch[0], get_tokenizer("byte").pad_id).tobytes()
 
 
 @pytest.mark.slow

@@ -156,7 +156,8 @@ def test_the_command_writes_a_schedule_of_a_runs_norms(tmp_path, capsys, monkeyp
     norms = np.linspace(3, 1, 12)
     rows = [{"step": i + 1, "l2": g, "l1": 2 * g} for i, g in enumerate(norms)]
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"optimizer": {"name": "sgd"}}))
+    config = {"optimizer": {"name": "sgd"}, "train": {"steps": 12}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     path = tmp_path / "run" / "gradient_norms.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main.main(["refine", "run"]) == 0
@@ -198,6 +199,11 @@ def test_norms_are_of_all_steps(tmp_path):
     path = tmp_path / "gradient_norms.jsonl"
     path.write_text("".join(json.dumps({"step": s, "l1": 1.0, "l2": 1.0}) + "\n" for s in (3, 4)))
     with pytest.raises(ValueError, match="begins with step 3 and has 2 up to 4: norms of all"):
+        read_norms(tmp_path, "l2")
+    path.write_text("".join(json.dumps({"step": s, "l1": 1.0, "l2": 1.0}) + "\n" for s in (1, 2)))
+    assert len(read_norms(tmp_path, "l2")) == 2
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"steps": 5}}))
+    with pytest.raises(ValueError, match="norms of 2 of the run's 5 updates: let it finish"):
         read_norms(tmp_path, "l2")
     with pytest.raises(ValueError, match="norm='l3' must be one of l2, l1"):
         read_norms(tmp_path, "l3")

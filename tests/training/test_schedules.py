@@ -12,7 +12,13 @@ import scipy.signal
 from tilescan.training.checkpoints import CheckpointError
 from tilescan.training.config import default_config, settings
 from tilescan.training.schedule_config import SCHEDULES, ConfigError, in_steps
-from tilescan.training.schedules import SHAPES, ScheduleConfig, make_schedule, rates
+from tilescan.training.schedules import (
+    SHAPES,
+    ScheduleConfig,
+    first_peak,
+    make_schedule,
+    rates,
+)
 from tilescan.training.settings import OptimizerConfig
 from tilescan.training.workdir import keep_schedule
 
@@ -201,6 +207,23 @@ def test_cycles_begin_where_the_last_ones_end():
             np.testing.assert_allclose(np.asarray(found)[whole], 3e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("n", "growth"), [(41, 1.0), (47, 1.0), (55, 1.0), (100, 1.1), (700, 1.1)])
+def test_a_run_restarts_with_the_array(n, growth):
+    """In float32, as it is compiled, at every first update of a cycle and the last before it."""
+    names = dict(warmup_steps=0, cycle_steps=n, cycle_growth=growth, cycle_peak=1.0)
+    config = made("cosine_cycles", **names)
+    found = jax.jit(jax.vmap(make_schedule(config, 4000)))(jnp.arange(4000))
+    np.testing.assert_allclose(found, rates(config, 4000), rtol=1e-4)
+
+
+def test_the_first_peak_ends_the_warm_up(tmp_path):
+    assert first_peak(made("wsd"), STEPS) == W
+    path = tmp_path / "mine.txt"
+    path.write_text("".join(f"{min(t, 20 - t) / 10}\n" for t in range(20)))
+    assert first_peak(ScheduleConfig(1.0, f"file:{path}"), 20) == 10
+    assert first_peak(ScheduleConfig(1.0, "cyclical", cycle_steps=8), STEPS) == 4
+
+
 def test_a_million_updates_are_an_array():
     found = rates(made("infinite"), 10**6)
     assert found.shape == (10**6,) and found.dtype == np.float64 and found[-1] < found[10**5]
@@ -252,6 +275,9 @@ def test_phases_in_tokens_are_whole_updates():
     found = settings(config).optimizer
     assert (found.warmup_steps, found.milestones) == (25, (1, 100))
     assert isinstance(found, OptimizerConfig) and found.phases_in == "steps"
+    config.optimizer.warmup_steps, config.optimizer.schedule = 400_000, "cosine"
+    with pytest.raises(ConfigError, match=r"warmup_steps = 1000 .* \(in updates; .* 400 each\)"):
+        settings(config)
     with pytest.raises(ConfigError, match="see schedules.in_steps"):
         rates(ScheduleConfig(phases_in="tokens"), 10)
 
@@ -284,7 +310,15 @@ def test_phases_in_tokens_are_whole_updates():
         ),
         (
             dict(schedule="wsd", decay_steps=5, decay_shape="exponential", final_fraction=0.0),
-            "final_fraction = 0 is never reached by an exponential decay",
+            "final_fraction = 0 is no end of an exponential decay",
+        ),
+        (
+            dict(schedule="infinite", cooldown_steps=5, decay_steps=5, constant_fraction=0.0),
+            "constant_fraction = 0 is no end of an exponential decay",
+        ),
+        (
+            dict(schedule="rewarmed", rewarm_start=18, rewarm_steps=9, end_step=20),
+            "together exceed optimizer.end_step = 20: .* or optimizer.end_step = 27 would fit",
         ),
     ],
 )

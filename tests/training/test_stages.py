@@ -32,6 +32,14 @@ def test_a_stage_has_its_keys_and_starts_from_the_one_before():
     assert old[1].stages == new[1].stages == ()
 
 
+def test_what_the_first_stage_starts_from_is_not_the_others():
+    start = ("train.start_from=runs/x", "train.start_step=500", "train.start_optimizer=True")
+    first, second = stages.stage_configs(config_of(({}, {}), *start), "runs/w").values()
+    assert (first.train.start_from, first.train.start_step) == ("runs/x", 500)
+    assert (second.train.start_from, second.train.start_step) == ("runs/w/stage_1", None)
+    assert first.train.start_optimizer and not second.train.start_optimizer
+
+
 def test_stages_come_from_the_command_line():
     config = config_of((), "stages=({'train.steps': 5}, {'name': 'b', 'train.steps': 7})")
     assert list(stages.stage_configs(config, "runs")) == ["stage_1", "b"]
@@ -47,6 +55,11 @@ def test_stages_come_from_the_command_line():
         (({"train.step": 5},), "stage 'stage_1': unknown key 'train.step'; .*'train.steps'"),
         (({"train.steps": 0},), "stage 'stage_1': train.steps = 0 must be at least 1"),
         (({"train.steps": "many"},), "stage 'stage_1': "),
+        (({"stages": ()},), "unknown key 'stages'"),
+        (
+            ({"train.checkpoint_every": 0}, {"train.checkpoint_every": 0}),
+            "stage 'stage_1': train.checkpoint_every = 0 leaves nothing for the next",
+        ),
     ],
 )
 def test_stages_that_cannot_be_are_refused(found, message):

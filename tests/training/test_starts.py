@@ -38,7 +38,7 @@ def config_of(texts, *assignments):
 
 @pytest.fixture
 def untrained(texts, tmp_path):
-    """A run's folder, as far as it says what it is: with checkpoints of steps 4 and 8."""
+    """A run's folder, as far as it says what it is, with checkpoints of steps 4 and 8."""
     for step in (4, 8):
         (tmp_path / "before" / "checkpoints" / str(step)).mkdir(parents=True)
     written = json.dumps(as_dict(settings(config_of(texts, *SMALL))))
@@ -135,6 +135,18 @@ def test_a_start_that_cannot_be_is_refused(texts, untrained, tmp_path, assignmen
     made = [a.format(texts=texts, before=untrained) for a in assignments]
     with pytest.raises(ConfigError, match=message):
         train(config_of(texts, *made), tmp_path / "run")
+
+
+def test_a_folder_of_another_vocabulary_needs_its_tokenizer(texts, tmp_path, monkeypatch):
+    start = starts.Start({"vocab_size": 50257}, None, dict)
+    monkeypatch.setattr(starts, "opened", lambda c: start)
+    with pytest.raises(ConfigError, match="'byte' has 258 tokens, and the model of .* 50257: name"):
+        starts.with_start(settings(config_of(texts, "train.start_from=folder")), tmp_path)
+
+
+def test_parameters_and_a_start_are_one_too_many(texts, tmp_path):
+    with pytest.raises(ConfigError, match="params and train.start_from both say what to start"):
+        train(config_of(texts, "train.start_from=x"), tmp_path, params={})
 
 
 def test_the_model_is_that_of_the_start(texts, untrained, tmp_path):

@@ -55,15 +55,15 @@ def claims(records: Records) -> list[Claim]:
     ]
 
 
-def _criterion(bound: float, each: str) -> str:
+def _criterion(bound: float, each: str, but: str = "") -> str:
     return (
-        f"mean absolute error on the curves that were not fitted of at most {bound:g}% with every "
-        f"{each}, at which both the same law without annealing and a power law in steps have at "
-        f"least {BETTER:g} times as much"
+        f"mean absolute error on the curves that were not fitted{but} of at most {bound:g}% with "
+        f"every {each}, at which both the same law without annealing and a power law in steps have "
+        f"at least {BETTER:g} times as much"
     )
 
 
-def _verdict(bound: float, each: str, found: dict[str, dict[str, float]]) -> Verdict:
+def _verdict(bound: float, each: str, found: dict[str, dict[str, float]], but: str = "") -> Verdict:
     """Returns whether the law's errors are small, and smaller than those of the others."""
     holds = every(
         e[ANNEALING] <= bound / 100 and BETTER * e[ANNEALING] <= min(e[AREA], e[STEPS])
@@ -73,7 +73,7 @@ def _verdict(bound: float, each: str, found: dict[str, dict[str, float]]) -> Ver
         f"{name}: " + ", ".join(f"{NAMES[law]} {100 * e[law]:.2f}%" for law in NAMES)
         for name, e in found.items()
     ]
-    return Verdict(_criterion(bound, each), holds, "; ".join(said))
+    return Verdict(_criterion(bound, each, but), holds, "; ".join(said))
 
 
 def predicts_published(published: Records) -> Verdict:
@@ -94,7 +94,8 @@ def predicts_own(own: Mapping[int, Fitted]) -> Verdict:
         unseen = [name for name in runs.curves if name not in (*runs.seen, *LIMITS)]
         if unseen:
             found[f"seed {seed}"] = {law: runs.error(law, *unseen) for law in NAMES}
-    return _verdict(OWN_ERROR, "seed", found)
+    but = ", but for those of the two claims of limits,"
+    return _verdict(OWN_ERROR, "seed", found, but)
 
 
 def explains(published: Records, own: Mapping[int, Fitted]) -> Verdict:
