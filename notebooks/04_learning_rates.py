@@ -156,7 +156,7 @@ _ = axes[0].set_ylabel("expected loss")
 
 # %% [markdown]
 # On real models it is as exact: 0.2% on 21 published curves of language models of 25M to 400M
-# parameters, fitted to two of each size (`tilescan run annealing_law`).
+# parameters, fitted to two of each size.
 #
 # **How long should the decay be?** The law answers without another run. Move the slider where the
 # notebook is live; the picture shows the whole range.
