@@ -16,9 +16,11 @@ from tilescan.cli import (
     data,
     diagnose,
     export,
+    forecast,
     generate,
     list_papers,
     plan,
+    refine,
     report,
     rerun,
     run,
@@ -44,11 +46,13 @@ COMMANDS = {
     "rerun": rerun,
     "report": report,
     "plan": plan,
+    "refine": refine,
     "diagnose": diagnose,
     "data": data,
     "generate": generate,
     "train": train,
     "export": export,
+    "forecast": forecast,
     "completion": completion,
 }
 
@@ -79,9 +83,10 @@ class _Parser(argparse.ArgumentParser):
                 return match
         return None
 
-    def options(self) -> list[str]:
-        """Returns the options, "--seed" for example."""
-        return list(self._option_string_actions)
+    def single(self) -> list[str]:
+        """Returns the options, "--seed" for example, that are given once at the most."""
+        found = self._option_string_actions.items()
+        return [name for name, action in found if not isinstance(action, argparse._AppendAction)]
 
     def _choices(self) -> list[str]:
         """Returns the subcommands, and the words that arguments may be."""
@@ -94,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _build_parser()
     argv = sys.argv[1:] if argv is None else argv
     options, rest = parser.parse_known_args(argv)
-    twice = arguments.repeated(argv, options.parser.options())
+    twice = arguments.repeated(argv, options.parser.single())
     if twice:
         options.parser.refuse(f"{twice} is given twice", [])
     overridable = options.config_keys is not None

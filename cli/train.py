@@ -13,6 +13,9 @@ stopped goes on in its workdir to the same numbers.
   tilescan train --workdir=runs/first --config.train.steps=200 any value of it
   tilescan train --workdir=runs/mine --config.data.sources=mytext.txt,shakespeare
   tilescan train --workdir=runs/first --config.train.sample_every=100     with texts it writes
+  tilescan train --workdir=runs/tuned --config.train.start_from=smollm2   from a published model
+
+Stages, mixtures of sources, replay of old data and schedules: docs/learning_rates.md
 """
 
 
@@ -37,11 +40,17 @@ def run(options: argparse.Namespace) -> int:
         options.parser.error("the following arguments are required: --workdir")
     if options.distributed:
         join_processes(options.distributed)
-    from tilescan.training import train
+    from tilescan.training import stages, train
 
-    metrics = train.train(training_config.load(options), options.workdir)
-    for name, value in sorted(metrics.items()):
-        print(f"{name:28} {value:.6g}")
+    config = training_config.load(options)
+    if config.stages:
+        found = stages.train_stages(config, options.workdir)
+    else:
+        found = {"": train.train(config, options.workdir)}
+    for stage, metrics in found.items():
+        print(f"stage {stage}\n" if stage else "", end="")
+        for name, value in sorted(metrics.items()):
+            print(f"{name:28} {value:.6g}")
     return 0
 
 

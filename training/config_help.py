@@ -43,7 +43,11 @@ def leaves() -> dict[str, Any]:
 
 def meanings() -> dict[str, str]:
     """Returns what the keys mean: comments and docstrings of the classes that hold them."""
-    found = {name: text for name, text in comments(Settings).items() if name in ("seed", "task")}
+    found = {
+        name: text
+        for name, text in comments(Settings).items()
+        if name in ("seed", "task", "stages")
+    }
     for section, cls in SECTIONS.items():
         found |= {f"{section}.{name}": text for name, text in comments(cls).items()}
     found |= {f"model.{name}": text for name, text in attributes(LanguageModelConfig).items()}
@@ -55,7 +59,8 @@ def meanings() -> dict[str, str]:
 def comments(cls: type) -> dict[str, str]:
     """Returns the comment of each field: that of its line, or else the lines above it."""
     found, above = {}, []
-    for line in inspect.getsource(cls).splitlines():
+    sources = (inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
+    for line in "\n".join(sources).splitlines():
         field = re.match(r"    (\w+): [^#]*(?:# (.*))?$", line)
         if field:
             found[field[1]] = field[2] or " ".join(above)

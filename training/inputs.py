@@ -11,6 +11,7 @@ from flax import linen as nn
 from tilescan.data import pipelines, sources, tokenizers
 from tilescan.data.documents import Document
 from tilescan.models import LanguageModel, SequenceClassifier
+from tilescan.training import mixed_inputs
 from tilescan.training.settings import ConfigError, Settings
 
 
@@ -39,13 +40,18 @@ def eval_batches(dataset: Iterable, rows: int, limit: int) -> Iterator[dict[str,
 def make_datasets(c: Settings, shard_index: int = 0, shard_count: int = 1) -> dict[str, Iterable]:
     """Loads, splits and batches the documents of `c.data`: a shard of each batch's rows.
 
-    "train" repeats without end in an order that the seed gives; "validation" and "test" pass once.
+    "train" repeats without end in an order that the seed gives; "validation" and "test" pass once,
+    as do "validation/SOURCE" of sources that are evaluated by themselves.
     """
     # Documents of the three splits.
-    documents = sources.load_all(c.data.sources)[: c.data.max_documents]
-    parts = pipelines.split_documents(
-        documents, c.data.split_seed, c.data.fractions, balanced=c.task == "classification"
-    )
+    if mixed_inputs.is_split_apart(c):
+        parts = mixed_inputs.split_apart(c, c.data.sources)
+        documents = [document for part in parts.values() for document in part]
+    else:
+        documents = sources.load_all(c.data.sources)[: c.data.max_documents]
+        parts = pipelines.split_documents(
+            documents, c.data.split_seed, c.data.fractions, balanced=c.task == "classification"
+        )
     if c.task == "classification" and not labels(documents):
         raise ConfigError(
             f"task = 'classification' needs documents with labels; data.sources = "
@@ -80,9 +86,15 @@ def make_datasets(c: Settings, shard_index: int = 0, shard_count: int = 1) -> di
             **packing,
             **common,
         )
-        train = pipelines.lm_dataset(parts["train"], tokenizer, **shuffled, **packing, **common)
+        if mixed_inputs.is_mixed(c):
+            train = mixed_inputs.mixed_dataset(c, tokenizer, shard_index, shard_count)
+        else:
+            train = pipelines.lm_dataset(
+                parts["train"], tokenizer, first_batch=c.data.first_batch,
+                **shuffled, **packing, **common,
+            )  # fmt: skip
     held_out = {name: once(parts[name]) for name in ("validation", "test") if parts[name]}
-    return {"train": train, **held_out}
+    return {"train": train, **held_out, **mixed_inputs.domains(c, once)}
 
 
 def _warn_of_empty_parts(parts: dict[str, list], fractions: tuple[float, ...]) -> None:

@@ -1,7 +1,8 @@
 """Where a run's numbers go: metrics.jsonl, timing.jsonl, TensorBoard, a tracker and the terminal.
 
-metrics.jsonl and samples.jsonl hold only what the seed determines, so that a resumed run's file is
-the same, byte for byte, as an uninterrupted one's; how long things took is in timing.jsonl.
+metrics.jsonl, samples.jsonl and gradient_norms.jsonl hold only what the seed determines, so that a
+resumed run's file is the same, byte for byte, as an uninterrupted one's; how long things took is in
+timing.jsonl.
 """
 
 import contextlib
@@ -93,6 +94,7 @@ class Recorder:
         step: None for a fresh run; else the step restored, after which older rows are dropped.
         total_steps: for the bar.
         samples: whether there will be any, for which there is samples.jsonl then.
+        gradient_norms: whether there will be any, for which there is gradient_norms.jsonl then.
         trackers: are called with each row of metrics, and with the speed.
     """
 
@@ -105,13 +107,20 @@ class Recorder:
         tensorboard: bool,
         progress: bool,
         samples: bool = False,
+        gradient_norms: bool = False,
         trackers: Sequence[Tracker] = (),
     ):
         workdir = epath.Path(workdir)
         self.metrics = JsonLines(workdir / "metrics.jsonl", step)
         self.timing = JsonLines(workdir / "timing.jsonl", step)
         self.samples = JsonLines(workdir / "samples.jsonl", step) if samples else None
-        self._files = [f for f in (self.metrics, self.timing, self.samples) if f is not None]
+        path = workdir / "gradient_norms.jsonl"
+        norms = JsonLines(path, step) if gradient_norms or path.exists() else None
+        if norms and not gradient_norms:  # later ones are of steps that are taken again
+            norms.close()
+            norms = None
+        self.gradient_norms, optional = norms, (self.samples, norms)
+        self._files = [self.metrics, self.timing, *(f for f in optional if f is not None)]
         self._trackers = tuple(trackers)
         self._board = None
         if tensorboard and is_on_disk(workdir):  # its files grow line by line, as objects can't

@@ -1,4 +1,4 @@
-"""Optimizers: optax's update rules, five schedules, and groups of parameters by regular expression.
+"""Optimizers: optax's update rules, and groups of parameters by regular expression.
 
 One update of a parameter p with gradient g, at the t-th update (t = 0, 1, ...):
 
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from tilescan.training.settings import OptimizerConfig, ParamGroup, warmup_steps
+from tilescan.training.schedules import make_schedule
+from tilescan.training.settings import OptimizerConfig, ParamGroup
 
 RULES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
@@ -37,47 +38,6 @@ _STATE_MATRICES = {
 }
 # Other parameters of a state space, which don't decay where its paper says so.
 _UNDECAYED = {"h3": r"(^|/)(C_real|C_imag|D|shift|D_shift)$"}
-
-
-def make_schedule(config: OptimizerConfig, steps: int) -> Callable:
-    """Returns `rate(t)`, the learning rate of update t in [0, steps).
-
-    Every schedule is a peak times a linear warm-up times a shape. With w = warmup_steps, the
-    warm-up factor is min(1, (t + 1) / (w + 1)): never 0, and 1 from t = w on. With f =
-    final_fraction and x = (t - w) / (steps - w) clipped to [0, 1], the shapes are
-
-        constant       1
-        linear         1 - (1 - f) x
-        cosine         f + (1 - f) (1 + cos(pi x)) / 2
-        wsd            1, then linear from 1 to f over the last `decay_steps`
-        inverse_sqrt   sqrt(max(w, 1) / max(t, w, 1))
-
-    Sources: Loshchilov and Hutter 2017 without restarts (cosine), Hu et al. 2024, MiniCPM (wsd),
-    Vaswani et al. 2017, section 5.3 (inverse_sqrt).
-
-    Raises:
-        ConfigError: see `training.settings.warmup_steps`.
-    """
-    peak, w, f = config.learning_rate, warmup_steps(config, steps), config.final_fraction
-    decay = config.decay_steps
-
-    def rate(t):
-        t = jnp.asarray(t, jnp.float32)
-        x = jnp.clip((t - w) / max(steps - w, 1), 0.0, 1.0)
-        if config.schedule == "constant":
-            shape = 1.0
-        elif config.schedule == "linear":
-            shape = 1 - (1 - f) * x
-        elif config.schedule == "cosine":
-            shape = f + (1 - f) * 0.5 * (1 + jnp.cos(jnp.pi * x))
-        elif config.schedule == "wsd":
-            into_decay = jnp.clip((t - (steps - decay)) / max(decay, 1), 0.0, 1.0)
-            shape = 1 - (1 - f) * into_decay
-        else:
-            shape = jnp.sqrt(max(w, 1) / jnp.maximum(t, max(w, 1)))
-        return peak * jnp.minimum(1.0, (t + 1) / (w + 1)) * shape
-
-    return rate
 
 
 def path_name(path: tuple[Any, ...]) -> str:

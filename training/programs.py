@@ -12,6 +12,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from tilescan.training import config as config_lib
+from tilescan.training.schedule_config import FILE
+from tilescan.training.schedules import read_schedule
 from tilescan.training.settings import Settings
 
 KEPT = 2  # configurations whose programs stay in memory
@@ -25,12 +27,12 @@ def kept(
 
     Args:
       model: of the run; one that cannot be hashed is never the same.
-      c: all of it but the seed counts.
+      c: all of it but the seed counts, and the numbers of a schedule that is a file.
       mesh: of the run.
       make: returns jitted functions that depend on nothing else.
     """
     settings = config_lib.as_dict(dataclasses.replace(c, seed=0))
-    key = (model, mesh, json.dumps(settings, sort_keys=True))
+    key = (model, mesh, json.dumps(settings, sort_keys=True), _numbers(c))
     try:
         found = _kept.pop(key, None)
     except TypeError:
@@ -39,3 +41,11 @@ def kept(
     while len(_kept) > KEPT:
         _kept.popitem(last=False)
     return _kept[key]
+
+
+def _numbers(c: Settings) -> bytes:
+    """Returns what the file of a schedule holds, which may change while its name stays."""
+    schedule = c.optimizer.schedule
+    if not schedule.startswith(FILE):
+        return b""
+    return read_schedule(schedule.removeprefix(FILE), c.train.steps).tobytes()

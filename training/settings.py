@@ -14,33 +14,15 @@ import jax
 from tilescan.models import LanguageModelConfig
 from tilescan.models.stream_bp import check_streamed
 from tilescan.ops.sequence_parallel import layouts
-from tilescan.spelling import did_you_mean
+from tilescan.training.config_errors import ConfigError, at_least, one_of
+from tilescan.training.schedule_config import ScheduleConfig, check_phases, in_steps
 
 TASKS = ("language_model", "classification")
 OPTIMIZERS = ("adamw", "adam", "lion", "sgd")
-SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
-ENDLESS = ("constant", "inverse_sqrt")  # schedules that don't look at a run's end
 PACKINGS = ("packed", "whole", "contiguous")
 DTYPES = ("float32", "bfloat16")
 AUTO = "auto"  # a compute dtype that the devices decide
 TRACKERS = ("none", "wandb")
-
-
-class ConfigError(ValueError):
-    """A key that does not exist, or a value that makes no sense."""
-
-
-def _one_of(name: str, value, known) -> None:
-    if value not in known:
-        hint = did_you_mean(value, known, cutoff=0)
-        raise ConfigError(f"{name} = {value!r} is unknown; {hint}Known: {', '.join(known)}")
-
-
-def _at_least(section: str, config, low: int | float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise ConfigError(f"{section}.{name} = {value} must be at least {low}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +36,23 @@ class DataConfig:
     shuffle: bool = True  # another order of documents in each epoch, from the seed
     fractions: tuple[float, ...] = (0.9, 0.05, 0.05)  # of the documents: train, validation, test
     split_seed: int = 0  # which documents are held out; not the run's seed, so that seeds compare
-    max_documents: int | None = None  # use only the first so many; None: all
+    # Use only the first so many, of all sources together, or of each where they are split apart.
+    max_documents: int | None = None
     eval_stride: int | None = None  # slide windows by so many tokens in evaluations; None: packed
+    # Whose validation documents are also evaluated apart; each source is then split by itself.
+    eval_sources: tuple[str, ...] = ()
+    # A weight of each source, shares of rows or tokens in all: a mixture, in which each source
+    # keeps an order of its own. (): the sources are one corpus.
+    weights: tuple[float, ...] = ()
+    replay: float = 0.0  # share of rows that are of replay_sources, instead of new ones
+    replay_sources: tuple[str, ...] = ()  # old data, in their own order from the first
+    replay_seed: int | None = None  # of that order; None: the run's. That of the run before: its
+    first_batch: int = 0  # of the training data: those before are left out
 
     def __post_init__(self):
-        _one_of("data.packing", self.packing, PACKINGS)
-        _at_least("data", self, 1, "seq_len", "batch_size")
-        _at_least("data", self, 1, "max_documents", "eval_stride")
+        one_of("data.packing", self.packing, PACKINGS)
+        at_least("data", self, 1, "seq_len", "batch_size")
+        at_least("data", self, 1, "max_documents", "eval_stride")
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one source of data.sources")
         parts = self.fractions
@@ -71,6 +63,28 @@ class DataConfig:
             )
         if not parts[0]:
             raise ConfigError(f"data.fractions = {parts} leaves no documents to train on")
+        at_least("data", self, 0, "first_batch", "replay_seed")
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ConfigError(
+                f"data.weights = {self.weights} must be as many as data.sources, "
+                f"{len(self.sources)}"
+            )
+        if self.weights and not min(self.weights) > 0:
+            raise ConfigError(
+                f"data.weights = {self.weights} must be above 0: leave out a source that has none"
+            )
+        if not 0 <= self.replay < 1:
+            raise ConfigError(f"data.replay = {self.replay} must be a share, in [0, 1)")
+        if bool(self.replay) != bool(self.replay_sources):
+            raise ConfigError(
+                f"data.replay = {self.replay} and data.replay_sources = {self.replay_sources}: "
+                "replay needs both a share above 0 and sources"
+            )
+        if (self.weights or self.replay) and self.packing == "contiguous":
+            raise ConfigError(
+                "data.packing = 'contiguous' goes on from row to row of a source, which a mixture "
+                "(data.weights, data.replay) would interrupt: packing must be packed or whole"
+            )
         if self.eval_stride is not None and self.eval_stride > self.seq_len:
             raise ConfigError(
                 f"data.eval_stride = {self.eval_stride} must be at most data.seq_len = "
@@ -93,14 +107,8 @@ RECURRENCE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(ScheduleConfig):
     name: str = "adamw"  # adamw, adam (adamw that must not decay), sgd, lion
-    learning_rate: float = 3e-4  # the peak
-    schedule: str = "cosine"  # constant, linear, cosine, wsd, inverse_sqrt
-    # Updates until the peak; None: a tenth of train.steps, 100 where the schedule has no end.
-    warmup_steps: int | None = None
-    decay_steps: int = 0  # wsd alone: length of the decay that ends the run, in updates
-    final_fraction: float = 0.1  # of the peak, where linear, cosine and wsd end
     b1: float = 0.9  # decay of the first moment; sgd's momentum
     b2: float = 0.95  # decay of the second moment: language models' habit; optax has 0.999
     eps: float = 1e-8  # added to the root of the second moment
@@ -115,12 +123,11 @@ class OptimizerConfig:
     )
 
     def __post_init__(self):
-        _one_of("optimizer.name", self.name, OPTIMIZERS)
-        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        super().__post_init__()
+        one_of("optimizer.name", self.name, OPTIMIZERS)
         if self.weight_decay is None:
             object.__setattr__(self, "weight_decay", 0.0 if self.name == "adam" else 0.1)
-        positive = ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_norm")
-        _at_least("optimizer", self, 0, *positive, "final_fraction", "eps")
+        at_least("optimizer", self, 0, "weight_decay", "clip_norm", "eps")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name} = {getattr(self, name)} must be in [0, 1)")
@@ -137,35 +144,6 @@ class OptimizerConfig:
                 "optimizer.name = 'adam' does not decay weights: set weight_decay to 0, or name "
                 "to 'adamw'"
             )
-        if self.schedule == "wsd" and not self.decay_steps:
-            raise ConfigError("optimizer.schedule = 'wsd' needs optimizer.decay_steps > 0")
-
-
-def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    """Returns the updates until the peak in a run of `steps` updates.
-
-    Where the schedule has no end, the default is not a share of the steps: a run that is continued
-    for longer is the same run.
-
-    Raises:
-        ConfigError: the warm-up that was set, or the decay, does not fit into the steps.
-    """
-    w, decay = config.warmup_steps, config.decay_steps if config.schedule == "wsd" else 0
-    if decay > steps:
-        raise ConfigError(f"optimizer.decay_steps = {decay} exceeds train.steps = {steps}")
-    if w is None:
-        return 100 if config.schedule in ENDLESS else min(steps // 10, steps - decay)
-    if w >= steps and config.schedule in ("linear", "cosine"):
-        raise ConfigError(
-            f"optimizer.warmup_steps = {w} leaves nothing of train.steps = {steps} for the "
-            f"{config.schedule!r} schedule: warm up for fewer than {steps} steps"
-        )
-    if w + decay > steps and config.schedule == "wsd":
-        raise ConfigError(
-            f"optimizer.warmup_steps = {w} and optimizer.decay_steps = {decay} together exceed "
-            f"train.steps = {steps}"
-        )
-    return w
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,27 +156,39 @@ class TrainConfig:
     z_loss: float = 0.0  # times log(Z)^2 per token; 1e-4 keeps bf16 logits near 0 (PaLM, section 5)
     log_every: int = 10  # steps between rows of metrics.jsonl
     eval_every: int = 200  # steps between evaluations; step 0 and the last have one too
+    eval_early: bool = False  # evaluate after 1, 2, 4, 8, ... steps as well, up to eval_every
     eval_batches: int = 16  # batches per evaluation; 0: all of the validation documents
     checkpoint_every: int = 200  # steps between checkpoints; the last has one too. 0: none
     keep: int = 2  # how many checkpoints stay on disk
     resume_step: int | None = None  # go back to this checkpoint, drop later ones; None: newest
+    # A run's work folder, a published checkpoint or "smollm2", whose model and parameters the run
+    # starts from.
+    start_from: str = ""
+    start_step: int | None = None  # which of its checkpoints; None: the newest
+    start_optimizer: bool = False  # take its moments as well, while the schedule begins anew
     progress: bool = True  # a bar on a terminal, a line per row of metrics elsewhere
     tensorboard: bool = True  # event files beside metrics.jsonl, not in buckets
     tracker: str = "none"  # or "wandb", Weights & Biases: see training.trackers
+    # Each step's norms of the gradient, l1 and l2, before clipping, in gradient_norms.jsonl: for
+    # `tilescan refine`.
+    gradient_norms: bool = False
     sample_every: int = 0  # steps between texts that the model writes into samples.jsonl; 0: none
     sample_prompt: str = "\n"  # what they begin with
     sample_tokens: int = 64  # that follow the prompt, at most
     sample_temperature: float = 1.0  # 0 takes the likeliest token
 
     def __post_init__(self):
-        _one_of("train.tracker", self.tracker, TRACKERS)
-        _at_least("train", self, 0, "sample_every", "sample_temperature")
-        _at_least("train", self, 1, "sample_tokens")
+        one_of("train.tracker", self.tracker, TRACKERS)
+        at_least("train", self, 0, "sample_every", "sample_temperature")
+        at_least("train", self, 1, "sample_tokens")
+        at_least("train", self, 0, "start_step")
+        if (self.start_step is not None or self.start_optimizer) and not self.start_from:
+            raise ConfigError("train.start_step and train.start_optimizer need train.start_from")
         if not self.sample_prompt:
             raise ConfigError("train.sample_prompt is empty; give it a word at least")
-        _at_least("train", self, 1, "logit_chunk", "stream_chunks")
-        _at_least("train", self, 1, "steps", "microbatches", "log_every", "eval_every", "keep")
-        _at_least("train", self, 0, "z_loss", "eval_batches", "checkpoint_every", "resume_step")
+        at_least("train", self, 1, "logit_chunk", "stream_chunks")
+        at_least("train", self, 1, "steps", "microbatches", "log_every", "eval_every", "keep")
+        at_least("train", self, 0, "z_loss", "eval_batches", "checkpoint_every", "resume_step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +200,8 @@ class PrecisionConfig:
     compute_dtype: str = AUTO
 
     def __post_init__(self):
-        _one_of("precision.param_dtype", self.param_dtype, DTYPES)
-        _one_of("precision.compute_dtype", self.compute_dtype, (*DTYPES, AUTO))
+        one_of("precision.param_dtype", self.param_dtype, DTYPES)
+        one_of("precision.compute_dtype", self.compute_dtype, (*DTYPES, AUTO))
 
     def on(self, platform: str) -> "PrecisionConfig":
         """Returns it with what "auto" is on a platform: "cpu", or that of an accelerator."""
@@ -227,8 +217,8 @@ class ClassifierConfig:
     pooling: str = "mean"  # of all real tokens; "last": the last one alone
 
     def __post_init__(self):
-        _one_of("classifier.pooling", self.pooling, ("mean", "last"))
-        _at_least("classifier", self, 2, "n_classes")
+        one_of("classifier.pooling", self.pooling, ("mean", "last"))
+        at_least("classifier", self, 2, "n_classes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,16 +273,32 @@ class Settings:
     precision: PrecisionConfig
     classifier: ClassifierConfig
     mesh: MeshConfig
+    # Runs one after another, each a mapping of "name" and the keys that are its own, e.g.
+    # {"data.sources": ("mine.txt",), "train.steps": 500}: see training.stages.
+    stages: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self):
         # Fields that one look at the value decides.
-        _one_of("task", self.task, TASKS)
+        one_of("task", self.task, TASKS)
         if self.seed < 0:
             raise ConfigError(f"seed = {self.seed} must be at least 0")
-        warmup_steps(self.optimizer, self.train.steps)
+        tokens = self.data.batch_size * self.data.seq_len
+        in_tokens = self.optimizer.phases_in == "tokens"
+        object.__setattr__(self, "optimizer", in_steps(self.optimizer, tokens))
+        try:
+            check_phases(self.optimizer, self.train.steps)
+        except ConfigError as error:
+            if not in_tokens:
+                raise
+            raise ConfigError(
+                f"{error} (in updates; optimizer.phases_in = 'tokens' are {tokens:,} each)"
+            ) from error
         for name in ("logit_chunk", "stream_chunks", "sample_every"):
             if getattr(self.train, name) and self.task != "language_model":
                 raise ConfigError(f"train.{name} is for task = 'language_model', not {self.task!r}")
+        for name in ("weights", "replay", "eval_sources", "first_batch"):
+            if getattr(self.data, name) and self.task != "language_model":
+                raise ConfigError(f"data.{name} is for task = 'language_model', not {self.task!r}")
         if self.data.batch_size % self.train.microbatches:
             raise ConfigError(
                 f"train.microbatches = {self.train.microbatches} must divide "

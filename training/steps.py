@@ -250,13 +250,17 @@ def means(sums: Sums) -> dict[str, Float[Array, ""]]:
 
 
 def make_train_step(
-    loss: Callable, tx: optax.GradientTransformation, rate: Callable, microbatches: int = 1
+    loss: Callable,
+    tx: optax.GradientTransformation,
+    rate: Callable,
+    microbatches: int = 1,
+    gradient_norms: bool = False,
 ) -> Callable:
     """Returns `step(state, batch) -> (state, metrics)`, to be jitted with the caller's shardings.
 
     metrics: loss, nll, accuracy (means over weighted tokens), exact (share of rows that are right
     as a whole), weight (tokens that counted), grad_norm before clipping, update_norm, param_norm,
-    learning_rate.
+    learning_rate; with `gradient_norms` grad_l1 before clipping, the sum of absolute entries.
     """
 
     @partitioned_by_compiler(
@@ -285,6 +289,8 @@ def make_train_step(
             "param_norm": optax.tree.norm(float32(params)),
             "learning_rate": rate(state.step),
         }
+        if gradient_norms:
+            metrics["grad_l1"] = optax.tree.norm(grads, ord=1)
         state = TrainState(state.step + 1, params, opt_state, state.key, masters)
         return state, metrics
 

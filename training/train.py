@@ -12,7 +12,8 @@ config file for a command line is a Python file whose `get_config()` returns suc
 `default_config()`, edited.
 
 In the work folder: config.json, environment.json, metrics.jsonl and, where samples are asked for,
-samples.jsonl (see training.metrics), tensorboard/, checkpoints/.
+samples.jsonl and gradient_norms.jsonl (see training.metrics), tensorboard/, checkpoints/;
+schedule.txt where a file holds the learning rates.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from tilescan.training import config as config_lib
-from tilescan.training import inputs, programs, sharding, steps, stream_bp, trackers
+from tilescan.training import inputs, programs, sharding, starts, steps, stream_bp, trackers
 from tilescan.training import workdir as work
 from tilescan.training.checkpoints import (
     CheckpointError,
@@ -44,10 +45,11 @@ from tilescan.training.settings import Settings
 
 # Keys that may change when a run is continued: they do not change what is computed.
 FREE_ON_RESUME = (
-    "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
-    "train.keep", "train.resume_step", "train.progress", "train.tensorboard",
-    "train.tracker", "train.sample_every", "train.sample_prompt", "train.sample_tokens",
-    "train.sample_temperature", "train.logit_chunk", "train.stream_chunks",
+    "train.log_every", "train.eval_every", "train.eval_early", "train.eval_batches",
+    "train.checkpoint_every", "train.keep", "train.resume_step", "train.progress",
+    "train.tensorboard", "train.tracker", "train.sample_every", "train.sample_prompt",
+    "train.sample_tokens", "train.sample_temperature", "train.gradient_norms", "train.logit_chunk",
+    "train.stream_chunks", "train.start_from", "train.start_step", "train.start_optimizer",
     "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "mesh.parameters_over_sequence",
     "model.attention_sequence_parallel", "model.scan_sequence_parallel", "model.sequence_balance",
 )  # fmt: skip
@@ -93,8 +95,13 @@ def train(
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after saving.
     """
     asked = config_lib.settings(config)
+    if asked.stages:
+        raise config_lib.ConfigError("stages are runs of their own: training.stages trains them")
     trackers.check_installed(asked.train.tracker)
     workdir = work.prepare(workdir)
+    if params is not None and asked.train.start_from:
+        raise config_lib.ConfigError("params and train.start_from both say what to start from")
+    asked = starts.with_start(asked, workdir)
 
     # Mesh, and the dtype that its devices compute in.
     mesh = sharding.make_mesh(asked.mesh)
@@ -121,6 +128,9 @@ def train(
     state_shardings, abstract_state, initialize = sharded_init(
         model, tx, example, c.seed, mesh, sharding.rules(c.mesh)
     )
+    abstract_of = lambda tx: sharded_init(model, tx, example, c.seed, mesh, sharding.rules(c.mesh))[
+        1
+    ]
     check_groups(c.optimizer, abstract_state.params)
     sample = make_sampler(model, c, datasets["train"], mesh, abstract_state.params)
 
@@ -128,7 +138,7 @@ def train(
     everywhere = sharding.replicated(mesh)
 
     def jitted() -> tuple[Callable, Callable]:
-        step = steps.make_train_step(loss, tx, rate, c.train.microbatches)
+        step = steps.make_train_step(loss, tx, rate, c.train.microbatches, c.train.gradient_norms)
         outputs = (state_shardings, everywhere)
         evaluation = steps.make_eval_step(loss)
         return (
@@ -143,10 +153,13 @@ def train(
         saver = Checkpoints(workdir / "checkpoints", c.train.keep, config_lib.as_dict(c))
         stack.callback(saver.close)
         restored = step_to_restore(saver, c)
+        work.keep_schedule(c.optimizer, c.train.steps, workdir, restored)
         if restored is None:
             state = initialize()
             if params is not None:
                 state = steps.start_from(state, params, state_shardings)
+            elif c.train.start_from:
+                state = starts.started(c, state, abstract_of, state_shardings)
         else:
             state = saver.restore(restored, abstract_state, iterator)
             saver.drop_after(restored)
@@ -158,10 +171,13 @@ def train(
                 print(f"warning: {warning}", file=sys.stderr)
             sys.stderr.flush()
 
-        # Evaluations.
+        # Evaluations: of "test" once, of all others again and again.
+        def validate(step: int) -> None:
+            for split in datasets:
+                if split.partition("/")[0] == "validation":
+                    evaluate(step, split)
+
         def evaluate(step: int, split: str) -> None:
-            if split not in datasets:
-                return
             sums: dict[str, float] = {}
             for batch in inputs.eval_batches(datasets[split], rows, c.train.eval_batches):
                 inputs.check_ids(batch, limits)
@@ -183,6 +199,9 @@ def train(
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             check_finite(step, values, saver)
             recorder.count(values["weight"])
+            if recorder.gradient_norms is not None:
+                norms = {"l2": values["grad_norm"], "l1": values.pop("grad_l1")}
+                recorder.gradient_norms.write({"step": step, **norms})
             if step % c.train.log_every == 0 or step == c.train.steps:
                 recorder.row(step, "train", values)
                 recorder.speed(step, values["loss"])
@@ -191,7 +210,7 @@ def train(
         stack.enter_context(sharding.use(mesh))
         stop = stack.enter_context(Interrupts())
         if restored is None:
-            evaluate(0, "validation")
+            validate(0)
         for step in range((restored or 0) + 1, c.train.steps + 1):
             batch = _next(iterator, step, c.train.steps)
             inputs.check_ids(batch, limits)
@@ -200,10 +219,11 @@ def train(
             finish_pending()
             pending = (step, metrics)
             last = step == c.train.steps
-            if last or step % c.train.eval_every == 0:
+            early = c.train.eval_early and step < c.train.eval_every and step & (step - 1) == 0
+            if last or early or step % c.train.eval_every == 0:
                 finish_pending()
-                evaluate(step, "validation")
-            if last:
+                validate(step)
+            if last and "test" in datasets:
                 evaluate(step, "test")
             if sample and (last or step % c.train.sample_every == 0):
                 finish_pending()
@@ -309,8 +329,8 @@ def step_to_restore(saver: Checkpoints, c: Settings) -> int | None:
 
     # Its configuration, but for what does not change the numbers.
     free = set(FREE_ON_RESUME)
-    if c.optimizer.schedule in ("constant", "inverse_sqrt"):
-        free.add("train.steps")  # they do not look at the end: training longer is the same run
+    if c.optimizer.endless:
+        free.add("train.steps")  # it does not look at the end: training longer is the same run
     differing = config_lib.differing_keys(config_lib.as_dict(c), saver.config_at(step))
     listed = "; ".join(
         f"{key} = {ours!r}, was {theirs!r}"

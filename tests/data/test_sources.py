@@ -50,7 +50,7 @@ def test_unknown_names_get_the_nearest_one():
     for call in (sources.load, sources.fetch, sources.get_source):
         with pytest.raises(ValueError, match="did you mean 'shakespeare'"):
             call("shakespear")
-    with pytest.raises(ValueError, match="known sources: shakespeare, factbook"):
+    with pytest.raises(ValueError, match="known sources: shakespeare, shakespeare_folio"):
         sources.load("zzzz")
 
 

@@ -1,6 +1,7 @@
 """Keys are known or refused by name; values go to dataclasses and to JSON and come back."""
 
 import dataclasses
+import inspect
 import json
 
 import ml_collections
@@ -9,6 +10,7 @@ from absl.flags import FlagValues
 from ml_collections import config_flags
 
 from tilescan.training import config as lib
+from tilescan.training import schedule_config
 from tilescan.training import settings as fields
 from tilescan.training.config import ConfigError, default_config, override, settings
 
@@ -21,7 +23,8 @@ def test_defaults_are_the_dataclasses():
 
 
 def test_every_field_has_a_comment():
-    source = open(fields.__file__).read().splitlines()
+    files = (fields, schedule_config)
+    source = [line for file in files for line in inspect.getsource(file).splitlines()]
     for cls in (*fields.SECTIONS.values(), fields.ParamGroup):
         for field in dataclasses.fields(cls):
             at = [i for i, line in enumerate(source) if line.startswith(f"    {field.name}: ")]

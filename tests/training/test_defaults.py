@@ -12,7 +12,8 @@ from tilescan.training import inputs, sharding, steps, train
 from tilescan.training.checkpoints import CheckpointError, Checkpoints
 from tilescan.training.config import ConfigError, default_config, override, settings
 from tilescan.training.optimizers import make_optimizer
-from tilescan.training.settings import OptimizerConfig, warmup_steps
+from tilescan.training.schedule_config import warmup_steps
+from tilescan.training.settings import OptimizerConfig
 
 # Values of keys of the default configuration that work alone.
 WORK = {
@@ -30,6 +31,13 @@ WORK = {
     "train.progress": (False,),
     "train.tensorboard": (False,),
     "train.tracker": ("wandb",),
+    "train.gradient_norms": (True,),
+    "train.start_from": ("smollm2",),
+    "train.eval_early": (True,),
+    "data.eval_sources": ("(python_stdlib,)",),
+    "data.weights": ("(2.5,)",),
+    "data.replay_seed": (1,),
+    "data.first_batch": (3,),
     "train.sample_every": (1, 5000),
     "train.sample_prompt": ("import",),
     "train.sample_tokens": (1, 1000),
@@ -56,6 +64,16 @@ WORK = {
     "data.max_documents": (1, 10**6),
     "data.eval_stride": (1, 256),
     "precision.param_dtype": ("float32",),
+    "optimizer.end_step": (500, 1000),
+    "optimizer.milestones": ("(10,20)",),
+    "optimizer.cycle_steps": (10,),
+    "optimizer.cycle_peak": (0.5,),
+    "optimizer.milestone_factor": (0.5,),
+    "optimizer.rewarm_start": (10,),
+    "optimizer.rewarm_steps": (10,),
+    "optimizer.rewarm_fraction": (0.5,),
+    "optimizer.cooldown_steps": (10,),
+    "optimizer.constant_fraction": (0.3,),
     "precision.compute_dtype": ("bfloat16", "float32"),
     "classifier.n_classes": (2,),
     "classifier.pooling": ("last",),
@@ -109,8 +127,19 @@ REFUSED = {
     "optimizer.warmup_steps=1000": "optimizer.warmup_steps = 1000 .*train.steps = 1000",
     "optimizer.warmup_steps=-1": "optimizer.warmup_steps = -1",
     "optimizer.schedule=wsd": "optimizer.schedule = 'wsd' needs optimizer.decay_steps",
+    "optimizer.end_step=1001": "end_step = 1001 exceeds train.steps = 1000: end_step = 1000 or tr",
+    "optimizer.phases_in=token": "phases_in = 'token' is unknown; did you mean 'tokens'",
+    "optimizer.decay_shape=sqr": "decay_shape = 'sqr' is unknown; did you mean 'sqrt'",
+    "optimizer.cooldown_shape=cos": "cooldown_shape = 'cos' is unknown; did you mean 'cosine'",
+    "optimizer.cooldown_alpha=0.0": "cooldown_alpha = 0.0 must be above 0",
+    "optimizer.cycle_growth=0.5": "cycle_growth = 0.5 must be at least 1",
+    "optimizer.milestones=(20,10)": r"milestones = \(20, 10\) must rise, from above 0: \(10, 20\)",
     "data.eval_stride=257": "data.eval_stride = 257 .*data.seq_len = 256",
     "data.fractions=(0,0.5,0.5)": r"data.fractions = \(0, 0.5, 0.5\) leaves no documents to train",
+    "data.replay=0.5": "data.replay = 0.5 and data.replay_sources = .*: replay needs both",
+    "data.replay_sources=(a,)": "data.replay = 0.0 and data.replay_sources = .*: replay needs both",
+    "train.start_step=3": "train.start_step and train.start_optimizer need train.start_from",
+    "train.start_optimizer=True": "start_step and train.start_optimizer need train.start_from",
     "mesh.sequence=3": "mesh.sequence = 3 with data.seq_len = 256",
     "model.d_model=1": "d_model=1",
     "model.d_model=0": "d_model=0",
@@ -146,7 +175,8 @@ def test_every_key_is_tried():
     sections = {key.rpartition(".")[0] for key in known}
     tried = set(WORK) | {refused.partition("=")[0] for refused in REFUSED}
     plain = {
-        "task", "data.tokenizer", "train.resume_step", "mesh.fsdp", "mesh.tensor", "model.causal",
+        "task", "stages", "data.tokenizer", "train.resume_step", "mesh.fsdp", "mesh.tensor",
+        "model.causal",
         "model.input_features", "model.attention_bias", "model.mlp_bias",
         "model.norm_eps", "model.embed_scale", "model.logit_scale", "model.sequence_balance",
         "model.attention_sequence_parallel", "model.scan_sequence_parallel",
@@ -214,7 +244,7 @@ def test_the_warm_up_follows_the_steps(options, steps, expected):
 
 
 def test_only_what_was_set_is_refused():
-    with pytest.raises(ConfigError, match=r"^optimizer.decay_steps = 51 exceeds train.steps = 50$"):
+    with pytest.raises(ConfigError, match=r"^optimizer.decay_steps = 51 exceeds train.steps = 50"):
         warmup_steps(OptimizerConfig(schedule="wsd", decay_steps=51), 50)
     config = default_config()
     config.optimizer.name, config.optimizer.weight_decay = "adam", 0.1

@@ -1,6 +1,4 @@
-"""Schedules against their formulas, update rules against the papers' equations, groups by name."""
-
-import math
+"""Update rules against the papers' equations, groups of parameters by name."""
 
 import jax
 import jax.numpy as jnp
@@ -11,56 +9,9 @@ from tilescan.training.optimizers import (
     check_groups,
     group_of,
     make_optimizer,
-    make_schedule,
     state_space_groups,
 )
 from tilescan.training.settings import RECURRENCE, ConfigError, OptimizerConfig, ParamGroup
-
-STEPS, WARMUP = 40, 7
-
-
-def warm(t):
-    return min(1.0, (t + 1) / (WARMUP + 1))
-
-
-def fraction(t):
-    return min(max((t - WARMUP) / (STEPS - WARMUP), 0.0), 1.0)
-
-
-SHAPES = {
-    "constant": lambda t: 1.0,
-    "linear": lambda t: 1 - 0.8 * fraction(t),
-    "cosine": lambda t: 0.2 + 0.8 * (1 + math.cos(math.pi * fraction(t))) / 2,
-    "wsd": lambda t: 1.0 if t < 30 else 1 - 0.8 * (t - 30) / 10,
-    "inverse_sqrt": lambda t: math.sqrt(WARMUP / max(t, WARMUP)),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_schedule_is_its_formula(name):
-    config = OptimizerConfig(
-        schedule=name, learning_rate=3e-3, warmup_steps=WARMUP, decay_steps=10, final_fraction=0.2
-    )
-    rate = make_schedule(config, STEPS)
-    got = [float(rate(t)) for t in range(STEPS)]
-    want = [3e-3 * warm(t) * SHAPES[name](t) for t in range(STEPS)]
-    np.testing.assert_allclose(got, want, rtol=1e-5)
-    assert got[0] > 0, "the first update must move the parameters"
-    assert max(got) == pytest.approx(3e-3) and np.argmax(got) == WARMUP
-
-
-def test_schedules_end_where_they_say():
-    for name in ("linear", "cosine", "wsd"):
-        config = OptimizerConfig(schedule=name, warmup_steps=0, decay_steps=10, final_fraction=0.0)
-        rate = make_schedule(config, STEPS)
-        assert float(rate(STEPS)) == pytest.approx(0.0, abs=1e-9)
-
-
-def test_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match=r"warmup_steps = 50 .*train.steps = 40"):
-        make_schedule(OptimizerConfig(schedule="cosine", warmup_steps=50), STEPS)
-    with pytest.raises(ValueError, match=r"30 and optimizer.decay_steps = 20 .*40"):
-        make_schedule(OptimizerConfig(schedule="wsd", warmup_steps=30, decay_steps=20), STEPS)
 
 
 def constant(name, **fields):
