@@ -23,8 +23,8 @@ finished runs, and predict whole loss curves under other schedules.
   tilescan forecast runs/cosine runs/constant --check=runs/wsd    against what was measured
 
 A run is a work folder of `tilescan train`, or a CSV file with columns step, lr and loss. A schedule
-is its name, then fields of the section optimizer, see `tilescan train --help-config`. The table,
-the curves (forecast.csv) and a plot (forecast.svg) are written to the folder --output.
+is its name, then fields of the section optimizer, see `tilescan train --help-config`; milestones
+are written 600:800. The curves (forecast.csv) and a plot (forecast.svg) go to the folder --output.
 
 The law holds for sane schedules below the edge of stability: by it a higher peak is always better.
 """
@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "updates of the schedules (default: those of the first run)"
     parser.add_argument("--steps", type=int, help=about)
     about = "a run to predict and compare with; more than once for several"
-    parser.add_argument("--check", action="append", default=[], metavar="RUN", help=about)
+    parser.add_argument(
+        "--check", action="append", default=[], type=given, metavar="RUN", help=about
+    )
     about = "losses of runs (default: validation where there are ten)"
     parser.add_argument("--split", choices=("validation", "train"), help=about)
     about = "updates until the peak of the runs (default: what they say)"
@@ -134,6 +136,8 @@ def parse_schedule(text: str, peak: float) -> "ScheduleConfig":
             values[field] = ast.literal_eval(value.replace(":", ","))
         except (ValueError, SyntaxError):
             values[field] = value
+    if isinstance(values.get("milestones"), int):
+        values["milestones"] = (values["milestones"],)
     try:
         return ScheduleConfig(**values, schedule=name)
     except TypeError as error:  # a number where a name is needed

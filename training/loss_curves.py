@@ -2,18 +2,16 @@
 
 import csv
 import dataclasses
-import json
 import os
 
 import numpy as np
 from etils import epath
 
-from tilescan.training import config as config_lib
 from tilescan.training.annealing_law import Curve
 from tilescan.training.metrics import read_rows
 from tilescan.training.schedule_config import FILE
 from tilescan.training.schedules import first_peak, rates
-from tilescan.training.trained import is_run
+from tilescan.training.trained import is_run, saved_settings
 
 # Names of the columns of a table, the first of them that is there.
 COLUMNS = {
@@ -48,10 +46,7 @@ def read_curve(
 
 
 def _of_run(workdir: epath.Path, split: str | None, warmup: int | None) -> Curve:
-    try:
-        c = config_lib.settings(json.loads((workdir / "config.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{workdir / 'config.json'} cannot be read: {error}") from error
+    c = saved_settings(workdir)
     optimizer = c.optimizer
     if optimizer.schedule.startswith(FILE):  # the run's own copy
         kept = f"{FILE}{workdir / 'schedule.txt'}"

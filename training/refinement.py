@@ -14,7 +14,6 @@ theorem 1 and algorithm 1). The theorem asks for weights that do not depend on t
 refined schedule it is a heuristic.
 """
 
-import json
 import os
 
 import numpy as np
@@ -23,6 +22,7 @@ from etils import epath
 from jaxtyping import Float
 
 from tilescan.training.metrics import read_rows
+from tilescan.training.trained import saved_settings
 
 POWERS = {"l2": 2, "l1": 1}  # of the norms that suit SGD, and Adam
 
@@ -86,9 +86,7 @@ def read_norms(workdir: str | os.PathLike, norm: str) -> Float[np.ndarray, " T"]
             f"{path} begins with step {steps[0]} and has {len(steps)} up to {steps[-1]}: norms of "
             "all steps are needed, so train.gradient_norms must be on from the first"
         )
-    config = epath.Path(workdir) / "config.json"
-    asked = json.loads(config.read_text())["train"]["steps"] if config.exists() else len(steps)
-    if len(steps) < asked:
+    if len(steps) < (asked := saved_settings(workdir).train.steps):
         raise ValueError(
             f"{path} has norms of {len(steps)} of the run's {asked} updates: let it finish"
         )
@@ -101,9 +99,4 @@ def norm_for(workdir: str | os.PathLike) -> str:
     Raises:
       ValueError: a folder without a run.
     """
-    path = epath.Path(workdir) / "config.json"
-    try:
-        name = json.loads(path.read_text())["optimizer"]["name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read: {error!r}; is {workdir} a run?") from error
-    return "l2" if name == "sgd" else "l1"
+    return "l2" if saved_settings(workdir).optimizer.name == "sgd" else "l1"

@@ -77,7 +77,7 @@ def rates(config: ScheduleConfig, steps: int) -> Float[np.ndarray, " steps"]:
 
 
 def first_peak(config: ScheduleConfig, steps: int) -> int:
-    """Returns the updates until the rate first stops to rise: the warm-up, whatever makes it.
+    """Returns the updates before the peak: the warm-up, of cycles and files up to the highest rate.
 
     Raises:
         ConfigError: as `make_schedule`.

@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 
 from tilescan.data import sources
 from tilescan.data.tokenizers import get_tokenizer
+from tilescan.decoding.writers import PRETRAINED
 from tilescan.models.checkpoints import open_pretrained
 from tilescan.training import config as config_lib
 from tilescan.training import steps as steps_lib
@@ -31,7 +32,6 @@ from tilescan.training.settings import ConfigError, Settings
 from tilescan.training.trained import is_run, read_params, saved_settings
 from tilescan.training.workdir import saved_steps
 
-PUBLISHED = ("smollm2",)  # sources that hold a checkpoint and its tokenizer
 # Keys of the model that leave its parameters as they are.
 FREE = (
     "attention_implementation", "attention_sequence_parallel", "scan_sequence_parallel",
@@ -106,16 +106,16 @@ def opened(c: Settings) -> Start:
         raise ConfigError(
             f"train.start_step and train.start_optimizer are of runs; {name!r} is none"
         )
-    if name not in PUBLISHED and not pathlib.Path(name).exists():
+    if name not in PRETRAINED and not pathlib.Path(name).exists():
         raise ConfigError(
             f"train.start_from = {name!r} is neither the work folder of a run, nor a checkpoint's "
-            f"folder or .gguf file, nor one of {', '.join(PUBLISHED)}"
+            f"folder or .gguf file, nor one of {', '.join(PRETRAINED)}"
         )
-    path = sources.fetch(name) if name in PUBLISHED else pathlib.Path(name)
+    path = sources.fetch(name) if name in PRETRAINED else pathlib.Path(name)
     found = open_pretrained(path, param_dtype=c.precision.param_dtype)
     fields = dataclasses.asdict(found.config)
     model = {key: value for key, value in fields.items() if key not in ("dtype", "param_dtype")}
-    tokenizer = name if name in PUBLISHED or name.endswith(".gguf") else None
+    tokenizer = name if name in PRETRAINED or name.endswith(".gguf") else None
     return Start(model, tokenizer, found.read_params)
 
 

@@ -17,6 +17,7 @@ schedule.txt where a file holds the learning rates.
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -125,12 +126,10 @@ def train(
     loss = make_loss(model, c)
 
     # Shard.
-    state_shardings, abstract_state, initialize = sharded_init(
-        model, tx, example, c.seed, mesh, sharding.rules(c.mesh)
+    sharded = functools.partial(
+        sharded_init, model, example=example, seed=c.seed, mesh=mesh, rules=sharding.rules(c.mesh)
     )
-    abstract_of = lambda tx: sharded_init(model, tx, example, c.seed, mesh, sharding.rules(c.mesh))[
-        1
-    ]
+    state_shardings, abstract_state, initialize = sharded(tx)
     check_groups(c.optimizer, abstract_state.params)
     sample = make_sampler(model, c, datasets["train"], mesh, abstract_state.params)
 
@@ -159,6 +158,7 @@ def train(
             if params is not None:
                 state = steps.start_from(state, params, state_shardings)
             elif c.train.start_from:
+                abstract_of = lambda tx: sharded(tx)[1]
                 state = starts.started(c, state, abstract_of, state_shardings)
         else:
             state = saver.restore(restored, abstract_state, iterator)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from tilescan.cli import main
+from tilescan.cli import forecast, main
 from tilescan.training.annealing_law import Law, predict
 from tilescan.training.schedules import ScheduleConfig, rates
 
@@ -76,3 +76,9 @@ def test_what_cannot_be_forecast_is_refused(folder, capsys, words, message):
 def test_constant_rates_say_nothing_of_annealing(folder, capsys):
     main.main(["forecast", "constant.csv", "--schedule=linear", "--samples=0", "--steps=500"])
     assert "constant rates, which say nothing of annealing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "milestones"), [("600:800", (600, 800)), ("600", (600,))])
+def test_milestones_are_written_with_colons(text, milestones):
+    found = forecast.parse_schedule(f"multi_step,milestones={text},milestone_factor=0.5", 1e-2)
+    assert found == ScheduleConfig(1e-2, "multi_step", milestones=milestones, milestone_factor=0.5)
